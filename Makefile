@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine with Python 3.11 and a package index:
+#   make demo   set up, then distill a real model on two CPU cores
+#   make test   set up, then run every test
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PINS   := docker/requirements-cpu.txt
+
+# The CPU build of torch comes from a folder of wheels where pip is told of one, else from PyTorch's own CPU index.
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+TORCH_SOURCE := $(if $(PIP_FIND_LINKS),,--torch-backend cpu)
+# Byte code is kept, wherever the environment says otherwise: the rollout engine's three processes would each compile vLLM anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+ARGS ?=
+
+.PHONY: setup demo test lint bench compare clean
+
+setup: $(READY)
+
+$(READY): $(PINS) pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' $(PINS))"
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python $(TORCH_SOURCE) $(PINS)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python examples/bench_loss.py $(ARGS)
+
+compare: setup
+	$(BIN)/python examples/compare_objectives.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
