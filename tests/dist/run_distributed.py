@@ -1,0 +1,164 @@
+"""Run a function in several spawned gloo processes on this machine, under a deadline."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+GRACE_S = 2.0  # after a first failure, for the other ranks' own tracebacks
+
+
+class DistributedFailure(AssertionError):
+    """A rank raised, died or was too slow; the text names it."""
+
+
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, init_gloo: bool = True
+) -> list[Any]:
+    """Call ``fn(rank, world_size, *args)`` in ``world_size`` spawned processes; return what they returned, by rank.
+
+    ``fn`` is a module-level function, ``args`` and results are picklable (tensors travel by value). Each process has
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, one torch thread, and a default gloo
+    process group that is already up (``init_gloo=False`` leaves that to ``fn``). All processes and whatever they
+    started are killed at ``timeout_s`` or soon after the first failure. Raises DistributedFailure naming the rank.
+    """
+    context = multiprocessing.get_context("spawn")
+    deadline = time.monotonic() + timeout_s
+    port = _free_port()
+    processes: list[BaseProcess] = []
+    pipes: list[Connection] = []
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_child, args=(theirs, fn, rank, world_size, args, timeout_s, init_gloo), name=f"rank{rank}"
+            )
+            with _environment(_child_environment(rank, world_size, port)):
+                process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        return _collect(processes, pipes, deadline, timeout_s)
+    finally:
+        for process in processes:
+            _kill(process)
+        for pipe in pipes:
+            pipe.close()
+
+
+def _collect(processes: list[BaseProcess], pipes: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            try:
+                ok, payload = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                processes[rank].join(GRACE_S)
+                ok, payload = False, f"died without a word, exit code {processes[rank].exitcode}"
+            if ok:
+                results[rank] = payload
+            else:
+                failures.append(f"rank {rank}: {payload}")
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    if failures:
+        raise DistributedFailure("\n".join(failures))
+    if waiting:
+        raise DistributedFailure(f"after {timeout_s:g} s still running: ranks {sorted(waiting.values())}")
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _child(
+    pipe: Connection,
+    fn: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    args: tuple[Any, ...],
+    timeout_s: float,
+    init_gloo: bool,
+) -> None:
+    os.setsid()  # one process group a rank, so that its own children end with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        if init_gloo:
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        message = (True, fn(rank, world_size, *args))
+        payload = pickle.dumps(message)
+    except BaseException:
+        payload = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(payload)
+    pipe.close()
+    # A peer may still read from this rank's half of a connection: leave together where that is possible.
+    if init_gloo and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _kill(process: BaseProcess) -> None:
+    if process.pid is None:
+        return
+    if process.is_alive():
+        process.join(0.5)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _child_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",  # read when torch is imported, before any line of ours runs in the child
+    }
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
