@@ -1,0 +1,525 @@
+"""The schema of a run and every check that needs no model.
+
+Sections and keys keep NeMo-Aligner's names; ``model.tropd``, ``model.teacher``, ``model.rollout``, ``model.data`` and
+``model.validation`` are ours. The dataclasses hold the only defaults: files in ``conf/`` say what differs from them.
+Imports no torch, so that a file can be checked on any machine in a moment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+SCHEMA_NAME = "tropd_schema"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: names the key, the value seen and what to change."""
+
+    def __init__(self, key: str, value: object, remedy: str) -> None:
+        self.key, self.value, self.remedy = key, value, remedy
+        super().__init__(f"{key} = {value!r}: {remedy}")
+
+
+@dataclass
+class TropdTrainerConfig:
+    """The loop: how long, how often."""
+
+    max_steps: int = 200
+    """Optimizer steps; each takes one global batch of fresh rollouts (the paper: 200)."""
+    val_check_interval: int = 20
+    """Steps between validations on held-out prompts; 0 validates only before and after."""
+    save_interval: int = 20
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Whole checkpoints kept; older ones are removed after a newer one is whole."""
+    gradient_clip_val: float = 1.0
+    """Largest global gradient norm (L2); 0 leaves gradients as they are."""
+    max_skipped_steps: int = 5
+    """Consecutive steps with a gradient that is not finite before the run ends with an error."""
+
+
+@dataclass
+class TrainerConfig:
+    num_nodes: int = 1
+    devices: int = 1
+    """Processes a node, as torchrun's --nproc_per_node."""
+    precision: str = "bf16"
+    """Student's compute precision: "32" or "bf16" (bf16 keeps fp32 master weights and fp32 gradients)."""
+    distributed_timeout_s: int = 600
+    """Seconds a collective may take before the run ends and says which rank did not answer."""
+    tropd: TropdTrainerConfig = field(default_factory=TropdTrainerConfig)
+
+
+@dataclass
+class ExpManagerConfig:
+    """Handed to NeMo's exp_manager."""
+
+    explicit_log_dir: str | None = None
+    """The run directory itself; wins over exp_dir."""
+    exp_dir: str | None = "runs"
+    """The run directory is exp_dir/name."""
+    create_tensorboard_logger: bool = True
+    create_wandb_logger: bool = False
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
+    resume_if_exists: bool = True
+    """Go on from the last whole checkpoint of the run directory; false refuses a directory that holds one."""
+
+
+@dataclass
+class PretrainedCheckpointConfig:
+    restore_from_path: str = MISSING
+    """The student: a Hugging Face checkpoint directory."""
+
+
+@dataclass
+class SchedConfig:
+    name: str = "constant"
+    """constant, linear or cosine, after the warm-up."""
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adam"
+    """adam (decoupled weight decay, as Megatron's) or sgd."""
+    lr: float = 5e-6
+    """The paper's constant 5e-6."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    distributed: bool = False
+    """Megatron's distributed optimizer: shards states over data-parallel ranks."""
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+
+@dataclass
+class GuidanceConfig:
+    """Off-policy guidance: the student continues teacher-written prefixes (method, section 3.3)."""
+
+    enabled: bool = True
+    max_prefix_tokens: int = 256
+    """L of L_max(step) = L (1 + cos(pi step / total)) / 2."""
+    prefix_draw: str = "uniform"
+    """uniform draws the length in 0 .. L_max; cap takes L_max. The paper does not say which."""
+    anneal_steps: int | None = None
+    """Steps until the prefix length reaches 0; null: trainer.tropd.max_steps."""
+
+
+@dataclass
+class ObjectiveConfig:
+    objective: str = "tropd"
+    """A name of nemo_tropd.objectives."""
+    gate: str | None = None
+    """bernoulli, threshold or soft; null: the objective's own default."""
+    outlier: str | None = None
+    """fkl, mask or clip; null: the objective's own default."""
+    tail: str | None = None
+    """none or ghost; null: the objective's own default."""
+    guidance_weight: float | None = None
+    """beta_g, the weight of imitation on teacher prefixes; null: the objective's own default (0.001)."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Further parameters of the objective by name, e.g. {tau: -3.0}."""
+    top_k: int = 64
+    """Teacher candidates a token."""
+    chunk_tokens: int | None = None
+    """Tokens whose logits exist at a time; null: chosen from a memory bound."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+
+
+@dataclass
+class TeacherConfig:
+    path: str = MISSING
+    """The teacher: a Hugging Face checkpoint directory with the student's tokenizer."""
+    precision: str | None = None
+    """"32" or "bf16"; null: trainer.precision."""
+    response_tokens: int | None = None
+    """Length limit of the responses the teacher writes for prefixes and validation; null: model.rollout.max_new_tokens."""
+    cache_dir: str | None = None
+    """Where teacher responses are kept; null: the user's cache directory."""
+
+
+@dataclass
+class RolloutConfig:
+    """vLLM."""
+
+    dtype: str = "bfloat16"
+    """float32 or bfloat16."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    max_new_tokens: int = 8096
+    samples_per_prompt: int = 4
+    max_num_seqs: int = 256
+    kv_cache_gib: float = 1.0
+    """Memory of the engine's key-value cache (CPU build)."""
+    gpu_memory_utilization: float = 0.4
+    """Share of a GPU's memory the engine may take."""
+    omp_threads: int = 1
+    """Threads of the CPU engine; with 1 the same requests give the same bits on every run."""
+    request_timeout_s: float = 600.0
+    """Seconds one generate call may take before the engine is declared dead."""
+
+
+@dataclass
+class DataConfig:
+    path: str = MISSING
+    """A .jsonl or .parquet file, a directory saved by datasets, or a data set's name."""
+    prompt_key: str = "prompt"
+    messages_key: str = "messages"
+    answer_key: str = "answer"
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+    max_prompt_tokens: int = 1024
+    overlong: str = "error"
+    """error or drop: what to do with a prompt longer than max_prompt_tokens."""
+    held_out: int = 64
+    """Prompts kept for validation, chosen by a hash of their text."""
+
+
+@dataclass
+class ValidationConfig:
+    samples_per_prompt: int = 1
+    max_new_tokens: int | None = None
+    """null: model.rollout.max_new_tokens."""
+    kept_rollouts: int = 4
+    """Training rollouts whose tokens are written for the report, at each validation."""
+
+
+@dataclass
+class ModelConfig:
+    micro_batch_size: int = 1
+    """Sequences a forward pass and data-parallel rank."""
+    global_batch_size: int = 512
+    """Rollouts a step: prompts x model.rollout.samples_per_prompt (the paper: 128 x 4)."""
+    encoder_seq_length: int = 9216
+    """Longest sequence: prompt, teacher prefix and response."""
+    seed: int = 1234
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    tropd: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+@dataclass
+class TropdConfig:
+    name: str = "tropd"
+    check_only: bool = False
+    """Print the plan (ranks, shapes, memory, tokens a step) and end."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    pretrained_checkpoint: PretrainedCheckpointConfig = field(default_factory=PretrainedCheckpointConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+ConfigStore.instance().store(name=SCHEMA_NAME, node=TropdConfig)
+
+
+def run_dir(cfg: TropdConfig) -> Path:
+    """The directory of a run: ``exp_manager.explicit_log_dir``, else ``exp_dir/name``."""
+    if cfg.exp_manager.explicit_log_dir:
+        return Path(cfg.exp_manager.explicit_log_dir).absolute()
+    return (Path(cfg.exp_manager.exp_dir or "runs") / cfg.name).absolute()
+
+
+def schema_keys(node: Any = TropdConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema, dotted: ``model.optim.lr``. A free-form dictionary appears as ``key.*``."""
+    for f in fields(node):
+        key, default = prefix + f.name, f.default_factory() if callable(f.default_factory) else f.default
+        yield key
+        if is_dataclass(default):
+            yield from schema_keys(type(default), key + ".")
+        elif isinstance(default, dict):
+            yield key + ".*"
+
+
+def _check_key(key: str, value: object, where: str) -> None:
+    known = set(schema_keys())
+    if key in known or any(k.endswith(".*") and key.startswith(k[:-1]) for k in known):
+        return
+    leaf = key.rsplit(".", 1)[-1]
+    near = [k for k in known if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(sorted(near))}?" if near else "see nemo_tropd/config.py for the keys there are"
+    raise ConfigError(key, value, f"{where} has no such key; {hint}")
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse command-line overrides of keys that the schema does not have (Hydra's own message names no remedy).
+
+    Raises:
+        ConfigError: an unknown key, or an argument that is not ``key=value``.
+    """
+    for override in overrides:
+        if override.startswith(("-", "hydra.", "hydra/", "~hydra", "+hydra")):
+            continue
+        key, eq, value = override.partition("=")
+        key = key.lstrip("+~")
+        if not eq and not override.startswith("~"):
+            raise ConfigError(override, "", "the command line takes key=value")
+        if "/" not in key:
+            _check_key(key, value, "the command line names a key, and the schema")
+
+
+def check_file(path: Path) -> None:
+    """Refuse a configuration file with keys the schema does not have, following its ``defaults``.
+
+    Raises:
+        ConfigError: a missing file, an unknown key, a value of the wrong type.
+    """
+    if not path.is_file():
+        there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError("--config-name", path.stem, f"{path.parent} holds no such file; it holds: {', '.join(there)}")
+    loaded = OmegaConf.load(path)
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError("--config-name", path.stem, "the file is not a mapping of keys to values")
+    for entry in loaded.pop("defaults", []):
+        if isinstance(entry, str) and entry not in ("_self_", SCHEMA_NAME):
+            check_file(path.parent / f"{entry}.yaml")
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for k in node:
+            value = node._get_node(k)
+            _check_key(
+                f"{prefix}{k}",
+                "{...}" if isinstance(value, DictConfig) else value,
+                f"{path.name} sets it, but the schema",
+            )
+            if isinstance(value, DictConfig) and not any(s == f"{prefix}{k}.*" for s in schema_keys()):
+                walk(value, f"{prefix}{k}.")
+
+    walk(loaded, "")
+
+
+def check_command_line(argv: Sequence[str], conf_dir: Path, default_name: str = "base") -> None:
+    """Check configuration file and overrides of a command line before Hydra composes them.
+
+    Raises:
+        ConfigError: see :func:`check_file`, :func:`check_overrides`; also values of the wrong type.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    name, overrides, args = default_name, [], list(argv)
+    while args:
+        arg = args.pop(0)
+        if arg in ("--config-name", "-cn") and args:
+            name = args.pop(0)
+        elif arg.startswith("--config-name="):
+            name = arg.split("=", 1)[1]
+        elif arg in ("--config-path", "-cp", "--config-dir", "-cd") and args:
+            conf_dir = Path(args.pop(0)).absolute()
+        elif arg.startswith(("--config-path=", "--config-dir=")):
+            conf_dir = Path(arg.split("=", 1)[1]).absolute()
+        elif not arg.startswith("-"):
+            overrides.append(arg)
+    check_file(conf_dir / f"{name}.yaml")
+    check_overrides(overrides)
+    try:
+        with initialize_config_dir(str(conf_dir), version_base=None):
+            compose(name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        text = f"{error.__cause__ or error}\n{error}"
+        found = re.search(r"full_key: (\S+)", text) or re.search(r"override '?([\w.]+)=", text)
+        first = text.strip().splitlines()[0]
+        raise ConfigError(
+            found.group(1) if found else name, _value_in(text), f"{first}; give a value of the key's type"
+        ) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _value_in(text: str) -> str:
+    found = re.search(r"Value '(.*?)'", text)
+    return found.group(1) if found else ""
+
+
+def resolve(cfg: DictConfig) -> TropdConfig:
+    """The composed configuration as a checked object of the schema.
+
+    Raises:
+        ConfigError: a required key is missing, a value has the wrong type, or values cannot go together.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TropdConfig), cfg)
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(key, None, "has no default: set it in the file or on the command line")
+        obj = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(str(key), _value_in(str(error)), str(error).splitlines()[0]) from error
+    assert isinstance(obj, TropdConfig)
+    check(obj)
+    return obj
+
+
+def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ConfigError(key, value, f"choose one of {', '.join(repr(a) for a in allowed)}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(key, value, f"must be at least {least}")
+
+
+def check(cfg: TropdConfig) -> None:
+    """Every check between keys that needs no model.
+
+    Raises:
+        ConfigError: names the key, the value and the remedy.
+    """
+    m, t, r = cfg.model, cfg.trainer, cfg.model.rollout
+    for key, value, allowed in (
+        ("trainer.precision", t.precision, ("32", "bf16")),
+        ("model.teacher.precision", m.teacher.precision, (None, "32", "bf16")),
+        ("model.rollout.dtype", r.dtype, ("float32", "bfloat16")),
+        ("model.tropd.gate", m.tropd.gate, (None, "bernoulli", "threshold", "soft")),
+        ("model.tropd.outlier", m.tropd.outlier, (None, "fkl", "mask", "clip")),
+        ("model.tropd.tail", m.tropd.tail, (None, "none", "ghost")),
+        ("model.tropd.guidance.prefix_draw", m.tropd.guidance.prefix_draw, ("uniform", "cap")),
+        ("model.optim.name", m.optim.name, ("adam", "sgd")),
+        ("model.optim.sched.name", m.optim.sched.name, ("constant", "linear", "cosine")),
+        ("model.data.overlong", m.data.overlong, ("error", "drop")),
+    ):
+        _one_of(key, value, allowed)
+    for key, number, least in (
+        ("trainer.num_nodes", t.num_nodes, 1),
+        ("trainer.devices", t.devices, 1),
+        ("trainer.distributed_timeout_s", t.distributed_timeout_s, 1),
+        ("trainer.tropd.max_steps", t.tropd.max_steps, 1),
+        ("trainer.tropd.val_check_interval", t.tropd.val_check_interval, 0),
+        ("trainer.tropd.save_interval", t.tropd.save_interval, 1),
+        ("trainer.tropd.keep_checkpoints", t.tropd.keep_checkpoints, 1),
+        ("trainer.tropd.gradient_clip_val", t.tropd.gradient_clip_val, 0),
+        ("trainer.tropd.max_skipped_steps", t.tropd.max_skipped_steps, 0),
+        ("model.micro_batch_size", m.micro_batch_size, 1),
+        ("model.global_batch_size", m.global_batch_size, 1),
+        ("model.encoder_seq_length", m.encoder_seq_length, 2),
+        ("model.tensor_model_parallel_size", m.tensor_model_parallel_size, 1),
+        ("model.pipeline_model_parallel_size", m.pipeline_model_parallel_size, 1),
+        ("model.tropd.top_k", m.tropd.top_k, 1),
+        ("model.tropd.guidance.max_prefix_tokens", m.tropd.guidance.max_prefix_tokens, 0),
+        ("model.rollout.max_new_tokens", r.max_new_tokens, 1),
+        ("model.rollout.samples_per_prompt", r.samples_per_prompt, 1),
+        ("model.rollout.max_num_seqs", r.max_num_seqs, 1),
+        ("model.data.max_prompt_tokens", m.data.max_prompt_tokens, 1),
+        ("model.data.held_out", m.data.held_out, 0),
+        ("model.validation.samples_per_prompt", m.validation.samples_per_prompt, 1),
+        ("model.optim.lr", m.optim.lr, 0),
+        ("model.optim.sched.warmup_steps", m.optim.sched.warmup_steps, 0),
+        ("model.rollout.omp_threads", r.omp_threads, 1),
+    ):
+        _at_least(key, number, least)
+    if r.temperature != 1.0 or r.top_p != 1.0 or r.top_k != -1:
+        name = "temperature" if r.temperature != 1.0 else "top_p" if r.top_p != 1.0 else "top_k"
+        if r.temperature <= 0:
+            raise ConfigError(
+                "model.rollout.temperature", r.temperature, "must be above 0: TrOPD needs samples, not the argmax"
+            )
+        if not 0 < r.top_p <= 1:
+            raise ConfigError("model.rollout.top_p", r.top_p, "must lie in (0, 1]")
+        if name != "temperature" and r.top_k == 0:
+            raise ConfigError("model.rollout.top_k", r.top_k, "use -1 for no limit")
+    if r.request_timeout_s <= 0:
+        raise ConfigError("model.rollout.request_timeout_s", r.request_timeout_s, "must be above 0")
+    _check_layout(cfg)
+    _check_lengths(cfg)
+
+
+def _check_layout(cfg: TropdConfig) -> None:
+    m, t = cfg.model, cfg.trainer
+    world = t.num_nodes * t.devices
+    launched = os.environ.get("WORLD_SIZE")
+    if launched is not None and int(launched) != world:
+        raise ConfigError(
+            "trainer.devices",
+            t.devices,
+            f"{launched} processes were launched, but trainer.num_nodes x trainer.devices is {world}: "
+            f"launch torchrun with --nproc_per_node={t.devices} on {t.num_nodes} node(s) or change the keys",
+        )
+    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    if world % (tp * pp):
+        raise ConfigError(
+            "model.tensor_model_parallel_size",
+            tp,
+            f"tensor x pipeline parallel is {tp * pp}, which does not divide the {world} processes of "
+            f"trainer.num_nodes x trainer.devices",
+        )
+    if m.sequence_parallel and tp == 1:
+        raise ConfigError("model.sequence_parallel", True, "needs model.tensor_model_parallel_size above 1")
+    if m.global_batch_size % m.rollout.samples_per_prompt:
+        raise ConfigError(
+            "model.global_batch_size",
+            m.global_batch_size,
+            f"must be a multiple of model.rollout.samples_per_prompt = {m.rollout.samples_per_prompt}",
+        )
+    data = world // (tp * pp)
+    if m.global_batch_size % data:
+        raise ConfigError(
+            "model.global_batch_size", m.global_batch_size, f"must divide by the {data} data-parallel ranks"
+        )
+    if m.optim.distributed and data == 1:
+        raise ConfigError("model.optim.distributed", True, "shards over data-parallel ranks, and there is only one")
+
+
+def _check_lengths(cfg: TropdConfig) -> None:
+    m, t = cfg.model, cfg.trainer
+    g = m.tropd.guidance
+    prefix = g.max_prefix_tokens if g.enabled else 0
+    if m.data.max_prompt_tokens + m.rollout.max_new_tokens > m.encoder_seq_length:
+        raise ConfigError(
+            "model.encoder_seq_length",
+            m.encoder_seq_length,
+            f"a prompt of model.data.max_prompt_tokens = {m.data.max_prompt_tokens} and a response of "
+            f"model.rollout.max_new_tokens = {m.rollout.max_new_tokens} need {m.data.max_prompt_tokens + m.rollout.max_new_tokens}",
+        )
+    teacher_tokens = m.teacher.response_tokens or m.rollout.max_new_tokens
+    if prefix > teacher_tokens:
+        raise ConfigError(
+            "model.tropd.guidance.max_prefix_tokens",
+            prefix,
+            f"the teacher writes at most {teacher_tokens} tokens; raise model.teacher.response_tokens or lower this",
+        )
+    if m.data.max_prompt_tokens + teacher_tokens > m.encoder_seq_length:
+        raise ConfigError(
+            "model.teacher.response_tokens",
+            teacher_tokens,
+            f"with model.data.max_prompt_tokens = {m.data.max_prompt_tokens} it passes model.encoder_seq_length = {m.encoder_seq_length}",
+        )
+    if g.anneal_steps is not None and g.anneal_steps > t.tropd.max_steps:
+        raise ConfigError(
+            "model.tropd.guidance.anneal_steps",
+            g.anneal_steps,
+            f"the prefix would not reach length 0 within trainer.tropd.max_steps = {t.tropd.max_steps}",
+        )
+    if m.sequence_parallel and m.encoder_seq_length % m.tensor_model_parallel_size:
+        raise ConfigError(
+            "model.encoder_seq_length",
+            m.encoder_seq_length,
+            f"must divide by model.tensor_model_parallel_size = {m.tensor_model_parallel_size} with sequence parallel",
+        )
+
+
+def fail(error: BaseException) -> None:
+    """Print an error a person can act on, without a traceback, and end the process with exit code 2."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
