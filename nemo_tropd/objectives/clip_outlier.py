@@ -1,0 +1,24 @@
+"""OPD with the reward of outliers clipped (TrOPD paper, Table 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemo_tropd.batch import TokenScores
+
+from .objective import Metrics, Objective, number
+from .terms import log_ratio, policy_gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOutlier(Objective):
+    """-max(R, tau) l. The paper gives no ``tau``; -3 is this project's."""
+
+    name = "clip_outlier"
+    tau: float = number(-3.0)
+
+    def token_loss(self, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        ratio = log_ratio(scores)
+        return policy_gradient(scores, ratio.clamp(min=self.tau)), {"clipped": (ratio < self.tau).to(ratio.dtype)}

@@ -1,0 +1,41 @@
+"""Entropy-aware OPD: reverse KL everywhere, forward KL where the teacher is uncertain (EOPD, arXiv 2603.07079)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_tropd.batch import TokenScores
+
+from .objective import Metrics, Objective, importance_ratio, number
+from .terms import log_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class EOPD(Objective):
+    """-min(r R, clip(r, 1 - eps, 1 + eps) R) + alpha 1[H_T > tau] F~_k, with r = pi_S(x) / pi_old(x).
+
+    F~_k has the teacher renormalised over V_k. ``tau`` in nats; the paper has k = 16; ``alpha`` 1 is this project's.
+    pi_old is the behavior where it is known, else pi_S itself (one update a batch: r = 1, gradient that of -R l); with
+    ``importance_cap`` the truncated weight corrects for the behavior instead, and r = 1.
+    """
+
+    name = "eopd"
+    needs_teacher_entropy = True
+    tau: float = number(0.8)
+    alpha: float = number(1.0, at_least=0.0)
+    eps: float = number(0.2, above=0.0)
+
+    def token_loss(self, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        assert scores.teacher_entropy is not None
+        reward, l = log_ratio(scores), scores.student_log_probs  # noqa: E741 (the paper's letter)
+        ratio = torch.exp(l - l.detach())
+        if scores.behavior_log_probs is not None and self.importance_cap is None:
+            ratio = ratio * importance_ratio(scores, what=self.name)
+        reverse = -torch.minimum(ratio * reward, ratio.clamp(1 - self.eps, 1 + self.eps) * reward)
+        q = scores.teacher_top_k_log_probs.detach().log_softmax(-1)
+        forward = (q.exp() * (q - scores.student_top_k_log_probs)).sum(-1)
+        uncertain = (scores.teacher_entropy > self.tau).to(l.dtype)
+        return reverse + self.alpha * uncertain * forward, {"forward_kl": forward, "uncertain": uncertain}

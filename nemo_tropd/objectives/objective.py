@@ -1,0 +1,151 @@
+"""What every objective is: a pure function of one micro-batch's ``TokenScores``, with its parameters and its needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from nemo_tropd.batch import TokenScores
+
+Metrics = dict[str, Tensor]
+Denominator = Literal["tokens", "sequences", "mask"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A per-token loss: ``objective(scores) -> (loss [T], metrics: name -> [T])``. The loss is minimised.
+
+    Shared parameters, both off by default:
+        guidance_weight  tokens the teacher wrote get ``-guidance_weight * log pi_S(x)`` in place of the objective's own
+                         loss (TrOPD, Eq. 9, has 0.001); None leaves them to the objective.
+        importance_cap   multiply the loss of each student token by ``min(pi_S(x) / behavior(x), cap)``, detached: the
+                         correction for rollouts of stale or mismatched weights. Tokens whose behavior log-probability
+                         is NaN (the student did not sample them) have weight 1. Needs ``behavior_log_probs``.
+
+    Metrics always hold ``trust`` (the gate's weight; where an objective has no gate, the probability ``min(rho, 1)``
+    that the paper's gate would trust the token) and ``log_ratio`` (R); ``forward_kl`` where the objective computes it.
+
+    What a caller has to provide is declared on the class or the instance: ``needs_student_entropy``,
+    ``needs_teacher_entropy``, ``needs_reference``, ``needs_first_pass`` and ``denominator``:
+        tokens     the sum over the global batch is divided by its number of loss tokens
+        sequences  the mean over sequences of each sequence's mean: weight a token by N / (sequences * its length)
+        mask       divided by the sum of the objective's mask; the objective rescales itself once it is bound
+    """
+
+    name: ClassVar[str] = ""
+    needs_student_entropy: ClassVar[bool] = False
+    needs_teacher_entropy: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    denominator: ClassVar[Denominator] = "tokens"
+
+    guidance_weight: float | None = None
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check = f.metadata.get("check")
+            if check is not None:
+                check(f"objective {self.name!r}, parameter {f.name!r}", getattr(self, f.name))
+        if self.importance_cap is not None and not self.importance_cap > 0:
+            raise ValueError(f"objective {self.name!r}: importance_cap is {self.importance_cap}; give a number above 0")
+
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether ``bind`` must be called with a statistic of the global batch before the objective can be."""
+        return False
+
+    def at_step(self, step: int) -> Objective:
+        """The objective for this training step (only ``reopold_2stage`` changes)."""
+        return self
+
+    def statistic(self, scores: TokenScores) -> Tensor:
+        """[T]: what the first pass collects from every loss token of the global batch."""
+        raise ValueError(f"objective {self.name!r} needs no first pass")
+
+    def bind(self, statistics: Tensor) -> Objective:
+        """The objective with its thresholds taken from ``statistics`` [N], every loss token of the global batch."""
+        raise ValueError(f"objective {self.name!r} needs no first pass")
+
+    def token_loss(self, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        """The objective's own equation: loss [T] and its metrics."""
+        raise NotImplementedError
+
+    def __call__(self, scores: TokenScores) -> tuple[Tensor, Metrics]:
+        self._check_needs(scores)
+        loss, own = self.token_loss(scores)
+        ratio = log_ratio(scores)
+        metrics = {"trust": trust_probability(ratio), "log_ratio": ratio, **own}
+        if self.importance_cap is not None:
+            weight = importance_ratio(scores, what=self.name).clamp(max=self.importance_cap)
+            loss, metrics["importance_weight"] = weight * loss, weight
+        if self.guidance_weight is not None:
+            loss = torch.where(scores.guided, -self.guidance_weight * scores.student_log_probs, loss)
+        return loss, {name: values.detach() for name, values in metrics.items()}
+
+    def _check_needs(self, scores: TokenScores) -> None:
+        wanted = {
+            "student_entropy": self.needs_student_entropy,
+            "teacher_entropy": self.needs_teacher_entropy,
+            "reference_log_probs": self.needs_reference,
+        }
+        missing = [name for name, needed in wanted.items() if needed and getattr(scores, name) is None]
+        if missing:
+            raise ValueError(f"objective {self.name!r} needs TokenScores.{', '.join(missing)}, which is None")
+
+    def _bound(self, **values: Any) -> Objective:
+        return replace(self, **values)
+
+
+def log_ratio(scores: TokenScores) -> Tensor:
+    """R = stopgrad(log pi_T(x) - log pi_S(x)), [T]."""
+    return (scores.teacher_log_probs - scores.student_log_probs).detach()
+
+
+def trust_probability(ratio: Tensor) -> Tensor:
+    """min(rho, 1) = exp(min(R, 0)): no overflow, however far the teacher is above the student."""
+    return ratio.clamp(max=0).exp()
+
+
+def importance_ratio(scores: TokenScores, *, what: str) -> Tensor:
+    """Detached pi_S(x) / behavior(x), [T]; 1 where the behavior is NaN."""
+    if scores.behavior_log_probs is None:
+        raise ValueError(f"objective {what!r}: importance_cap needs TokenScores.behavior_log_probs, which is None")
+    return (scores.student_log_probs.detach() - scores.behavior_log_probs).nan_to_num(nan=0.0).exp()
+
+
+def choice(default: str, *others: str) -> Any:
+    """A dataclass field that takes one of the given words."""
+    known = (default, *others)
+
+    def check(what: str, value: object) -> None:
+        if value not in known:
+            raise ValueError(f"{what} is {value!r}; choose one of {', '.join(known)}")
+
+    return field(default=default, metadata={"check": check})
+
+
+def number(
+    default: float | None,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+) -> Any:
+    """A dataclass field that takes a finite number within bounds; None where the default is None."""
+
+    def check(what: str, value: object) -> None:
+        if value is None and default is None:
+            return
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{what} is {value!r}; give a finite number")
+        if not (above < value < below and at_least <= value <= at_most):
+            low = f"above {above}" if above > -math.inf else f"at least {at_least}"
+            high = f"below {below}" if below < math.inf else f"at most {at_most}"
+            raise ValueError(f"{what} is {value}; give a number {low} and {high}")
+
+    return field(default=default, metadata={"check": check})
