@@ -39,7 +39,7 @@ def run_distributed(
     context = multiprocessing.get_context("spawn")
     deadline = time.monotonic() + timeout_s
     port = _free_port()
-    processes: list[BaseProcess] = []
+    processes: list[Any] = []
     pipes: list[Connection] = []
     try:
         for rank in range(world_size):

@@ -1,0 +1,202 @@
+"""What megatron-core hard-codes for CUDA, replaced where CUDA is absent.
+
+Each function below is one shim; its docstring names the place that needs it (megatron-core 0.16.1 unless said
+otherwise). None is installed on a machine with CUDA, except the repair of a defect that is independent of the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_installed: list[str] = []
+
+
+def enable_cpu_megatron() -> None:
+    """Make megatron-core run on CPU and gloo; a second call, or a machine with CUDA, changes nothing.
+
+    Call it before building a model and outside any other torch function mode. Entering the mode is per thread: the
+    thread that calls this is the one that may train.
+    """
+    repair_reduce()
+    if _installed or torch.cuda.is_available():
+        return
+    for shim in CPU_SHIMS:
+        shim()
+        _installed.append(shim.__name__)
+
+
+@contextlib.contextmanager
+def native_torch() -> Iterator[None]:
+    """Leave the torch function mode of ``enable_cpu_megatron`` for the duration, e.g. while an engine is built.
+
+    Raises RuntimeError where another torch function mode was entered after it, since modes leave in order only.
+    """
+    if _cuda_literal is None:
+        yield
+        return
+    if torch.overrides._get_current_function_mode() is not _cuda_literal:
+        raise RuntimeError("native_torch: another torch function mode is active inside Megatron's; leave it first")
+    _cuda_literal.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _cuda_literal.__enter__()
+
+
+class _CudaLiteralToCpu(TorchFunctionMode):
+    """Reads ``device="cuda"`` (any spelling) as the CPU in every torch call."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: dict | None = None
+    ) -> Any:
+        if kwargs and _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return func(*args, **(kwargs or {}))
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+_cuda_literal: _CudaLiteralToCpu | None = None
+
+
+def accept_cuda_literal() -> None:
+    """schedules.py:596, clip_grads.py, optimizer.py, transformer/utils.py:35 write ``device="cuda"``."""
+    global _cuda_literal
+    _cuda_literal = _CudaLiteralToCpu()
+    _cuda_literal.__enter__()
+
+
+def synchronize_is_a_no_op() -> None:
+    """filesystem_async.py:230, p2p_communication.py:398, parallel_state.py:198."""
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+
+
+def current_device_is_the_cpu() -> None:
+    """state_dict_saver.py:252, tensor_parallel/mappings.py, p2p_communication.py:313, rotary_pos_embedding.py:162."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+
+
+def move_to_cuda_returns_self() -> None:
+    """language_module.py:244, optimizer.py:375, distrib_optimizer.py:1089."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def rng_tracker_on_the_cpu_generator() -> None:
+    """tensor_parallel/random.py:235: the tracker saves and restores the CUDA generator's state."""
+    import megatron.core.tensor_parallel.random as tracker
+
+    def get_state(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(new_state)
+
+    tracker._get_cuda_rng_state = get_state
+    tracker._set_cuda_rng_state = set_state
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+
+
+def type_names_for_megatron() -> None:
+    """clip_grads.py:167, optimizer.py:671 and distrib_optimizer.py:361 compare ``Tensor.type()`` with torch.cuda.*.
+
+    Only a caller inside megatron sees the other name.
+    """
+    original = torch.Tensor.type
+
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if isinstance(answer, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+class _Stream:
+    """A CUDA stream's methods where every operation has ended when its call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
+class _Event:
+    """A CUDA event that has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.0
+
+
+def streams_are_synchronous() -> None:
+    """param_and_grad_buffer.py:632 of megatron-core 0.19."""
+    torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
+    torch.cuda.Event = _Event  # type: ignore[assignment, misc]
+    torch.cuda.current_stream = lambda *args, **kwargs: _Stream()  # type: ignore[assignment, return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+
+
+CPU_SHIMS: tuple[Callable[[], None], ...] = (
+    synchronize_is_a_no_op,
+    current_device_is_the_cpu,
+    accept_cuda_literal,
+    rng_tracker_on_the_cpu_generator,
+    move_to_cuda_returns_self,
+    type_names_for_megatron,
+    streams_are_synchronous,
+)
+
+
+def repair_reduce() -> None:
+    """tensor_parallel/mappings.py:31 all-reduces ``input.contiguous()`` and returns ``input``: for an input that is
+    not contiguous the sum is dropped, which gives the right loss and wrong gradients. Later releases return the copy.
+    """
+    import megatron.core
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    if tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 19) or "repair_reduce" in _repairs:
+        return
+
+    def reduce(input_: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+        if group.size() == 1:
+            return input_
+        summed = input_.contiguous()
+        torch.distributed.all_reduce(summed, group=group)
+        return summed
+
+    mappings._reduce = reduce
+    _repairs.add("repair_reduce")
+
+
+_repairs: set[str] = set()
