@@ -39,9 +39,12 @@ class Rollout:
     finished: bool
 
     def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("a rollout needs a prompt of at least one token: the first token has no output to score it")
         if len(self.response_ids) != len(self.response_log_probs):
             raise ValueError(
-                f"a rollout has {len(self.response_ids)} response tokens but {len(self.response_log_probs)} log-probabilities"
+                f"a rollout has {len(self.response_ids)} response tokens "
+                f"but {len(self.response_log_probs)} log-probabilities"
             )
 
     @property
@@ -82,7 +85,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class LossTokens:
-    """The tokens of one micro-batch that enter the loss, flattened: row i is the i-th loss token, sequence by sequence."""
+    """The tokens of one micro-batch that enter the loss: row i is the i-th loss token, sequence by sequence."""
 
     rows: Tensor  # [T] int64: index of the token's output position in the flattened [B * S] micro-batch
     token_ids: Tensor  # [T] int64: the token that was sampled
@@ -133,15 +136,22 @@ class TokenBatch:
 
     @classmethod
     def pack(
-        cls, rollouts: Sequence[Rollout], *, pad_id: int, seed: int, step: int, pad_to_multiple: int = 1
+        cls,
+        rollouts: Sequence[Rollout],
+        *,
+        pad_id: int,
+        seed: int,
+        step: int,
+        pad_to_multiple: int = 1,
+        width: int | None = None,
     ) -> TokenBatch:
-        """Pad ``rollouts`` to a common length and shift labels by one.
+        """Pad ``rollouts`` to a common length (or to ``width``) and shift labels by one.
 
         The draws in ``uniforms`` depend on (seed, step, sequence_id, position in the sequence) alone. An empty list
         gives one fully masked row of the smallest length, so that every rank can run the same number of micro-batches.
         """
         longest = max((len(r.token_ids) for r in rollouts), default=1)
-        width = -(-max(longest, 2) // pad_to_multiple) * pad_to_multiple
+        width = -(-max(longest, 2, width or 0) // pad_to_multiple) * pad_to_multiple
         rows = max(len(rollouts), 1)
         ids = torch.full((rows, width), pad_id, dtype=torch.int64)
         mask = torch.zeros(rows, width, dtype=torch.bool)

@@ -145,7 +145,7 @@ class TeacherConfig:
     precision: str | None = None
     """"32" or "bf16"; null: trainer.precision."""
     response_tokens: int | None = None
-    """Length limit of the responses the teacher writes for prefixes and validation; null: model.rollout.max_new_tokens."""
+    """Length limit of what the teacher writes for prefixes and validation; null: model.rollout.max_new_tokens."""
     cache_dir: str | None = None
     """Where teacher responses are kept; null: the user's cache directory."""
 
@@ -158,7 +158,8 @@ class RolloutConfig:
     """float32 or bfloat16."""
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = -1
+    top_k: int = 0
+    """0: the whole vocabulary."""
     max_new_tokens: int = 8096
     samples_per_prompt: int = 4
     max_num_seqs: int = 256
@@ -419,6 +420,7 @@ def check(cfg: TropdConfig) -> None:
         ("model.rollout.max_new_tokens", r.max_new_tokens, 1),
         ("model.rollout.samples_per_prompt", r.samples_per_prompt, 1),
         ("model.rollout.max_num_seqs", r.max_num_seqs, 1),
+        ("model.rollout.top_k", r.top_k, 0),
         ("model.data.max_prompt_tokens", m.data.max_prompt_tokens, 1),
         ("model.data.held_out", m.data.held_out, 0),
         ("model.validation.samples_per_prompt", m.validation.samples_per_prompt, 1),
@@ -427,16 +429,10 @@ def check(cfg: TropdConfig) -> None:
         ("model.rollout.omp_threads", r.omp_threads, 1),
     ):
         _at_least(key, number, least)
-    if r.temperature != 1.0 or r.top_p != 1.0 or r.top_k != -1:
-        name = "temperature" if r.temperature != 1.0 else "top_p" if r.top_p != 1.0 else "top_k"
-        if r.temperature <= 0:
-            raise ConfigError(
-                "model.rollout.temperature", r.temperature, "must be above 0: TrOPD needs samples, not the argmax"
-            )
-        if not 0 < r.top_p <= 1:
-            raise ConfigError("model.rollout.top_p", r.top_p, "must lie in (0, 1]")
-        if name != "temperature" and r.top_k == 0:
-            raise ConfigError("model.rollout.top_k", r.top_k, "use -1 for no limit")
+    if r.temperature <= 0:
+        raise ConfigError("model.rollout.temperature", r.temperature, "must be above 0: TrOPD needs samples")
+    if not 0 < r.top_p <= 1:
+        raise ConfigError("model.rollout.top_p", r.top_p, "must lie in (0, 1]")
     if r.request_timeout_s <= 0:
         raise ConfigError("model.rollout.request_timeout_s", r.request_timeout_s, "must be above 0")
     _check_layout(cfg)
@@ -481,14 +477,14 @@ def _check_layout(cfg: TropdConfig) -> None:
 
 def _check_lengths(cfg: TropdConfig) -> None:
     m, t = cfg.model, cfg.trainer
-    g = m.tropd.guidance
+    g, prompt, response = m.tropd.guidance, m.data.max_prompt_tokens, m.rollout.max_new_tokens
     prefix = g.max_prefix_tokens if g.enabled else 0
-    if m.data.max_prompt_tokens + m.rollout.max_new_tokens > m.encoder_seq_length:
+    if prompt + response > m.encoder_seq_length:
         raise ConfigError(
             "model.encoder_seq_length",
             m.encoder_seq_length,
-            f"a prompt of model.data.max_prompt_tokens = {m.data.max_prompt_tokens} and a response of "
-            f"model.rollout.max_new_tokens = {m.rollout.max_new_tokens} need {m.data.max_prompt_tokens + m.rollout.max_new_tokens}",
+            f"a prompt of model.data.max_prompt_tokens = {prompt} and a response of "
+            f"model.rollout.max_new_tokens = {response} need {prompt + response}",
         )
     teacher_tokens = m.teacher.response_tokens or m.rollout.max_new_tokens
     if prefix > teacher_tokens:
@@ -497,11 +493,11 @@ def _check_lengths(cfg: TropdConfig) -> None:
             prefix,
             f"the teacher writes at most {teacher_tokens} tokens; raise model.teacher.response_tokens or lower this",
         )
-    if m.data.max_prompt_tokens + teacher_tokens > m.encoder_seq_length:
+    if prompt + teacher_tokens > m.encoder_seq_length:
         raise ConfigError(
             "model.teacher.response_tokens",
             teacher_tokens,
-            f"with model.data.max_prompt_tokens = {m.data.max_prompt_tokens} it passes model.encoder_seq_length = {m.encoder_seq_length}",
+            f"with model.data.max_prompt_tokens = {prompt} it passes model.encoder_seq_length = {m.encoder_seq_length}",
         )
     if g.anneal_steps is not None and g.anneal_steps > t.tropd.max_steps:
         raise ConfigError(

@@ -1,0 +1,56 @@
+"""Passes without gradients through a GPTModel that gives hidden states, over any pipeline layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from nemo_tropd.batch import TokenBatch
+from nemo_tropd.parallel.topology import Topology
+
+
+def causal_mask(batch: TokenBatch) -> Tensor:
+    """[1, 1, S, S] bool, True where attention is forbidden. Right padding needs no more: no token looks ahead."""
+    s = batch.input_ids.size(1)
+    return torch.ones(1, 1, s, s, dtype=torch.bool, device=batch.input_ids.device).triu(1)
+
+
+def run_model(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
+    """Hidden states on the last stage [B, S, H] (sequence parallel [B, S/TP, H]), activations to send on the others."""
+    return model(batch.input_ids, batch.position_ids, causal_mask(batch))
+
+
+@torch.no_grad()
+def pipeline_forward(model: GPTModel, batches: Sequence[TokenBatch], topology: Topology) -> list[Tensor | None]:
+    """Hidden states of each batch on the last pipeline stage, None on the others (collective over the pipeline).
+
+    With more than one stage every batch must have the same [B, S].
+    """
+    if topology.pipeline_size == 1:
+        return [run_model(model, batch) for batch in batches]
+    if not batches:
+        return []
+
+    def forward_step(data: Iterator[TokenBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def collect(hidden: Tensor, non_loss_data: bool = False) -> Tensor:
+            return hidden
+
+        return run_model(chunk, next(data)), collect
+
+    rows, width = batches[0].input_ids.shape
+    hidden = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=width,
+        micro_batch_size=rows,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return list(hidden) if topology.is_last_stage else [None] * len(batches)

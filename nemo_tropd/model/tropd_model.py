@@ -1,0 +1,318 @@
+"""The model class of a run, with the life cycle NeMo-Aligner's models had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from nemo.core import ModelPT
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from nemo_tropd.batch import LossTokens, Rollout, TeacherScores, TokenBatch
+from nemo_tropd.config import ModelConfig
+from nemo_tropd.convert.families import read_shape
+from nemo_tropd.convert.hf_export import hf_stream
+from nemo_tropd.convert.hf_import import load_hf
+from nemo_tropd.loss.divergence import exact_divergences
+from nemo_tropd.loss.head import first_pass_statistics, head_loss
+from nemo_tropd.model.build import build_gpt, head_weight
+from nemo_tropd.model.forward import pipeline_forward, run_model
+from nemo_tropd.model.metric_sums import MetricSums
+from nemo_tropd.objectives import Objective
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.rollout.supervisor import RolloutSupervisor
+from nemo_tropd.teacher.scorer import TeacherScorer
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
+
+
+class MegatronTrOPDModel(ModelPT):
+    """Student, teacher and objective over one topology.
+
+    Life cycle, called by the trainer alone: ``prepare_for_inference``, ``infer``, ``finish_inference`` for rollouts;
+    ``prepare_for_training`` once, then per step ``prepare_for_training_step``, ``get_loss_and_metrics``,
+    ``finish_training_step``; ``prepare_for_validation_step``, ``get_divergences``, ``finish_validation_step``;
+    ``finish_training`` at the end.
+
+    Args:
+        cfg: the ``model`` section of a run's configuration.
+        trainer: a Lightning trainer that carries loggers, or None; it never runs a loop.
+        topology: the process's place in the parallel layout.
+        objective: see nemo_tropd.objectives.
+        student_path, precision, vocab_size: Hugging Face checkpoint, "32" or "bf16", and the tokenizer's true size.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        trainer: Trainer | None = None,
+        *,
+        topology: Topology,
+        objective: Objective,
+        student_path: Path,
+        precision: str,
+        vocab_size: int,
+    ) -> None:
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.settings: ModelConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), _ours(cfg)))
+        self.topology, self.objective, self.vocab_size = topology, objective, vocab_size
+        self.dtype_of_run = DTYPES[precision]
+        self.shape = read_shape(student_path)
+        self.student = build_gpt(self.shape, topology, dtype=self.dtype_of_run, trainable=True)
+        load_hf(self.student, student_path, self.shape, topology)
+        self.ddp = DistributedDataParallel(
+            self.student.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=self.settings.optim.distributed
+            ),
+            self.student,
+        )
+        self.student.config.finalize_model_grads_func = _finalize_without_division
+        teacher_dtype = DTYPES[self.settings.teacher.precision or precision]
+        scorer = partial(TeacherScorer, topology=topology, dtype=teacher_dtype, vocab_size=vocab_size)
+        self.teacher = scorer(Path(self.settings.teacher.path))
+        # G-OPD measures its reward from the student as it was before training.
+        self.reference = scorer(student_path) if objective.needs_reference else None
+        self.rollouts: RolloutSupervisor | None = None
+        self.weights_version = 0
+
+    # ------------------------------------------------------------------------------------------------ rollouts
+
+    def attach_rollouts(self, rollouts: RolloutSupervisor) -> None:
+        """Give the model the engine that :meth:`infer` asks."""
+        self.rollouts = rollouts
+
+    def export_stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The student's weights under Hugging Face names; every rank must exhaust it, the leader gets the tensors."""
+        return hf_stream(self.student, self.shape, self.topology)
+
+    def prepare_for_inference(self) -> None:
+        """Before rollouts."""
+        self.student.eval()
+
+    def infer(self, requests: Sequence[RolloutRequest] | None) -> list[Rollout]:
+        """Rollouts of ``requests`` (the leader's; None elsewhere) by the student's weights of now, on every rank."""
+        assert self.rollouts is not None, "attach_rollouts first"
+        return self.rollouts.generate(requests, self.weights_version)
+
+    def finish_inference(self) -> None:
+        """After rollouts."""
+        self.student.train()
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def prepare_for_training(self) -> None:
+        """Once, before the first step."""
+        self.student.train()
+
+    def prepare_for_training_step(self) -> None:
+        """Before the passes of a step: clears the gradient buffers."""
+        self.ddp.zero_grad_buffer()
+
+    def finish_training_step(self, version: int) -> None:
+        """After the optimizer's step: the student's weights now carry the number ``version``."""
+        self.weights_version = version
+
+    def finish_training(self) -> None:
+        """Once, after the last step."""
+        self.student.eval()
+
+    def score(self, batches: Sequence[TokenBatch]) -> list[TeacherScores | None]:
+        """The teacher's scores of every micro-batch (None but on the last pipeline stage)."""
+        tropd = self.settings.tropd
+        return self.teacher.score(
+            batches,
+            top_k=tropd.top_k,
+            entropy=self.objective.needs_teacher_entropy,
+            chunk_tokens=tropd.chunk_tokens,
+        )
+
+    def get_loss_and_metrics(
+        self,
+        batches: Sequence[TokenBatch],
+        scores: Sequence[TeacherScores | None],
+        *,
+        step: int,
+        loss_tokens: int,
+        sequences: int,
+        forward_only: bool = False,
+        keep_tokens: bool = False,
+    ) -> tuple[float, MetricSums]:
+        """Forward and backward passes of all micro-batches through Megatron's schedule.
+
+        Gradients are those of the sum over this rank's tokens divided by ``loss_tokens``, the count over the global
+        batch: data-parallel sums and micro-batches then add up to the mean over the global batch, whatever the layout.
+
+        Args:
+            batches: the same number on every rank, possibly empty ones.
+            scores: from :meth:`score`.
+            loss_tokens, sequences: counts over the global batch.
+            keep_tokens: keep each token's log-ratio and gate for the report.
+
+        Returns:
+            This rank's share of the loss, and its sums of the objective's metrics (both empty but on the last stage).
+        """
+        objective = self.objective.at_step(step)
+        reference = self._reference_scores(batches)
+        if objective.needs_first_pass:
+            objective = objective.bind(self._statistics(objective, batches, scores, reference))
+        sums = MetricSums()
+        divisor = max(loss_tokens, 1)
+
+        def loss_function(
+            batch: TokenBatch, teacher: TeacherScores, reference: Tensor | None, hidden: Tensor
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            tokens = batch.loss_tokens()
+            result = head_loss(
+                hidden,
+                head_weight(self.student),
+                tokens,
+                teacher,
+                objective,
+                scale=1.0 / divisor,
+                token_weights=_sequence_weights(tokens, divisor, sequences, objective),
+                reference_log_probs=reference,
+                per_token=keep_tokens,
+                **self._head_options(),
+            )
+            if self.topology.tensor_rank == 0:
+                sums.add({**result.metrics, "tokens": len(tokens), "guided": int(tokens.guided.sum())}, result.minima)
+                sums.add({"loss": float(result.loss.detach())})
+                if keep_tokens:
+                    sums.keep(batch, result.per_token)
+            # The schedule divides what it is given in place; the count is unused, see _finalize_without_division.
+            return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}
+
+        def forward_step(data: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+            batch, teacher, ref = next(data)
+            return run_model(chunk, batch), partial(loss_function, batch, teacher, ref)
+
+        rows, width = batches[0].input_ids.shape
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(zip(batches, scores, reference, strict=True)),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=width,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+        return sums.sums.get("loss", 0.0), sums
+
+    def _head_options(self) -> dict[str, Any]:
+        return {
+            "group": self.topology.tensor_group,
+            "vocab_size": self.vocab_size,
+            "sequence_parallel": self.topology.sequence_parallel,
+            "chunk_tokens": self.settings.tropd.chunk_tokens,
+        }
+
+    def _reference_scores(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:
+        if self.reference is None:
+            return [None] * len(batches)
+        scored = self.reference.score(batches, top_k=1, entropy=False, chunk_tokens=self.settings.tropd.chunk_tokens)
+        return [s.log_probs if s is not None else None for s in scored]
+
+    def _statistics(
+        self,
+        objective: Objective,
+        batches: Sequence[TokenBatch],
+        scores: Sequence[TeacherScores | None],
+        reference: Sequence[Tensor | None],
+    ) -> Tensor:
+        """The objective's statistic of every loss token of the global batch, the same on every rank."""
+        own: list[Tensor] = []
+        for batch, teacher, ref, hidden in zip(
+            batches, scores, reference, pipeline_forward(self.student, batches, self.topology), strict=True
+        ):
+            if hidden is not None and teacher is not None:
+                own.append(
+                    first_pass_statistics(
+                        hidden,
+                        head_weight(self.student),
+                        batch.loss_tokens(),
+                        teacher,
+                        objective,
+                        reference_log_probs=ref,
+                        **self._head_options(),
+                    ).cpu()
+                )
+        mine = torch.cat(own).tolist() if own and self.topology.tensor_rank == 0 else []
+        everyone = [None] * self.topology.world_size
+        torch.distributed.all_gather_object(everyone, mine, group=self.topology.control_group)
+        return torch.tensor([x for part in everyone for x in (part or [])], device=self.topology.device)
+
+    # ------------------------------------------------------------------------------------------------ validation
+
+    def prepare_for_validation_step(self) -> None:
+        """Before :meth:`get_divergences`."""
+        self.student.eval()
+
+    def finish_validation_step(self) -> None:
+        """After :meth:`get_divergences`."""
+        self.student.train()
+
+    @torch.no_grad()
+    def get_divergences(self, batches: Sequence[TokenBatch]) -> MetricSums:
+        """Sums over loss tokens of the exact divergences of student and teacher over the full true vocabulary."""
+        sums = MetricSums()
+        pairs = zip(
+            batches,
+            pipeline_forward(self.student, batches, self.topology),
+            self.teacher.hidden(batches),
+            strict=True,
+        )
+        for batch, student_hidden, teacher_hidden in pairs:
+            if student_hidden is None or teacher_hidden is None:
+                continue
+            tokens = batch.loss_tokens()
+            values = exact_divergences(
+                student_hidden,
+                head_weight(self.student),
+                teacher_hidden,
+                self.teacher.head,
+                tokens.rows,
+                **self._head_options(),
+            )
+            if self.topology.tensor_rank == 0:
+                sums.add({**{k: float(v.double().sum()) for k, v in values.items()}, "tokens": len(tokens)})
+        return sums
+
+    # ------------------------------------------------------------------------------------------------ ModelPT
+
+    def setup_training_data(self, train_data_config: DictConfig | dict) -> None:
+        """Data comes from rollouts of nemo_tropd.prompts; there is no data loader to set up."""
+
+    def setup_validation_data(self, val_data_config: DictConfig | dict) -> None:
+        """See :meth:`setup_training_data`."""
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """No pretrained archives: students come from Hugging Face checkpoints."""
+        return []
+
+
+def _ours(cfg: DictConfig) -> dict[str, Any]:
+    """The section without the two keys that ModelPT adds."""
+    return {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in ("target", "nemo_version")}
+
+
+def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **kw: Any) -> None:
+    """The loss is already divided by the global token count, so Megatron must not divide again."""
+    finalize_model_grads(model, None, **kw)
+
+
+def _sequence_weights(tokens: LossTokens, divisor: int, sequences: int, objective: Objective) -> Tensor | None:
+    """Weights that turn a sum over tokens / N into the mean over sequences of each sequence's mean (AOPD)."""
+    if objective.denominator != "sequences":
+        return None
+    lengths = torch.bincount(tokens.sequence)
+    return divisor / (max(sequences, 1) * lengths[tokens.sequence].float())

@@ -1,0 +1,196 @@
+"""Checkpoints of a run: Megatron's distributed checkpoint, whole or not there at all.
+
+    RUN/checkpoints/step_00000020/     Megatron's files: model (keys under ``model.``), optimizer, run state
+    RUN/checkpoints/step_00000020/hf/  config.json, tokenizer and chat template: export needs nothing else
+
+A checkpoint is written under a temporary name and renamed when every rank has written its part, so a directory with a
+final name is whole. Temporary directories left by a killed run are removed at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+
+from nemo_tropd.config import ConfigError
+from nemo_tropd.convert.hf_export import write_hf_sidecar
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.training.optimizer import StudentOptimizer
+
+MODEL_PREFIX = "model."
+_NAME = re.compile(r"step_(\d{8})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read: names the path, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a resumed run must agree with, beside weights and optimizer states.
+
+    Draws, data order, schedule and prefix length are functions of ``step`` and the seed, so nothing else is state.
+    """
+
+    step: int  # optimizer steps done
+    seed: int
+    global_batch_size: int
+    samples_per_prompt: int
+    prompts: str  # fingerprint of the training prompts
+    teacher: str
+    student: str
+    skipped_steps: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Every method but :meth:`latest` is collective."""
+
+    def __init__(self, run_dir: Path, topology: Topology, *, hf_source: Path, keep: int) -> None:
+        self.dir = run_dir / "checkpoints"
+        self.topology, self.hf_source, self.keep = topology, hf_source, keep
+
+    def whole(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        if not self.dir.is_dir():
+            return []
+        return sorted(p for p in self.dir.iterdir() if p.is_dir() and _NAME.fullmatch(p.name))
+
+    def remove_unfinished(self) -> None:
+        """Remove what a killed run left half-written."""
+        if self.topology.is_leader and self.dir.is_dir():
+            for path in self.dir.glob(".tmp-*"):
+                shutil.rmtree(path)
+        self.topology.barrier()
+
+    def save(self, model: GPTModel, optimizer: StudentOptimizer, state: RunState) -> Path:
+        """Write a checkpoint; on return it is whole and older ones beyond ``keep`` are gone.
+
+        Raises:
+            CheckpointError: no room, or a write failed; earlier checkpoints are untouched.
+        """
+        final = self.dir / f"step_{state.step:08d}"
+        if final.exists():
+            return final
+        temporary = self.dir / f".tmp-{final.name}"
+        self._check_room(model, optimizer)
+        self._on_leader(lambda: self._fresh(temporary), f"cannot write {temporary}")
+        try:
+            sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
+            content = {
+                "optimizer": optimizer.sharded_state_dict(sharded),
+                "run_state": asdict(state),
+            }
+            # Built anew: saving uses a sharded state dict up.
+            content["model"] = model.sharded_state_dict(prefix=MODEL_PREFIX)
+            dist_checkpointing.save(content, str(temporary))
+        except Exception as error:
+            raise CheckpointError(
+                f"writing {temporary} failed on rank {self.topology.rank} ({type(error).__name__}: {error}); "
+                f"earlier checkpoints are untouched. Free space or mend the file system, then run the same command"
+            ) from error
+        self._on_leader(lambda: self._finish(temporary, final), f"cannot finish {final}")
+        return final
+
+    def _finish(self, temporary: Path, final: Path) -> None:
+        write_hf_sidecar(temporary, self.hf_source)
+        temporary.rename(final)
+        for old in self.whole()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def _fresh(self, path: Path) -> None:
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+
+    def _on_leader(self, action: Any, message: str) -> None:
+        """Run ``action`` on the leader; an error there is raised on every rank."""
+        problem = None
+        if self.topology.is_leader:
+            try:
+                action()
+            except OSError as error:
+                problem = f"{message}: {error}"
+        problem = self.topology.broadcast_object(problem)
+        if problem:
+            raise CheckpointError(f"{problem}; earlier checkpoints are untouched")
+
+    def _check_room(self, model: GPTModel, optimizer: StudentOptimizer) -> None:
+        local = sum(p.numel() * p.element_size() for p in model.parameters())
+        # fp32 master weights and two Adam moments beside the weights: 12 bytes a parameter, sharded or saved once.
+        local += 12 * sum(p.numel() for p in model.parameters())
+        need = int(self.topology.sum_over_model(local))
+
+        def check() -> None:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.dir).free
+            if free < need:
+                raise OSError(f"needs {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
+
+        self._on_leader(check, f"no room for a checkpoint in {self.dir}")
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = self.whole()
+        return found[-1] if found else None
+
+    def load(self, path: Path, model: GPTModel, optimizer: StudentOptimizer) -> RunState:
+        """Fill model and optimizer from ``path`` (saved under any parallel layout) and return the run's state.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another model.
+        """
+        try:
+            sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
+            request = {
+                "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True),
+                "model": model.sharded_state_dict(prefix=MODEL_PREFIX),
+            }
+            loaded = dist_checkpointing.load(request, str(path))
+            weights = {k.removeprefix(MODEL_PREFIX): v for k, v in loaded["model"].items()}
+            model.load_state_dict(weights, strict=True)
+            optimizer.load_state_dict(loaded["optimizer"])
+            return RunState(**loaded["run_state"])
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise CheckpointError(
+                f"{path} cannot be loaded ({type(error).__name__}: {first[:300]}); remove this directory to go on from "
+                f"the checkpoint before it, or set exp_manager.explicit_log_dir to start afresh elsewhere"
+            ) from error
+
+
+def check_resumable(saved: RunState, now: RunState) -> None:
+    """Refuse to go on with settings that would silently change draws or data order.
+
+    Raises:
+        ConfigError: names the setting, its value now, and the value of the checkpoint.
+    """
+    for name, key in (
+        ("seed", "model.seed"),
+        ("global_batch_size", "model.global_batch_size"),
+        ("samples_per_prompt", "model.rollout.samples_per_prompt"),
+        ("prompts", "model.data.path"),
+        ("teacher", "model.teacher.path"),
+        ("student", "pretrained_checkpoint.restore_from_path"),
+    ):
+        was, is_now = getattr(saved, name), getattr(now, name)
+        if was != is_now:
+            raise ConfigError(
+                key,
+                is_now,
+                f"the run's checkpoint was made with {was!r}; restore that value, or set "
+                f"exp_manager.explicit_log_dir to start another run",
+            )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` to a temporary name, then rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(path)

@@ -1,0 +1,106 @@
+"""Megatron's optimizer and schedule, with one decision on every rank: apply the step or skip it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_tropd.config import OptimConfig
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    grad_norm: float  # global L2 norm before clipping; may be infinite or NaN
+    applied: bool  # False: the gradient was not finite and the weights are as they were
+    learning_rate: float
+
+
+class StudentOptimizer:
+    """Adam or SGD over the student's shards.
+
+    Master weights and gradients are fp32 whatever the compute precision. The learning rate is a function of the step
+    number alone, so a resumed run needs no schedule state.
+    """
+
+    def __init__(
+        self, cfg: OptimConfig, model: DistributedDataParallel, *, dtype: torch.dtype, clip: float, max_steps: int
+    ) -> None:
+        self.model = model
+        self.distributed = cfg.distributed
+        bf16 = dtype == torch.bfloat16
+        self.megatron = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer=cfg.name,
+                lr=cfg.lr,
+                min_lr=cfg.sched.min_lr,
+                weight_decay=cfg.weight_decay,
+                adam_beta1=cfg.betas[0],
+                adam_beta2=cfg.betas[1],
+                adam_eps=cfg.eps,
+                clip_grad=clip,
+                bf16=bf16,
+                params_dtype=dtype,
+                use_distributed_optimizer=cfg.distributed,
+            ),
+            [model],
+        )
+        self.schedule = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0 if cfg.sched.warmup_steps else cfg.lr,
+            max_lr=cfg.lr,
+            min_lr=cfg.sched.min_lr,
+            lr_warmup_steps=cfg.sched.warmup_steps,
+            lr_decay_steps=max(max_steps, cfg.sched.warmup_steps + 1),
+            lr_decay_style=cfg.sched.name,
+            start_wd=cfg.weight_decay,
+            end_wd=cfg.weight_decay,
+            wd_incr_steps=max_steps,
+            wd_incr_style="constant",
+        )
+
+    def zero_grad(self) -> None:
+        """Clear gradient buffers; call before the forward and backward passes of a step."""
+        self.model.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self, step: int) -> StepResult:
+        """Clip and apply the accumulated gradient as step number ``step`` (from 0).
+
+        A gradient that is not finite leaves weights and optimizer states untouched: its norm is reduced over all
+        ranks, so every rank takes the same decision.
+        """
+        self.schedule.num_steps = step
+        self.schedule.step(1)
+        learning_rate = float(self.megatron.param_groups[0]["lr"])
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return StepResult(grad_norm, False, learning_rate)
+        self.megatron.step()
+        return StepResult(grad_norm, True, learning_rate)
+
+    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+        """The optimizer's part of a distributed checkpoint.
+
+        Sharded by parameter where it can be, so that another tensor- or pipeline-parallel layout can load it. The
+        distributed optimizer on CPU knows only the layout that keeps data-parallel buckets.
+        """
+        if not self.distributed:
+            return self.megatron.sharded_state_dict(model_state, is_loading=is_loading)
+        kind = "fully_reshardable" if torch.cuda.is_available() else "dp_reshardable"
+        return self.megatron.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata={"distrib_optim_sharding_type": kind}
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state loaded by Megatron's distributed checkpoint."""
+        with torch.no_grad():
+            self.megatron.load_state_dict(state)

@@ -1,0 +1,73 @@
+"""What a person sees while a run goes: a bar with the phase of the step and the time left, or a line a step in a log."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SHOWN = (
+    ("loss", "loss", "{:.3f}"),
+    ("trust_fraction", "trust", "{:.2f}"),
+    ("grad_norm", "grad norm", "{:.2f}"),
+    ("mismatch_max_abs", "mismatch", "{:.1e}"),
+    ("seconds/step", "s", "{:.1f}"),
+)
+
+
+class RunProgress:
+    """Silent on every rank but the leader."""
+
+    def __init__(self, *, enabled: bool, first: int, total: int) -> None:
+        self.enabled, self.total = enabled, total
+        self.console = Console(stderr=True)
+        self.live = enabled and self.console.is_terminal
+        self._began, self._first = time.monotonic(), first
+        if self.live:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[phase]:<18}"),
+                TextColumn("{task.fields[figures]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("distill", total=total, completed=first, phase="", figures="")
+            self._bar.start()
+
+    def phase(self, name: str) -> None:
+        """Show what the run is doing now."""
+        if self.live:
+            self._bar.update(self._task, phase=name)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.live:
+            self._bar.console.print(text, highlight=False)
+        elif self.enabled:
+            print(text, flush=True)
+
+    def step_done(self, step: int, values: Mapping[str, float]) -> None:
+        """Advance past step number ``step`` (from 0) and show its figures."""
+        figures = "  ".join(
+            f"{label} {form.format(values[name])}"
+            for name, label, form in SHOWN
+            if name in values and math.isfinite(values[name])
+        )
+        if self.live:
+            self._bar.update(self._task, completed=step + 1, figures=figures)
+        elif self.enabled:
+            each = (time.monotonic() - self._began) / (step + 1 - self._first)
+            left = each * (self.total - step - 1)
+            print(f"step {step + 1}/{self.total}  {figures}  {left / 60:.1f} min left", flush=True)
+
+    def close(self) -> None:
+        """Leave the last figures on the screen."""
+        if self.live:
+            self._bar.stop()
