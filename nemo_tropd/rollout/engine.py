@@ -1,0 +1,120 @@
+"""What the trainer asks of a rollout engine: requests in, rollouts out, weights in under a version.
+
+The trainer knows only what is in this file; ``vllm_engine`` serves it with vLLM, tests serve it with doubles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from nemo_tropd.batch import Rollout
+
+
+class EngineError(RuntimeError):
+    """The engine cannot do what was asked. Not retried, unless it is an ``EngineDied``."""
+
+
+class EngineDied(EngineError):
+    """The engine's process is gone or no longer answers; a new engine with the current weights can go on."""
+
+
+class RequestError(EngineError, ValueError):
+    """A request that can never be served, such as one longer than the context. The engine is unharmed."""
+
+
+class WeightStreamError(EngineError):
+    """The stream of weights does not fit the engine's model: tensors missing, unknown, repeated or of another shape."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Log-probabilities are those of the unscaled softmax whatever is set here."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: the whole vocabulary
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0.0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (the whole vocabulary) or more")
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """Write up to ``max_new_tokens`` tokens after ``prompt_ids`` and ``prefix_ids`` (tokens the teacher wrote)."""
+
+    prompt_ids: list[int]
+    prefix_ids: list[int]
+    seed: int
+    sequence_id: int
+    prompt_index: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class RefreshStats:
+    """What one refresh of the engine's weights cost."""
+
+    seconds: float
+    bytes: int
+    buckets: int
+
+
+class RolloutEngine(Protocol):
+    """Life cycle: start, any number of generate and update_weights, then always close (twice is fine)."""
+
+    def start(self) -> None:
+        """Load the model. Raises EngineError when it cannot; nothing of the engine is left running then."""
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """One rollout a request, in the order of the requests, stamped with the version the engine itself reports.
+
+        The same list gives the same rollouts on a fresh engine with the same weights. The end-of-sequence token stays
+        in ``response_ids`` when it was sampled. Raises RequestError or EngineDied.
+        """
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
+        """Load (Hugging Face name, full CPU tensor) pairs and number the result ``version``.
+
+        Raises WeightStreamError or EngineDied; the engine is of no use after either.
+        """
+
+    def close(self) -> None:
+        """End every process of the engine and remove every temporary file."""
+
+
+def request_seed(run_seed: int, step: int, prompt_index: int, sample: int) -> int:
+    """A 63-bit seed that depends on its four arguments alone, so that a resumed run draws what it would have drawn."""
+    text = f"{run_seed}/{step}/{prompt_index}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def check_requests(requests: Sequence[RolloutRequest], *, max_model_len: int, vocab_size: int) -> None:
+    """Raise RequestError for the first request the engine could not serve in full."""
+    for r in requests:
+        if not r.prompt_ids:
+            raise RequestError(f"prompt {r.prompt_index}: it has no tokens")
+        if r.max_new_tokens < 1:
+            raise RequestError(f"prompt {r.prompt_index}: max_new_tokens is {r.max_new_tokens}; it must be at least 1")
+        total = len(r.prompt_ids) + len(r.prefix_ids) + r.max_new_tokens
+        if total > max_model_len:
+            raise RequestError(
+                f"prompt {r.prompt_index}: {len(r.prompt_ids)} prompt + {len(r.prefix_ids)} prefix + "
+                f"{r.max_new_tokens} new tokens are {total}, over the engine's context of {max_model_len}; "
+                "shorten or filter the prompt, ask for fewer new tokens, or raise the context"
+            )
+        worst = max(r.prompt_ids + r.prefix_ids, key=lambda token: token if token >= 0 else vocab_size - token)
+        if not 0 <= worst < vocab_size:
+            raise RequestError(
+                f"prompt {r.prompt_index}: token id {worst} is outside the engine's vocabulary of {vocab_size}; "
+                "prompts and engine must share one tokenizer"
+            )
