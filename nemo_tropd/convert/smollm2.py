@@ -56,7 +56,9 @@ class AssetError(RuntimeError):
 
 
 def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/nemo_tropd``, or ``~/.cache/nemo_tropd``."""
+    """``$NEMO_TROPD_CACHE``, else ``$XDG_CACHE_HOME/nemo_tropd``, else ``~/.cache/nemo_tropd``."""
+    if os.environ.get("NEMO_TROPD_CACHE"):
+        return Path(os.environ["NEMO_TROPD_CACHE"])
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "nemo_tropd"
 
@@ -105,10 +107,13 @@ def build_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, quiet: boo
 def build_student(
     cache_dir: str | os.PathLike[str] | None = None, layers_to_drop: Sequence[int] = STUDENT_LAYERS_DROPPED
 ) -> Path:
-    """The teacher without ``layers_to_drop``, beside it in the cache; built once, then reused when whole."""
+    """The teacher without ``layers_to_drop``, as ``smollm2-student-<layers>l`` beside it in the cache.
+
+    Reused when it is whole and lacks the same layers, else built anew. Raises AssetError as :func:`drop_layers` does.
+    """
     teacher = build_smollm2(cache_dir)
     dropped = sorted(layers_to_drop)
-    name = f"{TEACHER_NAME}-without-{'-'.join(map(str, dropped))}"
+    name = f"smollm2-student-{_read_config(teacher)['num_hidden_layers'] - len(dropped)}l"
     target = teacher.parent / name
     record = {"recipe": _RECIPE, "source": TEACHER_NAME, "layers_dropped": dropped}
     if not _is_whole(target, record):

@@ -1,39 +1,87 @@
-"""Exact match of a response with a known answer, by math-verify."""
+"""Exact match of a response with a known answer, by math-verify in a process of its own.
+
+Models write things like 9^9^9^9, and no signal stops Python once sympy has begun to work that out. So responses are
+judged in a child process with a time and a memory limit that the kernel keeps (answer_judge.py); it starts with the
+first question and ends with this process. That also lets any thread or rank ask, which math-verify's own time limits
+(signal handlers) do not.
+"""
 
 from __future__ import annotations
 
-import logging
-import re
+import atexit
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+TIME_LIMIT_S = 5
+MEMORY_LIMIT_BYTES = 4 << 30
+_LONGEST_RESPONSE = 4000  # characters; a longer response is cut from its start, since the answer comes last
 
-# math-verify's own time limits are signals, which only a process's main thread may set; a response longer than this
-# is cut instead, from its start, since the answer comes last.
-_LONGEST_RESPONSE = 4000
-_TARGETS = (ExprExtractionConfig(), LatexExtractionConfig())
 
-# It logs a warning for each call without time limits.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
+class AnswerError(RuntimeError):
+    """The judge could not be run, or the known answer is no mathematical expression."""
 
 
 def exact_match(response: str, answer: str) -> bool:
     """Does the response end in the right answer?
 
     ``answer`` is a number or a mathematical expression; of a worked solution in GSM8K's style, what follows ``####``.
-    The response's answer is the last expression that math-verify finds in it (a boxed one first). A response without
-    any is wrong. Works in any thread or process.
+    The response's answer is the last expression that math-verify finds in it, a boxed one first. A response with no
+    expression in it is wrong, and so is one that cannot be judged within ``TIME_LIMIT_S`` and ``MEMORY_LIMIT_BYTES``.
 
-    Raises ValueError when ``answer`` itself holds no expression, since no response could then be right.
+    Safe to call from any thread or process. Raises AnswerError when ``answer`` holds no expression, since no response
+    could then be right, or when the judging process cannot run.
     """
-    gold = _parse(answer.rpartition("####")[2])
-    if not gold:
-        raise ValueError(f"the known answer {answer!r} is not a number or a mathematical expression")
-    found = _parse(_GROUPED.sub(r"\1\2", response[-_LONGEST_RESPONSE:]))
-    return bool(found) and verify(gold, found, timeout_seconds=None)
+    return _JUDGE.ask(response[-_LONGEST_RESPONSE:], answer.rpartition("####")[2])
 
 
-_GROUPED = re.compile(r"(\d),(\d{3})(?!\d)")
+class _Judge:
+    """The child process, started when first needed and again after it was killed."""
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, response: str, answer: str) -> bool:
+        with self._lock:
+            child = self._child = self._child or self._start()
+            assert child.stdin is not None and child.stdout is not None
+            try:
+                child.stdin.write(json.dumps([response, answer]) + "\n")
+                child.stdin.flush()
+                reply = child.stdout.readline()
+            except OSError:  # it died before it could be asked
+                reply = ""
+            if not reply:
+                code = child.wait()
+                self._child = None
+                if code == -signal.SIGALRM:
+                    return False
+                raise AnswerError(f"the process that judges answers ended with code {code}; its error output is above")
+        verdict = json.loads(reply)
+        if verdict is None:
+            raise AnswerError(f"the known answer {answer!r} is not a number or a mathematical expression")
+        return bool(verdict)
+
+    def _start(self) -> subprocess.Popen[str]:
+        script = Path(__file__).with_name("answer_judge.py")
+        # -P keeps this folder's modules from being found under the names of installed ones.
+        command = [sys.executable, "-P", str(script), str(TIME_LIMIT_S), str(MEMORY_LIMIT_BYTES)]
+        try:
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as error:
+            raise AnswerError(f"cannot start {' '.join(command)}: {error}") from error
+        atexit.register(_end, child)
+        return child
 
 
-def _parse(text: str) -> list[object]:
-    return parse(text, extraction_config=_TARGETS, parsing_timeout=None)
+def _end(child: subprocess.Popen[str]) -> None:
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+
+
+_JUDGE = _Judge()
