@@ -163,8 +163,8 @@ def streams_are_synchronous() -> None:
     """param_and_grad_buffer.py:632 of megatron-core 0.19."""
     torch.cuda.Stream = _Stream  # type: ignore[assignment, misc]
     torch.cuda.Event = _Event  # type: ignore[assignment, misc]
-    torch.cuda.current_stream = lambda *args, **kwargs: _Stream()  # type: ignore[assignment, return-value]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *args, **kwargs: _Stream()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, return-value]
 
 
 CPU_SHIMS: tuple[Callable[[], None], ...] = (

@@ -1,0 +1,323 @@
+"""The families of checkpoints that are understood: one table of names and shapes each. Imports no torch.
+
+A row pairs one Megatron parameter (the name it has in a distributed checkpoint) with the Hugging Face tensors it is
+made of, their shapes, and how they are laid out. To add a family, add a table to ``FAMILIES`` and a parity test.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Layout = Literal["copy", "vocabulary", "query_key_value", "gate_up", "columns"]
+VOCAB_MULTIPLE = 128  # the padded vocabulary divides by this many rows for each tensor-parallel rank
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted: what is wrong, the value seen, what to change."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling: wavelengths beyond ``original_max_positions / low_freq_factor`` are stretched by
+    ``factor``, those below ``original_max_positions / high_freq_factor`` are kept, those between are blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The architecture of a checkpoint. ``vocab_size`` is the number of rows of the embedding in the HF files."""
+
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_positions: int
+    qkv_bias: bool
+    qk_norm: bool
+
+    def size(self, dimension: str) -> int:
+        """The length of one of the dimensions the tables name."""
+        sizes = {
+            "vocab": self.vocab_size,
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "q": self.heads * self.head_dim,
+            "kv": self.kv_heads * self.head_dim,
+            "head": self.head_dim,
+        }
+        return sizes[dimension]
+
+    def padded_vocab(self, tensor_parallel: int) -> int:
+        """The vocabulary padded so that every tensor-parallel shard is a multiple of 128 rows."""
+        multiple = VOCAB_MULTIPLE * tensor_parallel
+        return -(-self.vocab_size // multiple) * multiple
+
+    def parameters(self) -> int:
+        """The count of trained numbers, the padding not among them and a tied head counted once."""
+        return sum(math.prod(shape) for _, shape in self.hf_tensors())
+
+    def rows(self) -> Iterator[Row]:
+        """Every Megatron parameter of the whole model, in the order of the forward pass."""
+        present = [row for row in FAMILIES[self.family].table if row.when is None or row.when(self)]
+        yield from (row for row in present if row.megatron.startswith("embedding."))
+        for layer in range(self.layers):
+            yield from (row.at(layer) for row in present if row.per_layer)
+        yield from (row for row in present if not row.per_layer and not row.megatron.startswith("embedding."))
+
+    def hf_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor of the Hugging Face checkpoint."""
+        for row in self.rows():
+            for name, dimensions in row.hf:
+                yield name, tuple(self.size(d) for d in dimensions)
+
+    def tensor_parallel_degrees(self) -> list[int]:
+        """The tensor-parallel degrees this architecture can be split into: those that divide both head counts, the
+        key/value heads being whole on a rank, and the feed-forward size."""
+        return [
+            n
+            for n in range(1, self.kv_heads + 1)
+            if self.heads % n == 0 and self.kv_heads % n == 0 and self.ffn % n == 0
+        ]
+
+    def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
+        """Raise ConversionError where the model cannot be split this way, naming the numbers and the degrees that
+        work."""
+        fitting = ", ".join(str(n) for n in self.tensor_parallel_degrees())
+        for what, count in (
+            ("query heads", self.heads),
+            ("key/value heads", self.kv_heads),
+            ("feed-forward columns", self.ffn),
+        ):
+            if tensor_parallel < 1 or count % tensor_parallel:
+                raise ConversionError(
+                    f"{count} {what} cannot be split over tensor parallel {tensor_parallel}; "
+                    f"this model ({self.heads} query, {self.kv_heads} key/value heads) fits degrees {fitting}"
+                )
+        if pipeline_parallel < 1 or self.layers % pipeline_parallel:
+            stages = ", ".join(str(n) for n in range(1, self.layers + 1) if self.layers % n == 0)
+            raise ConversionError(
+                f"{self.layers} layers cannot be split over pipeline parallel {pipeline_parallel}; "
+                f"degrees {stages} would fit"
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron parameter: its name, the HF tensors ``(name, dimensions)`` it holds, and their arrangement.
+
+    copy             one tensor, the same on every tensor-parallel rank
+    vocabulary       one tensor, padded to the padded vocabulary, rows split over ranks
+    query_key_value  q, k, v interleaved by key/value group: [q of group 0, k 0, v 0, q of group 1, ...], groups split
+    gate_up          gate above up; each rank holds its rows of gate above its rows of up
+    columns          one tensor, its second dimension split over ranks
+    """
+
+    megatron: str
+    hf: tuple[tuple[str, tuple[str, ...]], ...]
+    layout: Layout
+    when: Callable[[ModelShape], bool] | None = None
+    layer: int | None = None  # set on the rows of one layer
+
+    @property
+    def per_layer(self) -> bool:
+        return "{i}" in self.megatron
+
+    def stage(self, shape: ModelShape, pipeline_parallel: int) -> int:
+        """The pipeline stage that owns the parameter; a tied head's copy on the last stage is not its own."""
+        if self.layer is not None:
+            return self.layer // (shape.layers // pipeline_parallel)
+        return 0 if self.megatron.startswith("embedding.") else pipeline_parallel - 1
+
+    @property
+    def split_dimension(self) -> int | None:
+        """The dimension that tensor parallel splits; None where every rank holds the whole."""
+        return {"copy": None, "columns": 1}.get(self.layout, 0)
+
+    def at(self, layer: int) -> Row:
+        """The row of one layer."""
+        hf = tuple((name.replace("{i}", str(layer)), dimensions) for name, dimensions in self.hf)
+        return Row(self.megatron.replace("{i}", str(layer)), hf, self.layout, self.when, layer)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a ``config.json`` of this family means where it is silent, and its table."""
+
+    architecture: str
+    table: tuple[Row, ...]
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    kv_heads_default: int | None = None
+    head_dim_default: int | None = None
+
+
+_L = "model.layers.{i}."
+_M = "decoder.layers.{i}."
+_LLAMA: tuple[Row, ...] = (
+    Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", ("vocab", "hidden")),), "vocabulary"),
+    Row(_M + "input_layernorm.weight", ((_L + "input_layernorm.weight", ("hidden",)),), "copy"),
+    Row(
+        _M + "self_attention.linear_qkv.weight",
+        (
+            (_L + "self_attn.q_proj.weight", ("q", "hidden")),
+            (_L + "self_attn.k_proj.weight", ("kv", "hidden")),
+            (_L + "self_attn.v_proj.weight", ("kv", "hidden")),
+        ),
+        "query_key_value",
+    ),
+    Row(_M + "self_attention.linear_proj.weight", ((_L + "self_attn.o_proj.weight", ("hidden", "q")),), "columns"),
+    Row(_M + "pre_mlp_layernorm.weight", ((_L + "post_attention_layernorm.weight", ("hidden",)),), "copy"),
+    Row(
+        _M + "mlp.linear_fc1.weight",
+        ((_L + "mlp.gate_proj.weight", ("ffn", "hidden")), (_L + "mlp.up_proj.weight", ("ffn", "hidden"))),
+        "gate_up",
+    ),
+    Row(_M + "mlp.linear_fc2.weight", ((_L + "mlp.down_proj.weight", ("hidden", "ffn")),), "columns"),
+    Row("decoder.final_layernorm.weight", (("model.norm.weight", ("hidden",)),), "copy"),
+    Row(
+        "output_layer.weight",
+        (("lm_head.weight", ("vocab", "hidden")),),
+        "vocabulary",
+        when=lambda shape: not shape.tied,
+    ),
+)
+_QKV_BIAS = Row(
+    _M + "self_attention.linear_qkv.bias",
+    (
+        (_L + "self_attn.q_proj.bias", ("q",)),
+        (_L + "self_attn.k_proj.bias", ("kv",)),
+        (_L + "self_attn.v_proj.bias", ("kv",)),
+    ),
+    "query_key_value",
+)
+_QK_NORM = (
+    Row(_M + "self_attention.q_layernorm.weight", ((_L + "self_attn.q_norm.weight", ("head",)),), "copy"),
+    Row(_M + "self_attention.k_layernorm.weight", ((_L + "self_attn.k_norm.weight", ("head",)),), "copy"),
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", _LLAMA),
+    "qwen2": Family("Qwen2ForCausalLM", (*_LLAMA, _QKV_BIAS), qkv_bias=True, kv_heads_default=32),
+    "qwen3": Family("Qwen3ForCausalLM", (*_LLAMA, *_QK_NORM), qk_norm=True, kv_heads_default=32, head_dim_default=128),
+}
+
+
+def read_shape(hf_dir: str | Path) -> ModelShape:
+    """The shape that ``hf_dir/config.json`` describes. Raises ConversionError where it cannot be converted
+    faithfully."""
+    path = Path(hf_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist: a Hugging Face checkpoint folder is needed") from None
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}") from None
+    return shape_of_config(config, str(path))
+
+
+def shape_of_config(config: dict[str, Any], where: str = "config.json") -> ModelShape:
+    """The shape of a parsed Hugging Face config. Raises ConversionError as ``read_shape`` does."""
+    family = _find_family(config, where)
+    _refuse_what_is_not_modelled(config, where)
+    heads = _positive(config, "num_attention_heads", where)
+    hidden = _positive(config, "hidden_size", where)
+    table = FAMILIES[family]
+    head_dim = int(config.get("head_dim") or table.head_dim_default or hidden // heads)
+    kv_heads = int(config.get("num_key_value_heads") or table.kv_heads_default or heads)
+    if heads % kv_heads:
+        raise ConversionError(f"{where}: {heads} query heads do not divide into {kv_heads} key/value heads")
+    theta, scaling = _rope(config, where)
+    return ModelShape(
+        family=family,
+        layers=_positive(config, "num_hidden_layers", where),
+        hidden=hidden,
+        ffn=_positive(config, "intermediate_size", where),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=_positive(config, "vocab_size", where),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_positions=int(config.get("max_position_embeddings", 32768 if family != "llama" else 2048)),
+        qkv_bias=table.qkv_bias,
+        qk_norm=table.qk_norm,
+    )
+
+
+def _find_family(config: dict[str, Any], where: str) -> str:
+    named = config.get("architectures") or []
+    known = ", ".join(family.architecture for family in FAMILIES.values())
+    for name, family in FAMILIES.items():
+        if family.architecture in named or (not named and config.get("model_type") == name):
+            return name
+    raise ConversionError(
+        f"{where}: architecture {named or config.get('model_type')} is not known; those that are: {known}"
+    )
+
+
+def _refuse_what_is_not_modelled(config: dict[str, Any], where: str) -> None:
+    """Refuse settings under which the same weights would mean another function."""
+    refused = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "hidden_act": "silu",
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    }
+    for key, supported in refused.items():
+        if config.get(key, supported) not in (supported, None):
+            raise ConversionError(f"{where}: {key} = {config[key]!r} is not supported, only {supported!r}")
+    other = sorted(set(config.get("layer_types") or ["full_attention"]) - {"full_attention"})
+    if other:
+        raise ConversionError(f"{where}: layer_types {other} are not supported, only 'full_attention'")
+
+
+def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling, from the newer ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise ConversionError(f"{where}: rope type {kind!r} is not supported; those that are: 'default', 'llama3'")
+    missing = [
+        key
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if key not in rope
+    ]
+    if missing:
+        raise ConversionError(f"{where}: rope type 'llama3' needs {missing}")
+    return theta, RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_positions=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def _positive(config: dict[str, Any], key: str, where: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ConversionError(f"{where}: {key} must be a positive integer, not {value!r}")
+    return value

@@ -1,0 +1,100 @@
+"""Output folders that appear only when complete, and the files that travel with the weights unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from nemo_tropd.convert.families import ConversionError
+
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".safetensors.index.json",
+    ".bin.index.json",
+)
+_SPARE_BYTES = 64 * 2**20
+SIDECAR = "hf"
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """A folder beside ``path`` under a temporary name, renamed to ``path`` when the block ends without an exception.
+
+    Raises ConversionError before anything is written where ``path`` exists and ``overwrite`` is off, or where the
+    disk has less than ``needed_bytes`` left. An old folder stays until the new one is complete.
+    """
+    path = Path(path)
+    check_free_to_write(path, overwrite, needed_bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists():
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
+    """Raise ConversionError where ``path`` is taken, or its disk has no room for ``needed_bytes``."""
+    if path.exists() and not overwrite:
+        raise ConversionError(f"{path} exists: choose another folder, or ask to overwrite it")
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes + _SPARE_BYTES * bool(needed_bytes):
+        raise ConversionError(
+            f"{existing} has {free / 1e9:.2f} GB free where {needed_bytes / 1e9:.2f} GB are to be written: "
+            "free some space"
+        )
+
+
+def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy every file of a Hugging Face folder that is not weights: config, generation config, tokenizer, chat
+    template.
+
+    All stay as they are, byte for byte, but for the dtype field of config.json where ``dtype`` is given and differs.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source_dir.iterdir()):
+        if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != "manifest.json":
+            shutil.copyfile(file, target / file.name)
+    if dtype is None:
+        return
+    config_path = target / "config.json"
+    config = json.loads(config_path.read_text())
+    field = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    if config.get(field) != name:
+        config[field] = name
+        config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_hf_sidecar(checkpoint_dir: str | Path, source_dir: str | Path) -> None:
+    """Put config and tokenizer of ``source_dir`` under ``checkpoint_dir/hf``, so that export needs no other folder.
+
+    ``source_dir`` is a Hugging Face folder, or a checkpoint that has a sidecar itself.
+    """
+    source = Path(source_dir)
+    if not (source / "config.json").is_file() and (source / SIDECAR / "config.json").is_file():
+        source = source / SIDECAR
+    if not (source / "config.json").is_file():
+        raise ConversionError(f"{source_dir} has no config.json: the Hugging Face folder of the model is needed")
+    copy_sidecar(source, Path(checkpoint_dir) / SIDECAR)

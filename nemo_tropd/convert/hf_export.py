@@ -1,0 +1,134 @@
+"""A model's shards as Hugging Face tensors: the stream that feeds the rollout engine, and the folder on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from nemo_tropd.convert.families import ConversionError, ModelShape, Row, read_shape
+from nemo_tropd.convert.folders import copy_sidecar, new_folder
+from nemo_tropd.convert.hf_files import SafetensorsWriter
+from nemo_tropd.convert.hf_import import local_rows, unwrap
+from nemo_tropd.convert.layouts import split, unshard, whole_shape
+from nemo_tropd.parallel.topology import Topology
+
+
+def hf_stream(
+    model: Module, shape: ModelShape, topology: Topology, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The model as (HF name, full CPU tensor) pairs, in the order of the forward pass, on the leader.
+
+    **Every rank must exhaust it**: other ranks get nothing but take part in the collectives of the model's data rank 0.
+    One parameter is in flight at a time; tensors are cast to ``dtype`` (default: the model's), cut to the true
+    vocabulary, contiguous, and the caller's to keep. A tied head is not repeated.
+    """
+    if topology.data_rank != 0:
+        return
+    dtype = dtype or unwrap(model).config.params_dtype  # type: ignore[union-attr, assignment]
+    mine = {row.megatron: parameter for parameter, row in local_rows(model, shape)}
+    for row in shape.rows():
+        owner = row.stage(shape, topology.pipeline_size)
+        whole: Tensor | None = None
+        if topology.pipeline_rank == owner:
+            whole = _gather_shards(mine[row.megatron].detach().to(dtype), row, shape, topology)
+        if owner != 0:
+            whole = _send_to_leader(whole, row, shape, topology, owner, dtype)
+        if topology.is_leader:
+            assert whole is not None
+            for name, tensor in split(row, whole, shape):
+                yield name, tensor.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _gather_shards(part: Tensor, row: Row, shape: ModelShape, topology: Topology) -> Tensor | None:
+    """The whole parameter on tensor rank 0 of a stage, None on its other ranks."""
+    if topology.tensor_size == 1 or row.split_dimension is None:
+        return unshard(row, [part], shape) if topology.tensor_rank == 0 else None
+    group, part = topology.tensor_group, part.contiguous()
+    parts = [torch.empty_like(part) for _ in range(topology.tensor_size)] if topology.tensor_rank == 0 else None
+    dist.gather(part, parts, dst=dist.get_global_rank(group, 0), group=group)
+    return unshard(row, parts, shape) if parts is not None else None
+
+
+def _send_to_leader(
+    whole: Tensor | None, row: Row, shape: ModelShape, topology: Topology, owner: int, dtype: torch.dtype | None
+) -> Tensor | None:
+    """From tensor rank 0 of stage ``owner`` to tensor rank 0 of the first stage."""
+    if topology.tensor_rank != 0 or topology.pipeline_rank not in (0, owner):
+        return None
+    group = topology.pipeline_group
+    if topology.pipeline_rank == owner:
+        assert whole is not None
+        dist.send(whole.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+        return None
+    received = torch.empty(whole_shape(row, shape), dtype=dtype, device=topology.device)
+    dist.recv(received, src=dist.get_global_rank(group, owner), group=group)
+    return received
+
+
+def save_hf(
+    stream: Iterator[tuple[str, Tensor]],
+    out_dir: str | Path,
+    *,
+    source_dir: str | Path,
+    dtype: torch.dtype,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write ``stream`` as a Hugging Face folder that transformers and vLLM load as it is.
+
+    Every rank of the default process group calls it and exhausts its stream; the leader (rank 0, or the only process)
+    writes. Weights are sharded safetensors in ``dtype``; ``config.json`` is the source's with its dtype field set,
+    every other file of ``source_dir`` that is not weights (generation config, tokenizer, chat template) is carried over
+    unchanged. The folder appears under its name only once complete. Raises ConversionError, on every rank, where the
+    folder exists and ``overwrite`` is off, the disk is too small, or the leader fails to write.
+    """
+    error: Exception | None = None
+    if _is_writer():
+        try:
+            _write_folder(stream, Path(out_dir), Path(source_dir), dtype, overwrite, max_shard_bytes)
+        except (ConversionError, OSError) as caught:
+            error = caught
+    for _ in stream:  # also after a failure: the other ranks are inside its collectives
+        pass
+    message = _agree(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if message is not None:
+        raise ConversionError(f"rank 0 could not write {out_dir}: {message}")
+
+
+def _write_folder(
+    stream: Iterator[tuple[str, Tensor]],
+    out_dir: Path,
+    source_dir: Path,
+    dtype: torch.dtype,
+    overwrite: bool,
+    max_shard_bytes: int,
+) -> None:
+    tensors = list(read_shape(source_dir).hf_tensors())
+    needed = sum(math.prod(size) for _, size in tensors) * dtype.itemsize
+    with new_folder(out_dir, overwrite, needed) as folder:
+        writer = SafetensorsWriter(folder, tensors, dtype, max_shard_bytes)
+        for name, tensor in stream:
+            writer.write(name, tensor)
+        writer.close()
+        copy_sidecar(source_dir, folder, dtype)
+
+
+def _is_writer() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _agree(message: str | None) -> str | None:
+    """Rank 0's message, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return message
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

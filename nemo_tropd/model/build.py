@@ -1,0 +1,159 @@
+"""GPTModel from the shape of a Hugging Face checkpoint; its last stage gives hidden states, never logits.
+
+Call the model, or the schedule's forward step, as ``model(input_ids, position_ids, None)`` with [B, S] int64
+tensors and **no attention mask**: both layer specs apply the causal mask by themselves. That is all a right-padded
+batch needs, since a real token never attends to what comes after it; outputs at padded positions mean nothing and
+enter no loss.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Parameter
+
+from nemo_tropd.convert.hf_import import local_rows
+from nemo_tropd.model.specs import layer_spec, uses_transformer_engine
+from nemo_tropd.parallel.topology import Topology
+
+if TYPE_CHECKING:
+    from nemo_tropd.convert.families import ModelShape, RopeScaling
+
+
+class HiddenOutput(ColumnParallelLinear):
+    """An output layer that keeps its weight and hands the hidden states on, for a head that works in chunks."""
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        return input_, None
+
+
+def build_gpt(
+    shape: ModelShape,
+    topology: Topology,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = True,
+    **overrides: Any,
+) -> GPTModel:
+    """This rank's shard of the model, with undefined weights: ``convert.hf_import.load_hf`` or a checkpoint fills them.
+
+    The last stage returns hidden states after the final norm, [B, S, H], or [B, S/TP, H] under sequence parallelism;
+    earlier stages return what Megatron's schedule passes on. A model that is not ``trainable`` is in evaluation
+    mode and wants no gradients. ``overrides`` are further fields of TransformerConfig (recomputation, FP8). Raises
+    ConversionError where the architecture does not split over the topology's degrees, before anything is allocated.
+    """
+    shape.check_layout(topology.tensor_size, topology.pipeline_size)
+    config = transformer_config(shape, topology, dtype, **overrides)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config),
+        vocab_size=shape.padded_vocab(topology.tensor_size),
+        max_sequence_length=shape.max_positions,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        parallel_output=True,
+    )
+    if shape.rope_scaling is not None:
+        model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape.rope_scaling)
+    if topology.is_last_stage:
+        model.output_layer.__class__ = HiddenOutput
+    _mark_split_parameters(model, shape)
+    model.to(topology.device)
+    if not trainable:
+        model.eval().requires_grad_(False)
+    return model
+
+
+def head_weight(model: GPTModel) -> Parameter:
+    """The output head's shard, [V_padded / TP, H]: the embedding where tied. Last stage only."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def transformer_config(
+    shape: ModelShape, topology: Topology, dtype: torch.dtype, **overrides: Any
+) -> TransformerConfig:
+    """Megatron's config for this architecture and topology.
+
+    Losses are normalised by the global token count, so ``calculate_per_token_loss`` is on: DDP then sums gradients.
+    It is read when DDP is built. Pipeline stages exchange the shape of every micro-batch, since their lengths differ.
+    """
+    on_cuda = topology.device.type == "cuda"
+    fields: dict[str, Any] = {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.kv_heads,
+        "kv_channels": shape.head_dim,
+        "tensor_model_parallel_size": topology.tensor_size,
+        "pipeline_model_parallel_size": topology.pipeline_size,
+        "sequence_parallel": topology.sequence_parallel,
+        "variable_seq_lengths": topology.pipeline_size > 1,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # Every weight is read from a checkpoint, so none is drawn.
+        "perform_initialization": False,
+        "use_cpu_initialization": not on_cuda,
+        "calculate_per_token_loss": True,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": on_cuda,
+        "bias_dropout_fusion": on_cuda,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": uses_transformer_engine(),
+        "apply_rope_fusion": False,
+        "deallocate_pipeline_outputs": on_cuda,
+    }
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3's scaled rotary frequencies, radians a position, same shape and dtype as ``frequencies``.
+
+    Source: Llama 3.1 reference code, apply_scaling. Megatron's own version fixes all but the factor.
+    """
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_positions / wavelengths
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    scaled = torch.where(turns < scaling.low_freq_factor, frequencies / scaling.factor, blended)
+    return torch.where(turns > scaling.high_freq_factor, frequencies, scaled)
+
+
+def _mark_split_parameters(model: GPTModel, shape: ModelShape) -> None:
+    """Say which parameters tensor parallel splits; Megatron does so only where it also draws their values.
+
+    The gradient norm counts a parameter without the mark on tensor rank 0 alone.
+    """
+    for parameter, row in local_rows(model, shape):
+        dimension = row.split_dimension
+        if dimension is not None:
+            for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+                if hasattr(parameter, attribute):
+                    delattr(parameter, attribute)
+            set_tensor_model_parallel_attributes(parameter, True, dimension, 1)
