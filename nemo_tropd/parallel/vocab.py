@@ -27,7 +27,7 @@ class NonFiniteLogits(ValueError):
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The true columns ``start .. start + width - 1`` held by this rank; ``group`` is None where its size would be 1."""
+    """The true columns ``start .. start + width - 1`` held by this rank; ``group`` is None for a group of one."""
 
     start: int
     width: int

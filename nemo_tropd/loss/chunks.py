@@ -1,0 +1,140 @@
+"""One chunk of tokens through the head: logits in, a few columns of log-probabilities out, gradients back.
+
+Only the shard's true columns are ever computed: padding costs nothing and cannot leak. Products run in the hidden
+states' dtype; everything after them in fp32 (fp64 for fp64 models). Buffers are allocated once for all chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from nemo_tropd.parallel.vocab import VocabShard, largest, merge_top_k
+
+LOWEST = float("-inf")
+
+
+class ChunkLogits:
+    """The head product of one chunk, in buffers that are reused: ``compute`` overwrites what it returned before."""
+
+    def __init__(self, weight: Tensor, shard: VocabShard, most: int) -> None:
+        self.weight = weight.detach()[: shard.width]
+        self.wide_dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._logits = weight.new_empty(most, shard.width)
+        same = self.wide_dtype == weight.dtype
+        self._wide = self._logits if same else weight.new_empty(most, shard.width, dtype=self.wide_dtype)
+
+    def compute(self, states: Tensor) -> Tensor:
+        """[C, width] in the hidden states' dtype."""
+        return torch.mm(states, self.weight.t(), out=self._logits[: states.size(0)])
+
+    def exponentials(self, logits: Tensor, top: Tensor) -> Tensor:
+        """exp(logits - top), [C, width] wide; overwrites ``logits`` where the dtypes are the same."""
+        return torch.sub(logits, top[:, None], out=self._wide[: logits.size(0)]).exp_()
+
+    def narrow(self, wide: Tensor) -> Tensor:
+        """``wide`` in the dtype of products; overwrites the logits."""
+        if wide.dtype == self.weight.dtype:
+            return wide
+        return self._logits[: wide.size(0)].copy_(wide)
+
+
+@dataclass(frozen=True)
+class StudentChunk:
+    """Log-probabilities of N columns a token, and what their gradient needs."""
+
+    log_probs: Tensor  # [C, N] wide, replicated over the group
+    log_z: Tensor  # [C]
+    entropy: Tensor | None  # [C], nats
+    exponentials: Tensor  # [C, width]
+    denominator: Tensor  # [C]: exponentials / denominator is the softmax over the full vocabulary
+    local: Tensor  # [C, N]
+    owned: Tensor  # [C, N] bool
+
+    def logit_gradient(self, grad: Tensor) -> Tensor:
+        """scatter(grad) - softmax * sum(grad), [C, width], from grad [C, N]; overwrites the exponentials."""
+        slope = self.exponentials.mul_((-grad.sum(-1) / self.denominator)[:, None])
+        if slope.size(1):
+            # Added, not written: the sampled token may be in the top k.
+            slope.scatter_add_(1, self.local, torch.where(self.owned, grad, 0.0))
+        return slope
+
+
+def student_chunk(
+    product: ChunkLogits, states: Tensor, token_ids: Tensor, shard: VocabShard, *, entropy: bool
+) -> StudentChunk:
+    """states [C, H], token_ids [C, N] global -> their log-probabilities. One MAX and one SUM over the group."""
+    logits = product.compute(states)
+    top = logits.new_full((logits.size(0),), LOWEST, dtype=product.wide_dtype)
+    if shard.width:
+        # A MAX over ranks need not carry a NaN to all of them; the SUM below does.
+        top = logits.amax(-1).to(product.wide_dtype)
+        top = torch.where(top.isnan(), LOWEST, top)
+    shard.reduce(top, ReduceOp.MAX)
+    local, owned = shard.locate(token_ids)
+    fixed = 2 if entropy else 1
+    packed = top.new_zeros(logits.size(0), fixed + token_ids.size(1))
+    if shard.width:
+        packed[:, fixed:] = torch.where(owned, logits.gather(1, local).to(top.dtype) - top[:, None], 0.0)
+    raised = product.exponentials(logits, top)
+    packed[:, 0] = raised.sum(-1)
+    if entropy:
+        packed[:, 1] = torch.special.entr(raised).sum(-1)
+    shard.reduce(packed, ReduceOp.SUM)
+    denominator = packed[:, 0]
+    log_sum = denominator.log()
+    return StudentChunk(
+        log_probs=packed[:, fixed:] - log_sum[:, None],
+        log_z=log_sum + top,
+        entropy=log_sum + packed[:, 1] / denominator if entropy else None,
+        exponentials=raised,
+        denominator=denominator,
+        local=local,
+        owned=owned,
+    )
+
+
+@dataclass(frozen=True)
+class TeacherChunk:
+    log_probs: Tensor  # [C] log pi_T(x)
+    top_k_log_probs: Tensor  # [C, K] descending
+    top_k_ids: Tensor  # [C, K] int64, global
+    log_z: Tensor  # [C]
+    entropy: Tensor | None  # [C], nats
+
+
+def teacher_chunk(
+    product: ChunkLogits, states: Tensor, token_ids: Tensor, k: int, shard: VocabShard, *, entropy: bool
+) -> TeacherChunk:
+    """states [C, H], token_ids [C] global -> top k, log-probability, entropy. One gather over the group."""
+    logits = product.compute(states)
+    count, wide = logits.size(0), product.wide_dtype
+    values, columns = largest(logits, min(k, shard.width))
+    values = values.to(wide)
+    # Columns of the parcel: local maximum, sum of exponentials, the sampled token's logit, entropy's sum.
+    own = values.new_zeros(count, 4 if entropy else 3)
+    own[:, 0] = values[:, 0] if shard.width else LOWEST
+    if shard.width:
+        local, owned = shard.locate(token_ids[:, None])
+        own[:, 2] = torch.where(owned, logits.gather(1, local).to(wide), 0.0)[:, 0]
+        raised = product.exponentials(logits, own[:, 0])
+        own[:, 1] = raised.sum(-1)
+        if entropy:
+            own[:, 3] = torch.special.entr(raised).sum(-1)
+    values, ids, parts = merge_top_k(values, columns + shard.start, own, k, shard)
+    top = parts[..., 0].amax(0)
+    shift = torch.where(parts[..., 1] > 0, parts[..., 0] - top, 0.0)  # an empty shard's maximum is -inf
+    sums = parts[..., 1] * shift.exp()
+    denominator = sums.sum(0)
+    log_sum = denominator.log()
+    log_z = log_sum + top
+    return TeacherChunk(
+        log_probs=parts[..., 2].sum(0) - log_z,
+        top_k_log_probs=values - log_z[:, None],
+        top_k_ids=ids,
+        log_z=log_z,
+        entropy=log_sum + (parts[..., 3] * shift.exp() - sums * shift).sum(0) / denominator if entropy else None,
+    )

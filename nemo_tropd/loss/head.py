@@ -1,0 +1,353 @@
+"""The chunked head: hidden states and a vocabulary shard of the head's weight in, loss and gradients out.
+
+For each chunk of tokens: head product, log-sum-exp and K + 1 columns, objective, gradient over the logits, two products
+back. Gradients are made in the forward pass, so logits live for one chunk and nothing is recomputed. The teacher's head
+runs the same way and is reduced to its top k at once.
+
+Collectives over the tensor-parallel group: student, one MAX and one SUM a chunk; teacher, one gather a chunk; then one
+all-reduce of the hidden gradient (under sequence parallelism one gather of the hidden states and one reduce-scatter of
+their gradient). Backward has none.
+
+Every rank of the group must hold the same tokens and teacher scores. Errors about them are raised on all ranks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemo_tropd.batch import LossTokens, TeacherScores, TokenScores
+from nemo_tropd.parallel.vocab import VocabShard, check_finite, check_k
+
+from .chunks import ChunkLogits, StudentChunk, student_chunk, teacher_chunk
+from .inputs import HiddenRows, check_head, check_tokens, chunk_size
+
+ObjectiveFunction = Callable[[TokenScores], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """The loss of one micro-batch and its metrics. All but ``loss`` is detached; the sums add up over micro-batches and
+    data-parallel ranks, the minima by taking the smallest.
+    """
+
+    loss: Tensor  # scalar fp32, times ``scale``; carries the gradient of hidden and weight
+    metrics: dict[
+        str, Tensor
+    ]  # fp64 sums over student tokens; ``tokens``, ``guided_tokens``, ``loss``, ``guided_loss``
+    minima: dict[str, Tensor]  # over student tokens, +inf where there are none
+    per_token: dict[str, Tensor] | None  # [T]: every metric of the objective, on request
+
+
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: LossTokens,
+    teacher: TeacherScores,
+    objective: ObjectiveFunction,
+    *,
+    group: ProcessGroup | None = None,
+    vocab_size: int,
+    scale: float | Tensor,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+    token_weights: Tensor | None = None,
+    reference_log_probs: Tensor | None = None,
+    accumulate_main_grad: bool = False,
+    keep_per_token: bool = False,
+    region_gradients: bool = False,
+) -> HeadLoss:
+    """scale * sum over tokens of token_weights * objective, with gradients of ``hidden`` and ``weight``.
+
+    hidden [B, S, H], under ``sequence_parallel`` [B, S / P, H]; weight [V_local, H] of the same dtype (bf16, fp16, fp32
+    or fp64): pass the model's own Parameter. ``scale`` is 1 / N, N the loss tokens of the global batch.
+    ``token_weights`` [T] serve other denominators (see ``sequence_mean_weights``). ``chunk_tokens`` None: as many as a
+    memory bound allows.
+
+    accumulate_main_grad  backward adds the weight's gradient to ``weight.main_grad`` (Megatron's DDP buffer, usually
+                          fp32) and sets ``grad_added_to_main_grad``; autograd then gets zeros. Use it for every
+                          micro-batch or for none.
+    region_gradients      also sum the squared norms of the loss's hidden gradient over trusted, outlier and guided
+                          tokens, ``gradient_square_*`` (each token's share by its trust); under sequence parallelism
+                          one more collective.
+
+    A micro-batch without tokens costs nothing and gives zeros. Raises ValueError for shapes that do not match, ids or
+    rows out of range, k above the vocabulary, and NonFiniteLogits where the head product is NaN or infinite.
+    """
+    shard = VocabShard.of(weight.size(0), group, vocab_size)
+    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, sequence_parallel)
+    check_tokens(tokens, teacher, shard)
+    if accumulate_main_grad and weight.requires_grad and getattr(weight, "main_grad", None) is None:
+        raise ValueError(
+            "accumulate_main_grad needs weight.main_grad; wrap the model in Megatron's DDP, or leave it off"
+        )
+    for name, values in (("token_weights", token_weights), ("reference_log_probs", reference_log_probs)):
+        if values is not None and values.shape != tokens.rows.shape:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; the micro-batch has {len(tokens)} loss tokens")
+    run = _Run(
+        tokens, teacher, objective, shard, scale, sequence_parallel, chunk_tokens, token_weights, reference_log_probs,
+        accumulate_main_grad, region_gradients, torch.is_grad_enabled(),
+    )  # fmt: skip
+    loss = _ChunkedHead.apply(hidden, weight, run)
+    return HeadLoss(loss, run.sums, run.minima, run.per_token if keep_per_token else None)
+
+
+@torch.no_grad()
+def teacher_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    k: int,
+    *,
+    group: ProcessGroup | None = None,
+    vocab_size: int,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+    entropy: bool = False,
+) -> TeacherScores:
+    """The frozen teacher's log pi_T(x), its top k and, if asked, its entropy, at ``rows`` of its hidden states.
+
+    Shapes as for ``head_loss``; rows and token_ids [T]. Results are fp32 (fp64 for an fp64 model), replicated.
+    """
+    shard = VocabShard.of(weight.size(0), group, vocab_size)
+    check_head(hidden, weight, rows, token_ids, shard, sequence_parallel)
+    check_k(k, vocab_size)
+    states = HiddenRows.of(hidden, rows, shard, sequence_parallel)
+    size = chunk_size(rows.numel(), weight.size(0), hidden, chunk_tokens)
+    product = ChunkLogits(weight, shard, min(size, rows.numel()))
+    wide = product.wide_dtype
+    log_probs, log_z, entropies = (torch.empty(rows.shape, dtype=wide, device=rows.device) for _ in range(3))
+    top = torch.empty(rows.numel(), k, dtype=wide, device=rows.device)
+    ids = torch.empty(rows.numel(), k, dtype=torch.int64, device=rows.device)
+    for chunk in _chunks(rows.numel(), size):
+        out = teacher_chunk(product, states.pick(chunk), token_ids[chunk], k, shard, entropy=entropy)
+        log_probs[chunk], log_z[chunk] = out.log_probs, out.log_z
+        top[chunk], ids[chunk] = out.top_k_log_probs, out.top_k_ids
+        if out.entropy is not None:
+            entropies[chunk] = out.entropy
+    check_finite(log_z, "teacher logits")
+    return TeacherScores(log_probs, top, ids, entropies if entropy else None)
+
+
+@torch.no_grad()
+def score_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: LossTokens,
+    teacher: TeacherScores,
+    *,
+    group: ProcessGroup | None = None,
+    vocab_size: int,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+    entropy: bool = False,
+    reference_log_probs: Tensor | None = None,
+) -> TokenScores:
+    """All of a micro-batch's ``TokenScores`` without gradient: for a first pass over the global batch, for instance."""
+    shard = VocabShard.of(weight.size(0), group, vocab_size)
+    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, sequence_parallel)
+    check_tokens(tokens, teacher, shard)
+    states = HiddenRows.of(hidden, tokens.rows, shard, sequence_parallel)
+    size = chunk_size(len(tokens), weight.size(0), hidden, chunk_tokens)
+    product = ChunkLogits(weight, shard, min(size, len(tokens)))
+    ids = _columns(tokens, teacher)
+    log_probs = torch.empty(ids.shape, dtype=product.wide_dtype, device=ids.device)
+    log_z, entropies = (torch.empty(len(tokens), dtype=product.wide_dtype, device=ids.device) for _ in range(2))
+    for chunk in _chunks(len(tokens), size):
+        out = student_chunk(product, states.pick(chunk), ids[chunk], shard, entropy=entropy)
+        log_probs[chunk], log_z[chunk] = out.log_probs, out.log_z
+        if out.entropy is not None:
+            entropies[chunk] = out.entropy
+    check_finite(log_z, "student logits")
+    return _scores(log_probs, tokens, teacher, entropies if entropy else None, reference_log_probs, slice(None))
+
+
+def sequence_mean_weights(tokens: LossTokens, global_tokens: int, global_sequences: int) -> Tensor:
+    """[T] weights that turn a sum scaled by 1 / global_tokens into the mean over sequences of each sequence's mean.
+
+    For objectives whose ``denominator`` is ``sequences``. ``global_sequences`` counts those with a loss token.
+    """
+    lengths = torch.bincount(tokens.sequence)[tokens.sequence]
+    return global_tokens / (global_sequences * lengths.double())
+
+
+@dataclass
+class _Run:
+    """One call's arguments, and what it leaves besides the loss."""
+
+    tokens: LossTokens
+    teacher: TeacherScores
+    objective: ObjectiveFunction
+    shard: VocabShard
+    scale: float | Tensor
+    sequence_parallel: bool
+    chunk_tokens: int | None
+    token_weights: Tensor | None
+    reference_log_probs: Tensor | None
+    accumulate_main_grad: bool
+    region_gradients: bool
+    grad_enabled: bool
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    minima: dict[str, Tensor] = field(default_factory=dict)
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+
+    def objective_gradient(self, out: StudentChunk, chunk: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss [C] (weighted, unscaled, detached), gradient [C, K + 1] of the scaled sum, and metrics of one chunk."""
+        with torch.enable_grad():
+            columns = out.log_probs.requires_grad_(self.grad_enabled)
+            scores = _scores(columns, self.tokens, self.teacher, out.entropy, self.reference_log_probs, chunk)
+            loss, metrics = self.objective(scores)
+            for name, values in {"loss": loss, **metrics}.items():
+                if values.shape != scores.student_log_probs.shape:
+                    raise ValueError(
+                        f"the objective's {name!r} has shape {tuple(values.shape)}; give one value a token"
+                    )
+            if self.token_weights is not None:
+                loss = loss * self.token_weights[chunk].to(loss.dtype)
+            grad = torch.zeros_like(columns)
+            if loss.requires_grad:
+                (grad,) = torch.autograd.grad((loss * self.scale).sum(), columns)
+        return loss.detach(), grad, metrics
+
+    def close(self, losses: list[Tensor], metrics: list[dict[str, Tensor]], squares: Tensor | None) -> None:
+        """Sums, minima and per-token values of all chunks."""
+        guided = self.tokens.guided
+        student = ~guided
+        self.per_token = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+        loss = torch.cat(losses).double()
+        self.sums = {name: torch.where(student, v, 0).double().sum() for name, v in self.per_token.items()}
+        self.sums |= {"loss": torch.where(student, loss, 0).sum(), "guided_loss": torch.where(guided, loss, 0).sum()}
+        self.sums |= {"tokens": student.sum().double(), "guided_tokens": guided.sum().double()}
+        floor = loss.new_full((1,), float("inf"))
+        self.minima = {
+            name: torch.cat([floor, torch.where(student, self.per_token[name].double(), torch.inf)]).min()
+            for name in ("log_ratio",)
+            if name in self.per_token
+        }
+        if squares is not None:
+            trust = torch.where(student, self.per_token["trust"].double(), 0)
+            self.sums |= {
+                "gradient_square_trusted": (trust * squares).sum(),
+                "gradient_square_outlier": (torch.where(student, 1 - trust, 0) * squares).sum(),
+                "gradient_square_guided": torch.where(guided, squares, 0).sum(),
+            }
+
+
+class _ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, run: _Run) -> Tensor:
+        tokens, shard = run.tokens, run.shard
+        want_hidden = run.grad_enabled and ctx.needs_input_grad[0]
+        want_weight = run.grad_enabled and ctx.needs_input_grad[1]
+        states = HiddenRows.of(hidden, tokens.rows, shard, run.sequence_parallel)
+        size = chunk_size(len(tokens), weight.size(0), hidden, run.chunk_tokens)
+        product = ChunkLogits(weight, shard, min(size, len(tokens)))
+        ids = _columns(tokens, run.teacher)
+        entropy = getattr(run.objective, "needs_student_entropy", False)
+        grad_hidden = states.states.new_zeros(states.states.shape) if want_hidden else None
+        grad_weight = _WeightGradient(weight, shard.width, chunks=-(-len(tokens) // size)) if want_weight else None
+        losses, metrics, log_z = [], [], []
+        # An empty micro-batch goes through the objective once, for the names of its metrics.
+        for chunk in _chunks(len(tokens), size) or [slice(0, 0)]:
+            picked = states.pick(chunk)
+            out = student_chunk(product, picked, ids[chunk], shard, entropy=entropy)
+            loss, grad, values = run.objective_gradient(out, chunk)
+            losses.append(loss)
+            metrics.append(values)
+            log_z.append(out.log_z)
+            if want_hidden or want_weight:
+                slope = product.narrow(out.logit_gradient(grad))
+                if grad_hidden is not None:
+                    grad_hidden.index_copy_(0, states.index[chunk], slope @ product.weight)
+                if grad_weight is not None:
+                    grad_weight.add(slope, picked)
+        check_finite(torch.cat(log_z), "student logits")
+        squares = None
+        if grad_hidden is not None:
+            grad_hidden = states.reduce_gradient(grad_hidden)
+            squares = states.row_squares(grad_hidden).double() if run.region_gradients else None
+        run.close(losses, metrics, squares)
+        # Neither is an input or an output of this function, so save_for_backward is not for them.
+        ctx.grads = (grad_hidden, None if grad_weight is None else grad_weight.total)
+        ctx.weight, ctx.accumulate_main_grad = weight, run.accumulate_main_grad
+        return (torch.cat(losses).double().sum() * run.scale).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.grads is None:
+            raise RuntimeError("the head's gradients were already used: call head_loss again before another backward")
+        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
+        weight, ctx.weight = ctx.weight, None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(grad_output)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_output)
+            if ctx.accumulate_main_grad:
+                weight.main_grad.add_(grad_weight)
+                weight.grad_added_to_main_grad = True
+                # Zeros rather than nothing: DDP's hook must run, and a tied embedding adds its own gradient to them.
+                grad_weight = torch.zeros_like(weight)
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None
+
+
+class _WeightGradient:
+    """The sum over chunks of slope^T states, [V_local, H]; in fp32 where more than one chunk adds to it."""
+
+    def __init__(self, weight: Tensor, width: int, chunks: int) -> None:
+        dtype = weight.dtype if chunks <= 1 else torch.promote_types(weight.dtype, torch.float32)
+        self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self._true = self.total[:width]
+        self.total[width if chunks else 0 :].zero_()
+        self._fresh = True
+        self._part: Tensor | None = None
+
+    def add(self, slope: Tensor, states: Tensor) -> None:
+        if not slope.size(0):
+            return
+        if self._true.dtype != slope.dtype:
+            self._part = torch.empty_like(self._true, dtype=slope.dtype) if self._part is None else self._part
+            part = torch.mm(slope.t(), states, out=self._part)
+            self._true.copy_(part) if self._fresh else self._true.add_(part)
+        elif self._fresh:
+            torch.mm(slope.t(), states, out=self._true)
+        else:
+            self._true.addmm_(slope.t(), states)
+        self._fresh = False
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def _columns(tokens: LossTokens, teacher: TeacherScores) -> Tensor:
+    """[T, K + 1]: the sampled token, then the teacher's top k."""
+    return torch.cat([tokens.token_ids[:, None], teacher.top_k_ids], 1)
+
+
+def _scores(
+    columns: Tensor,
+    tokens: LossTokens,
+    teacher: TeacherScores,
+    entropy: Tensor | None,
+    reference_log_probs: Tensor | None,
+    chunk: slice,
+) -> TokenScores:
+    return TokenScores(
+        student_log_probs=columns[:, 0],
+        student_top_k_log_probs=columns[:, 1:],
+        teacher_log_probs=teacher.log_probs[chunk],
+        teacher_top_k_log_probs=teacher.top_k_log_probs[chunk],
+        guided=tokens.guided[chunk],
+        uniforms=tokens.uniforms[chunk],
+        student_entropy=entropy,
+        teacher_entropy=None if teacher.entropy is None else teacher.entropy[chunk],
+        behavior_log_probs=tokens.behavior_log_probs[chunk],
+        reference_log_probs=None if reference_log_probs is None else reference_log_probs[chunk],
+    )

@@ -1,0 +1,128 @@
+"""What enters the head: hidden states picked by row, and every check on shapes and ids. Letters as in batch.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nemo_tropd.batch import LossTokens, TeacherScores
+from nemo_tropd.parallel.vocab import VocabShard, check_ids, check_k
+
+# What one chunk of logits may take, in all its copies. Larger chunks buy little: the products are long enough.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+
+
+@dataclass(frozen=True)
+class HiddenRows:
+    """Hidden states as a matrix whose rows are picked by ``index``; under sequence parallelism, all ranks' states.
+
+    The matrix keeps the order in which ranks were gathered, so that gathering and scattering move whole blocks.
+    """
+
+    states: Tensor  # [rows, H]
+    index: Tensor  # [T] rows of ``states``
+    shape: torch.Size  # of the hidden states as given
+    group: ProcessGroup | None
+    sequence_parallel: bool
+
+    @classmethod
+    def of(cls, hidden: Tensor, rows: Tensor, shard: VocabShard, sequence_parallel: bool) -> HiddenRows:
+        """hidden [B, S, H], or [B, S / P, H] with ``sequence_parallel``; rows [T] index the flattened [B * S]."""
+        split = sequence_parallel and shard.group is not None
+        states, index = hidden.detach(), rows
+        if split:
+            batch, part = hidden.size(0), hidden.size(1)
+            row, position = rows // (part * shard.size), rows % (part * shard.size)
+            index = (position // part) * (batch * part) + row * part + position % part
+            states = shard.gather(states)
+        return cls(states.reshape(-1, hidden.size(-1)), index, hidden.shape, shard.group, split)
+
+    def pick(self, chunk: slice) -> Tensor:
+        """[C, H], contiguous."""
+        return self.states.index_select(0, self.index[chunk])
+
+    def reduce_gradient(self, grad: Tensor) -> Tensor:
+        """Sum over the group of ``grad`` [rows, H], shaped like the hidden states given: one collective."""
+        if self.group is not None and self.sequence_parallel:
+            part = grad.new_empty(grad.size(0) // dist.get_world_size(self.group), grad.size(1))
+            dist.reduce_scatter_tensor(part, grad, group=self.group)
+            grad = part
+        elif self.group is not None:
+            dist.all_reduce(grad, group=self.group)
+        return grad.view(self.shape)
+
+    def row_squares(self, grad: Tensor) -> Tensor:
+        """[T] squared norms of the reduced gradient's rows; under sequence parallelism one more collective."""
+        flat = grad.view(-1, grad.size(-1)).float()
+        if not self.sequence_parallel:
+            return flat.square().sum(-1)[self.index]
+        local = self.index - dist.get_rank(self.group) * flat.size(0)
+        mine = (local >= 0) & (local < flat.size(0))
+        squares = torch.where(mine, flat.square().sum(-1)[torch.where(mine, local, 0)], 0.0)
+        dist.all_reduce(squares, group=self.group)
+        return squares
+
+
+def chunk_size(tokens: int, columns: int, hidden: Tensor, chunk_tokens: int | None) -> int:
+    """Tokens a chunk: ``chunk_tokens``, or as many as keep a chunk's logits within ``CHUNK_BYTES``, evenly split.
+
+    Depends on sizes that all ranks share, never on a rank's true columns.
+    """
+    if chunk_tokens is not None:
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {chunk_tokens}; give a number of tokens above 0, or None")
+        return chunk_tokens
+    wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    per_token = columns * (wide if wide == hidden.element_size() else wide + hidden.element_size())
+    most = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // max(1, per_token))
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, rows: Tensor, token_ids: Tensor, shard: VocabShard, sequence_parallel: bool
+) -> None:
+    """ValueError for hidden states, weight, rows or sampled ids that do not fit together."""
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}; give [B, S, H], batch first")
+    if weight.dim() != 2 or weight.size(1) != hidden.size(2):
+        raise ValueError(
+            f"weight is {tuple(weight.shape)} but hidden {tuple(hidden.shape)}; give weight [V_local, H] of the same H"
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden is {hidden.dtype} but weight {weight.dtype}; give the same floating type")
+    if rows.dim() != 1 or token_ids.shape != rows.shape:
+        raise ValueError(f"rows {tuple(rows.shape)} and token_ids {tuple(token_ids.shape)} must both be [T]")
+    positions = hidden.size(0) * hidden.size(1) * (shard.size if sequence_parallel else 1)
+    outside = (rows < 0) | (rows >= positions)
+    if bool(outside.any()):
+        i = int(outside.nonzero()[0])
+        raise ValueError(f"rows[{i}] is {int(rows[i])}, outside the {positions} output positions of the micro-batch")
+    check_ids(token_ids, shard.vocab_size, "token_ids")
+
+
+def check_tokens(tokens: LossTokens, teacher: TeacherScores, shard: VocabShard) -> None:
+    """ValueError for per-token tensors that are not [T] and for a teacher's top k that is not [T, K] of true ids."""
+    count = len(tokens)
+    named = {
+        "tokens.guided": tokens.guided,
+        "tokens.uniforms": tokens.uniforms,
+        "tokens.behavior_log_probs": tokens.behavior_log_probs,
+        "teacher.log_probs": teacher.log_probs,
+        "teacher.entropy": teacher.entropy,
+    }
+    for name, values in named.items():
+        if values is not None and values.shape != (count,):
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; the micro-batch has {count} loss tokens")
+    ids = teacher.top_k_ids
+    if ids.dim() != 2 or ids.size(0) != count or ids.shape != teacher.top_k_log_probs.shape:
+        raise ValueError(
+            f"teacher.top_k_ids {tuple(ids.shape)} and top_k_log_probs {tuple(teacher.top_k_log_probs.shape)} "
+            f"must both be [{count}, K]"
+        )
+    check_k(ids.size(1), shard.vocab_size)
+    check_ids(ids, shard.vocab_size, "teacher.top_k_ids")
