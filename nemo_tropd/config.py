@@ -56,8 +56,9 @@ class TrainerConfig:
     """Processes a node, as torchrun's --nproc_per_node."""
     precision: str = "bf16"
     """Student's compute precision: "32" or "bf16" (bf16 keeps fp32 master weights and fp32 gradients)."""
-    distributed_timeout_s: int = 600
-    """Seconds a collective may take before the run ends and says which rank did not answer."""
+    distributed_timeout_s: int = 3600
+    """Seconds a collective may take before the run ends; must exceed model.rollout.request_timeout_s, since the other
+    ranks wait while the engine generates."""
     tropd: TropdTrainerConfig = field(default_factory=TropdTrainerConfig)
 
 
@@ -169,7 +170,7 @@ class RolloutConfig:
     """Share of a GPU's memory the engine may take."""
     omp_threads: int = 1
     """Threads of the CPU engine; with 1 the same requests give the same bits on every run."""
-    request_timeout_s: float = 600.0
+    request_timeout_s: float = 3000.0
     """Seconds one generate call may take before the engine is declared dead."""
 
 
@@ -435,6 +436,12 @@ def check(cfg: TropdConfig) -> None:
         raise ConfigError("model.rollout.top_p", r.top_p, "must lie in (0, 1]")
     if r.request_timeout_s <= 0:
         raise ConfigError("model.rollout.request_timeout_s", r.request_timeout_s, "must be above 0")
+    if r.request_timeout_s >= t.distributed_timeout_s:
+        raise ConfigError(
+            "model.rollout.request_timeout_s",
+            r.request_timeout_s,
+            f"must be below trainer.distributed_timeout_s = {t.distributed_timeout_s}: ranks wait while the engine writes",
+        )
     _check_layout(cfg)
     _check_lengths(cfg)
 

@@ -14,23 +14,17 @@ from nemo_tropd.batch import TokenBatch
 from nemo_tropd.parallel.topology import Topology
 
 
-def causal_mask(batch: TokenBatch) -> Tensor:
-    """[1, 1, S, S] bool, True where attention is forbidden. Right padding needs no more: no token looks ahead."""
-    s = batch.input_ids.size(1)
-    return torch.ones(1, 1, s, s, dtype=torch.bool, device=batch.input_ids.device).triu(1)
-
-
 def run_model(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
-    """Hidden states on the last stage [B, S, H] (sequence parallel [B, S/TP, H]), activations to send on the others."""
-    return model(batch.input_ids, batch.position_ids, causal_mask(batch))
+    """Hidden states on the last stage [B, S, H] (sequence parallel [B, S/TP, H]), activations to send on the others.
+
+    No mask is given: the layers are causal, and with right padding no token looks at one behind it.
+    """
+    return model(batch.input_ids, batch.position_ids, None)
 
 
 @torch.no_grad()
 def pipeline_forward(model: GPTModel, batches: Sequence[TokenBatch], topology: Topology) -> list[Tensor | None]:
-    """Hidden states of each batch on the last pipeline stage, None on the others (collective over the pipeline).
-
-    With more than one stage every batch must have the same [B, S].
-    """
+    """Hidden states of each batch on the last pipeline stage, None on the others (collective over the pipeline)."""
     if topology.pipeline_size == 1:
         return [run_model(model, batch) for batch in batches]
     if not batches:

@@ -21,7 +21,7 @@ from nemo_tropd.convert.families import read_shape
 from nemo_tropd.convert.hf_export import hf_stream
 from nemo_tropd.convert.hf_import import load_hf
 from nemo_tropd.loss.divergence import exact_divergences
-from nemo_tropd.loss.head import first_pass_statistics, head_loss
+from nemo_tropd.loss.head import HeadLoss, head_loss, score_tokens, sequence_mean_weights
 from nemo_tropd.model.build import build_gpt, head_weight
 from nemo_tropd.model.forward import pipeline_forward, run_model
 from nemo_tropd.model.metric_sums import MetricSums
@@ -165,7 +165,7 @@ class MegatronTrOPDModel(ModelPT):
         if objective.needs_first_pass:
             objective = objective.bind(self._statistics(objective, batches, scores, reference))
         sums = MetricSums()
-        divisor = max(loss_tokens, 1)
+        divisor, per_sequence = max(loss_tokens, 1), objective.denominator == "sequences"
 
         def loss_function(
             batch: TokenBatch, teacher: TeacherScores, reference: Tensor | None, hidden: Tensor
@@ -178,15 +178,14 @@ class MegatronTrOPDModel(ModelPT):
                 teacher,
                 objective,
                 scale=1.0 / divisor,
-                token_weights=_sequence_weights(tokens, divisor, sequences, objective),
+                token_weights=sequence_mean_weights(tokens, divisor, max(sequences, 1)) if per_sequence else None,
                 reference_log_probs=reference,
-                per_token=keep_tokens,
+                keep_per_token=True,
                 **self._head_options(),
             )
             if self.topology.tensor_rank == 0:
-                sums.add({**result.metrics, "tokens": len(tokens), "guided": int(tokens.guided.sum())}, result.minima)
-                sums.add({"loss": float(result.loss.detach())})
-                if keep_tokens:
+                _add_metrics(sums, tokens, teacher, result)
+                if keep_tokens and result.per_token is not None:
                     sums.keep(batch, result.per_token)
             # The schedule divides what it is given in place; the count is unused, see _finalize_without_division.
             return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}
@@ -234,17 +233,16 @@ class MegatronTrOPDModel(ModelPT):
             batches, scores, reference, pipeline_forward(self.student, batches, self.topology), strict=True
         ):
             if hidden is not None and teacher is not None:
-                own.append(
-                    first_pass_statistics(
-                        hidden,
-                        head_weight(self.student),
-                        batch.loss_tokens(),
-                        teacher,
-                        objective,
-                        reference_log_probs=ref,
-                        **self._head_options(),
-                    ).cpu()
+                seen = score_tokens(
+                    hidden,
+                    head_weight(self.student),
+                    batch.loss_tokens(),
+                    teacher,
+                    entropy=objective.needs_student_entropy,
+                    reference_log_probs=ref,
+                    **self._head_options(),
                 )
+                own.append(objective.statistic(seen).cpu())
         mine = torch.cat(own).tolist() if own and self.topology.tensor_rank == 0 else []
         everyone = [None] * self.topology.world_size
         torch.distributed.all_gather_object(everyone, mine, group=self.topology.control_group)
@@ -310,9 +308,21 @@ def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = Non
     finalize_model_grads(model, None, **kw)
 
 
-def _sequence_weights(tokens: LossTokens, divisor: int, sequences: int, objective: Objective) -> Tensor | None:
-    """Weights that turn a sum over tokens / N into the mean over sequences of each sequence's mean (AOPD)."""
-    if objective.denominator != "sequences":
-        return None
-    lengths = torch.bincount(tokens.sequence)
-    return divisor / (max(sequences, 1) * lengths[tokens.sequence].float())
+def _add_metrics(sums: MetricSums, tokens: LossTokens, teacher: TeacherScores, result: HeadLoss) -> None:
+    """One micro-batch's sums over student tokens, and the engine's and trainer's disagreement on them."""
+    assert result.per_token is not None
+    metrics = {k: float(v) for k, v in result.metrics.items() if k not in ("loss", "guided_loss", "tokens")}
+    sums.add(
+        {**metrics, "loss": float(result.loss.detach()), "student_tokens": float(result.metrics["tokens"])},
+        {k: float(v) for k, v in result.minima.items()},
+    )
+    sums.add({"tokens": len(tokens)})
+    student, per_token = ~tokens.guided, result.per_token
+    if not bool(student.any()):
+        return
+    if "forward_kl" in per_token and "trust" in per_token:
+        sums.add({"outlier_forward_kl": float(((1 - per_token["trust"]) * per_token["forward_kl"])[student].sum())})
+    log_probs = teacher.log_probs - per_token["log_ratio"]
+    mismatch = (log_probs - tokens.behavior_log_probs)[student].abs().double()
+    # Minima are what is reduced over ranks, so the largest disagreement travels with its sign turned.
+    sums.add({"mismatch": float(mismatch.sum())}, {"minus_mismatch": -float(mismatch.max())})

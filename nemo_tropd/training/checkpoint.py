@@ -20,7 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
 from nemo_tropd.config import ConfigError
-from nemo_tropd.convert.hf_export import write_hf_sidecar
+from nemo_tropd.convert.folders import write_hf_sidecar
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.optimizer import StudentOptimizer
 
@@ -49,6 +49,11 @@ class RunState:
     skipped_steps: int = 0
 
 
+def checkpoint_name(step: int) -> str:
+    """The directory name of the checkpoint after ``step`` optimizer steps."""
+    return f"step_{step:08d}"
+
+
 class Checkpoints:
     """The checkpoints of one run directory. Every method but :meth:`latest` is collective."""
 
@@ -75,7 +80,7 @@ class Checkpoints:
         Raises:
             CheckpointError: no room, or a write failed; earlier checkpoints are untouched.
         """
-        final = self.dir / f"step_{state.step:08d}"
+        final = self.dir / checkpoint_name(state.step)
         if final.exists():
             return final
         temporary = self.dir / f".tmp-{final.name}"
@@ -125,7 +130,8 @@ class Checkpoints:
         local = sum(p.numel() * p.element_size() for p in model.parameters())
         # fp32 master weights and two Adam moments beside the weights: 12 bytes a parameter, sharded or saved once.
         local += 12 * sum(p.numel() for p in model.parameters())
-        need = int(self.topology.sum_over_model(local))
+        # Every data-parallel rank holds the same weights, so ranks of one replica are counted.
+        need = local * self.topology.tensor_size * self.topology.pipeline_size
 
         def check() -> None:
             self.dir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ import signal
 import time
 from types import FrameType
 
-
 # Launchers pass one Ctrl-C on more than once.
 SAME_REQUEST_S = 3.0
 

@@ -1,0 +1,37 @@
+"""The main job on a laptop: SmolLM2-135M teaches a student that lost 6 of its 30 layers, on two CPU cores.
+
+``make demo`` runs this. It builds both checkpoints once, then is the same as
+
+    torchrun --nproc_per_node=3 examples/train_tropd.py --config-name smollm2_cpu
+
+Arguments are passed on: ``make demo ARGS="trainer.tropd.max_steps=10"``. The same command goes on with a stopped run.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from nemo_tropd.convert.smollm2 import build_smollm2, build_student
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(overrides: list[str]) -> int:
+    """Build the checkpoints, then train; returns torchrun's exit code."""
+    print(f"teacher  {build_smollm2()}\nstudent  {build_student()}", flush=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--shutdown-timeout=120"]
+    job = subprocess.Popen(
+        [*launch, str(HERE / "train_tropd.py"), "--config-name", "smollm2_cpu", *overrides],
+        cwd=HERE.parent,
+        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    )
+    # The terminal sends Ctrl-C to both; the job finishes its step and saves, so wait for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: job.send_signal(number))
+    return job.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""Train a student by TrOPD.
+
+    torchrun --nproc_per_node=3 examples/train_tropd.py --config-name smollm2_cpu
+    torchrun --nproc_per_node=8 examples/train_tropd.py --config-name RECIPE model.optim.lr=1e-5
+
+Any key of nemo_tropd/config.py can be set on the command line; ``check_only=true`` prints the plan and ends.
+"""
+
+import sys
+from pathlib import Path
+
+from nemo.core.config import hydra_runner
+from omegaconf import DictConfig
+
+from nemo_tropd.config import ConfigError, check_command_line, fail
+from nemo_tropd.training.run import main
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+@hydra_runner(config_path="../conf", config_name="base")
+def run(cfg: DictConfig) -> None:
+    """Hydra composes the configuration; the run checks it and goes."""
+    main(cfg)
+
+
+if __name__ == "__main__":
+    try:
+        check_command_line(sys.argv[1:], CONF)
+    except ConfigError as error:
+        fail(error)
+    run()

@@ -1,0 +1,254 @@
+"""The plan of a run: everything that can be known, and refused, before a model is built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nemo_tropd.config import ConfigError, TropdConfig, run_dir
+from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
+from nemo_tropd.objectives import Objective, build, parameters
+from nemo_tropd.prompts import PromptKeys, PromptSplit, load_prompts
+
+GIB = 2**30
+BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of one rank, by part."""
+
+    student_weights: float
+    gradients: float
+    optimizer: float
+    teacher: float
+    activations: float
+    head: float
+    engine: float  # of the rank that owns the engine
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will be."""
+
+    student: ModelShape
+    teacher: ModelShape
+    tokenizer: Any
+    vocab_size: int  # the tokenizer's true size: the one number that student, teacher and engine share
+    pad_id: int
+    prompts: PromptSplit
+    objective: Objective
+    memory: Memory
+    run_dir: Path
+
+
+def make_plan(cfg: TropdConfig) -> Plan:
+    """Check paths, shapes, tokenizers, prompts, objective and run directory.
+
+    Raises:
+        ConfigError, ConversionError, PromptError: names what is wrong, the value, and what to change.
+    """
+    student_path, teacher_path = Path(cfg.pretrained_checkpoint.restore_from_path), Path(cfg.model.teacher.path)
+    student = _shape("pretrained_checkpoint.restore_from_path", student_path, cfg)
+    teacher = _shape("model.teacher.path", teacher_path, cfg)
+    for key, shape in (("pretrained_checkpoint.restore_from_path", student), ("model.teacher.path", teacher)):
+        if cfg.model.encoder_seq_length > shape.max_positions:
+            raise ConfigError(
+                "model.encoder_seq_length",
+                cfg.model.encoder_seq_length,
+                f"the model of {key} knows only {shape.max_positions} positions",
+            )
+    tokenizer, vocab_size = _shared_tokenizer(student_path, teacher_path, student, teacher)
+    objective = build_objective(cfg)
+    if cfg.model.tropd.top_k > vocab_size:
+        raise ConfigError("model.tropd.top_k", cfg.model.tropd.top_k, f"the vocabulary has {vocab_size} tokens")
+    directory = run_dir(cfg)
+    _check_run_dir(directory, cfg)
+    prompts = load_prompts(
+        cfg.model.data.path,
+        tokenizer,
+        max_prompt_tokens=cfg.model.data.max_prompt_tokens,
+        held_out=cfg.model.data.held_out,
+        overlong=cfg.model.data.overlong,
+        keys=PromptKeys(
+            prompt=cfg.model.data.prompt_key,
+            messages=cfg.model.data.messages_key,
+            answer=cfg.model.data.answer_key,
+        ),
+        split=cfg.model.data.split,
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Plan(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        pad_id=int(pad or 0),
+        prompts=prompts,
+        objective=objective,
+        memory=estimate_memory(cfg, student, teacher),
+        run_dir=directory,
+    )
+
+
+def build_objective(cfg: TropdConfig) -> Objective:
+    """The objective that ``model.tropd`` names.
+
+    Raises:
+        ConfigError: an unknown name, or a parameter the objective does not have.
+    """
+    t = cfg.model.tropd
+    given: dict[str, Any] = dict(t.params)
+    for name in ("gate", "outlier", "tail", "guidance_weight"):
+        value = getattr(t, name)
+        if value is not None:
+            given[name] = value
+    try:
+        return build(t.objective, **given)
+    except (ValueError, TypeError) as error:
+        known = ""
+        if "unknown objective" not in str(error):
+            known = f"; {t.objective} knows {', '.join(parameters(t.objective))}"
+        raise ConfigError("model.tropd.objective", t.objective, f"{error}{known}") from error
+
+
+def _shape(key: str, path: Path, cfg: TropdConfig) -> ModelShape:
+    if not path.is_dir():
+        raise ConfigError(
+            key, str(path), "no such directory; give a Hugging Face checkpoint (make_smollm2.py makes one)"
+        )
+    try:
+        shape = read_shape(path)
+        shape.check_layout(cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size)
+    except ConversionError as error:
+        raise ConfigError(key, str(path), str(error)) from error
+    return shape
+
+
+def _shared_tokenizer(
+    student_path: Path, teacher_path: Path, student: ModelShape, teacher: ModelShape
+) -> tuple[Any, int]:
+    """The tokenizer both checkpoints carry, and its true size.
+
+    Raises:
+        ConfigError: they differ, or a model has fewer rows than the tokenizer has tokens.
+    """
+    from transformers import AutoTokenizer
+
+    ours, theirs = (AutoTokenizer.from_pretrained(p, local_files_only=True) for p in (student_path, teacher_path))
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    if mine != other:
+        differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
+        first = differing[0]
+        raise ConfigError(
+            "model.teacher.path",
+            str(teacher_path),
+            f"its tokenizer differs from the student's in {len(differing)} tokens, first {first!r} (student "
+            f"{mine.get(first)}, teacher {other.get(first)}); distillation by token needs one tokenizer",
+        )
+    size = max(mine.values()) + 1
+    for key, shape in (("pretrained_checkpoint.restore_from_path", student), ("model.teacher.path", teacher)):
+        if shape.vocab_size < size:
+            raise ConfigError(key, shape.vocab_size, f"the model has fewer rows than the tokenizer's {size} tokens")
+    return ours, size
+
+
+def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
+    """The run directory can be written, and resuming is wanted where it holds a run. Creates nothing that stays."""
+    parent = directory
+    while not parent.exists():
+        parent = parent.parent
+    key = "exp_manager.explicit_log_dir" if cfg.exp_manager.explicit_log_dir else "exp_manager.exp_dir"
+    if not parent.is_dir():
+        raise ConfigError(key, str(directory), f"{parent} is a file, not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(key, str(directory), f"{parent} cannot be written; choose another directory")
+    whole = list((directory / "checkpoints").glob("step_*")) if directory.is_dir() else []
+    if whole and not cfg.exp_manager.resume_if_exists:
+        raise ConfigError(
+            "exp_manager.resume_if_exists",
+            False,
+            f"{directory} holds {len(whole)} checkpoint(s) of an earlier run; set it to true to go on, or choose "
+            f"another {key}",
+        )
+
+
+def estimate_memory(cfg: TropdConfig, student: ModelShape, teacher: ModelShape) -> Memory:
+    """Bytes a rank: what the layout divides is divided.
+
+    Activations of a layer by Korthikanti et al. 2022 (arXiv 2205.05198, Eq. 2), attention scores included; the head
+    holds two chunks of fp32 logits and the gradient of the hidden states.
+    """
+    m, t = cfg.model, cfg.trainer
+    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    data = t.num_nodes * t.devices // (tp * pp)
+    own = student.parameters() / (tp * pp)
+    width = BYTES[t.precision]
+    states = (12 if t.precision == "bf16" else 8) * own / (data if m.optim.distributed else 1)
+    teacher_width = BYTES[m.teacher.precision or t.precision]
+    s, b, h, a = m.encoder_seq_length, m.micro_batch_size, student.hidden, student.heads
+    layer = s * b * h * (10 + 24 / tp) * width / 2 + 5 * a * s * s * b / tp * width / 2
+    chunk = m.tropd.chunk_tokens or 1024
+    vocab = student.padded_vocab(tp) / tp
+    engine = student.parameters() * BYTES[m.rollout.dtype] + m.rollout.kv_cache_gib * GIB
+    return Memory(
+        student_weights=own * width,
+        gradients=own * 4,
+        optimizer=states,
+        teacher=teacher.parameters() / (tp * pp) * teacher_width,
+        activations=layer * student.layers / pp,
+        head=min(chunk, s * b) * vocab * 8 + s * b * h * width,
+        engine=engine,
+    )
+
+
+def print_plan(cfg: TropdConfig, plan: Plan) -> None:
+    """The plan as a table."""
+    m, t = cfg.model, cfg.trainer
+    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    world = t.num_nodes * t.devices
+    table = Table(title=f"Plan of {cfg.name}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for label, value in (
+        ("ranks", f"{world} = tensor {tp} x pipeline {pp} x data {world // (tp * pp)}" + _sequence(m)),
+        ("student", describe(plan.student) + f", {t.precision}"),
+        ("teacher", describe(plan.teacher) + f", {m.teacher.precision or t.precision}"),
+        ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
+        ("objective", repr(plan.objective)),
+        ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
+        ("a step", f"{m.global_batch_size} rollouts, at most {tokens_a_step(cfg)} tokens in the loss"),
+        ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
+        *((f"memory: {k.replace('_', ' ')}", f"{v / GIB:.2f} GiB") for k, v in vars(plan.memory).items()),
+        ("memory of a rank", f"{plan.memory.total / GIB:.2f} GiB, the engine's owner; others without the engine"),
+    ):
+        table.add_row(label, value)
+    Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100)).print(table)
+
+
+def _sequence(m: Any) -> str:
+    return ", sequence parallel" if m.sequence_parallel else ""
+
+
+def tokens_a_step(cfg: TropdConfig) -> int:
+    """The most tokens that can enter the loss of one step; a teacher prefix counts among max_new_tokens."""
+    return cfg.model.global_batch_size * cfg.model.rollout.max_new_tokens
+
+
+def describe(shape: ModelShape) -> str:
+    """One line: family, layers, sizes, parameters."""
+    return (
+        f"{shape.family}, {shape.layers} layers, hidden {shape.hidden}, {shape.heads} query and {shape.kv_heads} "
+        f"key/value heads, {shape.parameters() / 1e6:.1f}M parameters" + (", tied" if shape.tied else "")
+    )

@@ -1,0 +1,320 @@
+"""From a configuration to a finished run: checks first, then the parts, then the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from nemo_tropd.config import ConfigError, TropdConfig, fail, resolve
+from nemo_tropd.convert.families import ConversionError
+from nemo_tropd.convert.hf_export import save_hf
+from nemo_tropd.convert.smollm2 import default_cache_dir
+from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.prompts import PromptError, PromptOrder
+from nemo_tropd.report import write_report
+from nemo_tropd.rollout.engine import EngineError, Sampling
+from nemo_tropd.rollout.guidance import Guidance, max_prefix_length
+from nemo_tropd.rollout.supervisor import RolloutSupervisor, run_on_leader
+from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
+from nemo_tropd.rollout.vllm_engine import VllmEngine
+from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, RunState, checkpoint_name
+from nemo_tropd.training.metrics import MetricsLog
+from nemo_tropd.training.optimizer import StudentOptimizer
+from nemo_tropd.training.plan import Plan, make_plan, print_plan
+from nemo_tropd.training.run_files import RolloutFile
+from nemo_tropd.training.summary import print_summary, write_summary
+from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer
+from nemo_tropd.training.validation import Validator
+
+TEACHER_BATCH = 64  # prompts written to the cache at a time
+
+EXPECTED = (ConfigError, ConversionError, PromptError, EngineError, CheckpointError, TrainingError)
+
+
+def main(cfg: DictConfig) -> None:
+    """What ``examples/train_tropd.py`` calls. Expected errors end the process with code 2 and one readable message."""
+    try:
+        train(resolve(cfg))
+    except EXPECTED as error:
+        fail(error)
+
+
+def train(cfg: TropdConfig) -> Outcome | None:
+    """Run ``cfg`` from its last checkpoint, or from the start, to its end or a signal. None with ``check_only``.
+
+    Raises:
+        ConfigError, ConversionError, PromptError: before anything is allocated.
+        EngineError, CheckpointError, TrainingError: later; whole checkpoints stay.
+    """
+    plan = make_plan(cfg)
+    if os.environ.get("RANK", "0") == "0" and cfg.check_only:
+        print_plan(cfg, plan)
+    if cfg.check_only or already_finished(cfg, plan):
+        return None
+    torch.manual_seed(cfg.model.seed)
+    topology = Topology.start(
+        cfg.model.tensor_model_parallel_size,
+        cfg.model.pipeline_model_parallel_size,
+        cfg.model.sequence_parallel,
+        timeout_s=cfg.trainer.distributed_timeout_s,
+        seed=cfg.model.seed,
+    )
+    try:
+        return _train(cfg, plan, topology)
+    finally:
+        topology.stop()
+
+
+def _train(cfg: TropdConfig, plan: Plan, topology: Topology) -> Outcome:
+    lightning = make_lightning_trainer(cfg, plan.run_dir)
+    responses = write_teacher_responses(cfg, plan, topology)
+    student_path = Path(cfg.pretrained_checkpoint.restore_from_path)
+    model = MegatronTrOPDModel(
+        OmegaConf.structured(cfg.model),
+        lightning,
+        topology=topology,
+        objective=plan.objective,
+        student_path=student_path,
+        precision=cfg.trainer.precision,
+        vocab_size=plan.vocab_size,
+    )
+    optimizer = StudentOptimizer(
+        cfg.model.optim,
+        model.ddp,
+        dtype=model.dtype_of_run,
+        clip=cfg.trainer.tropd.gradient_clip_val,
+        max_steps=cfg.trainer.tropd.max_steps,
+    )
+    leader = topology.is_leader
+    with rollouts_of(cfg, topology, model) as rollouts:
+        model.attach_rollouts(rollouts)
+        trainer = TropdTrainer(
+            cfg,
+            model=model,
+            optimizer=optimizer,
+            rollouts=rollouts,
+            prompts=plan.prompts.train,
+            guidance=make_guidance(cfg, responses),
+            validator=Validator(
+                cfg.model,
+                model=model,
+                prompts=plan.prompts.held_out,
+                responses=responses,
+                tokenizer=plan.tokenizer,
+                topology=topology,
+                pad_id=plan.pad_id,
+                run_dir=plan.run_dir,
+            ),
+            checkpoints=Checkpoints(
+                plan.run_dir, topology, hf_source=student_path, keep=cfg.trainer.tropd.keep_checkpoints
+            ),
+            state=RunState(
+                step=0,
+                seed=cfg.model.seed,
+                global_batch_size=cfg.model.global_batch_size,
+                samples_per_prompt=cfg.model.rollout.samples_per_prompt,
+                prompts=plan.prompts.train.fingerprint(),
+                teacher=str(Path(cfg.model.teacher.path).absolute()),
+                student=str(student_path.absolute()),
+            ),
+            log=MetricsLog(plan.run_dir, list(lightning.loggers)) if leader else None,
+            rollout_file=RolloutFile(plan.run_dir, plan.tokenizer) if leader else None,
+            topology=topology,
+            pad_id=plan.pad_id,
+            run_dir=plan.run_dir,
+        )
+        outcome = trainer.fit()
+    if trainer.log is not None:
+        trainer.log.close()
+    if not outcome.stopped_by_signal:
+        finish(cfg, plan, topology, model, outcome)
+    return outcome
+
+
+def already_finished(cfg: TropdConfig, plan: Plan) -> bool:
+    """Whether the run directory holds this run's end; then its summary is shown again and nothing is run."""
+    last = plan.run_dir / "checkpoints" / checkpoint_name(cfg.trainer.tropd.max_steps)
+    summary = plan.run_dir / "summary.json"
+    if not (last.is_dir() and summary.is_file()):
+        return False
+    if os.environ.get("RANK", "0") == "0":
+        print_summary(json.loads(summary.read_text(encoding="utf-8")))
+        print(
+            f"{plan.run_dir} holds this run's last step; raise trainer.tropd.max_steps to go on, or set "
+            f"exp_manager.explicit_log_dir for another run",
+            flush=True,
+        )
+    return True
+
+
+def finish(cfg: TropdConfig, plan: Plan, topology: Topology, model: MegatronTrOPDModel, outcome: Outcome) -> None:
+    """The Hugging Face export, the summary and the report (collective)."""
+    exported = plan.run_dir / "hf"
+    save_hf(
+        model.export_stream(),
+        exported,
+        source_dir=Path(cfg.pretrained_checkpoint.restore_from_path),
+        dtype=model.dtype_of_run,
+        overwrite=True,
+    )
+    if topology.is_leader:
+        write_summary(plan.run_dir, cfg, outcome)
+        report = write_report(plan.run_dir)
+        Console().print(f"student  {exported}\nreport   {report}", highlight=False)
+
+
+def write_teacher_responses(cfg: TropdConfig, plan: Plan, topology: Topology) -> TeacherResponses | None:
+    """Have the teacher write what prefixes and validation will need, where the cache lacks it (collective).
+
+    Happens before any model is built, so that the teacher's engine has the machine to itself. The leader gets the
+    responses, the other ranks None.
+    """
+
+    def write() -> TeacherResponses:
+        teacher = Path(cfg.model.teacher.path)
+        responses = TeacherResponses(
+            Path(cfg.model.teacher.cache_dir or default_cache_dir() / "teacher_responses"),
+            teacher=checkpoint_fingerprint(teacher),
+            sampling=sampling_of(cfg),
+            max_new_tokens=cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens,
+            seed=cfg.model.seed,
+        )
+        needed = [list(p.token_ids) for p in plan.prompts.held_out]
+        needed += [list(plan.prompts.train[i].token_ids) for i in guided_prompts(cfg, len(plan.prompts.train))]
+        missing = sum(ids not in responses for ids in needed)
+        if missing:
+            print(f"the teacher writes up to {missing} responses into {responses.folder}", flush=True)
+        responses.ensure(
+            needed,
+            make_engine(cfg, teacher, refreshable=False),
+            batch=TEACHER_BATCH,
+            progress=lambda done, of: print(f"teacher responses {done}/{of}", flush=True),
+        )
+        return responses
+
+    box: list[TeacherResponses] = []
+    run_on_leader(topology, lambda: box.append(write()))
+    return box[0] if box else None
+
+
+def guided_prompts(cfg: TropdConfig, train_prompts: int) -> list[int]:
+    """Indices of the training prompts that meet guidance in some step of the run."""
+    guidance, m = cfg.model.tropd.guidance, cfg.model
+    if not guidance.enabled or guidance.max_prefix_tokens == 0:
+        return []
+    order = PromptOrder(train_prompts, m.seed)
+    total = guidance.anneal_steps or cfg.trainer.tropd.max_steps
+    seen: dict[int, None] = {}
+    for step in range(min(total, cfg.trainer.tropd.max_steps)):
+        if max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens):
+            seen.update(dict.fromkeys(order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)))
+    return list(seen)
+
+
+def make_guidance(cfg: TropdConfig, responses: TeacherResponses | None) -> Guidance:
+    """The planner of requests; without guidance it plans ordinary rollouts."""
+    guidance = cfg.model.tropd.guidance
+    return Guidance(
+        seed=cfg.model.seed,
+        total_steps=guidance.anneal_steps or cfg.trainer.tropd.max_steps,
+        max_new_tokens=cfg.model.rollout.max_new_tokens,
+        samples_per_prompt=cfg.model.rollout.samples_per_prompt,
+        longest=guidance.max_prefix_tokens if guidance.enabled else 0,
+        prefix_draw=guidance.prefix_draw,  # type: ignore[arg-type]
+        responses=responses,
+    )
+
+
+def sampling_of(cfg: TropdConfig) -> Sampling:
+    """How the engine draws tokens."""
+    r = cfg.model.rollout
+    return Sampling(temperature=r.temperature, top_p=r.top_p, top_k=r.top_k)
+
+
+def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
+    """NeMo's exp_manager over a Lightning trainer that only carries loggers; makes the run directory.
+
+    Resuming is ours (Megatron's distributed checkpoint), so exp_manager is not told of it.
+    """
+    from lightning.pytorch import Trainer
+    from nemo.utils.exp_manager import exp_manager
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("exp_manager.explicit_log_dir", str(run_dir), f"cannot be made: {error}") from error
+    lightning = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=cfg.trainer.tropd.max_steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    exp_manager(
+        lightning,
+        OmegaConf.create(
+            {
+                "explicit_log_dir": str(run_dir),
+                "name": cfg.name,
+                "create_tensorboard_logger": cfg.exp_manager.create_tensorboard_logger,
+                "summary_writer_kwargs": {"save_dir": str(run_dir)}
+                if cfg.exp_manager.create_tensorboard_logger
+                else None,
+                "create_wandb_logger": cfg.exp_manager.create_wandb_logger,
+                "wandb_logger_kwargs": dict(cfg.exp_manager.wandb_logger_kwargs) or None,
+                "create_checkpoint_callback": False,
+                "create_preemption_callback": False,
+                "log_step_timing": False,
+                "log_tflops_per_sec_per_gpu": False,
+                "seconds_to_sleep": 0,
+            }
+        ),
+    )
+    if os.environ.get("RANK", "0") == "0":
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
+    return lightning
+
+
+@contextmanager
+def rollouts_of(cfg: TropdConfig, topology: Topology, model: MegatronTrOPDModel) -> Iterator[RolloutSupervisor]:
+    """The engine for the student, closed at the end whatever happens."""
+    supervisor = RolloutSupervisor(
+        topology, make_engine(cfg, Path(cfg.pretrained_checkpoint.restore_from_path)), model.export_stream
+    )
+    try:
+        yield supervisor
+    finally:
+        supervisor.close()
+
+
+def make_engine(cfg: TropdConfig, path: Path, *, refreshable: bool = True) -> Callable[[], VllmEngine]:
+    """A maker of engines for the checkpoint at ``path``."""
+    r = cfg.model.rollout
+
+    def make() -> VllmEngine:
+        return VllmEngine(
+            path,
+            dtype=r.dtype,
+            max_model_len=cfg.model.encoder_seq_length,
+            max_num_seqs=r.max_num_seqs,
+            seed=cfg.model.seed,
+            sampling=sampling_of(cfg),
+            refreshable=refreshable,
+            kv_cache_gib=None if torch.cuda.is_available() else r.kv_cache_gib,
+            gpu_memory_utilization=r.gpu_memory_utilization,
+            threads=r.omp_threads,
+            answer_timeout_s=r.request_timeout_s,
+        )
+
+    return make

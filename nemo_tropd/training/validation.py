@@ -1,0 +1,148 @@
+"""Held-out prompts, before, during and after: exact divergences over the full vocabulary, and right answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_tropd.batch import Rollout
+from nemo_tropd.config import ModelConfig
+from nemo_tropd.model.metric_sums import MetricSums
+from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.prompts import PromptSet
+from nemo_tropd.rollout.engine import RolloutRequest, request_seed
+from nemo_tropd.rollout.supervisor import run_on_leader
+from nemo_tropd.rollout.teacher_responses import TeacherResponses
+from nemo_tropd.training.answers import exact_match
+from nemo_tropd.training.checkpoint import write_json
+from nemo_tropd.training.packing import pack_micro_batches
+
+# Rollouts of validation draw from a stream of their own, the same at every validation.
+VALIDATION_STREAM = (1 << 62) + 1
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Numbers and a few answers of one validation. KLs in nats a token."""
+
+    step: int
+    metrics: dict[str, float]
+    answers: list[dict[str, str]] = field(default_factory=list)
+
+    def line(self) -> str:
+        """One line for a person."""
+        names = (
+            ("reverse_kl", "reverse KL"),
+            ("forward_kl", "forward KL"),
+            ("one_minus_tv", "1 - TV"),
+            ("exact_match", "exact match"),
+        )
+        return ", ".join(f"{label} {self.metrics[n]:.3f}" for n, label in names if n in self.metrics)
+
+
+class Validator:
+    """Runs validations and keeps each in RUN/validation/step_N.json, so a resumed run still knows the first."""
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        *,
+        model: MegatronTrOPDModel,
+        prompts: PromptSet,
+        responses: TeacherResponses | None,
+        tokenizer: Any,
+        topology: Topology,
+        pad_id: int,
+        run_dir: Path,
+    ) -> None:
+        self.cfg, self.model, self.prompts, self.responses = cfg, model, prompts, responses
+        self.tokenizer, self.topology, self.pad_id = tokenizer, topology, pad_id
+        self.dir = run_dir / "validation"
+
+    def run(self, step: int) -> Validation:
+        """Validate the student as it is (collective); the same result on every rank.
+
+        ``reverse_kl``, ``one_minus_tv`` and the entropies are means over the tokens of the student's own answers,
+        ``forward_kl`` over the tokens of the teacher's; ``exact_match`` over prompts with a known answer.
+        """
+        if not self.prompts:
+            return Validation(step, {})
+        self.model.prepare_for_inference()
+        rollouts = self.model.infer(self._requests() if self.topology.is_leader else None)
+        own = self._divergences(rollouts)
+        metrics = {
+            name: own.mean(name, own.sums["tokens"])
+            for name in ("reverse_kl", "one_minus_tv", "student_entropy", "teacher_entropy")
+        }
+        taught = self._teacher_written()
+        if taught:
+            teacher = self._divergences(taught)
+            metrics["forward_kl"] = teacher.mean("forward_kl", teacher.sums["tokens"])
+        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        known = run_on_leader(self.topology, lambda: self._right_answers(rollouts, texts))
+        if known:
+            metrics["exact_match"] = sum(known) / len(known)
+            metrics["exact_match_of"] = float(len(known))
+        answers = [
+            {"prompt": self.prompts[r.prompt_index].text, "answer": text}
+            for r, text in list(zip(rollouts, texts, strict=True))[:8]
+        ]
+        result = Validation(step, {k: v for k, v in metrics.items() if math.isfinite(v)}, answers)
+        if self.topology.is_leader:
+            self.dir.mkdir(exist_ok=True)
+            write_json(self._path(step), asdict(result))
+        self.model.finish_inference()
+        return result
+
+    def read(self, step: int) -> Validation | None:
+        """The validation an earlier part of this run made after ``step``."""
+        path = self._path(step)
+        found = Validation(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        return self.topology.broadcast_object(found)
+
+    def _path(self, step: int) -> Path:
+        return self.dir / f"step_{step:08d}.json"
+
+    def _requests(self) -> list[RolloutRequest]:
+        limit = self.cfg.validation.max_new_tokens or self.cfg.rollout.max_new_tokens
+        samples = self.cfg.validation.samples_per_prompt
+        return [
+            RolloutRequest(
+                prompt_ids=list(prompt.token_ids),
+                prefix_ids=[],
+                seed=request_seed(self.cfg.seed, VALIDATION_STREAM, i, sample),
+                sequence_id=i * samples + sample,
+                prompt_index=i,
+                max_new_tokens=limit,
+            )
+            for i, prompt in enumerate(self.prompts)
+            for sample in range(samples)
+        ]
+
+    def _right_answers(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[bool]:
+        """For each rollout whose prompt has a known answer: does it end in that answer?"""
+        answers = [self.prompts[r.prompt_index].answer for r in rollouts]
+        return [exact_match(t, a) for t, a in zip(texts, answers, strict=True) if a is not None]
+
+    def _teacher_written(self) -> list[Rollout]:
+        """The teacher's answers as prefixes: every token of them is scored, none is the student's."""
+        written = []
+        if self.responses is not None:
+            for i, prompt in enumerate(self.prompts):
+                answer = self.responses.lookup(prompt.token_ids).response_ids
+                written.append(Rollout(list(prompt.token_ids), answer, [], [], 0, i, i, True))
+        return self.topology.broadcast_object(written)
+
+    def _divergences(self, rollouts: Sequence[Rollout]) -> MetricSums:
+        batches = pack_micro_batches(
+            rollouts, self.topology, micro_batch_size=self.cfg.micro_batch_size, pad_id=self.pad_id, seed=0, step=0
+        )
+        self.model.prepare_for_validation_step()
+        sums = self.model.get_divergences(batches).gather()
+        self.model.finish_validation_step()
+        return sums
