@@ -104,6 +104,7 @@ def transformer_config(
         "pipeline_model_parallel_size": topology.pipeline_size,
         "sequence_parallel": topology.sequence_parallel,
         "variable_seq_lengths": topology.pipeline_size > 1,
+        "moe_token_dispatcher_type": "alltoall",  # no experts here: the default refuses variable_seq_lengths
         "normalization": "RMSNorm",
         "layernorm_epsilon": shape.norm_eps,
         "gated_linear_unit": True,
