@@ -1,0 +1,111 @@
+"""Off-policy guidance: the teacher writes the first tokens of a response, the student goes on.
+
+TrOPD (arXiv 2606.01249, section on off-policy guidance): the longest prefix is annealed by a cosine to nothing at the
+end of training. How a prefix's length is drawn is not stated there; ``prefix_draw`` offers both readings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from nemo_tropd.rollout.engine import RolloutRequest, request_seed
+from nemo_tropd.rollout.teacher_responses import TeacherResponse, TeacherResponses
+
+PrefixDraw = Literal["uniform", "cap"]
+# The gate's draws use word 3 of the Philox counter at 0; the prefix lengths of the same (seed, step, sequence) at 1.
+_STREAM = 1
+
+
+def max_prefix_length(step: int, *, total_steps: int, longest: int) -> int:
+    """Whole tokens of L_max(step) = L (1 + cos(pi step / total)) / 2: ``longest`` at step 0, exactly 0 at the end."""
+    if step >= total_steps:
+        return 0
+    return math.floor(longest * (1.0 + math.cos(math.pi * step / total_steps)) / 2.0)
+
+
+def draw_prefix_length(limit: int, *, draw: PrefixDraw, seed: int, step: int, sequence_id: int) -> int:
+    """``limit`` itself for ``cap``; for ``uniform`` a length in 0 .. limit, each as likely as the next.
+
+    A function of (seed, step, sequence_id) and the limit alone, whatever the layout or the order.
+    """
+    if draw == "cap" or limit <= 0:
+        return max(limit, 0)
+    mask = (1 << 64) - 1
+    stream = np.random.Philox(key=[seed & mask, step & mask], counter=[0, 0, sequence_id & mask, _STREAM])
+    uniform = int(stream.random_raw() >> np.uint64(11)) * 2.0**-53
+    return int(uniform * (limit + 1))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Plans a step's requests. With ``longest`` 0 or no ``responses`` it plans ordinary rollouts.
+
+    ``longest`` is L, the longest prefix at step 0, in tokens; ``max_new_tokens`` bounds prefix and continuation
+    together, so guided and free responses have the same room.
+    """
+
+    seed: int
+    total_steps: int
+    max_new_tokens: int
+    samples_per_prompt: int = 1
+    longest: int = 0
+    prefix_draw: PrefixDraw = "uniform"
+    responses: TeacherResponses | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefix_draw not in ("uniform", "cap"):
+            raise ValueError(f"prefix_draw is {self.prefix_draw!r}; it must be 'uniform' or 'cap'")
+        if self.longest < 0 or min(self.total_steps, self.max_new_tokens, self.samples_per_prompt) < 1:
+            raise ValueError(
+                "total_steps, max_new_tokens and samples_per_prompt must be at least 1 and the longest prefix at least "
+                f"0; they are {self.total_steps}, {self.max_new_tokens}, {self.samples_per_prompt}, {self.longest}"
+            )
+
+    def max_prefix_length(self, step: int) -> int:
+        """L_max at ``step``, in tokens."""
+        return max_prefix_length(step, total_steps=self.total_steps, longest=self.longest)
+
+    def plan(
+        self, prompt_ids: Sequence[Sequence[int]], step: int, *, prompt_indices: Sequence[int] | None = None
+    ) -> list[RolloutRequest]:
+        """``samples_per_prompt`` requests for each prompt of the step, prompt by prompt.
+
+        ``prompt_indices`` are the prompts' places in the data (their places in the list unless given). Sample s of the
+        i-th prompt has sequence_id i * samples_per_prompt + s. Raises LookupError when guidance is on and
+        a prompt's teacher response has not been written.
+        """
+        indices = list(prompt_indices) if prompt_indices is not None else list(range(len(prompt_ids)))
+        if len(indices) != len(prompt_ids):
+            raise ValueError(f"there are {len(prompt_ids)} prompts but {len(indices)} prompt indices")
+        longest = self.max_prefix_length(step) if self.responses is not None else 0
+        requests = []
+        for i, (ids, index) in enumerate(zip(prompt_ids, indices, strict=True)):
+            response = self.responses.lookup(ids) if self.responses is not None and longest > 0 else None
+            for sample in range(self.samples_per_prompt):
+                sequence_id = i * self.samples_per_prompt + sample
+                prefix = self._prefix(response, longest, step, sequence_id)
+                requests.append(
+                    RolloutRequest(
+                        prompt_ids=list(ids),
+                        prefix_ids=prefix,
+                        seed=request_seed(self.seed, step, index, sequence_id),
+                        sequence_id=sequence_id,
+                        prompt_index=index,
+                        max_new_tokens=self.max_new_tokens - len(prefix),
+                    )
+                )
+        return requests
+
+    def _prefix(self, response: TeacherResponse | None, longest: int, step: int, sequence_id: int) -> list[int]:
+        """The prefix never holds the end of sequence, and leaves the student at least one token to write."""
+        if response is None:
+            return []
+        usable = len(response.response_ids) - int(response.finished)
+        limit = min(longest, usable, self.max_new_tokens - 1)
+        length = draw_prefix_length(limit, draw=self.prefix_draw, seed=self.seed, step=step, sequence_id=sequence_id)
+        return response.response_ids[:length]

@@ -1,0 +1,218 @@
+"""Every rank's view of the one engine: the leader owns it, the others wait, stream weights and receive rollouts.
+
+All methods are collective: every rank calls them in the same order. Whatever goes wrong on the leader is raised on
+every rank, so that none is left waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout.engine import (
+    EngineDied,
+    EngineError,
+    RefreshStats,
+    RequestError,
+    RolloutEngine,
+    RolloutRequest,
+    WeightStreamError,
+)
+
+T = TypeVar("T")
+_HEARTBEAT_S = 20.0
+_KINDS: dict[str, type[EngineError]] = {
+    kind.__name__: kind for kind in (EngineError, EngineDied, RequestError, WeightStreamError)
+}
+
+
+class Ranks(Protocol):
+    """What is needed of ``parallel.topology.Topology``."""
+
+    @property
+    def is_leader(self) -> bool: ...
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any: ...
+
+    def any_rank(self, flag: bool) -> bool: ...
+
+
+def run_on_leader(ranks: Ranks, work: Callable[[], T], *, heartbeat_s: float = _HEARTBEAT_S) -> T:
+    """Collective: the leader does ``work``; every rank returns its result or raises its exception.
+
+    The leader says every ``heartbeat_s`` that it is still working, so that the work may take longer than the process
+    group's timeout. An exception that is no EngineError arrives as an EngineError that names it.
+    """
+    if ranks.is_leader:
+        outcome: list[tuple[str, Any]] = []
+        cause: list[BaseException] = []
+
+        def attempt() -> None:
+            try:
+                outcome.append(("result", work()))
+            except BaseException as error:
+                cause.append(error)
+                outcome.append(("error", _describe(error)))
+
+        worker = threading.Thread(target=attempt, name="leader-work", daemon=True)
+        worker.start()
+        worker.join(heartbeat_s)
+        while worker.is_alive():
+            ranks.broadcast_object(("working", None))
+            worker.join(heartbeat_s)
+        kind, value = ranks.broadcast_object(outcome[0])
+        if cause:
+            raise _rebuild(value) from cause[0]
+    else:
+        kind, value = "working", None
+        while kind == "working":
+            kind, value = ranks.broadcast_object(None)
+        if kind == "error":
+            raise _rebuild(value)
+    return value
+
+
+def _describe(error: BaseException) -> tuple[str, str]:
+    if isinstance(error, EngineError):
+        return type(error).__name__, str(error)
+    return "EngineError", f"{type(error).__name__}: {error}"
+
+
+def _rebuild(description: tuple[str, str]) -> EngineError:
+    name, text = description
+    return _KINDS.get(name, EngineError)(text)
+
+
+class RolloutSupervisor:
+    """Rollouts and refreshes for all ranks, with one restart of a dead engine for each version of the weights."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        make_engine: Callable[[], RolloutEngine],
+        weights: Callable[[], Iterator[tuple[str, Tensor]]],
+    ) -> None:
+        """``make_engine`` is called on the leader alone, at the first use and after a death.
+
+        ``weights`` gives the trainer's current weights as a stream that every rank must exhaust; only the leader's
+        holds anything.
+        """
+        self._ranks = ranks
+        self._make_engine = make_engine
+        self._weights = weights
+        self._engine: RolloutEngine | None = None  # on the leader, while it runs
+        self._running = False  # the same on every rank
+        self._version: int | None = None  # of the weights in the engine; the same on every rank
+        self._last_restart: int | None = None  # the version during which the engine was last restarted
+        self.restarts = 0
+        self.last_refresh: RefreshStats | None = None
+
+    def generate(self, requests: Sequence[RolloutRequest] | None, version: int) -> list[Rollout]:
+        """Collective: one rollout a request, in order, on every rank; all written by the weights ``version``.
+
+        ``requests`` counts on the leader and is None elsewhere. An engine that is not running is started, one that
+        holds other weights is refreshed. If it dies, it is restarted once with the current weights and the same
+        requests are drawn again. Raises EngineError (on all ranks) at the second death under one version.
+        """
+
+        def draw() -> list[Rollout]:
+            self._bring_to(version)
+            return run_on_leader(self._ranks, lambda: self._drawn(requests, version))
+
+        return self._with_restart(draw, version)
+
+    def refresh(self, version: int) -> RefreshStats:
+        """Collective: hand the trainer's weights to the engine as ``version``, with one restart as in ``generate``."""
+
+        def renew() -> RefreshStats:
+            self._version = None
+            return self._bring_to(version)
+
+        return self._with_restart(renew, version)
+
+    def close(self) -> None:
+        """End the engine. Not collective: each rank may call it whenever it stops."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine, self._running, self._version = None, False, None
+
+    def _drawn(self, requests: Sequence[RolloutRequest] | None, version: int) -> list[Rollout]:
+        if requests is None:
+            raise EngineError("the leader was given no list of requests")
+        assert self._engine is not None
+        rollouts = self._engine.generate(requests)
+        for rollout in rollouts:
+            if rollout.weight_version != version:
+                raise EngineError(
+                    f"sequence {rollout.sequence_id} was written by weights {rollout.weight_version}, not {version}"
+                )
+        return rollouts
+
+    def _with_restart(self, work: Callable[[], T], version: int) -> T:
+        while True:
+            try:
+                return work()
+            except EngineDied as death:
+                self.close()
+                if self._last_restart == version:
+                    raise EngineError(
+                        f"the engine died twice under the weights of version {version}; the second time: {death}"
+                    ) from death
+                self._last_restart = version
+                self.restarts += 1
+            except EngineError as error:
+                if not isinstance(error, RequestError):
+                    self.close()
+                raise
+
+    def _bring_to(self, version: int) -> RefreshStats:
+        """Collective: start the engine if need be and give it the current weights unless it holds ``version``."""
+        if not self._running:
+            run_on_leader(self._ranks, self._start)
+            self._running, self._version = True, None
+        if self._version != version:
+            self.last_refresh = self._stream(version)
+            self._version = version
+        assert self.last_refresh is not None
+        return self.last_refresh
+
+    def _start(self) -> None:
+        engine = self._make_engine()
+        try:
+            engine.start()
+        except BaseException:
+            engine.close()
+            raise
+        self._engine = engine
+
+    def _stream(self, version: int) -> RefreshStats:
+        """Collective: every rank exhausts its stream, come what may, since gathering the weights takes all of them."""
+        stats: RefreshStats | None = None
+        error: Exception | None = None
+        stream = self._weights()
+        try:
+            if self._engine is not None:
+                stats = self._engine.update_weights(stream, version)
+        except Exception as raised:
+            error = raised
+        try:
+            for _ in stream:
+                pass
+        except Exception as raised:
+            error = error or raised
+
+        def outcome() -> RefreshStats:
+            if error is not None:
+                raise error
+            assert stats is not None
+            return stats
+
+        failed_elsewhere = self._ranks.any_rank(error is not None and not self._ranks.is_leader)
+        result = run_on_leader(self._ranks, outcome)
+        if failed_elsewhere:
+            raise EngineError(f"a rank could not stream its weights: {error or 'another one'}") from error
+        return result

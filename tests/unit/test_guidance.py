@@ -1,0 +1,249 @@
+"""Prefixes of teacher text: their annealing, their draws and the requests they end up in."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling
+from nemo_tropd.rollout.guidance import Guidance, draw_prefix_length, max_prefix_length
+from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
+
+EOS = 2
+
+
+class ScribeEngine:
+    """Writes responses that are a function of the request alone; may die at a given call."""
+
+    def __init__(self, log: list[str], die_at: int | None = None, fail_at: int | None = None) -> None:
+        self.log, self.die_at, self.fail_at, self.calls = log, die_at, fail_at, 0
+
+    def start(self) -> None:
+        self.log.append("start")
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        self.calls += 1
+        if self.calls == self.die_at:
+            raise EngineDied("gone")
+        if self.calls == self.fail_at:
+            raise EngineError("cannot")
+        self.log.append(f"generate {len(requests)}")
+        return [self.write(r) for r in requests]
+
+    @staticmethod
+    def write(r: RolloutRequest) -> Rollout:
+        rnd = random.Random(r.seed)
+        finished = rnd.random() < 0.5
+        ids = [rnd.randrange(3, 100) for _ in range(rnd.randrange(0, r.max_new_tokens))] + [EOS if finished else 7]
+        return Rollout(r.prompt_ids, [], ids, [-rnd.random() for _ in ids], 0, r.sequence_id, r.prompt_index, finished)
+
+    def update_weights(self, stream: object, version: int) -> object:
+        raise AssertionError("a teacher's weights never change")
+
+    def close(self) -> None:
+        self.log.append("close")
+
+
+def cache(folder: Path, **changes: object) -> TeacherResponses:
+    settings: dict = {"teacher": "t", "sampling": Sampling(), "max_new_tokens": 12, "seed": 3} | changes
+    return TeacherResponses(folder, **settings)
+
+
+def some_prompts(count: int) -> list[list[int]]:
+    rnd = random.Random()
+    return [[rnd.randrange(3, 1000) for _ in range(rnd.randrange(1, 9))] + [5000 + i] for i in range(count)]
+
+
+def test_annealing_follows_the_cosine_and_ends_at_nothing() -> None:
+    longest, total = random.randrange(50, 5000), random.randrange(20, 300)
+    lengths = [max_prefix_length(s, total_steps=total, longest=longest) for s in range(total + 3)]
+    assert lengths[0] == longest
+    assert lengths[total:] == [0, 0, 0]
+    assert lengths == sorted(lengths, reverse=True)
+    quarter = total // 4
+    assert lengths[quarter] == math.floor(longest * (1 + math.cos(math.pi * quarter / total)) / 2)
+    assert abs(max_prefix_length(100, total_steps=200, longest=longest) - longest / 2) <= 1
+
+
+def test_uniform_draw_covers_the_range_evenly_and_depends_on_its_names_alone() -> None:
+    limit, seed = 7, random.randrange(1 << 40)
+    drawn = [
+        draw_prefix_length(limit, draw="uniform", seed=seed, step=s, sequence_id=q)
+        for s in range(80)
+        for q in range(100)
+    ]
+    counts = Counter(drawn)
+    assert set(counts) == set(range(limit + 1))
+    assert all(abs(n - 1000) < 160 for n in counts.values())  # five standard deviations
+    again = [
+        draw_prefix_length(limit, draw="uniform", seed=seed, step=s, sequence_id=q)
+        for s in reversed(range(80))
+        for q in reversed(range(100))
+    ]
+    assert again[::-1] == drawn
+    other = [draw_prefix_length(limit, draw="uniform", seed=seed + 1, step=0, sequence_id=q) for q in range(100)]
+    assert other != drawn[:100]
+    assert draw_prefix_length(limit, draw="cap", seed=seed, step=0, sequence_id=0) == limit
+    assert draw_prefix_length(0, draw="uniform", seed=seed, step=0, sequence_id=0) == 0
+
+
+@pytest.mark.parametrize("draw", ["uniform", "cap"])
+def test_planned_prefixes_are_teacher_text_without_its_end(tmp_path: Path, draw: str) -> None:
+    prompts = some_prompts(40)
+    responses = cache(tmp_path)
+    responses.ensure(prompts, lambda: ScribeEngine([]))
+    guidance = Guidance(
+        seed=1,
+        total_steps=10,
+        max_new_tokens=9,
+        samples_per_prompt=3,
+        longest=30,
+        prefix_draw=draw,
+        responses=responses,
+    )
+    requests = guidance.plan(prompts, 0, prompt_indices=range(100, 140))
+    assert [r.sequence_id for r in requests] == list(range(120))
+    assert [r.prompt_index for r in requests] == [100 + i // 3 for i in range(120)]
+    assert len({r.seed for r in requests}) == 120
+    for r in requests:
+        teacher = responses.lookup(r.prompt_ids)
+        assert r.prefix_ids == teacher.response_ids[: len(r.prefix_ids)]
+        assert EOS not in r.prefix_ids
+        assert r.max_new_tokens >= 1 and len(r.prefix_ids) + r.max_new_tokens == 9
+    lengths = [len(r.prefix_ids) for r in requests]
+    if draw == "cap":
+        usable = [len(t.response_ids) - t.finished for t in (responses.lookup(r.prompt_ids) for r in requests)]
+        assert lengths == [min(u, 8) for u in usable]
+    assert max(lengths) > 3
+    assert guidance.plan(prompts, 0, prompt_indices=range(100, 140)) == requests
+    assert guidance.plan(prompts, 1, prompt_indices=range(100, 140)) != requests
+    assert all(r.prefix_ids == [] for r in guidance.plan(prompts, 10))
+
+
+def test_without_guidance_nothing_is_looked_up() -> None:
+    requests = Guidance(seed=1, total_steps=5, max_new_tokens=4, samples_per_prompt=2).plan([[3, 4]], 0)
+    assert [(r.prompt_ids, r.prefix_ids, r.max_new_tokens) for r in requests] == [([3, 4], [], 4)] * 2
+
+
+def test_guidance_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="prefix_draw is 'most'"):
+        Guidance(seed=0, total_steps=1, max_new_tokens=1, prefix_draw="most")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least"):
+        Guidance(seed=0, total_steps=0, max_new_tokens=1)
+    with pytest.raises(ValueError, match="2 prompts but 1 prompt indices"):
+        Guidance(seed=0, total_steps=1, max_new_tokens=1).plan([[1], [2]], 0, prompt_indices=[0])
+
+
+def test_responses_are_written_once_and_read_back(tmp_path: Path) -> None:
+    prompts, log = some_prompts(10), []
+    first = cache(tmp_path)
+    assert first.ensure(prompts, lambda: ScribeEngine(log), batch=4) == 10
+    assert log == ["start", "generate 4", "generate 4", "generate 2", "close"]
+    log.clear()
+    second = cache(tmp_path)
+    assert second.ensure(prompts[::-1], lambda: ScribeEngine(log)) == 0 and log == []
+    extra = some_prompts(2)
+    assert second.ensure(prompts + extra, lambda: ScribeEngine(log)) == 2
+    assert log == ["start", "generate 2", "close"]
+    third = cache(tmp_path)
+    for prompt in prompts:
+        assert third.lookup(prompt) == second.lookup(prompt) == first.lookup(prompt)
+    with pytest.raises(LookupError, match="no teacher response"):
+        third.lookup([1, 2, 3])
+    for change in ({"teacher": "u"}, {"sampling": Sampling(temperature=0.5)}, {"max_new_tokens": 13}, {"seed": 4}):
+        assert len(cache(tmp_path, **change)) == 0
+
+
+def test_a_response_does_not_depend_on_the_order_or_batches(tmp_path: Path) -> None:
+    prompts = some_prompts(9)
+    one, two = cache(tmp_path / "a"), cache(tmp_path / "b")
+    one.ensure(prompts, lambda: ScribeEngine([]), batch=2)
+    two.ensure(prompts[::-1], lambda: ScribeEngine([]), batch=5)
+    assert [one.lookup(p) for p in prompts] == [two.lookup(p) for p in prompts]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "garbage"])
+def test_a_damaged_line_is_named_and_only_its_response_written_anew(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = some_prompts(5)
+    whole = cache(tmp_path)
+    whole.ensure(prompts, lambda: ScribeEngine([]))
+    (shard,) = whole.folder.glob("responses-*.jsonl")
+    lines = shard.read_bytes().splitlines()
+    if damage == "truncated":
+        shard.write_bytes(b"\n".join(lines)[:-20])
+        number = 5
+    elif damage == "changed":
+        number = 3
+        lines[2] = (
+            lines[2].replace(b'"finished": true', b'"finished": 1').replace(b'"finished": false', b'"finished": 0')
+        )
+        shard.write_bytes(b"\n".join(lines) + b"\n")
+    else:
+        number = 1
+        lines[0] = b"\xff\x00[" + lines[0]
+        shard.write_bytes(b"\n".join(lines) + b"\n")
+    log: list[str] = []
+    with caplog.at_level(logging.WARNING):
+        again = cache(tmp_path)
+    assert f"line {number} is damaged" in caplog.text and caplog.text.count("is damaged:") == 1
+    assert len(again) == 4
+    assert again.ensure(prompts, lambda: ScribeEngine(log)) == 1 and log == ["start", "generate 1", "close"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        clean = cache(tmp_path)
+    assert caplog.text == "" and len(clean) == 5
+    assert [clean.lookup(p) for p in prompts] == [whole.lookup(p) for p in prompts]
+
+
+def test_an_engine_that_dies_is_replaced_once_and_what_was_written_stays(tmp_path: Path) -> None:
+    prompts, log = some_prompts(6), []
+    engines = [ScribeEngine(log, die_at=2), ScribeEngine(log), ScribeEngine(log)]
+    responses = cache(tmp_path / "once")
+    assert responses.ensure(prompts, lambda: engines.pop(0), batch=2) == 6 and len(engines) == 1
+    assert log.count("start") == log.count("close") == 2
+    engines = [ScribeEngine(log, die_at=2), ScribeEngine(log, die_at=2)]
+    responses = cache(tmp_path / "twice")
+    with pytest.raises(EngineDied):
+        responses.ensure(prompts, lambda: engines.pop(0), batch=2)
+    assert log.count("start") == log.count("close") == 4
+    assert len(cache(tmp_path / "twice")) == 4
+    engines = [ScribeEngine(log, fail_at=2)]
+    with pytest.raises(EngineError, match="cannot"):
+        cache(tmp_path / "not").ensure(prompts, lambda: engines.pop(0), batch=2)
+    assert log.count("start") == log.count("close") and len(cache(tmp_path / "not")) == 2
+
+
+def test_left_over_partial_files_of_gone_processes_are_removed(tmp_path: Path) -> None:
+    responses = cache(tmp_path)
+    responses.ensure(some_prompts(1), lambda: ScribeEngine([]))
+    left = responses.folder / ".responses-000009.jsonl.4194399.partial"
+    left.write_text("half")
+    assert len(cache(tmp_path)) == 1 and not left.exists()
+
+
+def test_fingerprints_tell_checkpoints_apart_but_not_their_places(tmp_path: Path) -> None:
+    weights = {"w": torch.randn(64, 64)}
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"x": 1}' if name != "d" else '{"x": 2}')
+        if name == "c":
+            weights["w"][13, 17] += 1.0
+        save_file(weights, str(tmp_path / name / "model.safetensors"))
+        if name == "c":
+            weights["w"][13, 17] -= 1.0
+    prints = {name: checkpoint_fingerprint(tmp_path / name) for name in ("a", "b", "c", "d")}
+    assert prints["a"] == prints["b"]
+    assert len(set(prints.values())) == 3
+    with pytest.raises(FileNotFoundError, match="holds no safetensors"):
+        checkpoint_fingerprint(tmp_path)
