@@ -1,0 +1,206 @@
+"""A run's files as the report reads them: metrics.jsonl, rollouts.jsonl, summary.json.
+
+A killed run leaves traces that must not show: a last line cut short, steps that were logged and then done again from
+an earlier checkpoint, values that were not finite (written as null).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Points = list[tuple[int, float]]
+
+
+class ReportError(RuntimeError):
+    """A run directory that holds nothing to report on."""
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """One rollout, token by token.
+
+    ``log_ratio`` is log pi_T - log pi_S in nats, None where the teacher wrote the token; ``gate`` is the trust gate, 1
+    inside and 0 outside (between them for a soft gate); ``guided`` marks tokens of the teacher's prefix.
+    """
+
+    step: int
+    prompt: str
+    tokens: list[str]
+    log_ratio: list[float | None]
+    gate: list[float | None]
+    guided: list[bool]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything the report shows. Metrics are by step, then by name; ``notes`` says what could not be read."""
+
+    name: str
+    steps: int
+    train: dict[int, dict[str, float]]
+    validation: dict[int, dict[str, float]]
+    before: dict[str, float]
+    after: dict[str, float]
+    answers: list[dict[str, str]] = field(default_factory=list)
+    rollouts: list[TokenTrace] = field(default_factory=list)
+    config: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, kind: str, name: str) -> Points:
+        """(step, value) in order of step where the metric was logged; ``kind`` is train or validation."""
+        by_step = self.train if kind == "train" else self.validation
+        return [(step, by_step[step][name]) for step in sorted(by_step) if name in by_step[step]]
+
+    def phases(self) -> list[str]:
+        """Names of the timed phases, in the order of first appearance, without the step's total."""
+        seen: dict[str, None] = {}
+        for step in sorted(self.train):
+            seen.update(dict.fromkeys(k for k in self.train[step] if k.startswith("seconds/")))
+        return [k.removeprefix("seconds/") for k in seen if k != "seconds/step"]
+
+
+def read_run(run_dir: str | Path) -> RunRecord:
+    """Read a run's directory. Raises ReportError when it holds no metrics."""
+    folder = Path(run_dir)
+    if not (folder / "metrics.jsonl").is_file():
+        raise ReportError(f"{folder} holds no metrics.jsonl: it is not the directory of a run that has begun")
+    notes: list[str] = []
+    train, validation = _read_metrics(folder / "metrics.jsonl", notes)
+    if not train and not validation:
+        raise ReportError(f"{folder / 'metrics.jsonl'} holds no metrics yet: report on the run after its first step")
+    summary = _read_summary(folder / "summary.json", notes)
+    first, last = (validation[min(validation)], validation[max(validation)]) if validation else ({}, {})
+    versions = summary.get("versions")
+    return RunRecord(
+        name=str(summary.get("name") or folder.resolve().name),
+        steps=max([*train, *validation]),
+        train=train,
+        validation=validation,
+        before=_numbers(summary.get("before") or {}) or first,
+        after=_numbers(summary.get("after") or {}) or (last if len(validation) > 1 else {}),
+        answers=[dict(a) for a in summary.get("answers") or [] if isinstance(a, Mapping) and a.get("prompt")],
+        rollouts=_read_rollouts(folder / "rollouts.jsonl", notes),
+        config=str(summary.get("config") or ""),
+        versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, Mapping) else {},
+        notes=notes,
+    )
+
+
+def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file. A last line without its end is left out; other unreadable lines are noted."""
+    if not path.is_file():
+        return
+    bad: list[int] = []
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                entry = None
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield entry
+            elif line.endswith("\n") and line.strip():
+                bad.append(number)
+    if bad:
+        notes.append(f"{path.name}: {len(bad)} unreadable line(s) left out, the first is line {bad[0]}")
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers among an entry's values."""
+    return {
+        k: float(v)
+        for k, v in entry.items()
+        if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+    }
+
+
+def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
+    train: dict[int, dict[str, float]] = {}
+    validation: dict[int, dict[str, float]] = {}
+    for entry in _json_lines(path, notes):
+        step, kind = entry.pop("step"), entry.pop("kind", None)
+        if kind == "train":
+            # A step logged again means the run went back to a checkpoint: what it had logged past it is void.
+            for void in [s for s in train if s >= step]:
+                del train[void]
+            for void in [s for s in validation if s >= step] if step > 0 else []:
+                del validation[void]
+            train[step] = _numbers(entry)
+        elif kind == "validation":
+            for void in [s for s in validation if s >= step]:
+                del validation[void]
+            validation[step] = _numbers(entry)
+    return train, validation
+
+
+def _read_rollouts(path: Path, notes: list[str]) -> list[TokenTrace]:
+    kept: list[TokenTrace] = []
+    broken = 0
+    for entry in _json_lines(path, notes):
+        step = entry["step"]
+        if kept and step < kept[-1].step:
+            kept = [r for r in kept if r.step < step]
+        columns = [entry.get(k) for k in ("tokens", "log_ratio", "gate", "guided")]
+        if not all(isinstance(c, list) and len(c) == len(entry["tokens"]) for c in columns):
+            broken += 1
+            continue
+        trace = TokenTrace(
+            step=step,
+            prompt=str(entry.get("prompt") or ""),
+            tokens=[str(t) for t in entry["tokens"]],
+            log_ratio=[_finite(v) for v in entry["log_ratio"]],
+            gate=[_finite(v) for v in entry["gate"]],
+            guided=[bool(v) for v in entry["guided"]],
+        )
+        if trace.tokens and trace not in kept:  # a step done again to the bit leaves the same rollouts again
+            kept.append(trace)
+    if broken:
+        notes.append(f"{path.name}: {broken} rollout(s) left out, since their columns differ in length")
+    return kept
+
+
+def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        notes.append(
+            "summary.json is missing (the run has not ended): before and after are the first and last validation"
+        )
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        notes.append(f"summary.json is unreadable ({error})")
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def _finite(value: Any) -> float | None:
+    number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if number else None
+
+
+def thin(points: Sequence[tuple[int, float]], limit: int = 300) -> list[tuple[float, float]]:
+    """At most ``limit`` points: means over neighbouring ones."""
+    if len(points) <= limit:
+        return [(float(x), y) for x, y in points]
+    size = math.ceil(len(points) / limit)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """A centred moving average over a tenth of the run; the points themselves where there are fewer than 20."""
+    if len(points) < 20:
+        return list(points)
+    half = max(len(points) // 20, 1)
+    result = []
+    for i, (x, _) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)  # symmetric, so that the ends are not bent
+        window = [y for _, y in points[i - reach : i + reach + 1]]
+        result.append((x, sum(window) / len(window)))
+    return result
