@@ -10,12 +10,12 @@ from html import escape
 from nemo_tropd.report.records import Points, smooth, thin
 
 _WIDTH, _HEIGHT = 360, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 10, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 16, 10, 32
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series of a chart. ``marked`` draws a dot at each point and no average: for a few validations."""
+    """One series of a chart. ``marked`` draws a dot at each point and no trend: for a few validations."""
 
     label: str
     points: Points
@@ -45,7 +45,7 @@ class _Axes:
 def line_chart(title: str, note: str, lines: Sequence[Line], *, log: bool = False, share: bool = False) -> str:
     """A figure with lines over steps.
 
-    Train lines show the raw values faintly and their moving average; ``log`` needs positive values and leaves others
+    Train lines show the raw values faintly and their trend; ``log`` needs positive values and leaves others
     out; ``share`` fixes the axis to 0 .. 1. A figure without any value says so.
     """
     lines = [Line(s.label, [p for p in s.points if p[1] > 0 or not log], s.color, s.marked) for s in lines]
@@ -139,13 +139,13 @@ def _extent(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _y_extent(values: Sequence[float], log: bool, share: bool) -> tuple[float, float]:
-    """Limits of the y axis at ticks; from zero where that costs less than half of the height."""
+    """Limits of the y axis at ticks; from zero unless the values would then be all but flat."""
     if share:
         return 0.0, 1.0
     low, high = _extent(values)
     if log:
         return math.floor(math.log10(low)), max(math.ceil(math.log10(high)), math.floor(math.log10(low)) + 1)
-    if low >= 0 and low < 0.5 * high:
+    if low >= 0 and low < 0.85 * high:
         low = 0.0
     if high == low:
         low, high = low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def write_figure(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) 
     # A figure of its own, without pyplot: no global state, no display.
     figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(f"{record.name}: {record.steps} steps", x=0.01, ha="left", fontsize=13)
     axes = figure.subplots(2, 3).ravel()
     _validations(axes[0], record, "Reverse KL, own text", "reverse_kl", _BLUE)
     _validations(axes[1], record, "Forward KL, teacher's answers", "forward_kl", _RED)
@@ -39,7 +41,7 @@ def write_figure(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) 
     _train(
         axes[4],
         record,
-        "Engine against trainer, log-probabilities",
+        "Engine against trainer",
         [("mismatch_max_abs", "largest", _RED), ("mismatch_mean_abs", "mean", _BLUE)],
         log=True,
     )
@@ -84,6 +86,9 @@ def _train(axis: Any, record: RunRecord, title: str, series: list[tuple[str, str
         return
     if log:
         axis.set_yscale("log")
+        axis.yaxis.set_minor_formatter("")
+        low, high = axis.get_ylim()
+        axis.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
     else:
         axis.set_ylim(bottom=0)
     if drawn > 1:

@@ -6,7 +6,7 @@ import os
 from html import escape
 from pathlib import Path
 
-from nemo_tropd.report.charts import Line, line_chart, number, stacked_chart
+from nemo_tropd.report.charts import Line, line_chart, stacked_chart
 from nemo_tropd.report.records import RunRecord, read_run
 from nemo_tropd.report.style import CSS, SCRIPT
 from nemo_tropd.report.tokens import rollouts_html
@@ -48,8 +48,8 @@ def render(record: RunRecord) -> str:
         "".join(f'<p class="note">{escape(note)}.</p>' for note in record.notes),
         _answers(record),
         "<h2>Curves</h2>",
-        '<p class="quiet">Of values logged at each step, the faint line is the value and the strong one its moving '
-        "average. Dots are validations on held-out prompts.</p>",
+        '<p class="quiet">Of values logged at each step, the faint line is the value and the strong one its trend '
+        "(a local straight-line fit). Dots are validations on held-out prompts.</p>",
         f'<div class="charts">{"".join(_charts(record))}</div>',
         "<h2>Rollouts, token by token</h2>",
         rollouts_html(record.rollouts),
@@ -70,7 +70,7 @@ def _lead(record: RunRecord) -> str:
             old, new = record.before[key], record.after[key]
             verb = "fell" if new < old else "rose" if new > old else "stayed"
             change = f" ({_percent(old, new)})" if old else ""
-            sentences.append(f"{label} {verb} from {number(old)} to {number(new)}{change}.")
+            sentences.append(f"{label} {verb} from {old:.2f} to {new:.2f}{change}.")
     return escape(f"{record.steps} steps. " + " ".join(sentences))
 
 
@@ -86,10 +86,10 @@ def _table(record: RunRecord) -> str:
             if better and new != old:
                 good = (new > old) == (better > 0)
                 tone = ' class="good"' if good else ' class="bad"'
-                change += " better" if good else " worse"
+                change += "<small>better</small>" if good else "<small>worse</small>"
         if key == "exact_match" and (count := record.after.get("exact_match_of")):
             meaning += f" ({count:.0f} questions)"
-        show = _share if key == "exact_match" else number
+        show = _share if key == "exact_match" else "{:.3f}".format
         rows.append(
             f"<tr><td>{escape(label)}<small>{escape(meaning)}</small></td>"
             f"<td>{'' if old is None else show(old)}</td><td class=after>{'' if new is None else show(new)}</td>"

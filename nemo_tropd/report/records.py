@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Points = list[tuple[int, float]]
 
 
@@ -194,13 +196,18 @@ def thin(points: Sequence[tuple[int, float]], limit: int = 300) -> list[tuple[fl
 
 
 def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A centred moving average over a tenth of the run; the points themselves where there are fewer than 20."""
+    """The trend at each point: a straight line fitted to the tenth of the run around it.
+
+    Fewer than 20 points are given back as they are.
+    """
     if len(points) < 20:
         return list(points)
-    half = max(len(points) // 20, 1)
-    result = []
-    for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)  # symmetric, so that the ends are not bent
-        window = [y for _, y in points[i - reach : i + reach + 1]]
-        result.append((x, sum(window) / len(window)))
-    return result
+    width = max(len(points) // 10, 5)
+    x, y = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+    trend = []
+    for i in range(len(points)):
+        start = min(max(i - width // 2, 0), len(points) - width)
+        near_x, near_y = x[start : start + width] - x[i], y[start : start + width]
+        slope = np.cov(near_x, near_y, bias=True)[0, 1] / near_x.var()
+        trend.append((points[i][0], float(near_y.mean() - slope * near_x.mean())))
+    return trend

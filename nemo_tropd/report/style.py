@@ -19,11 +19,13 @@ p{margin:.5rem 0}
 .quiet,.note{color:var(--quiet);font-size:.9rem}
 .wrap{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.45rem 1.1rem .45rem 0;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap;
-vertical-align:baseline}
-th:first-child,td:first-child{text-align:left;white-space:normal;min-width:9rem}
+th,td{padding:.45rem clamp(.6rem,2vw,1.4rem) .45rem 0;border-bottom:1px solid var(--rule);text-align:right;
+white-space:nowrap;vertical-align:baseline}
+th:first-child,td:first-child{text-align:left;white-space:normal}
+th:last-child,td:last-child{padding-right:0}
 th{font-weight:600;color:var(--quiet);font-size:.85rem}
 td small{display:block;color:var(--quiet)}
+.good small,.bad small{color:inherit}
 td.after{font-weight:650}
 .good{color:var(--good)}.bad{color:var(--bad)}
 .charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,320px),1fr))}
@@ -34,7 +36,7 @@ figure.empty>p{font-style:italic}
 figure.empty figcaption{flex:0}
 .legend{list-style:none;margin:0 0 .4rem;padding:0;display:flex;flex-wrap:wrap;gap:.1rem .9rem;font-size:.82rem}
 .legend i{display:inline-block;width:.75rem;height:.75rem;border-radius:3px;margin-right:.35rem;vertical-align:-.06rem}
-svg{display:block;width:100%;height:auto}
+svg{display:block;width:100%;height:auto;overflow:visible}
 svg text{font-size:11px;fill:var(--quiet);font-variant-numeric:tabular-nums}
 svg .grid{stroke:var(--rule);stroke-width:1}
 svg .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
@@ -51,7 +53,7 @@ summary{cursor:pointer;font-weight:600}
 summary span{font-weight:400;color:var(--quiet);font-size:.9rem;margin-left:.4rem}
 pre{overflow-x:auto;background:var(--panel);border-radius:10px;padding:1rem;font-size:.82rem;line-height:1.45}
 .scale{font-size:.9rem}
-.scale .t{margin:0 .12rem;padding:.1rem .35rem}
+.scale .t{white-space:nowrap;margin:0 .12rem;padding:.1rem .35rem}
 .scale p>span:not(.t){color:var(--quiet)}
 .t{padding:.16rem 0;border-radius:3px;border-bottom:2px solid transparent}
 .neg{background:color-mix(in srgb,var(--neg) calc(var(--a)*100%),transparent)}

@@ -33,11 +33,12 @@ def _spread(rollouts: Sequence[TokenTrace]) -> list[TokenTrace]:
 
 
 def _legend() -> str:
-    swatches = "".join(
-        f'<span class="t {"neg" if v < 0 else "pos"}" style="--a:{abs(v) / FULL_COLOR_AT:.2f}">'
-        f"{'≤ ' if v == -FULL_COLOR_AT else '≥ ' if v == FULL_COLOR_AT else ''}{v:+g}</span>"
-        for v in (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
-    ).replace("-", "−")
+    swatches = ""
+    for value in (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0):
+        share = min(abs(value) / FULL_COLOR_AT, 1.0)
+        bound = "" if share < 1 else "≤ " if value < 0 else "≥ "
+        side = "neg" if value < 0 else "pos"
+        swatches += f'<span class="t {side}" style="--a:{share:.2f}">{bound}{_signed(f"{value:+g}")}</span>'
     return (
         f'<div class="scale"><p>Colour: log-ratio log π<sub>teacher</sub> − log π<sub>student</sub>, in nats. '
         f"<span>student overrates</span> {swatches} <span>teacher prefers</span></p>"
@@ -54,7 +55,7 @@ def _fold(r: TokenTrace, *, opened: bool) -> str:
     known = [v for i in own if (v := r.log_ratio[i]) is not None]
     facts = [f"{len(own)} tokens", f"{outliers} outliers"]
     if known:
-        facts.append(f"mean log-ratio {number(sum(known) / len(known))}".replace("-", "−"))
+        facts.append("mean log-ratio " + _signed(f"{sum(known) / len(known):+.2f}"))
     if len(own) < len(r.tokens):
         facts.insert(0, f"{len(r.tokens) - len(own)} by the teacher")
     cut = len(r.tokens) - _TOKENS_SHOWN
@@ -87,7 +88,12 @@ def _token(text: str, log_ratio: float | None, gate: float | None, guided: bool)
     else:
         verdict = f"trusted by {number(gate)}"
         classes.append("soft")
-    facts = [f"log-ratio {log_ratio:+.2f}".replace("-", "−")] if log_ratio is not None else []
+    facts = ["log-ratio " + _signed(f"{log_ratio:+.2f}")] if log_ratio is not None else []
     tip = escape(", ".join([repr(text), *facts, verdict]))
     shown = escape(text).replace("\n", "↵\n")
     return f'<span class="{" ".join(classes)}"{style} title="{tip}">{shown}</span>'
+
+
+def _signed(text: str) -> str:
+    """With a true minus sign."""
+    return text.replace("-", "−")
