@@ -9,11 +9,15 @@ Any key of nemo_tropd/config.py can be set on the command line; ``check_only=tru
 import sys
 from pathlib import Path
 
-from nemo.core.config import hydra_runner
-from omegaconf import DictConfig
+from nemo_tropd.quiet import quiet_libraries
 
-from nemo_tropd.config import ConfigError, check_command_line, fail
-from nemo_tropd.training.run import main
+quiet_libraries()  # before the libraries are imported: most of their warnings come with the import
+
+from nemo.core.config import hydra_runner  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from nemo_tropd.config import ConfigError, check_command_line, fail  # noqa: E402
+from nemo_tropd.training.run import main  # noqa: E402
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 

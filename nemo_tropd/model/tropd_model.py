@@ -278,7 +278,10 @@ class MegatronTrOPDModel(ModelPT):
                 teacher_hidden,
                 self.teacher.head,
                 tokens.rows,
-                **self._head_options(),
+                student_group=self.topology.tensor_group,
+                vocab_size=self.vocab_size,
+                sequence_parallel=self.topology.sequence_parallel,
+                chunk_tokens=self.settings.tropd.chunk_tokens,
             )
             if self.topology.tensor_rank == 0:
                 sums.add({**{k: float(v.double().sum()) for k, v in values.items()}, "tokens": len(tokens)})

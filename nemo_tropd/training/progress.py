@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a bar with the phase of the step and the time left, or a line a step in a log."""
+"""What a person sees while a run goes: a bar with the step's phase and the time left, or a line a step in a log."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from nemo_tropd.convert.smollm2 import default_cache_dir
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError, PromptOrder
-from nemo_tropd.report import write_report
 from nemo_tropd.rollout.engine import EngineError, Sampling
 from nemo_tropd.rollout.guidance import Guidance, max_prefix_length
 from nemo_tropd.rollout.supervisor import RolloutSupervisor, run_on_leader
@@ -158,6 +157,8 @@ def already_finished(cfg: TropdConfig, plan: Plan) -> bool:
 
 def finish(cfg: TropdConfig, plan: Plan, topology: Topology, model: MegatronTrOPDModel, outcome: Outcome) -> None:
     """The Hugging Face export, the summary and the report (collective)."""
+    from nemo_tropd.report import write_report  # matplotlib is wanted at the end only
+
     exported = plan.run_dir / "hf"
     save_hf(
         model.export_stream(),
@@ -268,11 +269,8 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
                 "explicit_log_dir": str(run_dir),
                 "name": cfg.name,
                 "create_tensorboard_logger": cfg.exp_manager.create_tensorboard_logger,
-                "summary_writer_kwargs": {"save_dir": str(run_dir)}
-                if cfg.exp_manager.create_tensorboard_logger
-                else None,
                 "create_wandb_logger": cfg.exp_manager.create_wandb_logger,
-                "wandb_logger_kwargs": dict(cfg.exp_manager.wandb_logger_kwargs) or None,
+                "wandb_logger_kwargs": dict(cfg.exp_manager.wandb_logger_kwargs),
                 "create_checkpoint_callback": False,
                 "create_preemption_callback": False,
                 "log_step_timing": False,

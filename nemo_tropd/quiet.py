@@ -1,0 +1,33 @@
+"""Keeps libraries' notices off the screen, so that a run's own lines can be read; errors still show."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+VERBOSE = "NEMO_TROPD_VERBOSE"
+
+
+def quiet_libraries() -> None:
+    """Silence notices about optional packages and INFO lines of NeMo, Lightning and Megatron.
+
+    Call before importing them. NEMO_TROPD_VERBOSE=1 leaves everything as it is.
+    """
+    if os.environ.get(VERBOSE) == "1":
+        return
+    os.environ.setdefault("NEMO_TESTING", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    for name in (
+        "nemo_logger",
+        "lightning.pytorch",
+        "lightning.fabric",
+        "megatron",
+        "nv_one_logger",
+        "torch.distributed",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(logging.ERROR)
