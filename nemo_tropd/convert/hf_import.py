@@ -12,17 +12,17 @@ from torch.nn import Module, Parameter
 
 from nemo_tropd.convert.families import ConversionError, ModelShape, Row
 from nemo_tropd.convert.hf_files import HfCheckpoint
-from nemo_tropd.convert.layouts import merge, shard
+from nemo_tropd.convert.layouts import Region, merge, regions
 
-# Transformer Engine fuses a norm into the linear layer that follows it.
-_FUSED_NORMS = {
+# Transformer Engine fuses a norm into the linear layer after it; a distributed checkpoint always uses these names.
+FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
 
-class Layout(Protocol):
-    """What this room needs to know of the topology."""
+class Place(Protocol):
+    """What this room needs to know of the topology to fill a shard."""
 
     @property
     def tensor_rank(self) -> int: ...
@@ -30,30 +30,58 @@ class Layout(Protocol):
     def tensor_size(self) -> int: ...
 
 
-@torch.no_grad()
+class WeightSource(Protocol):
+    """Anything that can give a block of a whole Megatron parameter."""
+
+    def read(self, row: Row, region: Region) -> Tensor: ...
+
+
+class HfSource:
+    """The Megatron parameters of a Hugging Face folder, made block by block as they are asked for.
+
+    Raises ConversionError as ``HfCheckpoint`` does.
+    """
+
+    def __init__(self, hf_dir: str | Path, shape: ModelShape) -> None:
+        self.checkpoint = HfCheckpoint(hf_dir, shape)
+        self.shape = shape
+
+    def read(self, row: Row, region: Region) -> Tensor:
+        """The block, in the dtype of the files."""
+        if row.layout in ("vocabulary", "gate_up"):  # whole rows of one tensor: nothing else is read
+            rows_each = self.shape.size(row.hf[0][1][0])
+            index, first = divmod(region.offsets[0], rows_each) if region.sizes[0] else (0, 0)
+            return self.checkpoint.read(row.hf[index][0], slice(first, first + region.sizes[0]))
+        whole = merge(row, [self.checkpoint.read(name) for name, _ in row.hf], self.shape)
+        for dimension, (start, length) in enumerate(zip(*region, strict=True)):
+            whole = whole.narrow(dimension, start, length)
+        return whole
+
+
 def load_hf(
-    model: Module, hf_dir: str | Path, shape: ModelShape, topology: Layout, dtype: torch.dtype | None = None
+    model: Module, hf_dir: str | Path, shape: ModelShape, topology: Place, dtype: torch.dtype | None = None
 ) -> None:
     """Fill every parameter of ``model`` on this rank from the safetensors files in ``hf_dir``, one at a time.
 
     Values are cast to the parameter's dtype, by way of ``dtype`` where given. Rows past the vocabulary become zero. No
     collective is involved. Raises ConversionError as ``HfCheckpoint`` does, before anything is written.
     """
-    checkpoint = HfCheckpoint(hf_dir, shape)
+    fill_model(model, HfSource(hf_dir, shape), shape, topology, dtype)
+
+
+@torch.no_grad()
+def fill_model(
+    model: Module, source: WeightSource, shape: ModelShape, topology: Place, dtype: torch.dtype | None = None
+) -> None:
+    """``load_hf`` from any source."""
     for parameter, row in local_rows(model, shape):
-        part = read_shard(checkpoint, row, topology.tensor_rank, topology.tensor_size, shape)
-        if part.shape != parameter.shape:
+        blocks = regions(row, topology.tensor_rank, topology.tensor_size, shape)
+        part = torch.cat([source.read(row, block) for block in blocks])
+        padding = parameter.size(0) - part.size(0) if row.layout == "vocabulary" else 0
+        if (part.size(0) + padding, *part.shape[1:]) != parameter.shape:
             raise ConversionError(f"{row.megatron}: shard {list(part.shape)} does not fit {list(parameter.shape)}")
-        parameter.copy_(part if dtype is None else part.to(dtype))
-
-
-def read_shard(checkpoint: HfCheckpoint, row: Row, rank: int, size: int, shape: ModelShape) -> Tensor:
-    """Tensor rank ``rank``'s part of one Megatron parameter; of a vocabulary, only its rows are read."""
-    if row.layout == "vocabulary":
-        name, length = row.hf[0][0], shape.padded_vocab(size) // size
-        part = checkpoint.read(name, slice(rank * length, (rank + 1) * length))
-        return torch.cat([part, part.new_zeros(length - part.size(0), *part.shape[1:])])
-    return shard(row, merge(row, [checkpoint.read(name) for name, _ in row.hf], shape), rank, size, shape)
+        parameter[: part.size(0)].copy_(part if dtype is None else part.to(dtype))
+        parameter[part.size(0) :].zero_()
 
 
 def local_rows(model: Module, shape: ModelShape) -> Iterator[tuple[Parameter, Row]]:
@@ -85,4 +113,4 @@ def _global_name(name: str, layer_numbers: list[int], tied: bool) -> str:
     if not name.startswith("decoder.layers."):
         return name
     index, rest = name.removeprefix("decoder.layers.").split(".", 1)
-    return f"decoder.layers.{layer_numbers[int(index)]}.{_FUSED_NORMS.get(rest, rest)}"
+    return f"decoder.layers.{layer_numbers[int(index)]}.{FUSED_NORMS.get(rest, rest)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,22 +35,41 @@ def split(row: Row, whole: Tensor, shape: ModelShape) -> Iterator[tuple[str, Ten
         yield names[0], whole
 
 
-def shard(row: Row, whole: Tensor, rank: int, size: int, shape: ModelShape) -> Tensor:
-    """The part of ``whole`` that tensor rank ``rank`` of ``size`` holds; rows past the vocabulary are zero."""
+class Region(NamedTuple):
+    """A block of the whole parameter: where it starts and how long it is in each dimension."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def regions(row: Row, rank: int, size: int, shape: ModelShape) -> list[Region]:
+    """The blocks of the whole parameter that tensor rank ``rank`` of ``size`` holds, stacked along the first dimension.
+
+    Vocabulary padding is not part of the whole parameter: the last ranks may hold less than their shard, or nothing.
+    """
+    whole = whole_shape(row, shape)
     dimension = row.split_dimension
     if dimension is None:
-        return whole
+        return [Region((0,) * len(whole), whole)]
     if row.layout == "vocabulary":
         length = shape.padded_vocab(size) // size
-        part = whole[rank * length : (rank + 1) * length]
-        return torch.cat([part, part.new_zeros(length - part.size(0), *part.shape[1:])])
+        first = min(rank * length, whole[0])
+        return [_block(whole, 0, first, min(length, whole[0] - first))]
     if row.layout == "gate_up":
-        return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
-    return whole.chunk(size, dimension)[rank]
+        part = shape.ffn // size
+        return [_block(whole, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]
+    part = whole[dimension] // size
+    return [_block(whole, dimension, rank * part, part)]
+
+
+def _block(whole: tuple[int, ...], dimension: int, start: int, length: int) -> Region:
+    offsets = tuple(start if d == dimension else 0 for d in range(len(whole)))
+    sizes = tuple(length if d == dimension else n for d, n in enumerate(whole))
+    return Region(offsets, sizes)
 
 
 def unshard(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """The whole parameter of all ranks' parts, padding cut; the inverse of ``shard``."""
+    """The whole parameter of all ranks' parts, padding cut."""
     dimension = row.split_dimension
     if dimension is None:
         return shards[0]

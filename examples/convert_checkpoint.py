@@ -1,0 +1,63 @@
+"""Hugging Face folder -> Megatron distributed checkpoint, and back.
+
+    python examples/convert_checkpoint.py hf-to-megatron --hf DIR --out DIR [--tp N --pp N --dtype bf16|fp32]
+    python examples/convert_checkpoint.py megatron-to-hf --checkpoint DIR --out DIR [--dtype bf16|fp32]
+
+Both need a CPU and memory for a few times the largest tensor. --verify holds both models in memory, and compares
+logits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+from nemo_tropd.convert.commands import DTYPES, describe, hf_to_megatron, megatron_to_hf
+from nemo_tropd.convert.families import ConversionError, read_shape
+
+
+def main() -> int:
+    args = parse_arguments()
+    options = {"dtype": DTYPES.get(args.dtype), "overwrite": args.overwrite}
+    with Progress("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task(args.direction, total=None)
+        options["progress"] = lambda done, total: bar.update(task, completed=done, total=total)
+        try:
+            if args.direction == "hf-to-megatron":
+                hf_to_megatron(args.hf, args.out, tensor_parallel=args.tp, pipeline_parallel=args.pp, **options)
+            else:
+                megatron_to_hf(args.checkpoint, args.out, **options)
+        except ConversionError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    to_megatron = args.direction == "hf-to-megatron"
+    hf_dir, checkpoint_dir = (args.hf, args.out) if to_megatron else (args.out, args.checkpoint)
+    print(f"{args.out}: {describe(read_shape(hf_dir))}")
+    if args.verify:
+        from nemo_tropd.model.parity import largest_logit_difference
+
+        print(f"largest logit difference: {largest_logit_difference(checkpoint_dir, hf_dir):.2e}")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert a checkpoint between Hugging Face and Megatron.")
+    directions = parser.add_subparsers(dest="direction", required=True)
+    to_megatron = directions.add_parser("hf-to-megatron")
+    to_megatron.add_argument("--hf", required=True, help="Hugging Face folder")
+    to_megatron.add_argument("--tp", type=int, default=1, help="tensor parallel degree the blocks are cut for")
+    to_megatron.add_argument("--pp", type=int, default=1, help="pipeline parallel degree to check")
+    to_hf = directions.add_parser("megatron-to-hf")
+    to_hf.add_argument("--checkpoint", required=True, help="distributed checkpoint, converted or from training")
+    for command in (to_megatron, to_hf):
+        command.add_argument("--out", required=True, help="folder to write")
+        command.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
+        command.add_argument("--overwrite", action="store_true", help="replace the output folder")
+        command.add_argument("--verify", action="store_true", help="compare the logits of both sides")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

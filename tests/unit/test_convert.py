@@ -1,0 +1,309 @@
+"""Whole-folder conversion: exact bytes both ways, files carried over, manifests, and what makes it refuse."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from nemo_tropd.convert import folders
+from nemo_tropd.convert.commands import check_manifest, hf_to_megatron, megatron_to_hf
+from nemo_tropd.convert.families import ConversionError, read_shape, shape_of_config
+from nemo_tropd.convert.hf_files import INDEX, SINGLE
+from tests.tiny_models import FAMILIES, make_tiny
+
+CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def _seed() -> int:
+    return int(torch.randint(0, 2**31, ()))
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read by the safetensors library, not by our own reader."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            tensors.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+    return tensors
+
+
+def _same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        t.dtype == b[n].dtype and t.shape == b[n].shape and torch.equal(t.view(torch.uint8), b[n].view(torch.uint8))
+        for n, t in a.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_keeps_every_byte(tmp_path: Path, family: str, tied: bool, dtype: torch.dtype):
+    source = make_tiny(tmp_path / "hf", family, tied, vocab=131, seed=_seed(), dtype=dtype, files=2)
+    hf_to_megatron(source, tmp_path / "megatron", tensor_parallel=2, pipeline_parallel=2)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=30_000)
+    assert _same_bytes(_tensors(source), _tensors(tmp_path / "back"))
+    assert (tmp_path / "back" / INDEX).is_file()
+    for name in (*CARRIED, "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
+    check_manifest(tmp_path / "megatron")
+    check_manifest(tmp_path / "back")
+
+
+def test_values_that_are_not_finite_survive(tmp_path: Path):
+    """Bytes are compared, so a converter that adds, scales or goes through another dtype shows."""
+    from safetensors.torch import save_file
+
+    source = make_tiny(tmp_path / "hf", dtype=torch.bfloat16)
+    poisoned = _tensors(source)
+    generator = torch.Generator().manual_seed(_seed())
+    for name, tensor in poisoned.items():
+        bits = torch.randint(-(2**15), 2**15, tensor.shape, generator=generator, dtype=torch.int16)
+        poisoned[name] = bits.view(torch.bfloat16)
+    save_file(poisoned, source / SINGLE)
+    hf_to_megatron(source, tmp_path / "megatron", tensor_parallel=2)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert _same_bytes(poisoned, _tensors(tmp_path / "back"))
+
+
+def test_large_vocabularies_are_stored_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from nemo_tropd.convert import megatron_files
+
+    monkeypatch.setattr(megatron_files, "_BLOCK_BYTES", 1000)
+    source = make_tiny(tmp_path / "hf", "qwen2", False, seed=_seed())
+    done: list[tuple[int, int]] = []
+    hf_to_megatron(source, tmp_path / "megatron", progress=lambda *at: done.append(at))
+    assert done[-1][0] == done[-1][1] == read_shape(source).parameters() * 4
+    assert max(b[0] - a[0] for a, b in itertools.pairwise(done)) <= 1000
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert _same_bytes(_tensors(source), _tensors(tmp_path / "back"))
+
+
+def test_dtype_changes_the_weights_and_the_config(tmp_path: Path):
+    source = make_tiny(tmp_path / "hf", "llama", seed=_seed())
+    hf_to_megatron(source, tmp_path / "megatron", dtype=torch.bfloat16)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    expected = {name: tensor.bfloat16() for name, tensor in _tensors(source).items()}
+    assert _same_bytes(expected, _tensors(tmp_path / "back"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_transformers_loads_the_export_with_its_tokenizer(tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = make_tiny(tmp_path / "hf", "qwen3", False, seed=_seed())
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=20_000)
+    ids = torch.randint(0, 131, (1, 20))
+    with torch.no_grad():
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+            for folder in (source, tmp_path / "back")
+        )
+    assert torch.equal(before, after)
+    chat = [{"role": "user", "content": "2 + 2 = ?"}]
+    texts = [
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for folder in (source, tmp_path / "back")
+    ]
+    assert texts[0] == texts[1] == "<|im_start|>user\n2 + 2 = ?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return make_tiny(tmp_path / "hf", "qwen3", files=2, seed=_seed())
+
+
+def _refused(source: Path, *parts: str, out: str = "out") -> None:
+    """The conversion stops with a ConversionError that says every part, and leaves nothing behind."""
+    before = sorted(source.parent.iterdir())
+    with pytest.raises(ConversionError) as caught:
+        hf_to_megatron(source, source.parent / out)
+    for part in parts:
+        assert part in str(caught.value)
+    assert sorted(source.parent.iterdir()) == before
+
+
+def _edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_refuses_an_unknown_architecture(tiny: Path):
+    _edit_config(tiny, architectures=["MambaForCausalLM"], model_type="mamba")
+    _refused(tiny, "MambaForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention_bias", True),
+        ("use_sliding_window", True),
+        ("hidden_act", "gelu"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6}),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("num_hidden_layers", None),
+        ("quantization_config", {"quant_method": "fp8"}),
+    ],
+)
+def test_refuses_what_it_does_not_model(tiny: Path, key: str, value: object):
+    _edit_config(tiny, **{key: value})
+    _refused(tiny, "config.json")
+
+
+def test_names_a_missing_file(tiny: Path):
+    (tiny / "model-00002-of-00002.safetensors").unlink()
+    _refused(tiny, "model-00002-of-00002.safetensors does not exist")
+
+
+def test_names_a_missing_tensor(tiny: Path):
+    _edit_config(tiny, tie_word_embeddings=False)
+    _refused(tiny, "lacks 1 of 25 tensors: lm_head.weight")
+
+
+def test_names_a_tensor_without_a_place(tiny: Path):
+    _edit_config(tiny, num_hidden_layers=1)
+    _refused(tiny, "no place for", "model.layers.1.")
+
+
+def test_names_both_shapes(tiny: Path):
+    _edit_config(tiny, intermediate_size=80)
+    _refused(tiny, "[96, 32]", "[80, 32]", "gate_proj")
+
+
+def test_finds_a_truncated_file(tiny: Path):
+    file = tiny / "model-00001-of-00002.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    _refused(tiny, "truncated", file.name, str(len(data)))
+    file.write_bytes(data[:100])
+    _refused(tiny, "truncated", file.name)
+
+
+def test_refuses_a_folder_that_exists_and_replaces_it_on_demand(tiny: Path):
+    out = tiny.parent / "out"
+    out.mkdir()
+    (out / "kept.txt").write_text("mine")
+    _refused(tiny, "exists")
+    assert (out / "kept.txt").read_text() == "mine"
+    hf_to_megatron(tiny, out, overwrite=True)
+    assert not (out / "kept.txt").exists()
+    check_manifest(out)
+
+
+def test_refuses_a_disk_that_is_too_small(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = shutil.disk_usage(tiny)._replace(free=10_000)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
+    _refused(tiny, "GB free")
+
+
+def test_a_failure_half_way_leaves_the_old_folder(tiny: Path):
+    out = tiny.parent / "out"
+    hf_to_megatron(tiny, out)
+    before = sorted(tiny.parent.iterdir())
+
+    def fail(done: int, total: int) -> None:
+        if done > total // 2:
+            raise OSError("the disk went away")
+
+    with pytest.raises(OSError, match="the disk went away"):
+        hf_to_megatron(tiny, out, overwrite=True, progress=fail)
+    assert sorted(tiny.parent.iterdir()) == before
+    check_manifest(out)
+
+
+def test_refuses_heads_that_do_not_divide():
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
+    shape = shape_of_config(config)
+    assert shape.tensor_parallel_degrees() == [1, 3]
+    assert shape.parameters() == 134_515_008
+    assert shape.padded_vocab(3) == 49152
+    shape.check_layout(3, 2)
+    with pytest.raises(ConversionError, match=r"9 query heads .* tensor parallel 2; .*9 query, 3 key.*degrees 1, 3"):
+        shape.check_layout(2, 1)
+    with pytest.raises(ConversionError, match=r"30 layers .* pipeline parallel 4; degrees 1, 2, 3, 5"):
+        shape.check_layout(1, 4)
+
+
+@pytest.mark.parametrize(("vocab", "degree"), [(151_936, 2), (152_064, 4), (151_665, 8), (131, 4)])
+def test_shards_of_the_vocabulary_are_equal_and_cover_it(vocab: int, degree: int):
+    config = {"model_type": "qwen2", "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 8}
+    shape = shape_of_config({**config, "num_key_value_heads": 8, "num_hidden_layers": 1, "vocab_size": vocab})
+    padded = shape.padded_vocab(degree)
+    assert padded % (128 * degree) == 0 and vocab <= padded < vocab + 128 * degree
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_reads_rotary_settings_old_and_new(tiny: Path, older: bool):
+    config = json.loads((tiny / "config.json").read_text())
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    del config["rope_parameters"]
+    if older:
+        config |= {"rope_theta": 500000.0, "rope_scaling": scaling}
+    else:
+        config["rope_parameters"] = {**scaling, "rope_theta": 500000.0}
+    shape = shape_of_config(config)
+    assert shape.rope_theta == 500000.0 and shape.rope_scaling is not None
+    assert shape.rope_scaling.factor == 8.0 and shape.rope_scaling.original_max_positions == 8192
+
+
+def test_refuses_a_damaged_megatron_checkpoint(tiny: Path):
+    out, back = tiny.parent / "out", tiny.parent / "back"
+    with pytest.raises(ConversionError, match="not a complete distributed checkpoint"):
+        megatron_to_hf(tiny, back)
+    hf_to_megatron(tiny, out)
+    data = out / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[:-10])
+    with pytest.raises(ConversionError, match="truncated"):
+        megatron_to_hf(out, back)
+    with pytest.raises(ConversionError, match=r"changed: __0_0\.distcp"):
+        check_manifest(out)
+    data.unlink()
+    with pytest.raises(ConversionError, match="does not exist"):
+        megatron_to_hf(out, back)
+    data.write_bytes(content)
+    _edit_config(out / "hf", hidden_size=48)
+    with pytest.raises(ConversionError, match=r"\[131, 32\] where config.json asks for \[131, 48\]"):
+        megatron_to_hf(out, back)
+    assert not back.exists()
+
+
+def test_families_need_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import nemo_tropd.convert.families"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_commands_convert_verify_and_refuse(tiny: Path):
+    script = Path(__file__).parents[2] / "examples" / "convert_checkpoint.py"
+    out, back = tiny.parent / "out", tiny.parent / "back"
+
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    made = run("hf-to-megatron", "--hf", tiny, "--out", out, "--tp", 2, "--dtype", "fp32")
+    assert made.returncode == 0, made.stderr
+    verified = run("megatron-to-hf", "--checkpoint", out, "--out", back, "--verify")
+    assert verified.returncode == 0, verified.stderr
+    assert float(verified.stdout.split("largest logit difference:")[1]) < 1e-4
+    assert _same_bytes(_tensors(tiny), _tensors(back))
+    again = run("hf-to-megatron", "--hf", tiny, "--out", out)
+    assert again.returncode == 1 and "exists" in again.stderr and "Traceback" not in again.stderr
