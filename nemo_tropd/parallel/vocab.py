@@ -33,6 +33,7 @@ class VocabShard:
     width: int
     vocab_size: int
     group: ProcessGroup | None
+    columns: int  # held in all, padding included: the same on every rank
 
     @classmethod
     def of(cls, columns: int, group: ProcessGroup | None, vocab_size: int | None) -> VocabShard:
@@ -43,7 +44,7 @@ class VocabShard:
         if not 0 < true <= total:
             raise ValueError(f"vocab_size is {true}, but {size} rank(s) of {columns} columns hold {total}")
         start = min(rank * columns, true)
-        return cls(start, max(0, min(true - rank * columns, columns)), true, group if size > 1 else None)
+        return cls(start, max(0, min(true - rank * columns, columns)), true, group if size > 1 else None, columns)
 
     @property
     def size(self) -> int:
