@@ -1,0 +1,276 @@
+"""The chunked head on one rank against float64 torch on the full vocabulary; what it refuses; what changes nothing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemo_tropd import objectives
+from nemo_tropd.batch import LossTokens, Rollout, TeacherScores, TokenBatch
+from nemo_tropd.loss.divergence import exact_divergences
+from nemo_tropd.loss.head import HeadLoss, head_loss, score_tokens, sequence_mean_weights, teacher_scores
+from nemo_tropd.parallel.vocab import NonFiniteLogits
+from tests.oracles.micro_batch import VARIANTS, MicroBatch, make, objective_and_loss
+
+SCALE = 1 / 37
+
+
+@pytest.fixture
+def seed() -> int:
+    """Fresh inputs on every run; pytest shows the number when a test fails."""
+    value = time.time_ns() % 10**6
+    print(f"seed {value}")
+    return value
+
+
+def relative(got: Tensor, want: Tensor, size: Tensor | None = None) -> float:
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / (want.norm() if size is None else size).clamp(min=1e-12))
+
+
+def run(
+    mb: MicroBatch, objective: Any, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[HeadLoss, Any, Any]:
+    """(result, hidden gradient, weight gradient)."""
+    h, w = (t.to(dtype).clone().requires_grad_(True) for t in (mb.hidden, mb.weight))
+    reference = mb.reference.gather(1, mb.tokens.token_ids[:, None])[:, 0].float()
+    out = head_loss(
+        h, w, mb.tokens, mb.teacher_scores(), objective,
+        **({"vocab_size": mb.vocab_size, "scale": SCALE, "reference_log_probs": reference} | options),
+    )  # fmt: skip
+    out.loss.backward()
+    return out, h.grad, w.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_value_and_gradients(variant: str, dtype: torch.dtype, seed: int) -> None:
+    mb = make(seed)
+    hidden, weight = (t.clone().requires_grad_(True) for t in (mb.hidden, mb.weight))
+    objective, losses = objective_and_loss(variant, mb.world(hidden, weight))
+    want = losses.sum() * SCALE
+    want.backward()
+    for chunk in (None, 1, 4, 64):
+        got, grad_h, grad_w = run(mb, objective, dtype, chunk_tokens=chunk)
+        assert got.loss.dtype == torch.float32
+        assert relative(got.loss, want, losses.detach().abs().sum() * SCALE) < 1e-5
+        assert relative(grad_h, hidden.grad) < 1e-5
+        assert relative(grad_w, weight.grad) < 1e-5
+        assert grad_w[mb.vocab_size :].abs().max() == 0
+
+
+def test_bf16_accumulates_the_weight_gradient_in_fp32(seed: int) -> None:
+    """Many chunks of bf16 products lose no more than one product does."""
+    mb = make(seed, batch=4, length=64, fill=0.9)
+    mb = replace(mb, hidden=mb.hidden.bfloat16().double(), weight=mb.weight.bfloat16().double())
+    full = mb.weight.clone().requires_grad_(True)
+    objective = objectives.build("fkl")
+    (mb.world(mb.hidden, full).forward_kl().sum() * SCALE).backward()
+    errors = [relative(run(mb, objective, torch.bfloat16, chunk_tokens=chunk)[2], full.grad) for chunk in (4, 256)]
+    assert max(errors) < 2e-2
+    assert errors[0] < 1.5 * errors[1] + 1e-4
+
+
+def test_outer_gradient_scales_both_and_is_used_once(seed: int) -> None:
+    mb, objective = make(seed), objectives.build("tropd")
+    _, grad_h, grad_w = run(mb, objective)
+    h, w = (t.float().requires_grad_(True) for t in (mb.hidden, mb.weight))
+    out = head_loss(h, w, mb.tokens, mb.teacher_scores(), objective, vocab_size=mb.vocab_size, scale=SCALE)
+    (out.loss * -3).backward(retain_graph=True)
+    assert relative(h.grad, -3 * grad_h) < 1e-6
+    assert relative(w.grad, -3 * grad_w) < 1e-6
+    with pytest.raises(RuntimeError, match="already used"):
+        out.loss.backward()
+
+
+def test_only_what_needs_a_gradient_gets_one(seed: int) -> None:
+    mb, objective = make(seed), objectives.build("tropd")
+    want, grad_h, _ = run(mb, objective)
+    h, w = mb.hidden.float().requires_grad_(True), mb.weight.float()
+    args = (mb.tokens, mb.teacher_scores(), objective)
+    frozen = head_loss(h, w, *args, vocab_size=mb.vocab_size, scale=SCALE)
+    frozen.loss.backward()
+    assert w.grad is None and torch.equal(h.grad, grad_h)
+    with torch.no_grad():
+        value = head_loss(h, w.requires_grad_(True), *args, vocab_size=mb.vocab_size, scale=SCALE)
+    assert not value.loss.requires_grad and torch.equal(value.loss, want.loss)
+
+
+def test_permuting_tokens_and_cutting_chunks_change_only_rounding(seed: int) -> None:
+    mb = make(seed, batch=5, length=40)
+    order = torch.randperm(len(mb.tokens), generator=torch.Generator().manual_seed(seed))
+    moved = LossTokens(**{name: value[order] for name, value in vars(mb.tokens).items()})
+    shuffled = replace(mb, tokens=moved, reference=mb.reference[order])
+    objective = objectives.build("tropd")
+    out, grad_h, grad_w = run(mb, objective, keep_per_token=True)
+    assert out.per_token is not None
+    for other, rows, chunk in (shuffled, order, None), (mb, slice(None), 7), (shuffled, order, 13):
+        again, again_h, again_w = run(other, objective, chunk_tokens=chunk, keep_per_token=True)
+        assert again.per_token is not None
+        # The draw of a token never changes, so neither does its gate.
+        assert torch.equal(again.per_token["trust"], out.per_token["trust"][rows])
+        assert relative(again_h, grad_h) < 1e-6 and relative(again_w, grad_w) < 1e-6
+        assert set(again.metrics) == set(out.metrics)
+        for name, value in again.metrics.items():
+            torch.testing.assert_close(value, out.metrics[name], rtol=1e-5, atol=1e-5)
+
+
+def test_metrics_are_sums_over_student_tokens(seed: int) -> None:
+    mb = make(seed)
+    world = mb.world(mb.hidden, mb.weight)
+    student = ~mb.tokens.guided
+    out, grad_h, _ = run(mb, objectives.build("tropd"), region_gradients=True, chunk_tokens=3)
+    trust, losses = world.trust(), objective_and_loss("tropd", world)[1]
+    want = {
+        "trust": trust[student].sum(),
+        "log_ratio": world.ratio[student].sum(),
+        "forward_kl": world.forward_kl()[student].sum(),
+        "outlier_loss": ((1 - trust) * world.forward_kl())[student].sum(),
+        "loss": losses[student].sum(),
+        "guided_loss": losses[~student].sum(),
+        "tokens": student.sum(),
+        "guided_tokens": (~student).sum(),
+    }
+    squares = grad_h.flatten(0, 1)[mb.tokens.rows].double().square().sum(-1)
+    want |= {
+        "gradient_square_trusted": (trust * squares)[student].sum(),
+        "gradient_square_outlier": ((1 - trust) * squares)[student].sum(),
+        "gradient_square_guided": squares[~student].sum(),
+    }
+    assert set(out.metrics) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(out.metrics[name], value.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.minima["log_ratio"], world.ratio[student].min(), rtol=1e-4, atol=1e-5)
+
+
+def test_sequence_means(seed: int) -> None:
+    """aopd's denominator: the mean over sequences of each one's mean, over micro-batches of unequal lengths."""
+    batches = [make(seed + i, fill=f) for i, f in enumerate((0.9, 0.3))]
+    total = sum(len(mb.tokens) for mb in batches)
+    sequences = sum(int(mb.tokens.sequence.unique().numel()) for mb in batches)
+    got, means = torch.zeros(()), []
+    for mb in batches:
+        weights = sequence_mean_weights(mb.tokens, total, sequences)
+        got = got + run(mb, objectives.build("aopd"), token_weights=weights, scale=1 / total)[0].loss.detach()
+        losses = objective_and_loss("aopd", mb.world(mb.hidden, mb.weight))[1]
+        means += [losses[mb.tokens.sequence == s].mean() for s in mb.tokens.sequence.unique()]
+    torch.testing.assert_close(got.double(), torch.stack(means).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_first_pass_gives_what_the_objective_sees(seed: int) -> None:
+    """A threshold from score_tokens over two micro-batches keeps exactly the tokens above it."""
+    batches = [make(seed + i) for i in range(2)]
+    objective = objectives.build("entropy_opd", quantile=0.77)
+    assert objective.needs_first_pass and objective.needs_student_entropy
+    seen = [
+        score_tokens(
+            mb.hidden.float(), mb.weight.float(), mb.tokens, mb.teacher_scores(), vocab_size=mb.vocab_size, entropy=True
+        )
+        for mb in batches
+    ]
+    statistics = torch.cat([objective.statistic(s) for s in seen])
+    bound = objective.bind(statistics)
+    for mb, scores in zip(batches, seen, strict=True):
+        out, *_ = run(mb, bound, keep_per_token=True)
+        assert out.per_token is not None
+        cut = torch.quantile(statistics.double(), 0.77)
+        assert torch.equal(out.per_token["kept"], (scores.student_entropy > cut).float())
+    with pytest.raises(ValueError, match="tau"):
+        run(batches[0], objective)
+
+
+def test_teacher_equals_student_gives_nothing_to_learn(seed: int) -> None:
+    """Aligned labels, one softmax: R = 0 everywhere, M = 1, no loss, no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 91, (3, 9), generator=generator)
+    rollouts = [Rollout(r[:3].tolist(), [], r[3:].tolist(), [-1.0] * 6, 0, i, i, True) for i, r in enumerate(ids)]
+    batch = TokenBatch.pack(rollouts, pad_id=0, seed=seed, step=3)
+    tokens = batch.loss_tokens()
+    hidden, weight = torch.randn(3, 9, 16, generator=generator), torch.randn(96, 16, generator=generator)
+    teacher = teacher_scores(hidden, weight, tokens.rows, tokens.token_ids, 91, vocab_size=91, entropy=True)
+    for name in ("opd", "fkl", "jsd", "clip_outlier", "mask_outlier", "tropd", "reopold", "aopd", "topd"):
+        h = hidden.clone().requires_grad_(True)
+        out = head_loss(h, weight, tokens, teacher, objectives.build(name), vocab_size=91, scale=1 / len(tokens))
+        out.loss.backward()
+        assert abs(out.loss.item()) < 1e-6 and h.grad.abs().max() < 1e-6, name
+        assert abs(out.minima["log_ratio"].item()) < 2e-6
+
+
+def test_exact_divergences(seed: int) -> None:
+    mb = make(seed)
+    got = exact_divergences(
+        mb.hidden.float(), mb.weight.float(), mb.teacher_hidden.float(), mb.teacher_weight.float(), mb.tokens.rows,
+        vocab_size=mb.vocab_size, chunk_tokens=5,
+    )  # fmt: skip
+    world = mb.world(mb.hidden, mb.weight)
+    s, t = world.student, world.teacher
+    assert relative(got["reverse_kl"], (s.exp() * (s - t)).sum(-1)) < 1e-5
+    assert relative(got["forward_kl"], (t.exp() * (t - s)).sum(-1)) < 1e-5
+    assert relative(got["one_minus_tv"], 1 - 0.5 * (s.exp() - t.exp()).abs().sum(-1)) < 1e-5
+    assert relative(got["student_entropy"], -(s.exp() * s).sum(-1)) < 1e-5
+    assert relative(got["teacher_entropy"], -(t.exp() * t).sum(-1)) < 1e-5
+
+
+def broken(mb: MicroBatch, what: str) -> dict[str, Any]:
+    t, s, h, w = mb.tokens, mb.teacher_scores(), mb.hidden.float(), mb.weight.float()
+    args: dict[str, Any] = {"hidden": h, "weight": w, "tokens": t, "teacher": s, "vocab_size": 91, "scale": 1.0}
+
+    def at(tensor: Tensor, value: int) -> Tensor:
+        return tensor.clone().index_fill_(0, torch.tensor([2]), value)
+
+    nan = h.clone()
+    nan.view(-1, 16)[t.rows[2]] = float("nan")
+    wide = torch.randint(0, 91, (len(t), 92))
+    changes: dict[str, dict[str, Any]] = {
+        "row outside": {"tokens": replace(t, rows=at(t.rows, 24))},
+        "negative id": {"tokens": replace(t, token_ids=at(t.token_ids, -1))},
+        "id in the padding": {"tokens": replace(t, token_ids=at(t.token_ids, 91))},
+        "teacher id": {"teacher": replace(s, top_k_ids=at(s.top_k_ids, 95))},
+        "k": {"teacher": TeacherScores(s.log_probs, wide.float(), wide)},
+        "guided": {"tokens": replace(t, guided=t.guided[1:])},
+        "hidden size": {"hidden": h[..., 1:]},
+        "flat hidden": {"hidden": h.flatten(0, 1)},
+        "dtype": {"hidden": h.bfloat16()},
+        "vocabulary": {"vocab_size": 97},
+        "chunk": {"chunk_tokens": 0},
+        "weights": {"token_weights": torch.ones(3)},
+        "main grad": {"weight": w.requires_grad_(True), "accumulate_main_grad": True},
+        "nan": {"hidden": nan},
+    }
+    return args | changes[what]
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("row outside", r"rows\[2\] is 24, outside the 24 output positions"),
+        ("negative id", r"token_ids\[2\] is -1, outside the vocabulary 0\.\.90"),
+        ("id in the padding", r"token_ids\[2\] is 91"),
+        ("teacher id", r"teacher\.top_k_ids\[2, 0\] is 95"),
+        ("k", r"k is 92; give 1\.\.91"),
+        ("guided", r"tokens\.guided has shape"),
+        ("hidden size", r"give weight \[V_local, H\] of the same H"),
+        ("flat hidden", r"give \[B, S, H\]"),
+        ("dtype", r"hidden is torch\.bfloat16 but weight torch\.float32"),
+        ("vocabulary", r"vocab_size is 97, but 1 rank\(s\) of 96 columns"),
+        ("chunk", r"chunk_tokens is 0"),
+        ("weights", r"token_weights has shape \(3,\)"),
+        ("main grad", r"needs weight\.main_grad"),
+        ("nan", r"student logits: row 2 has a NaN"),
+    ],
+)
+def test_bad_input_is_named(what: str, text: str, seed: int) -> None:
+    args = broken(make(seed), what)
+    with pytest.raises(ValueError, match=text) as caught:
+        head_loss(objective=objectives.build("tropd"), **args)
+    assert isinstance(caught.value, NonFiniteLogits) == (what == "nan")
+
+
+def test_an_objective_must_return_one_value_a_token(seed: int) -> None:
+    with pytest.raises(ValueError, match=r"'loss' has shape \(\)"):
+        run(make(seed), lambda s: (s.student_log_probs.sum(), {}))
