@@ -114,7 +114,8 @@ def importance_ratio(scores: TokenScores, *, what: str) -> Tensor:
     """Detached pi_S(x) / behavior(x), [T]; 1 where the behavior is NaN."""
     if scores.behavior_log_probs is None:
         raise ValueError(f"objective {what!r}: importance_cap needs TokenScores.behavior_log_probs, which is None")
-    return (scores.student_log_probs.detach() - scores.behavior_log_probs).nan_to_num(nan=0.0).exp()
+    gap = scores.student_log_probs.detach() - scores.behavior_log_probs.detach()
+    return gap.nan_to_num(nan=0.0).exp()
 
 
 def choice(default: str, *others: str) -> Any:
