@@ -8,13 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_tropd.convert.smollm2 import (
-    STUDENT_LAYERS_DROPPED,
-    AssetError,
-    build_smollm2,
-    build_student,
-    default_cache_dir,
-)
+from nemo_tropd.convert.families import ConversionError
+from nemo_tropd.convert.smollm2 import STUDENT_LAYERS_DROPPED, build_smollm2, build_student, default_cache_dir
 
 
 def main() -> None:
@@ -26,7 +21,7 @@ def main() -> None:
     try:
         print(f"teacher {build_smollm2(options.cache_dir)}")
         print(f"student {build_student(options.cache_dir, options.drop)}")
-    except AssetError as error:
+    except ConversionError as error:
         sys.exit(f"error: {error}")
     print(f"{time.perf_counter() - start:.1f} s")
 

@@ -65,7 +65,7 @@ def line_chart(title: str, note: str, lines: Sequence[Line], *, log: bool = Fals
                 parts.append(f'<circle style="fill:{tone}" cx="{cx:.1f}" cy="{cy:.1f}" r="3.5">{tip}</circle>')
         else:
             parts.append(f'<path class="raw" style="stroke:{tone}" d="{axes.path(thin(s.points))}"/>')
-            parts.append(f'<path class="line" style="stroke:{tone}" d="{axes.path(thin(smooth(s.points)))}"/>')
+            parts.append(f'<path class="line" style="stroke:{tone}" d="{axes.path(smooth(thin(s.points), log=log))}"/>')
     ends = "; ".join(f"{s.label}: {number(s.points[0][1])} to {number(s.points[-1][1])}" for s in lines)
     return _figure(title, note, [(s.label, s.color) for s in lines], parts, ends)
 

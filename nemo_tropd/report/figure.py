@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemo_tropd.report.records import RunRecord, read_run, smooth
+from nemo_tropd.report.records import RunRecord, read_run, smooth, thin
 
 # Okabe and Ito's colours, which differ for every kind of colour vision.
 _BLUE, _RED, _GREEN, _PURPLE, _SKY, _ORANGE, _GRAY = (
@@ -79,7 +79,7 @@ def _train(axis: Any, record: RunRecord, title: str, series: list[tuple[str, str
         points = [p for p in record.series("train", name) if p[1] > 0 or not log]
         if points:
             axis.plot(*zip(*points, strict=True), color=color, linewidth=0.9, alpha=0.35)
-            axis.plot(*zip(*smooth(points), strict=True), color=color, linewidth=2, label=label or None)
+            axis.plot(*zip(*smooth(thin(points), log=log), strict=True), color=color, linewidth=2, label=label or None)
             drawn += 1
     if not drawn:
         _missing(axis)

@@ -129,16 +129,19 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[int, dict[str, flo
         step, kind = entry.pop("step"), entry.pop("kind", None)
         if kind == "train":
             # A step logged again means the run went back to a checkpoint: what it had logged past it is void.
-            for void in [s for s in train if s >= step]:
-                del train[void]
-            for void in [s for s in validation if s >= step] if step > 0 else []:
-                del validation[void]
+            if train and step <= next(reversed(train)):
+                _forget_from(train, step)
+                _forget_from(validation, step)
             train[step] = _numbers(entry)
         elif kind == "validation":
-            for void in [s for s in validation if s >= step]:
-                del validation[void]
+            _forget_from(validation, step)
             validation[step] = _numbers(entry)
     return train, validation
+
+
+def _forget_from(by_step: dict[int, dict[str, float]], step: int) -> None:
+    for void in [s for s in by_step if s >= step]:
+        del by_step[void]
 
 
 def _read_rollouts(path: Path, notes: list[str]) -> list[TokenTrace]:
@@ -186,7 +189,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if number else None
 
 
-def thin(points: Sequence[tuple[int, float]], limit: int = 300) -> list[tuple[float, float]]:
+def thin(points: Sequence[tuple[float, float]], limit: int = 300) -> list[tuple[float, float]]:
     """At most ``limit`` points: means over neighbouring ones."""
     if len(points) <= limit:
         return [(float(x), y) for x, y in points]
@@ -195,19 +198,21 @@ def thin(points: Sequence[tuple[int, float]], limit: int = 300) -> list[tuple[fl
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The trend at each point: a straight line fitted to the tenth of the run around it.
+def smooth(points: Sequence[tuple[float, float]], *, log: bool = False) -> list[tuple[float, float]]:
+    """The trend at each point: a straight line fitted to the tenth of the run around it, within the values seen there.
 
-    Fewer than 20 points are given back as they are.
+    ``log`` fits the logarithms, for positive values. Fewer than 20 points are given back as they are.
     """
     if len(points) < 20:
         return list(points)
     width = max(len(points) // 10, 5)
     x, y = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+    y = np.log(y) if log else y
     trend = []
     for i in range(len(points)):
         start = min(max(i - width // 2, 0), len(points) - width)
         near_x, near_y = x[start : start + width] - x[i], y[start : start + width]
         slope = np.cov(near_x, near_y, bias=True)[0, 1] / near_x.var()
-        trend.append((points[i][0], float(near_y.mean() - slope * near_x.mean())))
+        value = np.clip(near_y.mean() - slope * near_x.mean(), near_y.min(), near_y.max())
+        trend.append((points[i][0], float(np.exp(value) if log else value)))
     return trend

@@ -1,0 +1,263 @@
+"""Prompts: every reader, every refusal, the split and the order."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from nemo_tropd.prompts import PromptError, PromptKeys, PromptOrder, PromptSplit, load_prompts
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = REPOSITORY / "examples" / "prompts" / "instructions.jsonl"
+
+
+class WordTokenizer:
+    """A word is a token, a message's role is one more, and the assistant's opening is one."""
+
+    chat_template = "role words"
+
+    def __init__(self) -> None:
+        self.vocabulary: dict[str, int] = {}
+
+    def _ids(self, text: str) -> list[int]:
+        return [self.vocabulary.setdefault(w, len(self.vocabulary)) for w in text.split()]
+
+    def apply_chat_template(self, conversations, add_generation_prompt, return_dict):
+        assert add_generation_prompt and return_dict
+        turns = [" ".join(f"<{t['role']}> {t['content']}" for t in c) + " <assistant>" for c in conversations]
+        return {"input_ids": [self._ids(t) for t in turns]}
+
+    def __call__(self, texts):
+        return {"input_ids": [self._ids(t) for t in texts]}
+
+    def text(self, ids) -> str:
+        words = list(self.vocabulary)
+        return " ".join(words[i] for i in ids)
+
+
+def write_jsonl(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def load(path, tokenizer=None, **settings) -> PromptSplit:
+    return load_prompts(path, tokenizer or WordTokenizer(), **{"max_prompt_tokens": 50, **settings})
+
+
+def random_prompts(n: int) -> list[str]:
+    return [f"say {random.getrandbits(64):x} and {i}" for i in range(n)]
+
+
+def test_jsonl_gives_chat_tokens_answers_and_places(tmp_path):
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "go"},
+    ]
+    records = [{"prompt": "what is 1 + 1", "answer": 2, "id": "first"}, {"messages": talk}, {"prompt": talk[:1]}]
+    path, tokenizer = write_jsonl(tmp_path / "p.jsonl", records), WordTokenizer()
+    first, second, third = load(path, tokenizer).train
+    assert tokenizer.text(first.token_ids) == "<user> what is 1 + 1 <assistant>"
+    assert (first.answer, first.id, first.where) == ("2", "first", f"{path}, line 1")
+    assert tokenizer.text(second.token_ids) == "<user> hi <assistant> yes <user> go <assistant>"
+    assert (second.text, second.answer) == ("go", None)
+    assert third.text == "hi" and third.id != second.id
+
+
+def test_every_format_gives_the_same_prompts(tmp_path):
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    records = [{"prompt": p, "answer": str(i), "id": str(i)} for i, p in enumerate(random_prompts(7))]
+    jsonl = write_jsonl(tmp_path / "p.jsonl", records)
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "p.parquet")
+    saved = datasets.Dataset.from_list(records)
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(str(tmp_path / "dict"))
+    tokenizer = WordTokenizer()
+    want = [(p.id, p.token_ids, p.answer) for p in load(jsonl, tokenizer).train]
+    assert len(want) == 7
+    for name in ("p.parquet", "one", "dict"):
+        assert [(p.id, p.token_ids, p.answer) for p in load(tmp_path / name, tokenizer).train] == want
+    assert len(load(tmp_path / "dict", split="test").train) == 1
+    with pytest.raises(PromptError, match=r"no split 'other'; it has train, test"):
+        load(tmp_path / "dict", split="other")
+
+
+def test_keys_can_be_renamed_and_nested(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"question": "why", "reward": {"truth": "so"}, "prompt": 3}])
+    (prompt,) = load(path, keys=PromptKeys(prompt="question", answer="reward.truth")).train
+    assert (prompt.text, prompt.answer) == ("why", "so")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', r"line 3: not JSON .*column"),
+        ('["a"]', r"line 3: a line must be a JSON object, this is a list"),
+        ('{"question": "a", "x": 1}', r"line 3: neither 'prompt' nor 'messages'; .*\['question', 'x'\]"),
+        ('{"prompt": ""}', r"line 3: 'prompt' is empty"),
+        ('{"prompt": 5}', r"line 3: 'prompt' must be a string or a list of messages, this is int 5"),
+        ('{"messages": []}', r"line 3: 'messages' must be a string or a list"),
+        ('{"messages": [{"role": "user"}]}', r"line 3: 'messages'\[0\] must have 'role' and 'content'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', r"line 3: .*ends with the assistant's turn"),
+        ('{"prompt": "a", "answer": [1]}', r"line 3: 'answer' must be a string or a number, this is a list"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "fine"}\n\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(PromptError, match=re.escape(str(path)) + ", " + message):
+        load(path)
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(PromptError, match="line 2: not UTF-8"):
+        load(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
+    (tmp_path / "folder").mkdir()
+    for name, message in {
+        "empty.jsonl": "holds no prompt",
+        "notes.txt": "unknown kind of file '.txt'",
+        "bad.parquet": "is not a readable Parquet file",
+        "folder": "not a data set written by",
+        "absent.jsonl": "no prompt file at",
+        "absent/dir/": "no prompt file at",
+    }.items():
+        with pytest.raises(PromptError, match=message):
+            load(tmp_path / name)
+
+
+def test_an_unknown_data_set_names_itself(monkeypatch):
+    import datasets
+
+    def refuse(*_args, **_kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(PromptError, match=r"'someone/things:main' is no local file.*offline"):
+        load("someone/things:main")
+
+
+def test_an_overlong_prompt_is_named_with_both_lengths_or_dropped(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a b"}, {"prompt": "a b c d"}])
+    with pytest.raises(PromptError, match=r"line 2: the prompt has 6 tokens .*max_prompt_tokens is 5"):
+        load(path, max_prompt_tokens=5)
+    split = load(path, max_prompt_tokens=5, overlong="drop")
+    assert (len(split.train), split.dropped, split.train.longest) == (1, 1, 4)
+    assert len(load(path, max_prompt_tokens=6).train) == 2
+    with pytest.raises(PromptError, match="all 2 prompts are longer"):
+        load(path, max_prompt_tokens=3, overlong="drop")
+    with pytest.raises(PromptError, match="overlong='cut'"):
+        load(path, overlong="cut")
+
+
+def test_a_tokenizer_without_template_is_refused_or_left_plain(tmp_path):
+    tokenizer = WordTokenizer()
+    tokenizer.chat_template = None
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a b"}])
+    with pytest.raises(PromptError, match="no chat template"):
+        load(path, tokenizer)
+    assert tokenizer.text(load(path, tokenizer, chat_template=False).train[0].token_ids) == "a b"
+
+
+@pytest.mark.parametrize("held_out", [5, 0.25])
+def test_held_out_is_disjoint_and_independent_of_order(tmp_path, held_out):
+    prompts = random_prompts(60)
+    copies = [p.replace(" ", "  ") + " " for p in prompts]  # the same prompts but for whitespace
+    records = [{"prompt": p} for p in prompts + copies]
+    shuffled = random.sample(records, len(records))
+    one = load(write_jsonl(tmp_path / "a.jsonl", records), held_out=held_out)
+    two = load(write_jsonl(tmp_path / "b.jsonl", shuffled), held_out=held_out)
+
+    def plain(prompts):
+        return [" ".join(p.text.split()) for p in prompts]
+
+    assert plain(one.held_out) == plain(two.held_out)
+    assert not set(plain(one.train)) & set(plain(one.held_out))
+    assert len(set(plain(one.held_out))) == len(one.held_out) > 0
+    assert len(one.train) == 2 * (60 - len(one.held_out))
+    if held_out == 5:
+        assert len(one.held_out) == 5
+
+
+def test_a_fraction_keeps_each_prompt_on_its_side_as_data_grow(tmp_path):
+    prompts = random_prompts(80)
+    small = load(write_jsonl(tmp_path / "a.jsonl", [{"prompt": p} for p in prompts[:40]]), held_out=0.3)
+    large = load(write_jsonl(tmp_path / "b.jsonl", [{"prompt": p} for p in prompts]), held_out=0.3)
+    assert {p.text for p in small.train} <= {p.text for p in large.train}
+    assert {p.text for p in small.held_out} <= {p.text for p in large.held_out}
+
+
+def test_impossible_splits(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "b"}])
+    for value, message in ((2, "leaves none for training"), (-1, "negative"), (1.0, r"must lie in \[0, 1\)")):
+        with pytest.raises(PromptError, match=message):
+            load(path, held_out=value)
+
+
+def test_the_order_is_a_permutation_of_every_epoch_and_resumes():
+    n, size, seed = random.randint(20, 40), 7, random.getrandbits(70)
+    order = PromptOrder(n, seed)
+    flat = [i for step in range(3 * n) for i in order.batch(step, size)]
+    epochs = [tuple(flat[e * n : (e + 1) * n]) for e in range(len(flat) // n)]
+    assert all(sorted(e) == list(range(n)) for e in epochs)
+    assert len(set(epochs)) == len(epochs)
+    again = PromptOrder(n, seed)
+    assert [again.batch(step, size) for step in (17, 3, 17)] == [flat[s * size : s * size + size] for s in (17, 3, 17)]
+    assert PromptOrder(n, seed + 1).batch(0, n) != flat[:n]
+    assert order.batch(0, 2 * n + 1) == flat[: 2 * n + 1]
+
+
+def test_the_order_does_not_change_between_releases():
+    # Written down once: a resumed run must see the order it began with, whatever numpy it now has.
+    assert PromptOrder(10, 1234).batch(0, 12) == [8, 9, 7, 3, 0, 1, 4, 2, 5, 6, 0, 9]
+
+
+def test_an_order_of_other_prompts_or_none_is_refused():
+    order = PromptOrder(10, 1)
+    order.load_state_dict(order.state_dict())
+    with pytest.raises(PromptError, match=r"'n': 11"):
+        order.load_state_dict({"n": 11, "seed": 1})
+    with pytest.raises(PromptError, match="at least one"):
+        PromptOrder(0, 1)
+    with pytest.raises(PromptError, match="size 0"):
+        order.batch(0, 0)
+
+
+def test_the_fingerprint_follows_content_and_order(tmp_path):
+    a, b = ({"prompt": p} for p in random_prompts(2))
+    digests = set()
+    for i, records in enumerate(([a, b], [b, a], [a, {**b, "answer": 1}])):
+        tokenizer = WordTokenizer()
+        load(write_jsonl(tmp_path / "warm.jsonl", [a, b]), tokenizer)
+        digests.add(load(write_jsonl(tmp_path / f"{i}.jsonl", records), tokenizer).train.fingerprint())
+    assert len(digests) == 3
+
+
+def test_the_shipped_prompts_are_right():
+    records = [json.loads(line) for line in SHIPPED.read_text(encoding="utf-8").splitlines()]
+    kinds = [r["kind"] for r in records]
+    assert len(records) >= 480
+    assert abs(kinds.count("arithmetic") - kinds.count("instruction")) < 0.2 * len(records)
+    assert set(kinds) == {"arithmetic", "instruction"}
+    assert (
+        len({" ".join(r["prompt"].lower().split()) for r in records}) == len({r["id"] for r in records}) == len(records)
+    )
+    for r in records:
+        if r["kind"] == "instruction":
+            assert "answer" not in r
+            continue
+        assert re.fullmatch(r"\d+( [-+x] \d+)+", r["expression"])
+        assert int(r["answer"]) == eval(r["expression"].replace("x", "*")) > 0
+        assert sorted(re.findall(r"\d+", r["prompt"])) == sorted(re.findall(r"\d+", r["expression"]))
