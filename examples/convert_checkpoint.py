@@ -25,15 +25,14 @@ def main() -> int:
         task = bar.add_task(args.direction, total=None)
         options["progress"] = lambda done, total: bar.update(task, completed=done, total=total)
         try:
-            if args.direction == "hf-to-megatron":
+            if "hf" in args:
                 hf_to_megatron(args.hf, args.out, tensor_parallel=args.tp, pipeline_parallel=args.pp, **options)
             else:
                 megatron_to_hf(args.checkpoint, args.out, **options)
         except ConversionError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    to_megatron = args.direction == "hf-to-megatron"
-    hf_dir, checkpoint_dir = (args.hf, args.out) if to_megatron else (args.out, args.checkpoint)
+    hf_dir, checkpoint_dir = (args.hf, args.out) if "hf" in args else (args.out, args.checkpoint)
     print(f"{args.out}: {describe(read_shape(hf_dir))}")
     if args.verify:
         from nemo_tropd.model.parity import largest_logit_difference
@@ -47,8 +46,11 @@ def parse_arguments() -> argparse.Namespace:
     directions = parser.add_subparsers(dest="direction", required=True)
     to_megatron = directions.add_parser("hf-to-megatron")
     to_megatron.add_argument("--hf", required=True, help="Hugging Face folder")
-    to_megatron.add_argument("--tp", type=int, default=1, help="tensor parallel degree the blocks are cut for")
-    to_megatron.add_argument("--pp", type=int, default=1, help="pipeline parallel degree to check")
+    for degree, use in (
+        ("--tp", "tensor parallel degree: blocks are cut for it"),
+        ("--pp", "pipeline parallel degree"),
+    ):
+        to_megatron.add_argument(degree, type=int, default=1, help=use)
     to_hf = directions.add_parser("megatron-to-hf")
     to_hf.add_argument("--checkpoint", required=True, help="distributed checkpoint, converted or from training")
     for command in (to_megatron, to_hf):
