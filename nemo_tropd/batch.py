@@ -40,7 +40,9 @@ class Rollout:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError("a rollout needs a prompt of at least one token: the first token has no output to score it")
+            raise ValueError(
+                "a rollout needs a prompt of at least one token: the first token has no output to score it"
+            )
         if len(self.response_ids) != len(self.response_log_probs):
             raise ValueError(
                 f"a rollout has {len(self.response_ids)} response tokens "
@@ -189,7 +191,10 @@ def gate_uniforms(seed: int, step: int, sequence_id: int, positions: int) -> Ten
     of (seed, step, sequence, position) alone, never of rank, packing, micro-batch or parallel layout.
     """
     mask = (1 << 64) - 1
-    stream = np.random.Philox(key=[seed & mask, step & mask], counter=[0, 0, sequence_id & mask, 0])
+    # As arrays: numpy takes a list that holds a number past 2**63 through float64, and seeds would run together.
+    key = np.array([seed & mask, step & mask], dtype=np.uint64)
+    counter = np.array([0, 0, sequence_id & mask, 0], dtype=np.uint64)
+    stream = np.random.Philox(key=key, counter=counter)
     # The top 24 bits: every value is exact in fp32, so no rounding can reach 1.
     raw = (stream.random_raw(positions) >> np.uint64(40)).astype(np.float32)
     return torch.from_numpy(raw * np.float32(2.0**-24))

@@ -130,7 +130,8 @@ class PromptOrder:
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         # Sorting the raw counter-based stream: unlike numpy's own shuffles, it cannot change with numpy's version.
-        raw = np.random.Philox(key=[self.seed & (2**64 - 1), epoch]).random_raw(self.n)
+        key = np.array([self.seed & (2**64 - 1), epoch], dtype=np.uint64)  # a list would pass through float64
+        raw = np.random.Philox(key=key).random_raw(self.n)
         return np.argsort(raw, kind="stable")
 
     def state_dict(self) -> dict[str, int]:

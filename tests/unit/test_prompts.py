@@ -215,8 +215,10 @@ def test_the_order_is_a_permutation_of_every_epoch_and_resumes():
     assert len(set(epochs)) == len(epochs)
     again = PromptOrder(n, seed)
     assert [again.batch(step, size) for step in (17, 3, 17)] == [flat[s * size : s * size + size] for s in (17, 3, 17)]
-    assert PromptOrder(n, seed + 1).batch(0, n) != flat[:n]
+    for other in (seed + 1, 2**64 - 1, 2**64 - 2, -3):
+        assert other == seed or PromptOrder(n, other).batch(0, n) != flat[:n]
     assert order.batch(0, 2 * n + 1) == flat[: 2 * n + 1]
+    assert PromptOrder(n, -1).batch(0, n) != PromptOrder(n, -2).batch(0, n)
 
 
 def test_the_order_does_not_change_between_releases():
