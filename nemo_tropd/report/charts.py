@@ -42,18 +42,22 @@ class _Axes:
         return "M" + "L".join("{:.1f},{:.1f}".format(*self.at(x, y)) for x, y in points)
 
 
-def line_chart(title: str, note: str, lines: Sequence[Line], *, log: bool = False, share: bool = False) -> str:
+def line_chart(
+    title: str, note: str, lines: Sequence[Line], *, log: bool = False, share: bool = False, zero: bool = False
+) -> str:
     """A figure with lines over steps.
 
     Train lines show the raw values faintly and their trend; ``log`` needs positive values and leaves others
-    out; ``share`` fixes the axis to 0 .. 1. A figure without any value says so.
+    out; ``share`` fixes the axis to 0 .. 1, ``zero`` begins it at 0. A figure without any value says so.
     """
     lines = [Line(s.label, [p for p in s.points if p[1] > 0 or not log], s.color, s.marked) for s in lines]
     lines = [s for s in lines if s.points]
     if not lines:
         return _empty(title, note)
     values = [y for s in lines for _, y in s.points]
-    axes = _Axes(_extent([x for s in lines for x, _ in s.points]), _y_extent(values, log, share), log)
+    axes = _Axes(
+        _extent([x for s in lines for x, _ in s.points]), _y_extent([*values, 0.0] if zero else values, log, share), log
+    )
     parts = [_grid(axes)]
     for s in lines:
         tone = f"var(--c{s.color})"

@@ -49,6 +49,7 @@ def write_figure(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) 
     for axis, unit in zip(axes, ("nats a token", "nats a token", "share", "", "nats", "seconds"), strict=True):
         axis.set_ylabel(unit)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#e3e7eb", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -107,8 +108,8 @@ def _phases(axis: Any, record: RunRecord) -> None:
     axis.stackplot(steps, layers, labels=names, colors=[colors[i % len(colors)] for i in range(len(names))])
     totals = sorted(sum(column) for column in zip(*layers, strict=True))
     usual = totals[int(0.95 * (len(totals) - 1))]
-    if totals[-1] > 2 * usual:  # one slow step must not press all others flat
-        axis.set_ylim(top=1.5 * usual)
+    # One slow step must not press all others flat; and the legend wants room.
+    axis.set_ylim(top=1.4 * (usual if totals[-1] > 2 * usual else totals[-1]))
     axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper right")
 
 

@@ -102,11 +102,13 @@ def _table(record: RunRecord) -> str:
 
 
 def _percent(old: float, new: float) -> str:
+    if new == old:
+        return "none"
     return f"{(new - old) / abs(old):+.0%}".replace("-", "−") if old else f"{new - old:+.3g}".replace("-", "−")
 
 
 def _points(old: float, new: float) -> str:
-    return f"{100 * (new - old):+.0f} points".replace("-", "−")
+    return f"{100 * (new - old):+.0f} points".replace("-", "−") if new != old else "none"
 
 
 def _share(value: float) -> str:
@@ -142,11 +144,13 @@ def _charts(record: RunRecord) -> list[str]:
             "Reverse KL",
             "On held-out prompts, student's own text; nats a token.",
             [held_out("reverse_kl", "reverse KL", 0)],
+            zero=True,
         ),
         line_chart(
             "Forward KL",
             "On held-out prompts, the teacher's answers; nats a token.",
             [held_out("forward_kl", "forward KL", 1)],
+            zero=True,
         ),
         line_chart("Loss", "The objective, a mean over loss tokens.", [logged("loss", "loss", 0)]),
         line_chart(
