@@ -68,9 +68,9 @@ def _lead(record: RunRecord) -> str:
     for key, label, _, _ in _TABLE[:2]:
         if key in record.before and key in record.after:
             old, new = record.before[key], record.after[key]
-            verb = "fell" if new < old else "rose" if new > old else "stayed"
-            change = f" ({_percent(old, new)})" if old else ""
-            sentences.append(f"{label} {verb} from {old:.2f} to {new:.2f}{change}.")
+            verb = "fell" if new < old else "rose"
+            moved = f"{verb} from {old:.2f} to {new:.2f} ({_percent(old, new)})"
+            sentences.append(f"{label} {moved if new != old else f'stayed at {old:.2f}'}.")
     return escape(f"{record.steps} steps. " + " ".join(sentences))
 
 
