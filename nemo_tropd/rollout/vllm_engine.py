@@ -211,6 +211,8 @@ class VllmEngine:
             GLOO_SOCKET_IFNAME="lo",
         )
         env.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # Threads that wait by spinning cost a busy machine twenty times the time; a short spin keeps the speed.
+        env.setdefault("GOMP_SPINCOUNT", "20000")
         return env
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:

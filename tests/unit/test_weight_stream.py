@@ -1,0 +1,220 @@
+"""The trainer's side of a refresh and the pipe to the engine's process, without an engine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_tropd.rollout.channel import ChannelClosed, receive_frame, send_frame
+from nemo_tropd.rollout.engine import (
+    EngineError,
+    RequestError,
+    RolloutRequest,
+    Sampling,
+    WeightStreamError,
+    check_requests,
+    request_seed,
+)
+from nemo_tropd.rollout.vllm_engine import VllmEngine
+from nemo_tropd.rollout.weight_sync import BucketFiles, buckets, checked_stream, checkpoint_shapes
+
+SHAPES = {"a": (2, 3), "b": (4,), "lm_head.weight": (2, 3)}
+TIED = frozenset({"lm_head.weight"})
+
+
+def stream(**changes: torch.Tensor | None) -> list[tuple[str, torch.Tensor]]:
+    tensors = {"a": torch.randn(2, 3), "b": torch.randn(4)} | changes
+    return [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+
+
+def test_a_whole_stream_passes_unchanged_with_or_without_the_tied_head() -> None:
+    for whole in (stream(), [*stream(), ("lm_head.weight", torch.zeros(2, 3))]):
+        passed = list(checked_stream(whole, SHAPES, TIED))
+        assert [name for name, _ in passed] == [name for name, _ in whole]
+        assert all(torch.equal(x, y) for (_, x), (_, y) in zip(passed, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (stream(b=None), "without 1 of the model's tensors: b"),
+        ([], "without 2 of the model's tensors: a, b"),
+        (stream(c=torch.zeros(1)), "holds c, which the engine's model does not have"),
+        (stream() + stream(a=None), "holds b twice"),
+        (stream(a=torch.zeros(3, 2)), r"a comes as \[3, 2\] but the engine's model has \[2, 3\]"),
+    ],
+)
+def test_a_stream_that_does_not_fit_is_refused_by_name(bad: list[tuple[str, torch.Tensor]], text: str) -> None:
+    with pytest.raises(WeightStreamError, match=text):
+        list(checked_stream(bad, SHAPES, TIED))
+
+
+def test_an_untied_head_must_come() -> None:
+    with pytest.raises(WeightStreamError, match=r"lm_head\.weight"):
+        list(checked_stream(stream(), SHAPES, frozenset()))
+
+
+def test_buckets_hold_everything_once_cast_and_within_their_size() -> None:
+    tensors = {f"t{i}": torch.randn(int(torch.randint(1, 400, ()))) for i in range(30)} | {"big": torch.randn(5000)}
+    cut = list(buckets(tensors.items(), bucket_bytes=2000, dtype=torch.bfloat16))
+    names = [name for held, _ in cut for name in held]
+    assert names == list(tensors)
+    for held, size in cut:
+        assert size == sum(t.numel() * 2 for t in held.values())
+        assert size <= 2000 or list(held) == ["big"]
+        assert all(torch.equal(t, tensors[name].bfloat16()) for name, t in held.items())
+    assert 3 < len(cut) < 30
+    # Greedy: no bucket could have taken the first tensor of the next one.
+    for (_, size), (following, _) in itertools.pairwise(cut):
+        assert size + next(iter(following.values())).numel() * 2 > 2000
+
+
+def test_shapes_and_optional_names_of_a_checkpoint(tmp_path: Path) -> None:
+    save_file({"model.embed_tokens.weight": torch.zeros(5, 2)}, str(tmp_path / "model-1.safetensors"))
+    save_file({"x.rotary_emb.inv_freq": torch.zeros(3)}, str(tmp_path / "model-2.safetensors"))
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
+    shapes, optional = checkpoint_shapes(tmp_path)
+    assert shapes == {"model.embed_tokens.weight": (5, 2), "x.rotary_emb.inv_freq": (3,), "lm_head.weight": (5, 2)}
+    assert optional == {"x.rotary_emb.inv_freq", "lm_head.weight"}
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
+    assert checkpoint_shapes(tmp_path)[1] == {"x.rotary_emb.inv_freq"}
+    (tmp_path / "model-2.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(EngineError, match=r"model-2\.safetensors is not a whole safetensors file"):
+        checkpoint_shapes(tmp_path)
+
+
+def test_a_bucket_file_lives_as_long_as_it_is_received(tmp_path: Path) -> None:
+    files, tensors, seen = BucketFiles(tmp_path), {"w": torch.randn(7, 5)}, []
+
+    def receive(path: str) -> None:
+        seen.append(load_file(path))
+
+    files.send(tensors, 140, receive)
+    assert torch.equal(seen[0]["w"], tensors["w"]) and list(tmp_path.iterdir()) == []
+
+    def refuse(path: str) -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        files.send(tensors, 140, refuse)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(EngineError, match="MiB free but a bucket of weights takes"):
+        files.send(tensors, 1 << 60, receive)
+
+
+def test_bucket_files_of_gone_processes_are_removed_and_others_kept(tmp_path: Path) -> None:
+    gone = tmp_path / "nemo_tropd-weights-4194399-x.safetensors"
+    young = tmp_path / "nemo_tropd-weights-4194398-x.safetensors"
+    own = tmp_path / f"nemo_tropd-weights-{os.getpid()}-x.safetensors"
+    foreign = tmp_path / "model-4194399-x.safetensors"
+    for file in (gone, young, own, foreign):
+        file.write_bytes(b"x")
+    for file in (gone, own, foreign):
+        os.utime(file, (time.time() - 3600,) * 2)
+    BucketFiles(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([young, own, foreign])
+    with pytest.raises(EngineError, match="cannot be written to"):
+        BucketFiles(tmp_path / "nowhere")
+
+
+def request(**changes: object) -> RolloutRequest:
+    fields: dict = {
+        "prompt_ids": [1, 2, 3],
+        "prefix_ids": [4],
+        "seed": 0,
+        "sequence_id": 0,
+        "prompt_index": 17,
+        "max_new_tokens": 6,
+    }
+    return RolloutRequest(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        (request(max_new_tokens=7), "prompt 17: 3 prompt \\+ 1 prefix \\+ 7 new tokens are 11, over .* context of 10"),
+        (request(max_new_tokens=0), "prompt 17: max_new_tokens is 0"),
+        (request(prompt_ids=[]), "prompt 17: it has no tokens"),
+        (request(prefix_ids=[50]), "prompt 17: token id 50 is outside the engine's vocabulary of 50"),
+        (request(prompt_ids=[1, -3]), "prompt 17: token id -3 is outside"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_named(bad: RolloutRequest, text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        check_requests([request(), bad], max_model_len=10, vocab_size=50)
+    check_requests([request()], max_model_len=10, vocab_size=50)
+
+
+def test_seeds_differ_in_every_argument() -> None:
+    seeds = {request_seed(a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3)}
+    assert len(seeds) == 81 and all(0 <= seed < 1 << 63 for seed in seeds)
+    assert request_seed(1, 2, 3, 4) == request_seed(1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"temperature": float("nan")}])
+def test_sampling_is_checked(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)  # type: ignore[arg-type]
+
+
+def test_an_engine_names_what_is_wrong_with_its_model_before_it_starts(tmp_path: Path) -> None:
+    settings: dict = {"dtype": "float32", "max_model_len": 16}
+    with pytest.raises(EngineError, match=r"has no config\.json"):
+        VllmEngine(tmp_path, **settings)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(EngineError, match="holds no safetensors file"):
+        VllmEngine(tmp_path, **settings)
+    with pytest.raises(EngineError, match="dtype is 'float8'"):
+        VllmEngine(tmp_path, **(settings | {"dtype": "float8"}))
+
+
+def test_frames_travel_whole() -> None:
+    read, write = os.pipe()
+    payload = os.urandom(3_000_000)  # more than a pipe holds
+    writer = threading.Thread(target=send_frame, args=(write, {"n": [1.5, None], "s": "\u00e9"}, payload))
+    writer.start()
+    assert receive_frame(read, timeout_s=20) == ({"n": [1.5, None], "s": "\u00e9"}, payload)
+    writer.join()
+    with pytest.raises(TimeoutError, match="no answer within"):
+        receive_frame(read, timeout_s=0.2)
+    with pytest.raises(ChannelClosed, match="process has ended"):
+        receive_frame(read, alive=lambda: False)
+    os.close(write)
+    with pytest.raises(ChannelClosed, match="pipe is closed"):
+        receive_frame(read)
+    os.close(read)
+    read, write = os.pipe()
+    os.close(read)
+    with pytest.raises(ChannelClosed):
+        send_frame(write, {})
+    os.close(write)
+
+
+def test_the_engines_process_ends_when_the_trainer_is_gone() -> None:
+    request_read, request_write = os.pipe()
+    reply_read, reply_write = os.pipe()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "nemo_tropd.rollout.vllm_server", str(request_read), str(reply_write)],
+        pass_fds=(request_read, reply_write),
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+    os.close(request_read)
+    os.close(reply_write)
+    try:
+        time.sleep(0.5)
+        assert server.poll() is None
+        os.close(request_write)
+        assert server.wait(timeout=30) != 0
+    finally:
+        server.kill()
+        os.close(reply_read)
