@@ -38,6 +38,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _WEIGHT_BACKEND = "tropd_buckets"  # registered by weight_receiver in the engine's process
 _CLOSE_TIMEOUT_S = 10.0
 _LOG_LINES_SHOWN = 12
+_NOT_RUNNING = "the engine is not running"
 # Set for the trainer's ranks by torchrun; vLLM would take them for its own.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _RANK_PREFIXES = ("TORCHELASTIC_", "ROLE_", "MASTER_")
@@ -256,8 +257,10 @@ class VllmEngine:
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """See ``RolloutEngine.update_weights``. Tensors are cast to the engine's dtype before they are sent."""
+        if not self._refreshable:
+            raise EngineError("this engine was made with refreshable=False: its weights stay as they are")
         if self._files is None:
-            raise EngineError("this engine was made with refreshable=False, or it is not running")
+            raise EngineDied(_NOT_RUNNING)
         began = time.monotonic()
         count = total = 0
         try:
@@ -279,7 +282,7 @@ class VllmEngine:
         """One question, one answer. Whatever goes wrong on the way ends the process, since answers carry no number."""
         process = self._process
         if process is None:
-            raise EngineDied("the engine is not running")
+            raise EngineDied(_NOT_RUNNING)
         try:
             send_frame(process.request_fd, header, payload)
             reply, block = receive_frame(

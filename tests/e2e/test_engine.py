@@ -1,0 +1,343 @@
+"""vLLM as the rollout engine: its log-probabilities against transformers', refreshes, replays and deaths.
+
+An engine takes a quarter of a minute to start: three are started side by side and shared, and the order of the tests in
+this file is the order in which they use them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout.engine import (
+    EngineDied,
+    EngineError,
+    RequestError,
+    RolloutRequest,
+    Sampling,
+    WeightStreamError,
+    request_seed,
+)
+from nemo_tropd.rollout.supervisor import RolloutSupervisor
+from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
+from nemo_tropd.rollout.vllm_engine import VllmEngine
+from tests.tiny_models import make_tiny
+
+pytestmark = pytest.mark.timeout(240)
+CONTEXT = 96
+EOS = 3
+SEED = random.randrange(1 << 30)
+TEACHER_SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=50)
+
+
+def engine_of(model_dir: Path, exchange_dir: Path, **changes: Any) -> VllmEngine:
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": CONTEXT,
+        "max_num_seqs": 16,
+        "kv_cache_gib": 1 / 32,
+        "bucket_mib": 1,
+        "exchange_dir": exchange_dir,
+        "start_timeout_s": 150,
+        "answer_timeout_s": 100,
+    }
+    return VllmEngine(model_dir, **(settings | changes))
+
+
+def perturb(model: torch.nn.Module, noise: float = 0.1) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(noise * p.std().nan_to_num(0.0) * torch.randn_like(p) if p.ndim > 1 else 0.05 * torch.randn_like(p))
+
+
+def some_requests(count: int, new_tokens: int = 16, prefix: bool = True) -> list[RolloutRequest]:
+    rnd = random.Random(SEED)
+    return [
+        RolloutRequest(
+            prompt_ids=[rnd.randrange(4, 130) for _ in range(rnd.randrange(1, 30))],
+            prefix_ids=[rnd.randrange(4, 130) for _ in range(rnd.randrange(1, 9))] if prefix and i % 3 == 0 else [],
+            seed=request_seed(SEED, 0, i, 0),
+            sequence_id=1000 + i,
+            prompt_index=500 + i,
+            max_new_tokens=new_tokens if i % 2 else 5,
+        )
+        for i in range(count)
+    ]
+
+
+@torch.no_grad()
+def differences(model: torch.nn.Module, rollouts: Sequence[Rollout]) -> list[float]:
+    """Of every sampled token: between the engine's log-probability and the unscaled softmax of transformers."""
+    found = []
+    for r in rollouts:
+        scores = model(torch.tensor([r.token_ids])).logits[0].float().log_softmax(-1)
+        start = len(r.token_ids) - len(r.response_ids)
+        for i, (token, log_prob) in enumerate(zip(r.response_ids, r.response_log_probs, strict=True)):
+            found.append(abs(scores[start + i - 1, token].item() - log_prob))
+    return found
+
+
+def contents(rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[float]]]:
+    return [(r.response_ids, r.response_log_probs) for r in rollouts]
+
+
+def gone(pids: Sequence[int], within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        left = [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+        if not left:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class Served:
+    """A tiny model's engine, which starts in the background, and the transformers model it should agree with."""
+
+    def __init__(self, folder: Path, family: str, tied: bool, **settings: Any) -> None:
+        self.model_dir = make_tiny(folder / "model", family, tied=tied, layers=2, hidden=128, head_dim=32, seed=SEED)
+        self.exchange = folder / "exchange"
+        self.exchange.mkdir()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32).eval()
+        self.settings = settings
+        self.engine = engine_of(self.model_dir, self.exchange, **settings)
+        self.requests = some_requests(9)
+        self.last: list[Rollout] = []
+        self._failure: list[Exception] = []
+        self._starter = threading.Thread(target=self._start)
+        self._starter.start()
+
+    def _start(self) -> None:
+        try:
+            self.engine.start()
+        except Exception as error:
+            self._failure.append(error)
+
+    def ready(self) -> Served:
+        self._starter.join()
+        if self._failure:
+            raise self._failure[0]
+        return self
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters()
+
+    def bytes_in(self, bytes_a_number: int) -> int:
+        return sum(bytes_a_number * p.numel() for p in self.model.parameters())
+
+
+@pytest.fixture(scope="module")
+def all_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Served]]:
+    """As under torchrun, whose variables vLLM must not take for its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}.items():
+            patch.setenv(name, value)
+        made = {
+            "tied": Served(tmp_path_factory.mktemp("tied"), "qwen3", tied=True),
+            "untied": Served(tmp_path_factory.mktemp("untied"), "qwen2", tied=False),
+            "bfloat16": Served(
+                tmp_path_factory.mktemp("bfloat16"), "llama3", tied=True, dtype="bfloat16", sampling=TEACHER_SAMPLING
+            ),
+        }
+        try:
+            yield made
+        finally:
+            for served in made.values():
+                served._starter.join()
+                served.engine.close()
+
+
+@pytest.fixture
+def shared(all_served: dict[str, Served]) -> Served:
+    return all_served["tied"].ready()
+
+
+def test_rollouts_come_in_order_with_the_log_probabilities_of_the_softmax(shared: Served) -> None:
+    rollouts = shared.engine.generate(shared.requests)
+    for request, rollout in zip(shared.requests, rollouts, strict=True):
+        assert (rollout.prompt_ids, rollout.prefix_ids) == (request.prompt_ids, request.prefix_ids)
+        assert (rollout.sequence_id, rollout.prompt_index) == (request.sequence_id, request.prompt_index)
+        assert rollout.weight_version == 0
+        assert EOS not in rollout.response_ids[:-1]
+        assert rollout.finished == (rollout.response_ids[-1] == EOS)
+        assert rollout.finished or len(rollout.response_ids) == request.max_new_tokens
+    assert max(differences(shared.model, rollouts)) < 1e-3
+    assert shared.engine.generate([]) == []
+
+
+def test_the_end_of_sequence_is_kept_where_it_was_sampled(shared: Served) -> None:
+    rollouts = shared.engine.generate(some_requests(60, new_tokens=60, prefix=False))
+    finished = [r for r in rollouts if r.finished]
+    assert finished and all(r.response_ids[-1] == EOS for r in finished)
+    assert all(EOS not in r.response_ids for r in rollouts if not r.finished)
+
+
+@pytest.mark.parametrize("version", [1, 7])
+def test_a_refresh_brings_the_trainers_weights_under_their_version(shared: Served, version: int) -> None:
+    perturb(shared.model)
+    stale = shared.engine.generate(shared.requests)
+    assert max(differences(shared.model, stale)) > 0.05  # the check below can fail
+    stats = shared.engine.update_weights(shared.model.named_parameters(), version)
+    assert stats.bytes == shared.bytes_in(4) and stats.buckets >= 2 and 0 < stats.seconds < 30
+    assert list(shared.exchange.iterdir()) == []
+    shared.last = shared.engine.generate(shared.requests)
+    assert {r.weight_version for r in shared.last} == {version}
+    assert max(differences(shared.model, shared.last)) < 1e-3
+
+
+def test_the_same_list_gives_the_same_bits_and_seeds_matter(shared: Served) -> None:
+    shared.engine.generate(some_requests(3, new_tokens=30))  # leaves other prompts in the cache
+    assert contents(shared.engine.generate(shared.requests)) == contents(shared.last)
+    same_prompt = [RolloutRequest([9, 8, 7], [], request_seed(SEED, 0, 0, s), s, 0, 12) for s in range(4)]
+    assert len({tuple(r.response_ids) for r in shared.engine.generate(same_prompt)}) == 4
+
+
+def test_a_bad_request_is_named_and_harms_nothing(shared: Served) -> None:
+    too_long = RolloutRequest([5] * 60, [6] * 20, 0, 0, 41, 17)
+    with pytest.raises(
+        RequestError, match=r"prompt 41: 60 prompt \+ 20 prefix \+ 17 new tokens are 97, .* context of 96"
+    ):
+        shared.engine.generate([*shared.requests, too_long])
+    with pytest.raises(RequestError, match="token id 131 is outside the engine's vocabulary of 131"):
+        shared.engine.generate([RolloutRequest([131], [], 0, 0, 0, 4)])
+    fits = RolloutRequest([5] * 60, [6] * 20, 0, 0, 41, 16)
+    assert len(shared.engine.generate([fits])) == 1
+    with pytest.raises(EngineError, match="is running"):
+        shared.engine.start()
+
+
+def test_signals_to_the_trainers_group_do_not_reach_the_engine(shared: Served) -> None:
+    pid = shared.engine.process_id
+    assert pid is not None and os.getsid(pid) == pid != os.getsid(0)
+
+
+class OneRank:
+    """A world of one."""
+
+    is_leader = True
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+
+def kill_later(pid: int, after_s: float) -> threading.Thread:
+    def kill() -> None:
+        time.sleep(after_s)
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_killed_while_it_writes_it_is_noticed_within_seconds(shared: Served) -> None:
+    pid = shared.engine.process_id
+    assert pid is not None
+    long = [RolloutRequest([7 + i], [], i, i, i, 90) for i in range(16)] * 40
+    killer = kill_later(pid, 0.4)
+    began = time.monotonic()
+    with pytest.raises(EngineDied, match="exit status -9"):
+        shared.engine.generate(long)
+    assert 0.3 < time.monotonic() - began < 8 and gone([pid])
+    killer.join()
+    with pytest.raises(EngineDied, match="not running"):
+        shared.engine.generate(shared.requests)
+
+
+def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(shared: Served) -> None:
+    engines: list[VllmEngine] = []
+
+    def make() -> VllmEngine:
+        """The engine that died in the test before, then a new one."""
+        if not engines:
+            shared.engine.start = lambda: None  # type: ignore[method-assign]
+            engines.append(shared.engine)
+        else:
+            engines.append(engine_of(shared.model_dir, shared.exchange))
+        return engines[-1]
+
+    supervisor = RolloutSupervisor(OneRank(), make, shared.weights)
+    try:
+        again = supervisor.generate(shared.requests, 7)
+        assert supervisor.restarts == 1 and len(engines) == 2
+        assert contents(again) == contents(shared.last) and {r.weight_version for r in again} == {7}
+        pid = engines[1].process_id
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)  # between calls
+        began = time.monotonic()
+        with pytest.raises(EngineError, match="died twice under the weights of version 7"):
+            supervisor.generate(shared.requests, 7)
+        assert time.monotonic() - began < 8 and gone([pid]) and len(engines) == 2
+    finally:
+        supervisor.close()
+    assert list(shared.exchange.iterdir()) == []
+
+
+def test_an_untied_model_with_biases_is_refreshed_whole_or_not_at_all(all_served: dict[str, Served]) -> None:
+    served = all_served["untied"].ready()
+    with torch.no_grad():
+        served.model.lm_head.weight.mul_(-1.0)
+    perturb(served.model)
+    served.engine.update_weights(served.weights(), 3)
+    rollouts = served.engine.generate(served.requests)
+    assert max(differences(served.model, rollouts)) < 1e-3 and {r.weight_version for r in rollouts} == {3}
+    pid = served.engine.process_id
+    torn = ((name, p) for name, p in served.weights() if "layers.1.mlp.up_proj" not in name)
+    with pytest.raises(WeightStreamError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        served.engine.update_weights(torn, 4)
+    assert pid is not None and gone([pid]) and served.engine.process_id is None
+    assert list(served.exchange.iterdir()) == []
+
+
+def test_in_bfloat16_it_agrees_loosely_and_writes_the_teachers_responses(
+    all_served: dict[str, Served], tmp_path: Path
+) -> None:
+    served = all_served["bfloat16"].ready()
+    perturb(served.model)
+    assert served.engine.update_weights(served.weights(), 1).bytes == served.bytes_in(2)
+    served.engine.start = lambda: None  # type: ignore[method-assign]  # it runs
+    responses = TeacherResponses(
+        tmp_path, teacher=checkpoint_fingerprint(served.model_dir), sampling=TEACHER_SAMPLING, max_new_tokens=20
+    )
+    prompts = [r.prompt_ids for r in served.requests]
+    assert responses.ensure(prompts, lambda: served.engine, batch=4) == len(prompts)
+    assert served.engine.process_id is None
+    written = [responses.lookup(p) for p in prompts]
+    rollouts = [
+        Rollout(list(p), [], w.response_ids, w.log_probs, 1, 0, 0, w.finished)
+        for p, w in zip(prompts, written, strict=True)
+    ]
+    # The softmax is unscaled although tokens are drawn at temperature 0.7 from the most likely ones.
+    assert statistics.median(differences(served.model, rollouts)) < 0.05
+
+
+def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho libnuma is missing\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    engine = engine_of(make_tiny(tmp_path / "model"), tmp_path)
+    with pytest.raises(EngineError, match=r"could not start on .*model.*exit status 3[\s\S]*libnuma is missing"):
+        engine.start()
+    assert engine.process_id is None
+    engine.close()
