@@ -20,7 +20,7 @@ from nemo_tropd.convert.smollm2 import default_cache_dir
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError, PromptOrder
-from nemo_tropd.rollout.engine import EngineError, Sampling
+from nemo_tropd.rollout.engine import EngineError, RolloutEngine, Sampling
 from nemo_tropd.rollout.guidance import Guidance, max_prefix_length
 from nemo_tropd.rollout.supervisor import RolloutSupervisor, run_on_leader
 from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
@@ -36,6 +36,9 @@ from nemo_tropd.training.validation import Validator
 
 TEACHER_BATCH = 64  # prompts written to the cache at a time
 
+# (configuration, checkpoint, refreshable) -> a maker of engines
+EngineMaker = Callable[[TropdConfig, Path, bool], Callable[[], RolloutEngine]]
+
 EXPECTED = (ConfigError, ConversionError, PromptError, EngineError, CheckpointError, TrainingError)
 
 
@@ -47,8 +50,11 @@ def main(cfg: DictConfig) -> None:
         fail(error)
 
 
-def train(cfg: TropdConfig) -> Outcome | None:
-    """Run ``cfg`` from its last checkpoint, or from the start, to its end or a signal. None with ``check_only``.
+def train(cfg: TropdConfig, engines: EngineMaker | None = None) -> Outcome | None:
+    """Run ``cfg`` from its last checkpoint, or from the start, to its end or a signal.
+
+    ``engines`` makes rollout engines (default: vLLM). Returns None with ``check_only`` and where the run directory
+    already holds the run's end.
 
     Raises:
         ConfigError, ConversionError, PromptError: before anything is allocated.
@@ -68,14 +74,14 @@ def train(cfg: TropdConfig) -> Outcome | None:
         seed=cfg.model.seed,
     )
     try:
-        return _train(cfg, plan, topology)
+        return _train(cfg, plan, topology, engines or make_engine)
     finally:
         topology.stop()
 
 
-def _train(cfg: TropdConfig, plan: Plan, topology: Topology) -> Outcome:
+def _train(cfg: TropdConfig, plan: Plan, topology: Topology, engines: EngineMaker) -> Outcome:
     lightning = make_lightning_trainer(cfg, plan.run_dir)
-    responses = write_teacher_responses(cfg, plan, topology)
+    responses = write_teacher_responses(cfg, plan, topology, engines)
     student_path = Path(cfg.pretrained_checkpoint.restore_from_path)
     model = MegatronTrOPDModel(
         OmegaConf.structured(cfg.model),
@@ -94,7 +100,7 @@ def _train(cfg: TropdConfig, plan: Plan, topology: Topology) -> Outcome:
         max_steps=cfg.trainer.tropd.max_steps,
     )
     leader = topology.is_leader
-    with rollouts_of(cfg, topology, model) as rollouts:
+    with rollouts_of(cfg, topology, model, engines) as rollouts:
         model.attach_rollouts(rollouts)
         trainer = TropdTrainer(
             cfg,
@@ -173,7 +179,9 @@ def finish(cfg: TropdConfig, plan: Plan, topology: Topology, model: MegatronTrOP
         Console().print(f"student  {exported}\nreport   {report}", highlight=False)
 
 
-def write_teacher_responses(cfg: TropdConfig, plan: Plan, topology: Topology) -> TeacherResponses | None:
+def write_teacher_responses(
+    cfg: TropdConfig, plan: Plan, topology: Topology, engines: EngineMaker
+) -> TeacherResponses | None:
     """Have the teacher write what prefixes and validation will need, where the cache lacks it (collective).
 
     Happens before any model is built, so that the teacher's engine has the machine to itself. The leader gets the
@@ -196,7 +204,7 @@ def write_teacher_responses(cfg: TropdConfig, plan: Plan, topology: Topology) ->
             print(f"the teacher writes up to {missing} responses into {responses.folder}", flush=True)
         responses.ensure(
             needed,
-            make_engine(cfg, teacher, refreshable=False),
+            engines(cfg, teacher, False),
             batch=TEACHER_BATCH,
             progress=lambda done, of: print(f"teacher responses {done}/{of}", flush=True),
         )
@@ -244,7 +252,8 @@ def sampling_of(cfg: TropdConfig) -> Sampling:
 def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
     """NeMo's exp_manager over a Lightning trainer that only carries loggers; makes the run directory.
 
-    Resuming is ours (Megatron's distributed checkpoint), so exp_manager is not told of it.
+    Resuming is ours (Megatron's distributed checkpoint), so exp_manager is not told of it. It gets a folder of its own,
+    RUN/logs: at every restart it moves the files it finds into a sub-folder.
     """
     from lightning.pytorch import Trainer
     from nemo.utils.exp_manager import exp_manager
@@ -266,7 +275,7 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
         lightning,
         OmegaConf.create(
             {
-                "explicit_log_dir": str(run_dir),
+                "explicit_log_dir": str(run_dir / "logs"),
                 "name": cfg.name,
                 "create_tensorboard_logger": cfg.exp_manager.create_tensorboard_logger,
                 "create_wandb_logger": cfg.exp_manager.create_wandb_logger,
@@ -285,22 +294,23 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
 
 
 @contextmanager
-def rollouts_of(cfg: TropdConfig, topology: Topology, model: MegatronTrOPDModel) -> Iterator[RolloutSupervisor]:
+def rollouts_of(
+    cfg: TropdConfig, topology: Topology, model: MegatronTrOPDModel, engines: EngineMaker
+) -> Iterator[RolloutSupervisor]:
     """The engine for the student, closed at the end whatever happens."""
-    supervisor = RolloutSupervisor(
-        topology, make_engine(cfg, Path(cfg.pretrained_checkpoint.restore_from_path)), model.export_stream
-    )
+    student = Path(cfg.pretrained_checkpoint.restore_from_path)
+    supervisor = RolloutSupervisor(topology, engines(cfg, student, True), model.export_stream)
     try:
         yield supervisor
     finally:
         supervisor.close()
 
 
-def make_engine(cfg: TropdConfig, path: Path, *, refreshable: bool = True) -> Callable[[], VllmEngine]:
-    """A maker of engines for the checkpoint at ``path``."""
+def make_engine(cfg: TropdConfig, path: Path, refreshable: bool) -> Callable[[], RolloutEngine]:
+    """A maker of vLLM engines for the checkpoint at ``path``."""
     r = cfg.model.rollout
 
-    def make() -> VllmEngine:
+    def make() -> RolloutEngine:
         return VllmEngine(
             path,
             dtype=r.dtype,

@@ -27,16 +27,21 @@ class TinyRun:
     @classmethod
     def make(cls, root: Path, *, tied: bool = True, family: str = "qwen3") -> TinyRun:
         """Write models and prompts under ``root``."""
-        student = make_tiny(root / "student", family=family, tied=tied, layers=2, seed=1, hidden=64, head_dim=32)
-        teacher = make_tiny(root / "teacher", family=family, tied=tied, layers=2, seed=2, hidden=64, head_dim=32)
-        prompts = root / "prompts.jsonl"
+        make_tiny(root / "student", family=family, tied=tied, layers=2, seed=1, hidden=64, head_dim=32)
+        make_tiny(root / "teacher", family=family, tied=tied, layers=2, seed=2, hidden=64, head_dim=32)
         lines = [
             json.dumps({"prompt": question.format(a=a, b=a + 2), "answer": str(2 * a + 2)})
             for a in range(1, 9)
             for question in QUESTIONS
         ]
-        prompts.write_text("\n".join(lines) + "\n")
-        return cls(root, student, teacher, prompts)
+        run = cls.at(root)
+        run.prompts.write_text("\n".join(lines) + "\n")
+        return run
+
+    @classmethod
+    def at(cls, root: Path) -> TinyRun:
+        """The files that ``make`` wrote under ``root``."""
+        return cls(root, root / "student", root / "teacher", root / "prompts.jsonl")
 
     def overrides(
         self, run_dir: Path, *, tensor: int = 1, data: int = 1, pipeline: int = 1, **keys: object

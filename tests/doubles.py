@@ -1,0 +1,51 @@
+"""Doubles of real parts, for tests alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from nemo_tropd.batch import Rollout
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.rollout.engine import RefreshStats, RolloutEngine, RolloutRequest
+
+
+class ReplayEngine:
+    """Writes the same tokens for the same request, whatever the weights: layouts can then be compared."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.version = vocab_size, 0
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """Random tokens from each request's own seed, of unequal lengths."""
+        rollouts = []
+        for r in requests:
+            draw = random.Random(r.seed)
+            length = draw.randint(1, r.max_new_tokens)
+            ids = [draw.randrange(self.vocab_size) for _ in range(length)]
+            rollouts.append(
+                Rollout(
+                    r.prompt_ids, r.prefix_ids, ids, [-1.0] * length, self.version, r.sequence_id, r.prompt_index, True
+                )
+            )
+        return rollouts
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
+        """Takes the stream, as an engine would, and remembers the version."""
+        size = sum(t.numel() * t.element_size() for _, t in stream)
+        self.version = version
+        return RefreshStats(0.0, size, 1)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def replay_engines(vocab_size: int) -> Callable[[TropdConfig, Path, bool], Callable[[], RolloutEngine]]:
+    """An engine maker for nemo_tropd.training.run.train."""
+    return lambda cfg, path, refreshable: lambda: ReplayEngine(vocab_size)
