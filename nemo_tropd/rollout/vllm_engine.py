@@ -1,7 +1,4 @@
-"""Rollouts by vLLM, in a child process of the leader rank.
-
-What was measured on two CPU cores and why the defaults are as they are: see ``VllmEngine``.
-"""
+"""Rollouts by vLLM, in a child process of the leader rank (``vllm_server`` is that process)."""
 
 from __future__ import annotations
 
@@ -35,7 +32,17 @@ from nemo_tropd.rollout.engine import (
 from nemo_tropd.rollout.weight_sync import BucketFiles, buckets, checked_stream, checkpoint_shapes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WEIGHT_BACKEND = "tropd_buckets"  # registered by weight_receiver in the engine's process
+_FIXED_ARGUMENTS: dict[str, Any] = {
+    "enable_chunked_prefill": False,  # a seeded request whose prompt is cut in chunks crashes on CPU
+    "skip_tokenizer_init": True,  # token ids in, token ids out
+    "generation_config": "vllm",  # no sampling defaults from the checkpoint
+    "logprobs_mode": "raw_logprobs",
+    "load_format": "safetensors",
+}
+_REFRESH_ARGUMENTS: dict[str, Any] = {
+    "weight_transfer_config": {"backend": "tropd_buckets"},  # registered when a worker imports the extension
+    "worker_extension_cls": "nemo_tropd.rollout.weight_receiver.WorkerExtension",
+}
 _CLOSE_TIMEOUT_S = 10.0
 _LOG_LINES_SHOWN = 12
 _NOT_RUNNING = "the engine is not running"
@@ -127,27 +134,22 @@ class VllmEngine:
         self._files: BucketFiles | None = None
         self._process: _Process | None = None
         self._llm_arguments: dict[str, Any] = {
+            **_FIXED_ARGUMENTS,
             "model": str(self.model_dir),
             "dtype": dtype,
             "seed": seed,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max(max_model_len, 2048),
-            "enable_chunked_prefill": False,  # a seeded request whose prompt is cut in chunks crashes on CPU
             "enable_prefix_caching": prefix_caching,
             "enforce_eager": enforce_eager,
             "tensor_parallel_size": tensor_parallel,
             "gpu_memory_utilization": gpu_memory_utilization,
-            "skip_tokenizer_init": True,  # token ids in, token ids out
-            "generation_config": "vllm",  # no sampling defaults from the checkpoint
-            "logprobs_mode": "raw_logprobs",
-            "load_format": "safetensors",
         }
         if kv_cache_gib is not None:
             self._llm_arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
         if refreshable:
-            self._llm_arguments["weight_transfer_config"] = {"backend": _WEIGHT_BACKEND}
-            self._llm_arguments["worker_extension_cls"] = "nemo_tropd.rollout.weight_receiver.WorkerExtension"
+            self._llm_arguments |= _REFRESH_ARGUMENTS
 
     def _checkpoint_eos_ids(self) -> list[int]:
         found: list[int] = []
