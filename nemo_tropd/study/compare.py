@@ -1,0 +1,116 @@
+"""Every objective on the running sums: runs over processes, a table, a figure."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, median, pstdev
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .compare_figure import draw
+from .running_sums import OBJECTIVE_NAMES, Curve, Models, distill, prepare
+
+HEADER = ("objective", "accuracy", "half way", "gradient norm", "trust, first", "trust, last", "reverse KL")
+
+
+def compare(names: Sequence[str], seeds: int, steps: int, out: Path, processes: int | None = None) -> list[Curve]:
+    """Run what ``out``/compare_objectives.json does not hold yet; write the JSON, a Markdown table and a PNG there.
+
+    Runs already in the file are kept if they have ``steps`` steps, so that an interrupted comparison goes on where it
+    stopped. Raises ValueError for an unknown name, before anything is trained.
+    """
+    unknown = [name for name in names if name not in OBJECTIVE_NAMES]
+    if unknown:
+        raise ValueError(f"unknown objective {', '.join(unknown)}; known: {', '.join(OBJECTIVE_NAMES)}")
+    if seeds < 1 or steps < 2:
+        raise ValueError(f"seeds is {seeds} and steps {steps}; give at least 1 and 2")
+    out.mkdir(parents=True, exist_ok=True)
+    store = out / "compare_objectives.json"
+    done = {(c.objective, c.seed): c for c in _load(store) if len(c.reverse_kl) == steps}
+    missing = [(name, seed) for name in names for seed in range(seeds) if (name, seed) not in done]
+    console = Console()
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        for curve in _run(missing, steps, progress, processes):
+            done[curve.objective, curve.seed] = curve
+            _save(store, list(done.values()))
+    curves = [done[name, seed] for name in names for seed in range(seeds)]
+    rows = table_rows(curves)
+    (out / "compare_objectives.md").write_text(_markdown(rows))
+    draw(curves, out / "compare_objectives.png")
+    table = Table(*HEADER, title=f"{steps} steps, mean of {seeds} seeds")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"written: {out / 'compare_objectives.png'}, .md and .json")
+    return curves
+
+
+def table_rows(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
+    """One row an objective. Accuracy and reverse KL: at the end; gradient norm: the median over all steps and seeds."""
+    rows: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(c.objective for c in curves):
+        runs = [c for c in curves if c.objective == name]
+        last = [c.accuracy[-1] for c in runs]
+        few = max(1, min(20, len(runs[0].trust) // 4))
+        rows.append(
+            (
+                name,
+                f"{fmean(last):.3f} ± {pstdev(last):.3f}",
+                f"{fmean(c.accuracy[len(c.accuracy) // 2] for c in runs):.3f}",
+                f"{median(n for c in runs for n in c.gradient_norm):.2f}",
+                f"{fmean(fmean(c.trust[:few]) for c in runs):.2f}",
+                f"{fmean(fmean(c.trust[-few:]) for c in runs):.2f}",
+                f"{fmean(fmean(c.reverse_kl[-few:]) for c in runs):.2f}",
+            )
+        )
+    return rows
+
+
+def _run(jobs: Sequence[tuple[str, int]], steps: int, progress: Progress, processes: int | None) -> Iterator[Curve]:
+    if not jobs:
+        return
+    # One thread: the models are tiny, and the same numbers come out whatever runs beside.
+    torch.set_num_threads(1)
+    task = progress.add_task("teacher and student", total=None)
+    models = prepare(lambda name, step, total: progress.update(task, description=name, completed=step, total=total))
+    progress.update(task, description="teacher and student")
+    runs = progress.add_task("runs", total=len(jobs))
+    workers = min(len(jobs), processes or os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(_one, job, steps, models) for job in jobs]
+        for future in as_completed(futures):
+            progress.advance(runs)
+            yield future.result()
+
+
+def _one(job: tuple[str, int], steps: int, models: Models) -> Curve:
+    return distill(job[0], job[1], steps, models)
+
+
+def _load(store: Path) -> list[Curve]:
+    return [Curve(**entry) for entry in json.loads(store.read_text())] if store.exists() else []
+
+
+def _save(store: Path, curves: list[Curve]) -> None:
+    entries = [
+        {k: [float(f"{x:.5g}") for x in v] if isinstance(v, list) else v for k, v in asdict(c).items()} for c in curves
+    ]
+    partial = store.with_suffix(".partial")
+    partial.write_text("[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
+    partial.replace(store)
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    lines = [HEADER, tuple("---" for _ in HEADER), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
