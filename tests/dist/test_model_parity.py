@@ -1,4 +1,5 @@
-"""Megatron's logits against transformers', and the export against the source's bytes, for the layouts of a few ranks."""
+"""Megatron's logits against transformers', and the export against the source's bytes, for the layouts of a few
+ranks."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def _expected(folder: Path, seed: int) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def _logits(model: Any, topology: Any, shape: Any, seed: int) -> list[torch.Tensor]:
+def schedule_logits(model: Any, topology: Any, shape: Any, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     """Full logits of each micro-batch, on the last stage, through Megatron's own schedule."""
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
@@ -69,11 +70,11 @@ def _logits(model: Any, topology: Any, shape: Any, seed: int) -> list[torch.Tens
 
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(_prompts(shape.vocab_size, seed)),
+        data_iterator=iter(prompts),
         model=[model],
-        num_microbatches=len(LENGTHS),
-        seq_length=max(LENGTHS),
-        micro_batch_size=2,
+        num_microbatches=len(prompts),
+        seq_length=max(ids.size(1) for ids in prompts),
+        micro_batch_size=prompts[0].size(0),
         forward_only=True,
         collect_non_loss_data=True,
     )
@@ -99,7 +100,7 @@ def _check_cases(rank: int, world_size: int, root: str, cases: list[Case], seed:
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))
         load_hf(model, folder, shape, topology)
-        logits = _logits(model, topology, shape, seed)
+        logits = schedule_logits(model, topology, shape, _prompts(shape.vocab_size, seed))
         source = HfCheckpoint(folder, shape)
         exported = dict(hf_stream(model, shape, topology))
         assert bool(exported) == topology.is_leader
