@@ -132,8 +132,9 @@ def teacher_chunk(
     log_sum = denominator.log()
     log_z = log_sum + top
     return TeacherChunk(
-        log_probs=parts[..., 2].sum(0) - log_z,
-        top_k_log_probs=values - log_z[:, None],
+        # In the student's order of operations: equal models then have R = 0 to the bit (on one rank).
+        log_probs=(parts[..., 2].sum(0) - top) - log_sum,
+        top_k_log_probs=(values - top[:, None]) - log_sum[:, None],
         top_k_ids=ids,
         log_z=log_z,
         entropy=log_sum + (parts[..., 3] * shift.exp() - sums * shift).sum(0) / denominator if entropy else None,

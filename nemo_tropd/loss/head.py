@@ -165,7 +165,9 @@ def score_tokens(
         if out.entropy is not None:
             entropies[chunk] = out.entropy
     check_finite(log_z, "student logits")
-    return _scores(log_probs, tokens, teacher, entropies if entropy else None, reference_log_probs, slice(None))
+    return token_scores(
+        log_probs, tokens, teacher, entropy=entropies if entropy else None, reference_log_probs=reference_log_probs
+    )
 
 
 def sequence_mean_weights(tokens: LossTokens, global_tokens: int, global_sequences: int) -> Tensor:
@@ -201,7 +203,14 @@ class _Run:
         """Loss [C] (weighted, unscaled, detached), gradient [C, K + 1] of the scaled sum, and metrics of one chunk."""
         with torch.enable_grad():
             columns = out.log_probs.requires_grad_(self.grad_enabled)
-            scores = _scores(columns, self.tokens, self.teacher, out.entropy, self.reference_log_probs, chunk)
+            scores = token_scores(
+                columns,
+                self.tokens,
+                self.teacher,
+                entropy=out.entropy,
+                reference_log_probs=self.reference_log_probs,
+                chunk=chunk,
+            )
             loss, metrics = self.objective(scores)
             for name, values in {"loss": loss, **metrics}.items():
                 if values.shape != scores.student_log_probs.shape:
@@ -331,14 +340,18 @@ def _columns(tokens: LossTokens, teacher: TeacherScores) -> Tensor:
     return torch.cat([tokens.token_ids[:, None], teacher.top_k_ids], 1)
 
 
-def _scores(
+def token_scores(
     columns: Tensor,
     tokens: LossTokens,
     teacher: TeacherScores,
-    entropy: Tensor | None,
-    reference_log_probs: Tensor | None,
-    chunk: slice,
+    *,
+    entropy: Tensor | None = None,
+    reference_log_probs: Tensor | None = None,
+    chunk: slice = slice(None),
 ) -> TokenScores:
+    """What an objective sees of the tokens in ``chunk``: ``columns`` [C, K + 1] and ``entropy`` [C] are that chunk's,
+    the other tensors the whole micro-batch's.
+    """
     return TokenScores(
         student_log_probs=columns[:, 0],
         student_top_k_log_probs=columns[:, 1:],

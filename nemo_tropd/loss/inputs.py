@@ -13,7 +13,7 @@ from nemo_tropd.batch import LossTokens, TeacherScores
 from nemo_tropd.parallel.vocab import VocabShard, check_ids, check_k
 
 # What one chunk of logits may take, in all its copies. Larger chunks buy little: the products are long enough.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,201 @@
+"""What the loss of both heads costs: time and extra peak memory of a forward and backward, in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from nemo_tropd import objectives
+from nemo_tropd.batch import LossTokens, TeacherScores
+from nemo_tropd.loss.head import head_loss, teacher_scores, token_scores
+
+TOP_K = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens, vocabulary, hidden size of both models; bf16 or fp32."""
+
+    tokens: int
+    vocabulary: int
+    hidden: int
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Cost:
+    milliseconds: float  # median
+    peak_mib: float  # above what inputs and libraries hold, gradients of hidden states and weight included
+
+
+@dataclass(frozen=True)
+class Inputs:
+    hidden: Tensor  # [1, T, H] requires grad
+    weight: Tensor  # [V, H] requires grad
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    tokens: LossTokens
+
+    @classmethod
+    def random(cls, shape: Shape) -> Inputs:
+        g = torch.Generator().manual_seed(0)
+        count = shape.tokens
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=g).to(shape.dtype)
+
+        tokens = LossTokens(
+            rows=torch.arange(count),
+            token_ids=torch.randint(0, shape.vocabulary, (count,), generator=g),
+            guided=torch.zeros(count, dtype=torch.bool),
+            uniforms=torch.rand(count, generator=g),
+            behavior_log_probs=torch.full((count,), float("nan")),
+            sequence=torch.zeros(count, dtype=torch.int64),
+        )
+        return cls(
+            normal(1, count, shape.hidden).requires_grad_(True),
+            (normal(shape.vocabulary, shape.hidden) * 0.05).requires_grad_(True),
+            normal(1, count, shape.hidden),
+            normal(shape.vocabulary, shape.hidden) * 0.05,
+            tokens,
+        )
+
+
+def ours(x: Inputs) -> Tensor:
+    """TrOPD on the chunked heads."""
+    vocabulary = x.weight.size(0)
+    scores = teacher_scores(
+        x.teacher_hidden, x.teacher_weight, x.tokens.rows, x.tokens.token_ids, TOP_K, vocab_size=vocabulary
+    )
+    objective = objectives.build("tropd")
+    return head_loss(
+        x.hidden, x.weight, x.tokens, scores, objective, vocab_size=vocabulary, scale=1 / len(x.tokens)
+    ).loss
+
+
+def plain(x: Inputs) -> Tensor:
+    """TrOPD the way one writes it first: two log-softmaxes over [T, V]."""
+    ids = x.tokens.token_ids[:, None]
+    teacher = (x.teacher_hidden[0] @ x.teacher_weight.t()).float().log_softmax(-1)
+    student = (x.hidden[0] @ x.weight.t()).float().log_softmax(-1)
+    top = teacher.topk(TOP_K, -1)
+    scores = TeacherScores(teacher.gather(1, ids)[:, 0], top.values, top.indices)
+    columns = student.gather(1, torch.cat([ids, top.indices], 1))
+    loss, _ = objectives.build("tropd")(token_scores(columns, x.tokens, scores))
+    return loss.mean()
+
+
+def trl(x: Inputs, beta: float) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    out = ChunkedDivergenceFunction.apply(
+        x.hidden[0], x.weight, None, x.teacher_hidden[0], x.teacher_weight, None, beta
+    )
+    return out[0].mean()
+
+
+def liger(x: Inputs, chunk: int) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False, chunk_size=chunk)
+    return loss(x.hidden[0], x.weight, x.teacher_hidden[0], x.teacher_weight, x.tokens.token_ids)
+
+
+VARIANTS: dict[str, Callable[[Inputs], Tensor]] = {
+    "ours: TrOPD": ours,
+    "plain torch: TrOPD": plain,
+    "TRL: forward KL": lambda x: trl(x, 0.0),
+    "TRL: JSD": lambda x: trl(x, 0.5),
+    "Liger: JSD, chunks of 128": lambda x: liger(x, 128),
+    "Liger: JSD, chunks of 1024": lambda x: liger(x, 1024),
+}
+OWN = ("ours: TrOPD", "plain torch: TrOPD")
+
+
+def measure(variant: str, shape: Shape, threads: int, repeats: int, timeout_s: float = 300) -> Cost | str:
+    """The cost of ``variant`` in a fresh process, or why there is none: it is not installed, failed or was too slow."""
+    context = multiprocessing.get_context("spawn")
+    ours_end, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, variant, shape, threads, repeats))
+    process.start()
+    theirs.close()
+    try:
+        if not ours_end.poll(timeout_s):
+            return f"not done in {timeout_s:g} s"
+        return ours_end.recv()
+    except EOFError:
+        process.join(5)
+        return f"died, exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _child(pipe: Connection, variant: str, shape: Shape, threads: int, repeats: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        step = VARIANTS[variant]
+        _once(step, Inputs.random(Shape(16, 512, 32, shape.dtype)))  # libraries loaded, threads up
+        inputs = Inputs.random(shape)
+        _once(step, inputs)
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            _once(step, inputs)
+            times.append(time.perf_counter() - started)
+        pipe.send(Cost(1e3 * statistics.median(times), _peak_kib(step, inputs) / 1024))
+    except ImportError as error:
+        pipe.send(f"not installed ({error.name or error})")
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def _once(step: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
+    inputs.hidden.grad = inputs.weight.grad = None
+    step(inputs).backward()
+
+
+def _peak_kib(step: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
+    """By the kernel's high-water mark of this process, set back to what is resident before."""
+    inputs.hidden.grad = inputs.weight.grad = None
+    # Freed memory must leave the process at once, or it would hide what the step takes: a mapping for every tensor.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    _once(step, inputs)
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    """KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def bench(variants: Sequence[str], shapes: Sequence[Shape], threads: int, repeats: int) -> None:
+    """Measure and print one table a shape."""
+    console = Console()
+    for shape in shapes:
+        title = f"T {shape.tokens}, V {shape.vocabulary:,}, H {shape.hidden}, {str(shape.dtype).removeprefix('torch.')}"
+        table = Table("loss of both heads", "ms", "extra peak MiB", title=f"{title}, {threads} threads")
+        for variant in variants:
+            with console.status(f"{title}: {variant}"):
+                cost = measure(variant, shape, threads, repeats)
+            cells = (cost, "") if isinstance(cost, str) else (f"{cost.milliseconds:.0f}", f"{cost.peak_mib:.0f}")
+            table.add_row(variant, *cells)
+        console.print(table)
