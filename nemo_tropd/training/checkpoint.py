@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.convert.folders import write_hf_sidecar
@@ -95,9 +96,9 @@ class Checkpoints:
             # Built anew: saving uses a sharded state dict up.
             content["model"] = model.sharded_state_dict(prefix=MODEL_PREFIX)
             dist_checkpointing.save(content, str(temporary))
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise CheckpointError(
-                f"writing {temporary} failed on rank {self.topology.rank} ({type(error).__name__}: {error}); "
+                f"writing {temporary} failed on rank {self.topology.rank} ({_cause(error)}); "
                 f"earlier checkpoints are untouched. Free space or mend the file system, then run the same command"
             ) from error
         self._on_leader(lambda: self._finish(temporary, final), f"cannot finish {final}")
@@ -163,12 +164,17 @@ class Checkpoints:
             model.load_state_dict(weights, strict=True)
             optimizer.load_state_dict(loaded["optimizer"])
             return RunState(**loaded["run_state"])
-        except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        except (Exception, CheckpointException) as error:
             raise CheckpointError(
-                f"{path} cannot be loaded ({type(error).__name__}: {first[:300]}); remove this directory to go on from "
-                f"the checkpoint before it, or set exp_manager.explicit_log_dir to start afresh elsewhere"
+                f"{path} cannot be loaded ({_cause(error)}); remove this directory to go on from the checkpoint "
+                f"before it, or set exp_manager.explicit_log_dir to start afresh elsewhere"
             ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of an error, where torch puts the rank's own exception behind a traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
 
 
 def check_resumable(saved: RunState, now: RunState) -> None:

@@ -219,7 +219,7 @@ def test_resume_with_other_data_order_is_refused(tiny: TinyRun, straight: Path, 
     run_dir = tmp_path / "run"
     shutil.copytree(straight / "checkpoints", run_dir / "checkpoints")
     settings = {"trainer.tropd.max_steps": STEPS + 1, "model.seed": 7}
-    with pytest.raises(ConfigError, match="model.seed = 7"):
+    with pytest.raises(ConfigError, match=r"model\.seed = 7"):
         train(compose_config(tiny.overrides(run_dir, **settings)), engines)
 
 
