@@ -3,11 +3,8 @@
     python examples/convert_checkpoint.py hf-to-megatron --hf DIR --out DIR [--tp N --pp N --dtype bf16|fp32]
     python examples/convert_checkpoint.py megatron-to-hf --checkpoint DIR --out DIR [--dtype bf16|fp32]
 
-Both need a CPU and memory for a few times the largest tensor. --verify holds both models in memory, and compares
-logits.
+Memory stays at a few times the largest tensor, but for --verify, which holds both models.
 """
-
-from __future__ import annotations
 
 import argparse
 import sys
@@ -20,9 +17,9 @@ from nemo_tropd.convert.families import ConversionError, read_shape
 
 def main() -> int:
     args = parse_arguments()
-    options = {"dtype": DTYPES.get(args.dtype), "overwrite": args.overwrite}
     with Progress("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(args.direction, total=None)
+        options = {"dtype": DTYPES.get(args.dtype), "overwrite": args.overwrite}
         options["progress"] = lambda done, total: bar.update(task, completed=done, total=total)
         try:
             if "hf" in args:
@@ -42,16 +39,12 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert a checkpoint between Hugging Face and Megatron.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     directions = parser.add_subparsers(dest="direction", required=True)
-    to_megatron = directions.add_parser("hf-to-megatron")
+    to_megatron, to_hf = directions.add_parser("hf-to-megatron"), directions.add_parser("megatron-to-hf")
     to_megatron.add_argument("--hf", required=True, help="Hugging Face folder")
-    for degree, use in (
-        ("--tp", "tensor parallel degree: blocks are cut for it"),
-        ("--pp", "pipeline parallel degree"),
-    ):
-        to_megatron.add_argument(degree, type=int, default=1, help=use)
-    to_hf = directions.add_parser("megatron-to-hf")
+    to_megatron.add_argument("--tp", type=int, default=1, help="tensor parallel degree: blocks are cut for it")
+    to_megatron.add_argument("--pp", type=int, default=1, help="pipeline parallel degree, checked")
     to_hf.add_argument("--checkpoint", required=True, help="distributed checkpoint, converted or from training")
     for command in (to_megatron, to_hf):
         command.add_argument("--out", required=True, help="folder to write")
