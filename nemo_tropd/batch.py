@@ -13,7 +13,7 @@ tensor of a ``TokenBatch`` is indexed by the position t of the *output*, and ``l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -133,8 +133,8 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch with every tensor on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TokenBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)})
 
     @classmethod
     def pack(

@@ -295,7 +295,7 @@ def check_file(path: Path) -> None:
             check_file(path.parent / f"{entry}.yaml")
 
     def walk(node: DictConfig, prefix: str) -> None:
-        for k in node:
+        for k in map(str, node):
             value = node._get_node(k)
             _check_key(
                 f"{prefix}{k}",

@@ -62,7 +62,9 @@ class MegatronTrOPDModel(ModelPT):
         vocab_size: int,
     ) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
-        self.settings: ModelConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), _ours(cfg)))
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), _ours(cfg)))
+        assert isinstance(settings, ModelConfig)
+        self.settings = settings
         self.topology, self.objective, self.vocab_size = topology, objective, vocab_size
         self.dtype_of_run = DTYPES[precision]
         self.shape = read_shape(student_path)
@@ -244,7 +246,7 @@ class MegatronTrOPDModel(ModelPT):
                 )
                 own.append(objective.statistic(seen).cpu())
         mine = torch.cat(own).tolist() if own and self.topology.tensor_rank == 0 else []
-        everyone = [None] * self.topology.world_size
+        everyone: list[list[float] | None] = [None] * self.topology.world_size
         torch.distributed.all_gather_object(everyone, mine, group=self.topology.control_group)
         return torch.tensor([x for part in everyone for x in (part or [])], device=self.topology.device)
 
@@ -303,7 +305,9 @@ class MegatronTrOPDModel(ModelPT):
 
 def _ours(cfg: DictConfig) -> dict[str, Any]:
     """The section without the two keys that ModelPT adds."""
-    return {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in ("target", "nemo_version")}
+    section = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(section, dict)
+    return {str(k): v for k, v in section.items() if k not in ("target", "nemo_version")}
 
 
 def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **kw: Any) -> None:

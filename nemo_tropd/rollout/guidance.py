@@ -36,7 +36,9 @@ def draw_prefix_length(limit: int, *, draw: PrefixDraw, seed: int, step: int, se
     if draw == "cap" or limit <= 0:
         return max(limit, 0)
     mask = (1 << 64) - 1
-    stream = np.random.Philox(key=[seed & mask, step & mask], counter=[0, 0, sequence_id & mask, _STREAM])
+    # As arrays: numpy takes lists of large integers through float64 and drops their low bits.
+    key = np.array([seed & mask, step & mask], dtype=np.uint64)
+    stream = np.random.Philox(key=key, counter=np.array([0, 0, sequence_id & mask, _STREAM], dtype=np.uint64))
     uniform = int(stream.random_raw() >> np.uint64(11)) * 2.0**-53
     return int(uniform * (limit + 1))
 

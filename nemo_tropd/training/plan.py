@@ -14,7 +14,8 @@ from rich.table import Table
 from nemo_tropd.config import ConfigError, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.objectives import Objective, build, parameters
-from nemo_tropd.prompts import PromptKeys, PromptSplit, load_prompts
+from nemo_tropd.prompts import PromptError, PromptKeys, PromptSplit, load_prompts
+from nemo_tropd.training.answers import AnswerError, exact_match
 
 GIB = 2**30
 BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2}
@@ -88,6 +89,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
         ),
         split=cfg.model.data.split,
     )
+    _check_answers(prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Plan(
         student=student,
@@ -100,6 +102,23 @@ def make_plan(cfg: TropdConfig) -> Plan:
         memory=estimate_memory(cfg, student, teacher),
         run_dir=directory,
     )
+
+
+def _check_answers(prompts: PromptSplit) -> None:
+    """Known answers of held-out prompts are expressions that can be judged; better now than at the first validation.
+
+    On the first rank alone: judging takes a process of its own.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for prompt in prompts.held_out:
+        if prompt.answer is not None:
+            try:
+                exact_match("", prompt.answer)
+            except AnswerError as error:
+                raise PromptError(
+                    f"{prompt.where}: {error}; remove the answer, or name another key in model.data.answer_key"
+                ) from error
 
 
 def build_objective(cfg: TropdConfig) -> Objective:

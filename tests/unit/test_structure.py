@@ -1,0 +1,103 @@
+"""Who may import whom, and which library is imported where."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "nemo_tropd"
+
+# room -> rooms of ours it may import
+ALLOWED = {
+    "config": set(),
+    "batch": set(),
+    "quiet": set(),
+    "prompts": set(),
+    "parallel": {"batch", "config"},
+    "objectives": {"batch"},
+    "loss": {"batch", "parallel", "objectives"},
+    "convert": {"batch", "config", "parallel", "model"},
+    "rollout": {"batch", "config", "parallel"},
+    "report": {"batch", "config", "parallel"},
+    "model": {"batch", "config", "parallel", "objectives", "loss", "convert", "teacher", "rollout"},
+    "teacher": {"batch", "config", "parallel", "objectives", "loss", "convert", "model"},
+}
+# library -> where alone it may be imported
+ONE_PLACE = {
+    "vllm": {"rollout"},
+    "transformer_engine": {"model/specs.py", "teacher/fp8.py"},
+    "triton": {"loss/kernels.py"},
+    "nemo": {"model/tropd_model.py", "training/run.py", "quiet.py"},
+}
+# what NeMo-RL, Megatron-Bridge or any trainer can use with torch alone
+TORCH_ALONE = ("objectives", "loss", "parallel/vocab.py", "batch.py")
+
+
+def imports() -> dict[Path, set[str]]:
+    """Every module each file imports, lazily or not, type checking aside."""
+    found: dict[Path, set[str]] = defaultdict(set)
+    for file in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        skipped = {
+            id(child)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+            for child in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if id(node) in skipped:
+                continue
+            if isinstance(node, ast.Import):
+                found[file].update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found[file].add(node.module)
+    return found
+
+
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_rooms_import_only_what_they_may() -> None:
+    wrong = []
+    for file, modules in imports().items():
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] != "nemo_tropd" or len(parts) < 2:
+                continue
+            ours, theirs = room(file), parts[1]
+            if ours != theirs and ours in ALLOWED and theirs not in ALLOWED[ours]:
+                wrong.append(f"{file.relative_to(PACKAGE)} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nobody_imports_training_but_examples() -> None:
+    wrong = [
+        str(file.relative_to(PACKAGE))
+        for file, modules in imports().items()
+        if room(file) != "training" and any(m.startswith("nemo_tropd.training") for m in modules)
+    ]
+    assert not wrong, wrong
+
+
+def test_heavy_libraries_are_imported_in_one_place() -> None:
+    wrong = []
+    for file, modules in imports().items():
+        path = file.relative_to(PACKAGE).as_posix()
+        for library, places in ONE_PLACE.items():
+            used = any(m == library or m.startswith(library + ".") for m in modules)
+            if used and not any(path == place or path.startswith(place + "/") for place in places):
+                wrong.append(f"{path} imports {library}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_loss_needs_torch_alone() -> None:
+    allowed = {"torch", "numpy", "nemo_tropd", "__future__"}
+    standard = set(__import__("sys").stdlib_module_names)
+    wrong = []
+    for file, modules in imports().items():
+        path = file.relative_to(PACKAGE).as_posix()
+        if any(path == place or path.startswith(place + "/") for place in TORCH_ALONE):
+            wrong += [f"{path} imports {m}" for m in modules if m.split(".")[0] not in allowed | standard]
+    assert not wrong, "\n".join(wrong)
