@@ -440,7 +440,7 @@ def check(cfg: TropdConfig) -> None:
         raise ConfigError(
             "model.rollout.request_timeout_s",
             r.request_timeout_s,
-            f"must be below trainer.distributed_timeout_s = {t.distributed_timeout_s}: ranks wait while the engine writes",
+            f"must be below trainer.distributed_timeout_s = {t.distributed_timeout_s}: ranks wait for the engine",
         )
     _check_layout(cfg)
     _check_lengths(cfg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    milliseconds: float  # median
+    milliseconds: float  # the fastest of the repeats
     peak_mib: float  # above what inputs and libraries hold, gradients of hidden states and weight included
 
 
@@ -154,7 +153,7 @@ def _child(pipe: Connection, variant: str, shape: Shape, threads: int, repeats: 
             started = time.perf_counter()
             _once(step, inputs)
             times.append(time.perf_counter() - started)
-        pipe.send(Cost(1e3 * statistics.median(times), _peak_kib(step, inputs) / 1024))
+        pipe.send(Cost(1e3 * min(times), _peak_kib(step, inputs) / 1024))
     except ImportError as error:
         pipe.send(f"not installed ({error.name or error})")
     except Exception as error:
