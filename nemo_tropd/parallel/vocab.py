@@ -128,18 +128,15 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``values.topk(k)`` of a [C, W] tensor; over wide rows two to four times faster: it reads only winning blocks."""
     count, width = values.shape
     blocks = width // _TOP_K_BLOCK
-    if blocks < 4 * k or k == 0:
+    if k == 0 or blocks < 4 * k or width % _TOP_K_BLOCK or not values.is_contiguous():
         top = values.topk(k, -1)
         return top.values, top.indices
-    body = values[:, : blocks * _TOP_K_BLOCK].unflatten(1, (blocks, _TOP_K_BLOCK))
-    winners = body.amax(-1).topk(k, -1, sorted=False).indices
-    picked = body.gather(1, winners[:, :, None].expand(count, k, _TOP_K_BLOCK)).flatten(1)
-    rest = values[:, blocks * _TOP_K_BLOCK :]
-    top = torch.cat([picked, rest], 1).topk(k, -1)
-    inside = winners.gather(1, (top.indices // _TOP_K_BLOCK).clamp(max=k - 1)) * _TOP_K_BLOCK
-    inside = inside + top.indices % _TOP_K_BLOCK
-    beyond = top.indices - k * _TOP_K_BLOCK + blocks * _TOP_K_BLOCK
-    return top.values, torch.where(top.indices < k * _TOP_K_BLOCK, inside, beyond)
+    table = values.view(count * blocks, _TOP_K_BLOCK)
+    winners = table.amax(-1).view(count, blocks).topk(k, -1, sorted=False).indices
+    rows = winners + blocks * torch.arange(count, device=values.device)[:, None]
+    top = table.index_select(0, rows.flatten()).view(count, -1).topk(k, -1)
+    columns = winners.gather(1, top.indices // _TOP_K_BLOCK) * _TOP_K_BLOCK + top.indices % _TOP_K_BLOCK
+    return top.values, columns
 
 
 def merge_top_k(
