@@ -19,15 +19,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("NEMO_TESTING", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-    for name in (
-        "nemo_logger",
-        "lightning.pytorch",
-        "lightning.fabric",
-        "megatron",
-        "nv_one_logger",
-        "torch.distributed",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.ERROR)
+    # After that import: Lightning sets its own level when it is imported.
+    for name in ("lightning.pytorch", "lightning.fabric", "megatron", "nv_one_logger", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -86,6 +86,7 @@ class VllmEngine:
         seed: int = 0,
         sampling: Sampling | None = None,
         eos_ids: Sequence[int] | None = None,
+        vocab_size: int | None = None,
         version: int = 0,
         refreshable: bool = True,
         kv_cache_gib: float | None = 1.0,
@@ -102,6 +103,7 @@ class VllmEngine:
         """Settings only; nothing is started.
 
         ``eos_ids``: tokens that end a response; those of the checkpoint's config files unless given.
+        ``vocab_size``: the tokenizer's true size; ids from there on, which are padding, are never drawn.
         ``version``: the number of the weights that lie in ``model_dir``.
         ``refreshable``: False for a frozen model, such as a teacher that writes responses.
         ``kv_cache_gib``: memory of the key-value cache; None (GPU only) takes what ``gpu_memory_utilization`` leaves.
@@ -122,6 +124,7 @@ class VllmEngine:
         self._shapes, self._optional = checkpoint_shapes(self.model_dir)
         self._dtype = _DTYPES[dtype]
         self._sampling = sampling or Sampling()
+        self.vocab_size = vocab_size or int(self._config["vocab_size"])
         self._max_model_len = max_model_len
         self._threads = threads
         self._version = version
@@ -221,7 +224,7 @@ class VllmEngine:
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         """See ``RolloutEngine.generate``."""
         requests = list(requests)
-        check_requests(requests, max_model_len=self._max_model_len, vocab_size=int(self._config["vocab_size"]))
+        check_requests(requests, max_model_len=self._max_model_len, vocab_size=self.vocab_size)
         if not requests:
             return []
         prompts = [[*r.prompt_ids, *r.prefix_ids] for r in requests]
@@ -233,6 +236,7 @@ class VllmEngine:
             "temperature": self._sampling.temperature,
             "top_p": self._sampling.top_p,
             "top_k": self._sampling.top_k,
+            "padding_ids": [self.vocab_size, int(self._config["vocab_size"])],
         }
         flat = np.array([token for p in prompts for token in p], dtype="<i8")
         reply, block = self._ask(header, flat.tobytes())

@@ -41,6 +41,8 @@ class VllmServer:
         from vllm import SamplingParams, TokensPrompt
 
         ids = np.split(np.frombuffer(payload, dtype="<i8"), np.cumsum(header["lengths"])[:-1])
+        # Rows past the tokenizer's size have no text: they are never drawn, but keep their log-probability.
+        padding = dict.fromkeys(range(*header["padding_ids"]), -100.0) or None
         sampling = [
             SamplingParams(
                 temperature=header["temperature"],
@@ -51,6 +53,7 @@ class VllmServer:
                 logprobs=0,  # the sampled token alone
                 stop_token_ids=self._eos_ids,
                 detokenize=False,
+                logit_bias=padding,
             )
             for seed, max_tokens in zip(header["seeds"], header["max_new_tokens"], strict=True)
         ]

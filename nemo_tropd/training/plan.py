@@ -183,6 +183,13 @@ def _shared_tokenizer(
     return ours, size
 
 
+def true_vocab_size(path: Path) -> int:
+    """The size of the tokenizer in the checkpoint at ``path``: its largest id and one."""
+    from transformers import AutoTokenizer
+
+    return max(AutoTokenizer.from_pretrained(path, local_files_only=True).get_vocab().values()) + 1
+
+
 def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
     """The run directory can be written, and resuming is wanted where it holds a run. Creates nothing that stays."""
     parent = directory

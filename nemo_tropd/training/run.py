@@ -28,7 +28,7 @@ from nemo_tropd.rollout.vllm_engine import VllmEngine
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, RunState, checkpoint_name
 from nemo_tropd.training.metrics import MetricsLog
 from nemo_tropd.training.optimizer import StudentOptimizer
-from nemo_tropd.training.plan import Plan, make_plan, print_plan
+from nemo_tropd.training.plan import Plan, make_plan, print_plan, true_vocab_size
 from nemo_tropd.training.run_files import RolloutFile
 from nemo_tropd.training.summary import print_summary, write_summary
 from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer
@@ -308,7 +308,7 @@ def rollouts_of(
 
 def make_engine(cfg: TropdConfig, path: Path, refreshable: bool) -> Callable[[], RolloutEngine]:
     """A maker of vLLM engines for the checkpoint at ``path``."""
-    r = cfg.model.rollout
+    r, vocab_size = cfg.model.rollout, true_vocab_size(path)
 
     def make() -> RolloutEngine:
         return VllmEngine(
@@ -318,6 +318,7 @@ def make_engine(cfg: TropdConfig, path: Path, refreshable: bool) -> Callable[[],
             max_num_seqs=r.max_num_seqs,
             seed=cfg.model.seed,
             sampling=sampling_of(cfg),
+            vocab_size=vocab_size,
             refreshable=refreshable,
             kv_cache_gib=None if torch.cuda.is_available() else r.kv_cache_gib,
             gpu_memory_utilization=r.gpu_memory_utilization,

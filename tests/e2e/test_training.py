@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_tropd.config import ConfigError
+from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.checkpoint import CheckpointError
 from nemo_tropd.training.run import train
 from tests.e2e.compose import compose_config
@@ -221,6 +223,54 @@ def test_resume_with_other_data_order_is_refused(tiny: TinyRun, straight: Path, 
     settings = {"trainer.tropd.max_steps": STEPS + 1, "model.seed": 7}
     with pytest.raises(ConfigError, match=r"model\.seed = 7"):
         train(compose_config(tiny.overrides(run_dir, **settings)), engines)
+
+
+def test_padding_ids_are_never_drawn(tiny: TinyRun, engines, shared_engine: SharedEngine, tmp_path: Path) -> None:
+    """As where a checkpoint has more rows than its tokenizer has tokens."""
+    engine, limit = shared_engine.engine, 100
+    requests = [RolloutRequest([5, 6, 7 + i], [], 11 + i, i, i, 40) for i in range(16)]
+    free = [token for r in engine.generate(requests) for token in r.response_ids]
+    engine.vocab_size = limit
+    try:
+        bound = [token for r in engine.generate(requests) for token in r.response_ids]
+    finally:
+        engine.vocab_size = 131
+    assert max(free) >= limit > max(bound)
+
+
+def test_engine_killed_in_the_middle_is_restarted_and_draws_the_same(
+    tiny: TinyRun, engines, straight: Path, tmp_path: Path
+) -> None:
+    from nemo_tropd.training.run import make_engine
+
+    undisturbed, started, calls = engines, [], []
+
+    def mortal(cfg, path, refreshable):
+        make = make_engine(cfg, path, refreshable)
+
+        def tracked():
+            engine = make()
+            generate = engine.generate
+            started.append(engine)
+
+            def interfered(requests):
+                calls.append(len(requests))
+                if len(calls) == 3:  # validation, step 1, step 2
+                    threading.Timer(0.05, os.kill, (engine.process_id, signal.SIGKILL)).start()
+                return generate(requests)
+
+            engine.generate = interfered
+            return engine
+
+        return tracked
+
+    run_dir = tmp_path / "run"
+    keys = {"trainer.tropd.max_steps": 3, "trainer.tropd.save_interval": 10}
+    reference = tmp_path / "reference"
+    train(compose_config(tiny.overrides(reference, **keys)), undisturbed)
+    outcome = train(compose_config(tiny.overrides(run_dir, **keys)), mortal)
+    assert outcome is not None and outcome.step == 3 and len(started) == 2
+    assert figures(run_dir) == figures(reference)
 
 
 def test_finished_run_is_not_run_again(tiny: TinyRun, straight: Path, engines, capsys) -> None:
