@@ -14,6 +14,7 @@ from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens, Rollout, TeacherScores, TokenBatch
 from nemo_tropd.loss.divergence import exact_divergences
 from nemo_tropd.loss.head import HeadLoss, head_loss, score_tokens, sequence_mean_weights, teacher_scores
+from nemo_tropd.loss.inputs import CHUNK_BYTES, chunk_size
 from nemo_tropd.parallel.vocab import NonFiniteLogits
 from tests.oracles.micro_batch import VARIANTS, MicroBatch, make, objective_and_loss
 
@@ -214,6 +215,32 @@ def test_exact_divergences(seed: int) -> None:
     assert relative(got["one_minus_tv"], 1 - 0.5 * (s.exp() - t.exp()).abs().sum(-1)) < 1e-5
     assert relative(got["student_entropy"], -(s.exp() * s).sum(-1)) < 1e-5
     assert relative(got["teacher_entropy"], -(t.exp() * t).sum(-1)) < 1e-5
+
+
+def test_chunks_keep_to_the_memory_bound() -> None:
+    for dtype, bytes_per_logit in ((torch.float32, 4), (torch.bfloat16, 6)):
+        hidden = torch.zeros(1, 1, 8, dtype=dtype)
+        for tokens, columns in ((4096, 49152), (100, 151936), (7, 91)):
+            size = chunk_size(tokens, columns, hidden, None)
+            assert 1 <= size <= tokens and size * columns * bytes_per_logit <= CHUNK_BYTES["cpu"]
+    assert chunk_size(10, 1 << 40, hidden, None) == 1  # one token is always computed
+    assert chunk_size(0, 91, hidden, None) == 1
+
+
+def test_hidden_states_need_not_be_contiguous(seed: int) -> None:
+    """A model that works sequence-first hands over a transposed view."""
+    mb, objective = make(seed), objectives.build("tropd")
+    _, grad_h, grad_w = run(mb, objective)
+    for batch in (mb.hidden, mb.hidden[:1]):
+        first = batch.float().transpose(0, 1).contiguous().requires_grad_(True)
+        tokens = mb.tokens
+        keep = tokens.sequence < batch.size(0)
+        tokens = LossTokens(**{name: value[keep] for name, value in vars(tokens).items()})
+        teacher = TeacherScores(**{name: value[keep] for name, value in vars(mb.teacher_scores()).items()})
+        w = mb.weight.float().requires_grad_(True)
+        head_loss(first.transpose(0, 1), w, tokens, teacher, objective, vocab_size=91, scale=SCALE).loss.backward()
+        assert relative(first.grad.transpose(0, 1), grad_h[: batch.size(0)]) < 1e-6
+    assert relative(w.grad, grad_w) > 1e-3  # the last run had one sequence only
 
 
 def broken(mb: MicroBatch, what: str) -> dict[str, Any]:
