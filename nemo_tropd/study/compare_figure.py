@@ -51,7 +51,9 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
                 _line(axis, runs[name], quantity, name, color, width)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        row[0].set_ylim(0, 1.03)
         row[1].set_yscale("log")
+        row[2].set_ylim(0, 1.03)
         row[0].set_ylabel(title)
         row[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     for axis, label in zip(axes[0], PANELS.values(), strict=True):
