@@ -28,18 +28,20 @@ class ChunkLogits:
         self._wide = self._logits if same else weight.new_empty(most, shard.width, dtype=self.wide_dtype)
 
     def compute(self, states: Tensor) -> Tensor:
-        """[C, width] in the hidden states' dtype."""
-        return torch.mm(states, self.weight.t(), out=self._logits[: states.size(0)])
-
-    def exponentials(self, logits: Tensor, top: Tensor) -> Tensor:
-        """exp(logits - top), [C, width] wide; overwrites ``logits`` where the dtypes are the same."""
-        return torch.sub(logits, top[:, None], out=self._wide[: logits.size(0)]).exp_()
+        """[C, width], wide. The caller may overwrite it, as ``raise_above`` does."""
+        logits = torch.mm(states, self.weight.t(), out=self._logits[: states.size(0)])
+        return logits if self._wide is self._logits else self._wide[: states.size(0)].copy_(logits)
 
     def narrow(self, wide: Tensor) -> Tensor:
         """``wide`` in the dtype of products; overwrites the logits."""
         if wide.dtype == self.weight.dtype:
             return wide
         return self._logits[: wide.size(0)].copy_(wide)
+
+
+def raise_above(logits: Tensor, top: Tensor) -> Tensor:
+    """exp(logits - top), [C, width]; overwrites ``logits``."""
+    return logits.sub_(top[:, None]).exp_()
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,18 @@ def student_chunk(
 ) -> StudentChunk:
     """states [C, H], token_ids [C, N] global -> their log-probabilities. One MAX and one SUM over the group."""
     logits = product.compute(states)
-    top = logits.new_full((logits.size(0),), LOWEST, dtype=product.wide_dtype)
+    top = logits.new_full((logits.size(0),), LOWEST)
     if shard.width:
         # A MAX over ranks need not carry a NaN to all of them; the SUM below does.
-        top = logits.amax(-1).to(product.wide_dtype)
+        top = logits.amax(-1)
         top = torch.where(top.isnan(), LOWEST, top)
     shard.reduce(top, ReduceOp.MAX)
     local, owned = shard.locate(token_ids)
     fixed = 2 if entropy else 1
     packed = top.new_zeros(logits.size(0), fixed + token_ids.size(1))
     if shard.width:
-        packed[:, fixed:] = torch.where(owned, logits.gather(1, local).to(top.dtype) - top[:, None], 0.0)
-    raised = product.exponentials(logits, top)
+        packed[:, fixed:] = torch.where(owned, logits.gather(1, local) - top[:, None], 0.0)
+    raised = raise_above(logits, top)
     packed[:, 0] = raised.sum(-1)
     if entropy:
         packed[:, 1] = torch.special.entr(raised).sum(-1)
@@ -111,16 +113,14 @@ def teacher_chunk(
 ) -> TeacherChunk:
     """states [C, H], token_ids [C] global -> top k, log-probability, entropy. One gather over the group."""
     logits = product.compute(states)
-    count, wide = logits.size(0), product.wide_dtype
     values, columns = largest(logits, min(k, shard.width))
-    values = values.to(wide)
     # Columns of the parcel: local maximum, sum of exponentials, the sampled token's logit, entropy's sum.
-    own = values.new_zeros(count, 4 if entropy else 3)
+    own = values.new_zeros(logits.size(0), 4 if entropy else 3)
     own[:, 0] = values[:, 0] if shard.width else LOWEST
     if shard.width:
         local, owned = shard.locate(token_ids[:, None])
-        own[:, 2] = torch.where(owned, logits.gather(1, local).to(wide), 0.0)[:, 0]
-        raised = product.exponentials(logits, own[:, 0])
+        own[:, 2] = torch.where(owned, logits.gather(1, local), 0.0)[:, 0]
+        raised = raise_above(logits, own[:, 0])
         own[:, 1] = raised.sum(-1)
         if entropy:
             own[:, 3] = torch.special.entr(raised).sum(-1)

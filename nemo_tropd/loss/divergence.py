@@ -54,7 +54,7 @@ def exact_divergences(
     out = torch.empty(len(NAMES), rows.numel(), device=rows.device)
     for start in range(0, rows.numel(), size):
         chunk = slice(start, start + size)
-        mine = product.compute(states.pick(chunk)).to(product.wide_dtype)
+        mine = product.compute(states.pick(chunk))
         theirs = teacher_product.compute(teacher_states.pick(chunk)).to(product.wide_dtype)
         out[:, chunk] = _divergences(mine, _align(theirs, teacher, student), student)
     return dict(zip(NAMES, out, strict=True))
