@@ -276,7 +276,7 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
 def test_head_on_shards(world_size: int) -> None:
     seed = int(torch.randint(0, 10**6, (1,), generator=torch.Generator().manual_seed(time.time_ns())))
     print(f"seed {seed}")
-    for rank, (failures, count, seconds) in enumerate(run_distributed(work, world_size, seed, timeout_s=120)):
+    for rank, (failures, count, seconds) in enumerate(run_distributed(work, world_size, seed, timeout_s=240)):
         print(f"rank {rank}: {count} checks in {seconds:.1f} s")
         assert count > 400
         assert not failures, f"seed {seed}, rank {rank}:\n" + "\n".join(failures)

@@ -62,5 +62,5 @@ def work(rank: int, world_size: int, seed: int) -> list[str]:
 
 def test_vocabulary_on_eight_shards() -> None:
     seed = time.time_ns() % 10**6
-    for rank, failures in enumerate(run_distributed(work, 8, seed, timeout_s=120)):
+    for rank, failures in enumerate(run_distributed(work, 8, seed, timeout_s=240)):
         assert not failures, f"seed {seed}, rank {rank}:\n" + "\n".join(failures)
