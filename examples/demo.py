@@ -12,6 +12,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+
+import psutil
 
 from nemo_tropd.convert.smollm2 import build_smollm2, build_student
 
@@ -26,10 +29,17 @@ def main(overrides: list[str]) -> int:
         [*launch, str(HERE / "train_tropd.py"), "--config-name", "smollm2_cpu", *overrides],
         cwd=HERE.parent,
         env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        start_new_session=True,  # a terminal's Ctrl-C comes here alone
     )
-    # The terminal sends Ctrl-C to both; the job finishes its step and saves, so wait for it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: job.send_signal(number))
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        """To the ranks themselves: they finish their step, save and end well, and so does the launcher."""
+        print("stopping after this step; the same command goes on from there", flush=True)
+        for rank in psutil.Process(job.pid).children():
+            rank.send_signal(number)
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
     return job.wait()
 
 
