@@ -52,6 +52,14 @@ def test_engine_and_trainer_agree_after_every_refresh(straight: Path) -> None:
     assert all(0 < line["trust_fraction"] < 1 and line["grad_norm"] > 0 for line in lines)
 
 
+def test_engine_and_trainer_agree_on_an_untied_model(tmp_path: Path) -> None:
+    untied = TinyRun.make(tmp_path, tied=False, family="qwen2")
+    keys = {"model.tropd.guidance.enabled": False, "model.data.held_out": 0, "trainer.tropd.save_interval": 10}
+    train(compose_config(untied.overrides(tmp_path / "run", **keys)))
+    lines = train_lines(tmp_path / "run")
+    assert len(lines) == 3 and all(0 < line["mismatch_max_abs"] < 1e-3 for line in lines)
+
+
 def test_guidance_anneals_and_counts(straight: Path) -> None:
     shares = [line["guided_fraction"] for line in train_lines(straight)]
     assert shares[0] > 0 and shares[-1] < shares[0]
