@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 _LENGTHS = struct.Struct(">QQ")
-_POLL_S = 0.1
+_POLL_MS = 100
 
 
 class ChannelClosed(Exception):
@@ -42,12 +42,15 @@ def receive_frame(
     ``alive`` answers False, TimeoutError when ``timeout_s`` have passed.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    # poll, not select: that one refuses descriptors past 1023, which a large job can reach.
+    waiting = select.poll()
+    waiting.register(fd, select.POLLIN)
 
     def read(count: int) -> bytes:
         blocks = []
         while count:
-            if not select.select([fd], [], [], _POLL_S)[0]:
-                if alive is not None and not alive() and not select.select([fd], [], [], 0)[0]:
+            if not waiting.poll(_POLL_MS):
+                if alive is not None and not alive() and not waiting.poll(0):
                     raise ChannelClosed("the process has ended")
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(f"no answer within {timeout_s:.0f} s")

@@ -194,6 +194,8 @@ class TropdTrainer:
     def _validate(self, step: int) -> Validation:
         self.progress.phase("validating")
         validation = self.validator.run(step)
+        if not validation.metrics:
+            return validation
         if self.log is not None:
             self.log.write(step, "validation", validation.metrics)
         self.progress.say(f"validation after step {step}: {validation.line()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,13 @@ class SharedEngine:
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """The engine's own."""
         return self.engine.update_weights(stream, version)
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """A run's process groups hang in reference cycles, each with sockets and threads of its own."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

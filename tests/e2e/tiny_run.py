@@ -27,8 +27,10 @@ class TinyRun:
     @classmethod
     def make(cls, root: Path, *, tied: bool = True, family: str = "qwen3") -> TinyRun:
         """Write models and prompts under ``root``."""
-        make_tiny(root / "student", family=family, tied=tied, layers=2, seed=1, hidden=64, head_dim=32)
-        make_tiny(root / "teacher", family=family, tied=tied, layers=2, seed=2, hidden=64, head_dim=32)
+        # vLLM's CPU attention wants heads of at least 32, and Qwen2's are the hidden size over the heads.
+        hidden = 128 if family == "qwen2" else 64
+        make_tiny(root / "student", family=family, tied=tied, layers=2, seed=1, hidden=hidden, head_dim=32)
+        make_tiny(root / "teacher", family=family, tied=tied, layers=2, seed=2, hidden=hidden, head_dim=32)
         lines = [
             json.dumps({"prompt": question.format(a=a, b=a + 2), "answer": str(2 * a + 2)})
             for a in range(1, 9)
