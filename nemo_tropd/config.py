@@ -114,8 +114,8 @@ class GuidanceConfig:
     """L of L_max(step) = L (1 + cos(pi step / total)) / 2."""
     prefix_draw: str = "uniform"
     """uniform draws the length in 0 .. L_max; cap takes L_max. The paper does not say which."""
-    anneal_steps: int | None = None
-    """Steps until the prefix length reaches 0; null: trainer.tropd.max_steps."""
+    anneal_fraction: float = 1.0
+    """Share of trainer.tropd.max_steps after which the prefix length is 0 (the paper: all of them)."""
 
 
 @dataclass
@@ -238,6 +238,11 @@ def run_dir(cfg: TropdConfig) -> Path:
     if cfg.exp_manager.explicit_log_dir:
         return Path(cfg.exp_manager.explicit_log_dir).absolute()
     return (Path(cfg.exp_manager.exp_dir or "runs") / cfg.name).absolute()
+
+
+def anneal_steps(cfg: TropdConfig) -> int:
+    """Steps over which teacher prefixes anneal to nothing."""
+    return max(1, round(cfg.model.tropd.guidance.anneal_fraction * cfg.trainer.tropd.max_steps))
 
 
 def schema_keys(node: Any = TropdConfig, prefix: str = "") -> Iterator[str]:
@@ -506,12 +511,8 @@ def _check_lengths(cfg: TropdConfig) -> None:
             teacher_tokens,
             f"with model.data.max_prompt_tokens = {prompt} it passes model.encoder_seq_length = {m.encoder_seq_length}",
         )
-    if g.anneal_steps is not None and g.anneal_steps > t.tropd.max_steps:
-        raise ConfigError(
-            "model.tropd.guidance.anneal_steps",
-            g.anneal_steps,
-            f"the prefix would not reach length 0 within trainer.tropd.max_steps = {t.tropd.max_steps}",
-        )
+    if not 0 < g.anneal_fraction <= 1:
+        raise ConfigError("model.tropd.guidance.anneal_fraction", g.anneal_fraction, "must lie in (0, 1]")
     if m.sequence_parallel and m.encoder_seq_length % m.tensor_model_parallel_size:
         raise ConfigError(
             "model.encoder_seq_length",

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from nemo_tropd.config import ConfigError, TropdConfig, fail, resolve
+from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, fail, resolve
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
 from nemo_tropd.convert.smollm2 import default_cache_dir
@@ -221,7 +221,7 @@ def guided_prompts(cfg: TropdConfig, train_prompts: int) -> list[int]:
     if not guidance.enabled or guidance.max_prefix_tokens == 0:
         return []
     order = PromptOrder(train_prompts, m.seed)
-    total = guidance.anneal_steps or cfg.trainer.tropd.max_steps
+    total = anneal_steps(cfg)
     seen: dict[int, None] = {}
     for step in range(min(total, cfg.trainer.tropd.max_steps)):
         if max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens):
@@ -234,7 +234,7 @@ def make_guidance(cfg: TropdConfig, responses: TeacherResponses | None) -> Guida
     guidance = cfg.model.tropd.guidance
     return Guidance(
         seed=cfg.model.seed,
-        total_steps=guidance.anneal_steps or cfg.trainer.tropd.max_steps,
+        total_steps=anneal_steps(cfg),
         max_new_tokens=cfg.model.rollout.max_new_tokens,
         samples_per_prompt=cfg.model.rollout.samples_per_prompt,
         longest=guidance.max_prefix_tokens if guidance.enabled else 0,

@@ -82,7 +82,7 @@ def test_missing_required_key_is_named() -> None:
         ("model.rollout.top_p=1.5", "model.rollout.top_p", "(0, 1]"),
         ("model.rollout.request_timeout_s=9999", "model.rollout.request_timeout_s", "distributed_timeout_s"),
         ("model.tropd.guidance.max_prefix_tokens=9000", "max_prefix_tokens", "at most 8096"),
-        ("model.tropd.guidance.anneal_steps=500", "anneal_steps", "max_steps = 200"),
+        ("model.tropd.guidance.anneal_fraction=1.5", "anneal_fraction", "(0, 1]"),
         ("model.data.overlong=cut", "model.data.overlong", "'drop'"),
     ],
 )
