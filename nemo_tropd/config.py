@@ -488,7 +488,7 @@ def _check_layout(cfg: TropdConfig) -> None:
 
 
 def _check_lengths(cfg: TropdConfig) -> None:
-    m, t = cfg.model, cfg.trainer
+    m = cfg.model
     g, prompt, response = m.tropd.guidance, m.data.max_prompt_tokens, m.rollout.max_new_tokens
     prefix = g.max_prefix_tokens if g.enabled else 0
     if prompt + response > m.encoder_seq_length:
