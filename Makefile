@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
 
-.PHONY: setup demo test lint bench compare clean
+.PHONY: setup demo test lint bench compare gpu-check clean
 
 setup: $(READY)
 
@@ -42,6 +42,10 @@ bench: setup
 
 compare: setup
 	$(BIN)/python examples/compare_objectives.py $(ARGS)
+
+# On a machine with a GPU, in the container or any environment that holds the gpu extra: every GPU point, one table.
+gpu-check:
+	python3 -m nemo_tropd.study.gpu.check --tests $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
