@@ -16,7 +16,8 @@ quiet_libraries()  # before the libraries are imported: most of their warnings c
 from nemo.core.config import hydra_runner  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from nemo_tropd.config import ConfigError, check_command_line, fail  # noqa: E402
+from nemo_tropd.config import ConfigError, fail  # noqa: E402
+from nemo_tropd.config_checks import check_command_line  # noqa: E402
 from nemo_tropd.training.run import main  # noqa: E402
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

@@ -13,7 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, fail, resolve
+from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, fail
+from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
 from nemo_tropd.convert.smollm2 import default_cache_dir

@@ -8,7 +8,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from nemo_tropd.config import TropdConfig, resolve
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.config_checks import resolve
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

@@ -8,13 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tropd.config import (
-    ConfigError,
-    check_command_line,
-    check_file,
-    check_overrides,
-    schema_keys,
-)
+from nemo_tropd.config import ConfigError, schema_keys
+from nemo_tropd.config_checks import check_command_line, check_file, check_overrides
 from tests.e2e.compose import CONF, compose_config
 
 REQUIRED = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
@@ -33,7 +28,7 @@ def test_every_shipped_file_holds_only_known_keys(path: Path) -> None:
 
 
 def test_config_imports_no_torch() -> None:
-    code = "import sys, nemo_tropd.config; assert 'torch' not in sys.modules, 'torch was imported'"
+    code = "import sys, nemo_tropd.config_checks; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent, timeout=60)
 
 

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "nemo_tropd"
 # room -> rooms of ours it may import
 ALLOWED = {
     "config": set(),
+    "config_checks": {"config"},
     "batch": set(),
     "quiet": set(),
     "prompts": set(),
