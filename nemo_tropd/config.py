@@ -137,15 +137,44 @@ class ObjectiveConfig:
 
 
 @dataclass
+class AdmissionConfig:
+    """How far an FP8 teacher may be from the same teacher in bf16; measured at the start of a run, which ends where a
+    bound is passed. Read only with model.teacher.fp8. The defaults are twice the largest figure of an emulation on
+    SmolLM2-135M (examples/figures/fp8_teacher.md)."""
+
+    prompts: int = 16
+    """Held-out prompts, with the teacher's responses, to measure on; 0 runs unmeasured."""
+    top_k_kl: float = 0.03
+    """Nats a token: KL from bf16 to FP8 over bf16's 64 best tokens and one bucket for all others."""
+    gate_flips: float = 0.04
+    """Share of tokens whose Bernoulli gate falls the other way under the run's own draws."""
+    ratio_error: float = 0.2
+    """Nats: mean |difference| of R = log pi_T - log pi_S."""
+
+
+@dataclass
 class TeacherConfig:
     path: str = MISSING
     """The teacher: a Hugging Face checkpoint directory with the student's tokenizer."""
     precision: str | None = None
     """"32" or "bf16"; null: trainer.precision."""
+    tensor_model_parallel_size: int | None = None
+    """The teacher's own tensor-parallel degree, without a pipeline; null: split as the student is. A divisor or a
+    multiple of model.tensor_model_parallel_size."""
     response_tokens: int | None = None
     """Length limit of what the teacher writes for prefixes and validation; null: model.rollout.max_new_tokens."""
     cache_dir: str | None = None
     """Where teacher responses are kept; null: the user's cache directory."""
+    fp8: str | None = None
+    """Transformer Engine's FP8 for the teacher's layers: tensorwise or blockwise (Hopper and later), mxfp8 (Blackwell);
+    null: none. The head, the embedding and the norms stay in bf16."""
+    fp8_param: bool = True
+    """Keep the layers' weights in FP8: half the bytes, and nothing is cast again at each pass. Read only with fp8."""
+    fp8_first_last_bf16: int = 0
+    """Layers at each end that stay in bf16. Read only with fp8."""
+    offload: bool = False
+    """Keep the teacher's weights in host memory (pinned, where there is a GPU) except while it scores."""
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
 
 @dataclass

@@ -16,6 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tropd.config import SCHEMA_NAME, ConfigError, TropdConfig, schema_keys
 
+# Recipes a teacher can run without gradients; Megatron's fourth, delayed, is refused by name.
+FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
+
 
 def _check_key(key: str, value: object, where: str) -> None:
     known = set(schema_keys())
@@ -210,6 +213,50 @@ def check(cfg: TropdConfig) -> None:
         )
     _check_layout(cfg)
     _check_lengths(cfg)
+    _check_fp8(cfg)
+
+
+def _check_fp8(cfg: TropdConfig) -> None:
+    teacher = cfg.model.teacher
+    for key, bound in (
+        ("top_k_kl", teacher.admission.top_k_kl),
+        ("gate_flips", teacher.admission.gate_flips),
+        ("ratio_error", teacher.admission.ratio_error),
+        ("prompts", teacher.admission.prompts),
+    ):
+        _at_least(f"model.teacher.admission.{key}", bound, 0)
+    _at_least("model.teacher.fp8_first_last_bf16", teacher.fp8_first_last_bf16, 0)
+    if teacher.fp8 is None:
+        return
+    if teacher.offload and not teacher.fp8_param:
+        raise ConfigError(
+            "model.teacher.offload",
+            True,
+            "with fp8_param=false Transformer Engine keeps FP8 copies of the weights that cannot be moved; set "
+            "model.teacher.fp8_param=true",
+        )
+    if teacher.fp8 == "delayed":
+        raise ConfigError(
+            "model.teacher.fp8",
+            "delayed",
+            "Transformer Engine updates delayed scales in backward passes, and the teacher has none, so they would "
+            "stay at their first value; choose tensorwise or blockwise (Hopper) or mxfp8 (Blackwell)",
+        )
+    _one_of("model.teacher.fp8", teacher.fp8, (None, *FP8_RECIPES))
+    precision = teacher.precision or cfg.trainer.precision
+    if precision != "bf16":
+        raise ConfigError(
+            "model.teacher.precision",
+            precision,
+            f"model.teacher.fp8 = {teacher.fp8!r} needs a bf16 teacher: set model.teacher.precision=bf16, or fp8=null",
+        )
+    if teacher.admission.prompts and not cfg.model.data.held_out:
+        raise ConfigError(
+            "model.data.held_out",
+            0,
+            "the FP8 teacher is measured on held-out prompts before a run: hold some out, or set "
+            "model.teacher.admission.prompts=0 to run unmeasured",
+        )
 
 
 def _check_layout(cfg: TropdConfig) -> None:
@@ -244,8 +291,27 @@ def _check_layout(cfg: TropdConfig) -> None:
         raise ConfigError(
             "model.global_batch_size", m.global_batch_size, f"must divide by the {data} data-parallel ranks"
         )
+    _check_teacher_degree(m.teacher.tensor_model_parallel_size, tp, tp * data)
     if m.optim.distributed and data == 1:
         raise ConfigError("model.optim.distributed", True, "shards over data-parallel ranks, and there is only one")
+
+
+def _check_teacher_degree(teacher: int | None, tensor: int, stage: int) -> None:
+    key = "model.teacher.tensor_model_parallel_size"
+    if teacher is None:
+        return
+    _at_least(key, teacher, 1)
+    if tensor % teacher and teacher % tensor:
+        raise ConfigError(
+            key,
+            teacher,
+            f"must divide model.tensor_model_parallel_size = {tensor} or be a multiple of it: a teacher group then lies "
+            f"within one of the student's, or is made of whole ones",
+        )
+    if stage % teacher:
+        raise ConfigError(
+            key, teacher, f"must divide the {stage} ranks of a pipeline stage (tensor x data parallel of the student)"
+        )
 
 
 def _check_lengths(cfg: TropdConfig) -> None:

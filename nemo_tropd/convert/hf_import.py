@@ -80,8 +80,14 @@ def fill_model(
         padding = parameter.size(0) - part.size(0) if row.layout == "vocabulary" else 0
         if (part.size(0) + padding, *part.shape[1:]) != parameter.shape:
             raise ConversionError(f"{row.megatron}: shard {list(part.shape)} does not fit {list(parameter.shape)}")
-        parameter[: part.size(0)].copy_(part if dtype is None else part.to(dtype))
-        parameter[part.size(0) :].zero_()
+        part = part if dtype is None else part.to(dtype)
+        if padding:
+            parameter[: part.size(0)].copy_(part)
+            parameter[part.size(0) :].zero_()
+        else:
+            parameter.copy_(
+                part
+            )  # whole: a quantized parameter takes its scales from what it is given
 
 
 def local_rows(model: Module, shape: ModelShape) -> Iterator[tuple[Parameter, Row]]:

@@ -2,39 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemo_tropd.batch import TeacherScores, TokenBatch
+from nemo_tropd.batch import LossTokens, TeacherScores, TokenBatch, TokenScores
 from nemo_tropd.convert.families import ModelShape, read_shape
 from nemo_tropd.convert.hf_import import load_hf
-from nemo_tropd.loss.head import teacher_scores
+from nemo_tropd.loss.head import score_tokens, teacher_scores
 from nemo_tropd.model.build import build_gpt, head_weight
 from nemo_tropd.model.forward import pipeline_forward
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.teacher.fp8 import Fp8Settings, pad_tokens
+from nemo_tropd.teacher.offload import WeightHome
+
+R = TypeVar("R")
 
 
 class TeacherScorer:
-    """A Megatron GPTModel without gradients, optimizer or gradient buffers."""
+    """A Megatron GPTModel without gradients, optimizer or gradient buffers.
 
-    def __init__(self, path: Path, topology: Topology, *, dtype: torch.dtype, vocab_size: int) -> None:
-        self.topology, self.dtype, self.vocab_size = topology, dtype, vocab_size
-        self.shape: ModelShape = read_shape(path)
-        self.model = build_gpt(self.shape, topology, dtype=dtype, trainable=False)
-        load_hf(self.model, path, self.shape, topology)
+    Args:
+        source: a Hugging Face checkpoint directory, or a shape whose weights ``fill`` writes.
+        fp8: run the layers in FP8 (``fp8.check_hardware`` first).
+        offload: keep the weights in host memory except inside ``scoring``.
+        fill: writes every parameter of the model in place; None reads the checkpoint.
+    """
+
+    def __init__(
+        self,
+        source: Path | ModelShape,
+        topology: Topology,
+        *,
+        dtype: torch.dtype,
+        vocab_size: int,
+        fp8: Fp8Settings | None = None,
+        offload: bool = False,
+        fill: Callable[[GPTModel], None] | None = None,
+    ) -> None:
+        self.topology, self.dtype, self.vocab_size, self.fp8 = topology, dtype, vocab_size, fp8
+        self.shape: ModelShape = source if isinstance(source, ModelShape) else read_shape(source)
+        if fp8 is not None:
+            fp8.check_shape(self.shape, topology.tensor_size, topology.pipeline_size)
+        # Built without gradients, quantized weights keep no transposed copy and no high-precision original.
+        with torch.no_grad():
+            self.model = build_gpt(
+                self.shape, topology, dtype=dtype, trainable=False, **(fp8.transformer_fields() if fp8 else {})
+            )
+            if fill is not None:
+                fill(self.model)
+            elif isinstance(source, ModelShape):
+                raise ValueError("a teacher built from a shape needs fill, which writes its weights")
+            else:
+                load_hf(self.model, source, self.shape, topology)
         self.model.eval().requires_grad_(False)
+        self.home = WeightHome(self.model) if offload else None
+        self._depth = 0
+        if self.home is not None:
+            self.home.leave()
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """A phase in which the teacher is used: its weights come back before and leave after, where offload is on.
+
+        ``score`` opens one of its own; open one around several calls, or around any use of ``head``.
+        """
+        if self.home is not None and self._depth == 0:
+            self.home.come_back()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self.home is not None and self._depth == 0:
+                self.home.leave()
 
     @torch.no_grad()
     def hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:
-        """Hidden states [B, S, H] (sequence parallel: [B, S/TP, H]) of each batch; None but on the last stage."""
-        return pipeline_forward(self.model, batches, self.topology)
+        """Hidden states [B, S, H] (sequence parallel: [B, S/TP, H]) of each batch; None but on the last stage.
+
+        FP8's padding is removed again, for which sequence parallelism gathers and splits once more.
+        """
+        with self.scoring():
+            padded = self._padded(batches)
+            states = pipeline_forward(self.model, padded, self.topology)
+            return [
+                self._unpadded(state, batch) if wide is not batch else state
+                for state, wide, batch in zip(states, padded, batches, strict=True)
+            ]
 
     @property
     def head(self) -> Tensor:
-        """The head's shard [V_padded/TP, H]; last stage only."""
+        """The head's shard [V_padded/TP, H]; last stage only. RuntimeError while the weights are away."""
+        if self.home is not None and self.home.away:
+            raise RuntimeError("the teacher's weights are in host memory; use its head inside scoring()")
         return head_weight(self.model)
 
     @torch.no_grad()
@@ -42,24 +108,71 @@ class TeacherScorer:
         self, batches: Sequence[TokenBatch], *, top_k: int, entropy: bool, chunk_tokens: int | None
     ) -> list[TeacherScores | None]:
         """The teacher's scores of each batch's loss tokens; None but on the last pipeline stage."""
-        scores: list[TeacherScores | None] = []
-        for batch, hidden in zip(batches, self.hidden(batches), strict=True):
-            if hidden is None:
-                scores.append(None)
-                continue
-            tokens = batch.loss_tokens()
-            scores.append(
-                teacher_scores(
-                    hidden,
-                    self.head,
-                    tokens.rows,
-                    tokens.token_ids,
-                    top_k,
-                    group=self.topology.tensor_group,
-                    vocab_size=self.vocab_size,
-                    sequence_parallel=self.topology.sequence_parallel,
-                    chunk_tokens=chunk_tokens,
-                    entropy=entropy,
-                )
+
+        def reduce(hidden: Tensor, tokens: LossTokens, _: int) -> TeacherScores:
+            return teacher_scores(
+                hidden,
+                self.head,
+                tokens.rows,
+                tokens.token_ids,
+                top_k,
+                group=self.topology.tensor_group,
+                vocab_size=self.vocab_size,
+                sequence_parallel=self.topology.sequence_parallel,
+                chunk_tokens=chunk_tokens,
+                entropy=entropy,
             )
-        return scores
+
+        return self._reduced(batches, reduce)
+
+    @torch.no_grad()
+    def score_like(
+        self, batches: Sequence[TokenBatch], reference: Sequence[TeacherScores | None], *, chunk_tokens: int | None
+    ) -> list[TokenScores | None]:
+        """This model in the student's place beside ``reference``: its log-probabilities at the same tokens and at the
+        reference's top k. None but on the last pipeline stage."""
+
+        def reduce(hidden: Tensor, tokens: LossTokens, index: int) -> TokenScores:
+            other = reference[index]
+            assert other is not None
+            return score_tokens(
+                hidden,
+                self.head,
+                tokens,
+                other,
+                group=self.topology.tensor_group,
+                vocab_size=self.vocab_size,
+                sequence_parallel=self.topology.sequence_parallel,
+                chunk_tokens=chunk_tokens,
+            )
+
+        return self._reduced(batches, reduce)
+
+    def _reduced(self, batches: Sequence[TokenBatch], reduce: Callable[[Tensor, LossTokens, int], R]) -> list[R | None]:
+        """``reduce(hidden, loss tokens, index)`` of every batch, the rows counted in the padded batch."""
+        with self.scoring():
+            padded = self._padded(batches)
+            # Without a pipeline one batch's hidden states live at a time.
+            parts = [padded] if self.topology.pipeline_size > 1 else [[batch] for batch in padded]
+            reduced: list[R | None] = []
+            for part in parts:
+                states = pipeline_forward(self.model, part, self.topology)
+                for batch, hidden in zip(part, states, strict=True):
+                    reduced.append(None if hidden is None else reduce(hidden, batch.loss_tokens(), len(reduced)))
+            return reduced
+
+    def _padded(self, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
+        if self.fp8 is None:
+            return list(batches)
+        return [pad_tokens(batch, self.fp8.multiple, self.topology) for batch in batches]
+
+    def _unpadded(self, hidden: Tensor | None, batch: TokenBatch) -> Tensor | None:
+        if hidden is None:
+            return None
+        width = batch.input_ids.size(1)
+        if not self.topology.sequence_parallel:
+            return hidden[:, :width]
+        shards = [torch.empty_like(hidden) for _ in range(self.topology.tensor_size)]
+        torch.distributed.all_gather(shards, hidden.contiguous(), group=self.topology.tensor_group)
+        part = width // self.topology.tensor_size
+        return torch.cat(shards, 1)[:, :width].narrow(1, self.topology.tensor_rank * part, part)

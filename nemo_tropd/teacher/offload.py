@@ -1,0 +1,87 @@
+"""A frozen model's weights in host memory while it has nothing to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class WeightHome:
+    """Moves what a frozen model's weights are stored in to host memory and back.
+
+    The bytes are moved, never the tensors: a weight keeps its identity, its views and its scales, and a quantized
+    weight of Transformer Engine all buffers it is made of. The host's copy is made once and kept, since a frozen weight
+    never changes: leaving the device then costs nothing, and coming back one copy. Pinned where there is a GPU.
+
+    Args:
+        model: its parameters and buffers must not be written to from here on.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._host: list[tuple[torch.UntypedStorage, Tensor, int]] = []
+        self.away = False
+
+    def leave(self) -> None:
+        """Free the device's bytes. Nothing may run the model until ``come_back``. Does nothing where already away."""
+        if self.away:
+            return
+        if not self._host:
+            self._host = [(s, _host_copy(s), s.nbytes()) for s in storages(self._model)]
+        for storage, _, _ in self._host:
+            storage.resize_(0)
+        self.away = True
+        if any(storage.device.type == "cuda" for storage, _, _ in self._host):
+            torch.cuda.empty_cache()  # an engine in this process takes its memory from the driver, not from torch
+
+    def come_back(self) -> None:
+        """Bring the bytes back. Does nothing where they are here."""
+        if not self.away:
+            return
+        for storage, copy, size in self._host:
+            storage.resize_(size)
+            _bytes(storage).copy_(copy, non_blocking=True)  # in stream order: what runs next sees it whole
+        self.away = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights on the device while they are there."""
+        return sum(size for _, _, size in self._host) if self._host else weight_bytes(self._model)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes that parameters and buffers occupy, each storage counted once."""
+    return sum(storage.nbytes() for storage in storages(model))
+
+
+def storages(model: torch.nn.Module) -> Iterator[torch.UntypedStorage]:
+    """The storages behind parameters and buffers, each once, those of no bytes left out."""
+    seen: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        for part in parts(tensor):
+            storage = part.untyped_storage()
+            if storage.nbytes() and storage._cdata not in seen:
+                seen.add(storage._cdata)
+                yield storage
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors a tensor is made of: itself, or a quantized tensor's data and scales.
+
+    Transformer Engine's quantized tensors name them in ``get_metadata`` (2.20.2, pytorch/tensor/storage).
+    """
+    metadata = getattr(tensor, "get_metadata", None)
+    if metadata is None:
+        return [tensor.detach()]
+    return [part for part in metadata().values() if isinstance(part, Tensor)]
+
+
+def _host_copy(storage: torch.UntypedStorage) -> Tensor:
+    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
+    return copy.copy_(_bytes(storage))
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
