@@ -6,19 +6,26 @@ Legend of shape letters, used everywhere:
     V  the true vocabulary size             H  hidden size
     ``_local`` marks a tensor-parallel shard of the logical size.
 
-Alignment, in one place: the model's output at position t scores token t + 1. ``TokenBatch.pack`` shifts once; every
-tensor of a ``TokenBatch`` is indexed by the position t of the *output*, and ``labels[t]`` is the token it scores.
+Alignment, in one place: the model's output at position t scores token t + 1. ``TokenBatch.pack`` and
+``TokenBatch.concatenate`` shift once; every tensor of a ``TokenBatch`` is indexed by the position t of the *output*,
+and ``labels[t]`` is the token it scores.
+
+Two layouts: ``pack`` pads B sequences to one length, [B, S]. ``concatenate`` lays them end to end in one row, [1, S]
+with B = 1, and ``segments`` says where each begins; nothing is padded but the row's tail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,22 @@ class LossTokens:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Where the sequences of a concatenated row lie: sequence i takes positions bounds[i] .. bounds[i + 1] - 1."""
+
+    bounds: Tensor  # [sequences + 1] int32, from 0 to the row's width; a padded tail is a sequence of its own, the last
+    longest: int  # tokens of the longest, the tail included
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, the tail included; waits for the device that holds ``bounds``."""
+        return self.bounds.diff().tolist()
+
+
+@dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch, right-padded. Every [B, S] tensor is indexed by output position (see the module's text)."""
+    """One micro-batch, padded or concatenated. Every [B, S] tensor is indexed by output position (see the module's
+    text). ``lengths`` and ``sequence_ids`` have one entry a rollout, whatever the layout.
+    """
 
     input_ids: Tensor  # [B, S] int64
     position_ids: Tensor  # [B, S] int64
@@ -112,9 +133,11 @@ class TokenBatch:
     guided: Tensor  # [B, S] bool
     uniforms: Tensor  # [B, S] fp32
     behavior_log_probs: Tensor  # [B, S] fp32, NaN where the student did not sample the token
-    lengths: Tensor  # [B] int64: true length of each sequence
-    sequence_ids: Tensor  # [B] int64
+    lengths: Tensor  # [sequences] int64: true length of each sequence
+    sequence_ids: Tensor  # [sequences] int64
     rollouts: tuple[Rollout, ...] = field(default=(), compare=False)
+    segments: Segments | None = None  # of a concatenated row; None: padded
+    selected: LossTokens | None = field(default=None, compare=False)  # kept by ``to``, so that no device is waited for
 
     @property
     def count_loss_tokens(self) -> int:
@@ -122,21 +145,29 @@ class TokenBatch:
 
     def loss_tokens(self) -> LossTokens:
         """Flatten to the tokens that enter the loss."""
+        if self.selected is not None:
+            return self.selected
         rows = self.loss_mask.flatten().nonzero(as_tuple=True)[0]
+        if self.segments is None:
+            sequence = rows // self.input_ids.size(1)
+        else:
+            sequence = torch.searchsorted(self.segments.bounds[1:], rows.to(torch.int32), right=True)
         return LossTokens(
             rows=rows,
             token_ids=self.labels.flatten()[rows],
             guided=self.guided.flatten()[rows],
             uniforms=self.uniforms.flatten()[rows],
             behavior_log_probs=self.behavior_log_probs.flatten()[rows],
-            sequence=rows // self.input_ids.size(1),
+            sequence=sequence,
         )
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The same batch with every tensor on ``device``."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        """The same batch with every tensor on ``device``. Its loss tokens are picked before it moves."""
+        return replace(
+            _moved(self, device),
+            selected=_moved(self.loss_tokens(), device),
+            segments=None if self.segments is None else _moved(self.segments, device),
+        )
 
     @classmethod
     def pack(
@@ -155,35 +186,76 @@ class TokenBatch:
         gives one fully masked row of the smallest length, so that every rank can run the same number of micro-batches.
         """
         longest = max((len(r.token_ids) for r in rollouts), default=1)
-        width = -(-max(longest, 2, width or 0) // pad_to_multiple) * pad_to_multiple
-        rows = max(len(rollouts), 1)
-        ids = torch.full((rows, width), pad_id, dtype=torch.int64)
-        mask = torch.zeros(rows, width, dtype=torch.bool)
-        guided = torch.zeros(rows, width, dtype=torch.bool)
-        uniforms = torch.zeros(rows, width, dtype=torch.float32)
-        behavior = torch.full((rows, width), float("nan"), dtype=torch.float32)
-        for b, r in enumerate(rollouts):
-            tokens, start, middle = r.token_ids, len(r.prompt_ids), len(r.prompt_ids) + len(r.prefix_ids)
-            n = len(tokens)
-            ids[b, :n] = torch.tensor(tokens, dtype=torch.int64)
-            mask[b, start - 1 : n - 1] = True
-            guided[b, start - 1 : middle - 1] = True
-            uniforms[b, : n - 1] = gate_uniforms(seed, step, r.sequence_id, n - 1)
-            behavior[b, middle - 1 : n - 1] = torch.tensor(r.response_log_probs, dtype=torch.float32)
-        labels = torch.full_like(ids, pad_id)
-        labels[:, :-1] = ids[:, 1:]
+        width = _round_up(max(longest, 2, width or 0), pad_to_multiple)
+        places = [(b, 0) for b in range(len(rollouts))]
+        return cls._filled(rollouts, places, (max(len(rollouts), 1), width), pad_id, seed, step)
+
+    @classmethod
+    def concatenate(
+        cls, rollouts: Sequence[Rollout], *, pad_id: int, seed: int, step: int, pad_to_multiple: int = 1
+    ) -> TokenBatch:
+        """Lay ``rollouts`` end to end in one row, [1, S], and shift labels by one within each.
+
+        Where S must be a multiple, the tail becomes a sequence of its own, which no token attends to and none of whose
+        tokens is scored. Draws and empty lists are as for :meth:`pack`.
+        """
+        ends = list(accumulate((len(r.token_ids) for r in rollouts), initial=0))
+        width = _round_up(max(ends[-1], 2), pad_to_multiple)
+        places = [(0, start) for start in ends[:-1]]
+        batch = cls._filled(rollouts, places, (1, width), pad_id, seed, step)
+        bounds = torch.tensor(ends if ends[-1] == width else [*ends, width], dtype=torch.int32)
+        lengths = bounds.diff()
+        positions = torch.arange(width) - torch.repeat_interleave(bounds[:-1].long(), lengths)
+        return replace(batch, position_ids=positions[None], segments=Segments(bounds, longest=int(lengths.max())))
+
+    @classmethod
+    def _filled(
+        cls,
+        rollouts: Sequence[Rollout],
+        places: Sequence[tuple[int, int]],
+        shape: tuple[int, int],
+        pad_id: int,
+        seed: int,
+        step: int,
+    ) -> TokenBatch:
+        """Rollout i from (row, position) ``places[i]`` of [B, S] tensors on; the rest is ``pad_id`` and masked."""
+        ids, labels = torch.full(shape, pad_id), torch.full(shape, pad_id)
+        mask, guided = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        uniforms = torch.zeros(shape, dtype=torch.float32)
+        behavior = torch.full(shape, float("nan"), dtype=torch.float32)
+        for r, (row, begin) in zip(rollouts, places, strict=True):
+            tokens = torch.tensor(r.token_ids)
+            start = begin + len(r.prompt_ids) - 1  # the output that scores the first token after the prompt
+            middle, end = start + len(r.prefix_ids), begin + len(tokens) - 1
+            ids[row, begin : end + 1] = tokens
+            labels[row, begin:end] = tokens[1:]
+            mask[row, start:end] = True
+            guided[row, start:middle] = True
+            uniforms[row, begin:end] = gate_uniforms(seed, step, r.sequence_id, end - begin)
+            behavior[row, middle:end] = torch.tensor(r.response_log_probs, dtype=torch.float32)
         return cls(
             input_ids=ids,
-            position_ids=torch.arange(width).expand(rows, width).contiguous(),
+            position_ids=torch.arange(shape[1]).expand(shape).contiguous(),
             labels=labels,
             loss_mask=mask,
             guided=guided,
             uniforms=uniforms,
             behavior_log_probs=behavior,
-            lengths=torch.tensor([len(r.token_ids) for r in rollouts] or [0], dtype=torch.int64),
-            sequence_ids=torch.tensor([r.sequence_id for r in rollouts] or [-1], dtype=torch.int64),
+            lengths=torch.tensor([len(r.token_ids) for r in rollouts] or [0]),
+            sequence_ids=torch.tensor([r.sequence_id for r in rollouts] or [-1]),
             rollouts=tuple(rollouts),
         )
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _moved(record: R, device: torch.device) -> R:
+    """A copy of a dataclass of ours with its tensors on ``device``."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}  # type: ignore[arg-type]
+    moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+    return replace(record, **moved)  # type: ignore[type-var]
 
 
 def gate_uniforms(seed: int, step: int, sequence_id: int, positions: int) -> Tensor:

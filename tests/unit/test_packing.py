@@ -1,0 +1,108 @@
+"""Rollouts to micro-batches: bins, the same number on every rank, and rows laid end to end."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_tropd.batch import Rollout, TokenBatch
+from nemo_tropd.training.packing import even_bins, pack_micro_batches
+from tests.unit.test_batch import rollout
+
+
+def topology(rank: int = 0, ranks: int = 1, tensor: int = 1, sequence: bool = False) -> Any:
+    return SimpleNamespace(
+        data_rank=rank, data_size=ranks, tensor_size=tensor, sequence_parallel=sequence, device=torch.device("cpu")
+    )
+
+
+def several(count: int) -> list[Rollout]:
+    rng = random.Random()
+    return [rollout(rng, i) for i in range(count)]
+
+
+def pack(rollouts: list[Rollout], place: Any, tokens: int | None) -> list[TokenBatch]:
+    return pack_micro_batches(
+        rollouts, place, micro_batch_size=2, pad_id=0, seed=5, step=2, tokens_per_micro_batch=tokens
+    )
+
+
+def test_bins_hold_everything_once_within_capacity_and_few() -> None:
+    rng = random.Random()
+    for _ in range(200):
+        capacity, multiple = rng.randint(10, 60), rng.randint(1, 4)
+        lengths = [rng.randint(1, capacity) for _ in range(rng.randint(0, 30))]
+        bins = even_bins(lengths, capacity, multiple_of=multiple)
+        assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+        loads = [sum(lengths[i] for i in b) for b in bins]
+        assert all(load <= capacity for load in loads) and loads == sorted(loads, reverse=True)
+        assert len(bins) % multiple == 0
+        # Any two bins of a first fit hold more than one bin's capacity between them.
+        assert len(bins) - (multiple - 1) <= 2 * sum(lengths) / capacity + 1
+
+
+def test_bins_are_evenly_filled() -> None:
+    assert [sorted(b) for b in even_bins([5, 5, 5, 5, 5, 5], 20)] == [[0, 2, 4], [1, 3, 5]]
+    assert even_bins([4], 9, multiple_of=3) == [[0], [], []]
+
+
+def test_a_sequence_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a micro-batch of 8"):
+        even_bins([3, 9], 8)
+
+
+@pytest.mark.parametrize(("ranks", "count"), [(1, 9), (3, 10), (4, 2), (2, 0)])
+@pytest.mark.parametrize("tokens", [None, 24])
+def test_every_rank_has_as_many_and_together_they_have_all(ranks: int, count: int, tokens: int | None) -> None:
+    rollouts = several(count)
+    parts = [pack(rollouts, topology(r, ranks, tensor=2, sequence=True), tokens) for r in range(ranks)]
+    assert len({len(p) for p in parts}) == 1
+    batches = [b for p in parts for b in p]
+    assert sorted(r.sequence_id for b in batches for r in b.rollouts) == list(range(count))
+    assert sum(b.count_loss_tokens for b in batches) == sum(r.loss_tokens for r in rollouts)
+    assert all(b.input_ids.size(1) % 2 == 0 for b in batches)
+    if tokens is not None:
+        assert all(b.input_ids.shape[0] == 1 and sum(b.lengths) <= tokens for b in batches)
+
+
+def test_a_row_holds_what_its_sequences_hold_alone() -> None:
+    rollouts = several(6)
+    row = TokenBatch.concatenate(rollouts, pad_id=0, seed=5, step=2, pad_to_multiple=8)
+    assert row.segments is not None and row.input_ids.size(1) % 8 == 0
+    bounds = row.segments.bounds.tolist()
+    assert bounds[-1] == row.input_ids.size(1) and row.segments.longest == max(row.segments.lengths())
+    tokens, seen = row.loss_tokens(), 0
+    for i, r in enumerate(rollouts):
+        alone = TokenBatch.pack([r], pad_id=0, seed=5, step=2)
+        n, begin = len(r.token_ids), bounds[i]
+        assert bounds[i + 1] - begin == n == row.lengths[i]
+        assert row.position_ids[0, begin : begin + n].tolist() == list(range(n))
+        assert row.input_ids[0, begin : begin + n].tolist() == r.token_ids
+        own = alone.loss_tokens()
+        here = slice(seen, seen + len(own))
+        seen += len(own)
+        assert torch.equal(tokens.rows[here] - begin, own.rows)
+        for name in ("token_ids", "guided", "uniforms"):
+            assert torch.equal(getattr(tokens, name)[here], getattr(own, name)), name
+        torch.testing.assert_close(tokens.behavior_log_probs[here], own.behavior_log_probs, equal_nan=True)
+        assert tokens.sequence[here].tolist() == [i] * len(own)
+    assert seen == len(tokens)  # the tail is not scored
+    assert not row.loss_mask[0, sum(len(r.token_ids) for r in rollouts) :].any()
+
+
+def test_moving_a_batch_keeps_its_loss_tokens() -> None:
+    row = TokenBatch.concatenate(several(3), pad_id=0, seed=1, step=1)
+    moved = row.to(torch.device("cpu"))
+    assert moved.selected is not None and moved.loss_tokens() is moved.selected
+    for name in ("rows", "token_ids", "guided", "uniforms", "sequence"):
+        assert torch.equal(getattr(moved.selected, name), getattr(row.loss_tokens(), name)), name
+
+
+def test_an_empty_row_is_one_unscored_sequence() -> None:
+    row = TokenBatch.concatenate([], pad_id=0, seed=1, step=1, pad_to_multiple=4)
+    assert row.input_ids.shape == (1, 4) and len(row.loss_tokens()) == 0
+    assert row.segments is not None and row.segments.bounds.tolist() == [0, 4]
