@@ -16,7 +16,7 @@ NAMES = ("reverse_kl", "forward_kl", "one_minus_tv", "student_entropy", "teacher
 
 @torch.no_grad()
 def exact_divergences(
-    student_hidden: Tensor,
+    student_hidden: Tensor | None,
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
@@ -26,49 +26,58 @@ def exact_divergences(
     teacher_group: ProcessGroup | None = None,
     vocab_size: int,
     sequence_parallel: bool = False,
+    teacher_sequence_parallel: bool | None = None,
     chunk_tokens: int | None = None,
 ) -> dict[str, Tensor]:
     """KL(S || T), KL(T || S), 1 - TV = sum min(pi_S, pi_T), H_S and H_T at ``rows``: [T] each, nats, fp32, replicated.
 
-    Hidden states and weights as for ``head_loss``, each model with its own H; both models on the same ranks in the same
-    order (give one group twice, or leave the teacher's out). Where the two are padded to different sizes, the teacher's
-    logits are gathered, a chunk at a time. Raises ValueError for shapes that do not match and NonFiniteLogits for NaN.
+    Hidden states and weights as for ``head_loss``, each model with its own H. Where the two are not split alike (other
+    groups, or padded to other sizes), the teacher's logits are gathered over its group, a chunk at a time; leave out
+    the teacher's group and sequence parallelism where they are the student's. A rank that only holds part of the
+    teacher takes part in the gathers with ``student_hidden`` None, and gets an empty dictionary.
+    Raises ValueError for shapes that do not match and NonFiniteLogits for NaN.
     """
     teacher_group = student_group if teacher_group is None else teacher_group
     student = VocabShard.of(student_weight.size(0), student_group, vocab_size)
     teacher = VocabShard.of(teacher_weight.size(0), teacher_group, vocab_size)
-    if student.size != teacher.size:
-        raise ValueError(
-            f"the student has {student.size} tensor-parallel ranks, the teacher {teacher.size}; give the same"
-        )
+    if teacher_sequence_parallel is None:
+        teacher_sequence_parallel = sequence_parallel
     zeros = torch.zeros_like(rows)
-    check_head(student_hidden, student_weight, rows, zeros, student, sequence_parallel)
-    check_head(teacher_hidden, teacher_weight, rows, zeros, teacher, sequence_parallel)
-    states = HiddenRows.of(student_hidden, rows, student, sequence_parallel)
-    teacher_states = HiddenRows.of(teacher_hidden, rows, teacher, sequence_parallel)
-    columns = max(student_weight.size(0), teacher_weight.size(0))
+    check_head(teacher_hidden, teacher_weight, rows, zeros, teacher, teacher_sequence_parallel)
+    teacher_states = HiddenRows.of(teacher_hidden, rows, teacher, teacher_sequence_parallel)
+    columns = max(student.columns, teacher.columns * (1 if _alike(teacher, student) else teacher.size))
     # Both models' logits live at once, with the temporaries of the sums: a quarter of what one model's chunk may have.
-    size = chunk_size(rows.numel(), 4 * columns, student_hidden, chunk_tokens)
-    product = ChunkLogits(student_weight, student, min(size, rows.numel()))
+    # The size rests on what every rank that takes part in a gather knows.
+    size = chunk_size(rows.numel(), 4 * columns, teacher_hidden, chunk_tokens)
+    states = None
+    if student_hidden is not None:
+        check_head(student_hidden, student_weight, rows, zeros, student, sequence_parallel)
+        states = HiddenRows.of(student_hidden, rows, student, sequence_parallel)
+        product = ChunkLogits(student_weight, student, min(size, rows.numel()))
     teacher_product = ChunkLogits(teacher_weight, teacher, min(size, rows.numel()))
     out = torch.empty(len(NAMES), rows.numel(), device=rows.device)
     for start in range(0, rows.numel(), size):
         chunk = slice(start, start + size)
-        mine = product.compute(states.pick(chunk))
-        theirs = teacher_product.compute(teacher_states.pick(chunk)).to(product.wide_dtype)
-        out[:, chunk] = _divergences(mine, _align(theirs, teacher, student), student)
-    return dict(zip(NAMES, out, strict=True))
+        theirs = _align(teacher_product.compute(teacher_states.pick(chunk)), teacher, student)
+        if states is not None:
+            mine = product.compute(states.pick(chunk))
+            out[:, chunk] = _divergences(mine, theirs.to(product.wide_dtype), student)
+    return {} if states is None else dict(zip(NAMES, out, strict=True))
+
+
+def _alike(shard: VocabShard, other: VocabShard) -> bool:
+    """Both are split into the same columns; all ranks agree."""
+    return shard.size == other.size and shard.columns == other.columns
 
 
 def _align(logits: Tensor, shard: VocabShard, like: VocabShard) -> Tensor:
-    """The logits of ``like``'s columns; gathered where the paddings differ, on which all ranks agree."""
-    if shard.group is None:
+    """The logits of ``like``'s columns; gathered where the two are not split alike."""
+    if _alike(shard, like):
         return logits
-    if shard.columns == like.columns:
-        return logits
-    padded = torch.nn.functional.pad(logits, (0, shard.columns - shard.width))
-    full = shard.gather(padded).transpose(0, 1).flatten(1)
-    return full[:, like.start : like.start + like.width]
+    if shard.group is not None:
+        padded = torch.nn.functional.pad(logits, (0, shard.columns - shard.width))
+        logits = shard.gather(padded).transpose(0, 1).flatten(1)
+    return logits[:, like.start : like.start + like.width]
 
 
 def _divergences(student: Tensor, teacher: Tensor, shard: VocabShard) -> Tensor:

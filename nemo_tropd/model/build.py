@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -65,6 +66,7 @@ def build_gpt(
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
         parallel_output=True,
+        pg_collection=process_groups(topology),
     )
     if shape.rope_scaling is not None:
         model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape.rope_scaling)
@@ -75,6 +77,21 @@ def build_gpt(
     if not trainable:
         model.eval().requires_grad_(False)
     return model
+
+
+def process_groups(topology: Topology) -> ProcessGroupCollection | None:
+    """The groups of a model that is not split as Megatron's global state says; None for one that is.
+
+    Only what a forward pass without a pipeline asks for differs from the global state.
+    """
+    if topology.from_megatron:
+        return None
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.tp = groups.mp = groups.tp_cp = groups.expt_tp = topology.tensor_group
+    groups.pp = topology.pipeline_group
+    groups.dp = groups.dp_cp = groups.expt_dp = topology.data_group
+    groups.embd = groups.pos_embd = None
+    return groups
 
 
 def head_weight(model: GPTModel) -> Parameter:
@@ -122,12 +139,13 @@ def transformer_config(
         "perform_initialization": False,
         "use_cpu_initialization": not on_cuda,
         "calculate_per_token_loss": True,
-        "masked_softmax_fusion": False,
+        "masked_softmax_fusion": False,  # of the local attention alone, by apex; Transformer Engine's has its own
         "bias_activation_fusion": on_cuda,
         "bias_dropout_fusion": on_cuda,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": False,  # see specs.fuse_gradient_accumulation
         "persist_layer_norm": uses_transformer_engine(),
-        "apply_rope_fusion": False,
+        # The unfused one waits for the device twice a layer to learn where concatenated sequences begin.
+        "apply_rope_fusion": uses_transformer_engine(),
         "deallocate_pipeline_outputs": on_cuda,
     }
     return TransformerConfig(**{**fields, **overrides})

@@ -9,27 +9,27 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_tropd.batch import LossTokens, Rollout, TeacherScores, TokenBatch
+from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import ModelConfig
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.convert.hf_export import hf_stream
 from nemo_tropd.convert.hf_import import load_hf
-from nemo_tropd.loss.divergence import exact_divergences
-from nemo_tropd.loss.head import HeadLoss, head_loss, score_tokens, sequence_mean_weights
+from nemo_tropd.loss.head import score_tokens
 from nemo_tropd.model.build import build_gpt, head_weight
-from nemo_tropd.model.forward import pipeline_forward, run_model
-from nemo_tropd.model.metric_sums import MetricSums
+from nemo_tropd.model.forward import pipeline_forward
+from nemo_tropd.model.metric_sums import DeviceSums, MetricSums
+from nemo_tropd.model.student import data_parallel, recompute_fields
+from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.rollout.supervisor import RolloutSupervisor
 from nemo_tropd.teacher.scorer import TeacherScorer
+from nemo_tropd.teacher.sharing import TeacherSharing
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 
@@ -68,19 +68,15 @@ class MegatronTrOPDModel(ModelPT):
         self.topology, self.objective, self.vocab_size = topology, objective, vocab_size
         self.dtype_of_run = DTYPES[precision]
         self.shape = read_shape(student_path)
-        self.student = build_gpt(self.shape, topology, dtype=self.dtype_of_run, trainable=True)
-        load_hf(self.student, student_path, self.shape, topology)
-        self.ddp = DistributedDataParallel(
-            self.student.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=self.settings.optim.distributed
-            ),
-            self.student,
+        self.student = build_gpt(
+            self.shape, topology, dtype=self.dtype_of_run, trainable=True, **recompute_fields(self.settings.recompute)
         )
-        self.student.config.finalize_model_grads_func = _finalize_without_division
+        load_hf(self.student, student_path, self.shape, topology)
+        self.ddp = data_parallel(self.student, topology, distributed_optimizer=self.settings.optim.distributed)
         teacher_dtype = DTYPES[self.settings.teacher.precision or precision]
         scorer = partial(TeacherScorer, topology=topology, dtype=teacher_dtype, vocab_size=vocab_size)
-        self.teacher = scorer(Path(self.settings.teacher.path))
+        self.teacher = scorer(Path(self.settings.teacher.path), topology=topology.for_teacher())
+        self.sharing = TeacherSharing(self.teacher, topology)
         # G-OPD measures its reward from the student as it was before training.
         self.reference = scorer(student_path) if objective.needs_reference else None
         self.rollouts: RolloutSupervisor | None = None
@@ -130,7 +126,7 @@ class MegatronTrOPDModel(ModelPT):
     def score(self, batches: Sequence[TokenBatch]) -> list[TeacherScores | None]:
         """The teacher's scores of every micro-batch (None but on the last pipeline stage)."""
         tropd = self.settings.tropd
-        return self.teacher.score(
+        return self.sharing.score(
             batches,
             top_k=tropd.top_k,
             entropy=self.objective.needs_teacher_entropy,
@@ -166,46 +162,16 @@ class MegatronTrOPDModel(ModelPT):
         reference = self._reference_scores(batches)
         if objective.needs_first_pass:
             objective = objective.bind(self._statistics(objective, batches, scores, reference))
-        sums = MetricSums()
-        divisor, per_sequence = max(loss_tokens, 1), objective.denominator == "sequences"
-
-        def loss_function(
-            batch: TokenBatch, teacher: TeacherScores, reference: Tensor | None, hidden: Tensor
-        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            tokens = batch.loss_tokens()
-            result = head_loss(
-                hidden,
-                head_weight(self.student),
-                tokens,
-                teacher,
-                objective,
-                scale=1.0 / divisor,
-                token_weights=sequence_mean_weights(tokens, divisor, max(sequences, 1)) if per_sequence else None,
-                reference_log_probs=reference,
-                keep_per_token=True,
-                **self._head_options(),
-            )
-            if self.topology.tensor_rank == 0:
-                _add_metrics(sums, tokens, teacher, result)
-                if keep_tokens and result.per_token is not None:
-                    sums.keep(batch, result.per_token)
-            # The schedule divides what it is given in place; the count is unused, see _finalize_without_division.
-            return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}
-
-        def forward_step(data: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-            batch, teacher, ref = next(data)
-            return run_model(chunk, batch), partial(loss_function, batch, teacher, ref)
-
-        rows, width = batches[0].input_ids.shape
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(zip(batches, scores, reference, strict=True)),
-            model=[self.ddp],
-            num_microbatches=len(batches),
-            seq_length=width,
-            micro_batch_size=rows,
-            forward_only=forward_only,
+        step_pass = StudentPass(
+            self.ddp,
+            self.topology,
+            objective,
+            loss_tokens=loss_tokens,
+            sequences=sequences,
+            head_options=self._head_options(),
+            keep_tokens=keep_tokens,
         )
+        sums = step_pass.run(batches, scores, reference, forward_only=forward_only)
         return sums.sums.get("loss", 0.0), sums
 
     def _head_options(self) -> dict[str, Any]:
@@ -263,31 +229,19 @@ class MegatronTrOPDModel(ModelPT):
     @torch.no_grad()
     def get_divergences(self, batches: Sequence[TokenBatch]) -> MetricSums:
         """Sums over loss tokens of the exact divergences of student and teacher over the full true vocabulary."""
-        sums = MetricSums()
-        pairs = zip(
+        sums = DeviceSums()
+        found = self.sharing.divergences(
             batches,
             pipeline_forward(self.student, batches, self.topology),
-            self.teacher.hidden(batches),
-            strict=True,
+            head_weight(self.student) if self.topology.is_last_stage else None,
+            chunk_tokens=self.settings.tropd.chunk_tokens,
         )
-        for batch, student_hidden, teacher_hidden in pairs:
-            if student_hidden is None or teacher_hidden is None:
+        for batch, values in zip(batches, found, strict=True):
+            if values is None:
                 continue
-            tokens = batch.loss_tokens()
-            values = exact_divergences(
-                student_hidden,
-                head_weight(self.student),
-                teacher_hidden,
-                self.teacher.head,
-                tokens.rows,
-                student_group=self.topology.tensor_group,
-                vocab_size=self.vocab_size,
-                sequence_parallel=self.topology.sequence_parallel,
-                chunk_tokens=self.settings.tropd.chunk_tokens,
-            )
             if self.topology.tensor_rank == 0:
-                sums.add({**{k: float(v.double().sum()) for k, v in values.items()}, "tokens": len(tokens)})
-        return sums
+                sums.add({**{k: v.double().sum() for k, v in values.items()}, "tokens": batch.loss_mask.sum()})
+        return sums.collect()
 
     # ------------------------------------------------------------------------------------------------ ModelPT
 
@@ -308,28 +262,3 @@ def _ours(cfg: DictConfig) -> dict[str, Any]:
     section = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(section, dict)
     return {str(k): v for k, v in section.items() if k not in ("target", "nemo_version")}
-
-
-def _finalize_without_division(model: list[Any], num_tokens: Tensor | None = None, **kw: Any) -> None:
-    """The loss is already divided by the global token count, so Megatron must not divide again."""
-    finalize_model_grads(model, None, **kw)
-
-
-def _add_metrics(sums: MetricSums, tokens: LossTokens, teacher: TeacherScores, result: HeadLoss) -> None:
-    """One micro-batch's sums over student tokens, and the engine's and trainer's disagreement on them."""
-    assert result.per_token is not None
-    metrics = {k: float(v) for k, v in result.metrics.items() if k not in ("loss", "guided_loss", "tokens")}
-    sums.add(
-        {**metrics, "loss": float(result.loss.detach()), "student_tokens": float(result.metrics["tokens"])},
-        {k: float(v) for k, v in result.minima.items()},
-    )
-    sums.add({"tokens": len(tokens)})
-    student, per_token = ~tokens.guided, result.per_token
-    if not bool(student.any()):
-        return
-    if "forward_kl" in per_token and "trust" in per_token:
-        sums.add({"outlier_forward_kl": float(((1 - per_token["trust"]) * per_token["forward_kl"])[student].sum())})
-    log_probs = teacher.log_probs - per_token["log_ratio"]
-    mismatch = (log_probs - tokens.behavior_log_probs)[student].abs().double()
-    # Minima are what is reduced over ranks, so the largest disagreement travels with its sign turned.
-    sums.add({"mismatch": float(mismatch.sum())}, {"minus_mismatch": -float(mismatch.max())})

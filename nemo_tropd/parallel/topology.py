@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_tropd.parallel.cpu import enable_cpu_megatron
+from nemo_tropd.parallel.ranks import RankLayout
 
 T = TypeVar("T")
 
@@ -36,6 +37,13 @@ class Topology:
     device: torch.device
     sequence_parallel: bool
     owns_process_group: bool
+    ranks: RankLayout
+    model_group: ProcessGroup  # tensor x pipeline: the ranks that hold one student and see the same rollouts
+    teacher_group: ProcessGroup  # the ranks that hold one teacher among them
+    teacher_control_group: (
+        ProcessGroup | None
+    )  # the same ranks on gloo, where a teacher sees several data ranks' rollouts
+    from_megatron: bool = True  # False: a teacher's own groups, which Megatron's global state does not know
 
     @property
     def is_leader(self) -> bool:
@@ -58,16 +66,18 @@ class Topology:
         sequence_parallel: bool = False,
         timeout_s: float = 600,
         seed: int = 0,
+        teacher_tensor_parallel: int | None = None,
     ) -> Topology:
         """Join the world torchrun describes (RANK, WORLD_SIZE, ...), or be a world of one without it.
 
         A default process group that is already up is used as it is. ``sequence_parallel`` is off at tensor parallel 1,
-        where it would mean nothing. Sets the device, Megatron's groups and its random number tracker. Raises ValueError
-        before anything is started where the degrees do not divide the world size.
+        where it would mean nothing. ``teacher_tensor_parallel`` is the teacher's own degree (None: split as the student
+        is, pipeline included), see :meth:`for_teacher`. Sets the device, Megatron's groups and its random number
+        tracker. Raises ValueError before anything is started where the degrees do not go together.
         """
         started = dist.is_initialized()
         world_size = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
-        _check_degrees(world_size, tensor_parallel, pipeline_parallel)
+        ranks = RankLayout(world_size, tensor_parallel, pipeline_parallel, teacher_tensor_parallel)
         enable_cpu_megatron()
         device = _choose_device()
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -83,8 +93,9 @@ class Topology:
         state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_parallel,
             pipeline_model_parallel_size=pipeline_parallel,
-            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+            distributed_timeout_minutes=timeout_s / 60,  # a timedelta takes fractions; Megatron only hands it on
         )
+        teacher_group, teacher_control = _teacher_groups(ranks, state.get_tensor_model_parallel_group(), timeout)
         # The tracker is forked by attention even where every dropout is zero.
         model_parallel_cuda_manual_seed(seed)
         return cls(
@@ -103,6 +114,37 @@ class Topology:
             device=device,
             sequence_parallel=sequence_parallel and tensor_parallel > 1,
             owns_process_group=not started,
+            ranks=ranks,
+            model_group=state.get_model_parallel_group(),
+            teacher_group=teacher_group,
+            teacher_control_group=teacher_control,
+        )
+
+    def for_teacher(self) -> Topology:
+        """The topology of the teacher's model: this one, or where it has a degree of its own, one of its own group.
+
+        Such a teacher has no pipeline and no sequence parallelism (without gradients, that would save little), and its
+        replicas know nothing of each other.
+        """
+        if self.ranks.teacher_tensor is None:
+            return self
+        from megatron.core import parallel_state as state
+
+        alone = state.get_context_parallel_group()  # contexts are never split, so this is a group of one
+        return replace(
+            self,
+            tensor_rank=dist.get_rank(self.teacher_group),
+            tensor_size=self.ranks.teacher_degree,
+            tensor_group=self.teacher_group,
+            pipeline_rank=0,
+            pipeline_size=1,
+            pipeline_group=alone,
+            data_rank=0,
+            data_size=1,
+            data_group=alone,
+            model_group=self.teacher_group,
+            sequence_parallel=False,
+            from_megatron=False,
         )
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
@@ -143,17 +185,23 @@ class Topology:
             dist.destroy_process_group()
 
 
-def _check_degrees(world_size: int, tensor_parallel: int, pipeline_parallel: int) -> None:
-    if tensor_parallel < 1 or pipeline_parallel < 1:
-        raise ValueError(
-            f"tensor parallel {tensor_parallel} and pipeline parallel {pipeline_parallel} must both be at least 1"
-        )
-    if world_size % (tensor_parallel * pipeline_parallel):
-        raise ValueError(
-            f"{world_size} processes cannot be split into tensor parallel {tensor_parallel} x pipeline parallel "
-            f"{pipeline_parallel} = {tensor_parallel * pipeline_parallel}: start a multiple of that many processes, "
-            "or change the degrees"
-        )
+def _teacher_groups(
+    ranks: RankLayout, tensor_group: ProcessGroup, timeout: datetime.timedelta
+) -> tuple[ProcessGroup, ProcessGroup | None]:
+    """This rank's teacher group, and its gloo twin where data ranks show each other their rollouts (collective)."""
+    if ranks.teacher_tensor is None:
+        return tensor_group, None
+    rank, on_gloo = dist.get_rank(), dist.get_backend() == "gloo"
+    mine: ProcessGroup | None = None
+    control: ProcessGroup | None = None
+    for members in ranks.teacher_groups():
+        group = dist.new_group(list(members), timeout=timeout)
+        several = ranks.owners > 1
+        twin = dist.new_group(list(members), timeout=timeout, backend="gloo") if several and not on_gloo else group
+        if rank in members:
+            mine, control = group, twin if several else None
+    assert mine is not None
+    return mine, control
 
 
 def _choose_device() -> torch.device:

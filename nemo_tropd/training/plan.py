@@ -61,8 +61,12 @@ def make_plan(cfg: TropdConfig) -> Plan:
         ConfigError, ConversionError, PromptError: names what is wrong, the value, and what to change.
     """
     student_path, teacher_path = Path(cfg.pretrained_checkpoint.restore_from_path), Path(cfg.model.teacher.path)
-    student = _shape("pretrained_checkpoint.restore_from_path", student_path, cfg)
-    teacher = _shape("model.teacher.path", teacher_path, cfg)
+    m = cfg.model
+    degrees = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    student = _shape("pretrained_checkpoint.restore_from_path", student_path, *degrees)
+    own = m.teacher.tensor_model_parallel_size
+    teacher_degrees = degrees if own in (None, degrees[0]) else (own, 1)
+    teacher = _shape("model.teacher.path", teacher_path, *teacher_degrees)
     for key, shape in (("pretrained_checkpoint.restore_from_path", student), ("model.teacher.path", teacher)):
         if cfg.model.encoder_seq_length > shape.max_positions:
             raise ConfigError(
@@ -142,14 +146,14 @@ def build_objective(cfg: TropdConfig) -> Objective:
         raise ConfigError("model.tropd.objective", t.objective, f"{error}{known}") from error
 
 
-def _shape(key: str, path: Path, cfg: TropdConfig) -> ModelShape:
+def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
     if not path.is_dir():
         raise ConfigError(
             key, str(path), "no such directory; give a Hugging Face checkpoint (make_smollm2.py makes one)"
         )
     try:
         shape = read_shape(path)
-        shape.check_layout(cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size)
+        shape.check_layout(tensor, pipeline)
     except ConversionError as error:
         raise ConfigError(key, str(path), str(error)) from error
     return shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.doubles import replay_engines
 from tests.e2e.tiny_run import TinyRun, train_lines
 
 VOCABULARY = 131  # of the tiny tokenizer: padded to 256 at TP 2
+TEACHER = "model.teacher.tensor_model_parallel_size"
 LAYOUTS: dict[int, list[dict[str, object]]] = {
     1: [{"name": "one"}, {"name": "micro", "model.micro_batch_size": 1}],
     2: [
@@ -21,10 +23,14 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "pipeline2", "pipeline": 2},
         {"name": "data2", "data": 2},
         {"name": "data2_distributed_optimizer", "data": 2, "model.optim.distributed": True},
+        {"name": "teacher1_tensor2", "tensor": 2, TEACHER: 1, "model.sequence_parallel": True},
+        {"name": "teacher2_data2", "data": 2, TEACHER: 2, "model.micro_batch_size": 1},
     ],
     4: [
         {"name": "tensor2_data2", "tensor": 2, "data": 2},
         {"name": "tensor2_pipeline2", "tensor": 2, "pipeline": 2, "model.sequence_parallel": True},
+        {"name": "teacher1_tensor2_pipeline2", "tensor": 2, "pipeline": 2, TEACHER: 1},
+        {"name": "teacher2_data2_pipeline2", "data": 2, "pipeline": 2, TEACHER: 2, "model.micro_batch_size": 1},
     ],
 }
 
@@ -46,6 +52,13 @@ def train_layouts(rank: int, world_size: int, root: str, extra: list[str]) -> No
         overrides = tiny.overrides(run_dir, **degrees, **keys)
         outcome = train(compose_config([*overrides, *extra]), replay_engines(VOCABULARY))
         assert outcome is not None and outcome.step == 3
+
+
+def validation(run_dir: Path, step: int) -> dict[str, float]:
+    """The metrics of the validation after ``step``."""
+    metrics: dict[str, float] = json.loads((run_dir / "validation" / f"step_{step:08d}.json").read_text())["metrics"]
+    assert {"reverse_kl", "forward_kl", "one_minus_tv"} <= metrics.keys()
+    return metrics
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -72,8 +85,12 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
         lines = train_lines(root / "runs" / name)
         assert [line["step"] for line in lines] == [1, 2, 3], name
         for line, expected in zip(lines, reference, strict=True):
-            for key in ("loss", "grad_norm", "trust_fraction", "log_ratio_mean", "outlier_forward_kl"):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5), (name, line["step"])
+            for key in ("grad_norm", "trust_fraction", "log_ratio_mean", "outlier_forward_kl"):
                 assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (name, line["step"], key)
+        for step in (0, 3):
+            seen, wanted = (validation(root / "runs" / run, step) for run in (name, "one"))
+            assert seen == pytest.approx(wanted, rel=1e-4, abs=1e-5), (name, step)
         trained = load_file(root / "runs" / name / "hf" / "model.safetensors")
         assert trained.keys() == weights.keys()
         for key, tensor in weights.items():

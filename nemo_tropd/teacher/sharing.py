@@ -1,0 +1,140 @@
+"""A teacher whose tensor-parallel degree is not the student's: who scores which micro-batch, and who gets the scores.
+
+A smaller degree than the student's: the ranks that see the same rollouts hold several teacher replicas, which take the
+micro-batches in turn and pass the scores on. A larger one: a teacher spans several data-parallel ranks, which show each
+other their micro-batches first. Token ids and scores travel, never hidden states or logits (validation aside, where the
+teacher's logits are gathered a chunk at a time). A teacher split as the student is scores for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_tropd.batch import TeacherScores, TokenBatch
+from nemo_tropd.loss.divergence import exact_divergences
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.teacher.scorer import TeacherScorer
+
+
+class TeacherSharing:
+    """Scores and divergences for the student's ranks, from a teacher built over ``topology.for_teacher()``.
+
+    Args:
+        teacher: this rank's part of the teacher.
+        topology: the student's.
+    """
+
+    def __init__(self, teacher: TeacherScorer, topology: Topology) -> None:
+        self.teacher, self.topology, self.ranks = teacher, topology, topology.ranks
+        self.own_degree = topology.ranks.teacher_tensor is not None
+        self.owner = topology.ranks.owner(topology.rank)
+        self.replica = topology.ranks.replica(topology.rank)
+
+    def score(
+        self, batches: Sequence[TokenBatch], *, top_k: int, entropy: bool, chunk_tokens: int | None
+    ) -> list[TeacherScores | None]:
+        """The teacher's scores of this data rank's micro-batches, on all ranks of the last stage (collective).
+
+        ``batches`` are the same number on every rank.
+        """
+        options = {"top_k": top_k, "entropy": entropy, "chunk_tokens": chunk_tokens}
+        if not self.own_degree:
+            return self.teacher.score(batches, **options)
+        jobs = self._jobs(self._all_batches(batches))
+        mine = [(owner, i, batch) for owner, i, batch in jobs if self.ranks.scorer_of(owner, i) == self.replica]
+        scored = self.teacher.score([batch for _, _, batch in mine], **options)
+        found = {i: s for (owner, i, _), s in zip(mine, scored, strict=True) if owner == self.owner}
+        if self.ranks.replicas == 1:
+            return [found[i] for i in range(len(batches))]
+        passed = [
+            self._pass_on(found.get(i), batch, self.ranks.scorer_of(self.owner, i), top_k, entropy)
+            for i, batch in enumerate(batches)
+        ]
+        return list(passed) if self.topology.is_last_stage else [None] * len(batches)
+
+    @torch.no_grad()
+    def divergences(
+        self,
+        batches: Sequence[TokenBatch],
+        student_hidden: Sequence[Tensor | None],
+        student_head: Tensor | None,
+        *,
+        chunk_tokens: int | None,
+    ) -> list[dict[str, Tensor] | None]:
+        """``exact_divergences`` at each micro-batch's loss tokens; None but on the last stage (collective).
+
+        ``student_hidden`` and ``student_head`` are as ``pipeline_forward`` and ``head_weight`` give them.
+        """
+        if self.own_degree and not self.topology.is_last_stage:
+            return [None] * len(batches)
+        found: list[dict[str, Tensor] | None] = [None] * len(batches)
+        everyone = self._all_batches(batches) if self.own_degree else [list(batches)]
+        jobs = self._jobs(everyone)
+        for (owner, i, batch), hidden in zip(jobs, self.teacher.hidden([b for _, _, b in jobs]), strict=True):
+            if hidden is None or student_head is None:
+                continue
+            mine = not self.own_degree or owner == self.owner
+            values = exact_divergences(
+                student_hidden[i] if mine else None,
+                student_head,
+                hidden,
+                self.teacher.head,
+                batch.loss_tokens().rows,
+                student_group=self.topology.tensor_group,
+                teacher_group=self.teacher.topology.tensor_group,
+                vocab_size=self.teacher.vocab_size,
+                sequence_parallel=self.topology.sequence_parallel,
+                teacher_sequence_parallel=self.teacher.topology.sequence_parallel,
+                chunk_tokens=chunk_tokens,
+            )
+            if mine:
+                found[i] = values
+        return found
+
+    def _all_batches(self, batches: Sequence[TokenBatch]) -> list[list[TokenBatch]]:
+        """The micro-batches of each data rank that this rank's teacher sees, in the data ranks' order."""
+        if self.topology.teacher_control_group is None:
+            return [list(batches)]
+        shown = None
+        if self.topology.tensor_rank == 0:
+            shown = [replace(b.to(torch.device("cpu")), rollouts=()) for b in batches]
+        box: list[list[TokenBatch] | None] = [None] * self.ranks.teacher_degree
+        dist.all_gather_object(box, shown, group=self.topology.teacher_control_group)
+        everyone = [[b.to(self.topology.device) for b in part] for part in box if part is not None]
+        everyone[self.owner] = list(batches)
+        return everyone
+
+    @staticmethod
+    def _jobs(everyone: Sequence[Sequence[TokenBatch]]) -> list[tuple[int, int, TokenBatch]]:
+        """(data rank, number, micro-batch), in an order that all agree on."""
+        return [(owner, i, part[i]) for i in range(len(everyone[0])) for owner, part in enumerate(everyone)]
+
+    def _pass_on(
+        self, scores: TeacherScores | None, batch: TokenBatch, replica: int, top_k: int, entropy: bool
+    ) -> TeacherScores:
+        """The scores that ``replica`` made of ``batch``, on every rank of the model group. One broadcast."""
+        tokens, fixed = batch.count_loss_tokens, 2 if entropy else 1
+        device = self.topology.device
+        parcel = torch.empty(tokens, fixed + 2 * top_k, dtype=torch.int32, device=device)
+        source = self.ranks.source(self.topology.rank, replica)
+        if self.topology.rank == source:
+            assert scores is not None
+            columns = [scores.log_probs[:, None], scores.top_k_log_probs]
+            if scores.entropy is not None:
+                columns.insert(1, scores.entropy[:, None])
+            floats = torch.cat([c.float() for c in columns], 1).contiguous()
+            parcel.copy_(torch.cat([floats.view(torch.int32), scores.top_k_ids.to(torch.int32)], 1))
+        if tokens:
+            dist.broadcast(parcel, src=source, group=self.topology.model_group)
+        floats = parcel[:, : fixed + top_k].contiguous().view(torch.float32)
+        return TeacherScores(
+            log_probs=floats[:, 0].contiguous(),
+            top_k_log_probs=floats[:, fixed:].contiguous(),
+            top_k_ids=parcel[:, fixed + top_k :].to(torch.int64),
+            entropy=floats[:, 1].contiguous() if entropy else None,
+        )
