@@ -75,25 +75,26 @@ class TeacherSharing:
         found: list[dict[str, Tensor] | None] = [None] * len(batches)
         everyone = self._all_batches(batches) if self.own_degree else [list(batches)]
         jobs = self._jobs(everyone)
-        for (owner, i, batch), hidden in zip(jobs, self.teacher.hidden([b for _, _, b in jobs]), strict=True):
-            if hidden is None or student_head is None:
-                continue
-            mine = not self.own_degree or owner == self.owner
-            values = exact_divergences(
-                student_hidden[i] if mine else None,
-                student_head,
-                hidden,
-                self.teacher.head,
-                batch.loss_tokens().rows,
-                student_group=self.topology.tensor_group,
-                teacher_group=self.teacher.topology.tensor_group,
-                vocab_size=self.teacher.vocab_size,
-                sequence_parallel=self.topology.sequence_parallel,
-                teacher_sequence_parallel=self.teacher.topology.sequence_parallel,
-                chunk_tokens=chunk_tokens,
-            )
-            if mine:
-                found[i] = values
+        with self.teacher.scoring():
+            for (owner, i, batch), hidden in zip(jobs, self.teacher.hidden([b for _, _, b in jobs]), strict=True):
+                if hidden is None or student_head is None:
+                    continue
+                mine = not self.own_degree or owner == self.owner
+                values = exact_divergences(
+                    student_hidden[i] if mine else None,
+                    student_head,
+                    hidden,
+                    self.teacher.head,
+                    batch.loss_tokens().rows,
+                    student_group=self.topology.tensor_group,
+                    teacher_group=self.teacher.topology.tensor_group,
+                    vocab_size=self.teacher.vocab_size,
+                    sequence_parallel=self.topology.sequence_parallel,
+                    teacher_sequence_parallel=self.teacher.topology.sequence_parallel,
+                    chunk_tokens=chunk_tokens,
+                )
+                if mine:
+                    found[i] = values
         return found
 
     def _all_batches(self, batches: Sequence[TokenBatch]) -> list[list[TokenBatch]]:
