@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from nemo_tropd.parallel.vocab import VocabShard, check_finite
 
-from .chunks import ChunkLogits
+from .chunks import TorchChunks
 from .inputs import HiddenRows, check_head, chunk_size
 
 NAMES = ("reverse_kl", "forward_kl", "one_minus_tv", "student_entropy", "teacher_entropy")
@@ -53,8 +53,8 @@ def exact_divergences(
     if student_hidden is not None:
         check_head(student_hidden, student_weight, rows, zeros, student, sequence_parallel)
         states = HiddenRows.of(student_hidden, rows, student, sequence_parallel)
-        product = ChunkLogits(student_weight, student, min(size, rows.numel()))
-    teacher_product = ChunkLogits(teacher_weight, teacher, min(size, rows.numel()))
+        product = TorchChunks(student_weight, student, min(size, rows.numel()))
+    teacher_product = TorchChunks(teacher_weight, teacher, min(size, rows.numel()))
     out = torch.empty(len(NAMES), rows.numel(), device=rows.device)
     for start in range(0, rows.numel(), size):
         chunk = slice(start, start + size)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,14 @@ from torch.distributed import ProcessGroup
 from nemo_tropd.batch import LossTokens, TeacherScores, TokenScores
 from nemo_tropd.parallel.vocab import VocabShard, check_finite, check_k
 
-from .chunks import ChunkLogits, StudentChunk, student_chunk, teacher_chunk
-from .inputs import HiddenRows, check_head, check_tokens, chunk_size
+from .chunks import StudentChunk, TeacherChunk
+from .inputs import HiddenRows, check_head, check_tokens
+from .pipeline import run_chunks
+from .products import head_chunks
+from .weight_gradient import WeightGradient, add_scaled, scale_in_place
+
+if TYPE_CHECKING:
+    from .kernel_chunks import KernelStudentChunk
 
 ObjectiveFunction = Callable[[TokenScores], tuple[Tensor, dict[str, Tensor]]]
 
@@ -119,18 +125,28 @@ def teacher_scores(
     check_head(hidden, weight, rows, token_ids, shard, sequence_parallel)
     check_k(k, vocab_size)
     states = HiddenRows.of(hidden, rows, shard, sequence_parallel)
-    size = chunk_size(rows.numel(), weight.size(0), hidden, chunk_tokens)
-    product = ChunkLogits(weight, shard, min(size, rows.numel()))
+    product, chunks, slots = head_chunks(hidden, weight, shard, rows.numel(), chunk_tokens)
     wide = product.wide_dtype
     log_probs, log_z, entropies = (torch.empty(rows.shape, dtype=wide, device=rows.device) for _ in range(3))
     top = torch.empty(rows.numel(), k, dtype=wide, device=rows.device)
     ids = torch.empty(rows.numel(), k, dtype=torch.int64, device=rows.device)
-    for chunk in _chunks(rows.numel(), size):
-        out = teacher_chunk(product, states.pick(chunk), token_ids[chunk], k, shard, entropy=entropy)
+
+    def reduce(chunk: slice, logits: Tensor) -> TeacherChunk:
+        out = product.teacher(logits, token_ids[chunk], k, entropy=entropy)
         log_probs[chunk], log_z[chunk] = out.log_probs, out.log_z
         top[chunk], ids[chunk] = out.top_k_log_probs, out.top_k_ids
         if out.entropy is not None:
             entropies[chunk] = out.entropy
+        return out
+
+    run_chunks(
+        chunks,
+        lambda chunk, slot: product.compute(states.pick(chunk), slot),
+        reduce,
+        lambda chunk, out: None,
+        slots=slots,
+        device=rows.device,
+    )
     check_finite(log_z, "teacher logits")
     return TeacherScores(log_probs, top, ids, entropies if entropy else None)
 
@@ -154,13 +170,12 @@ def score_tokens(
     check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, sequence_parallel)
     check_tokens(tokens, teacher, shard)
     states = HiddenRows.of(hidden, tokens.rows, shard, sequence_parallel)
-    size = chunk_size(len(tokens), weight.size(0), hidden, chunk_tokens)
-    product = ChunkLogits(weight, shard, min(size, len(tokens)))
+    product, chunks, _ = head_chunks(hidden, weight, shard, len(tokens), chunk_tokens)
     ids = _columns(tokens, teacher)
     log_probs = torch.empty(ids.shape, dtype=product.wide_dtype, device=ids.device)
     log_z, entropies = (torch.empty(len(tokens), dtype=product.wide_dtype, device=ids.device) for _ in range(2))
-    for chunk in _chunks(len(tokens), size):
-        out = student_chunk(product, states.pick(chunk), ids[chunk], shard, entropy=entropy)
+    for chunk in chunks:
+        out = product.student(product.compute(states.pick(chunk), 0), ids[chunk], entropy=entropy)
         log_probs[chunk], log_z[chunk] = out.log_probs, out.log_z
         if out.entropy is not None:
             entropies[chunk] = out.entropy
@@ -199,7 +214,9 @@ class _Run:
     minima: dict[str, Tensor] = field(default_factory=dict)
     per_token: dict[str, Tensor] = field(default_factory=dict)
 
-    def objective_gradient(self, out: StudentChunk, chunk: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def objective_gradient(
+        self, out: StudentChunk | KernelStudentChunk, chunk: slice
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss [C] (weighted, unscaled, detached), gradient [C, K + 1] of the scaled sum, and metrics of one chunk."""
         with torch.enable_grad():
             columns = out.log_probs.requires_grad_(self.grad_enabled)
@@ -248,44 +265,76 @@ class _Run:
             }
 
 
+class _Pass:
+    """All chunks of one micro-batch: their losses, and the gradients of the hidden states and the weight."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, run: _Run, *, want_hidden: bool, want_weight: bool) -> None:
+        self.run = run
+        self.states = HiddenRows.of(hidden, run.tokens.rows, run.shard, run.sequence_parallel)
+        self.product, self.chunks, self.slots = head_chunks(
+            hidden, weight, run.shard, len(run.tokens), run.chunk_tokens
+        )
+        # An empty micro-batch goes through the objective once, for the names of its metrics.
+        self.chunks = self.chunks or [slice(0, 0)]
+        self.ids = _columns(run.tokens, run.teacher)
+        self.entropy = getattr(run.objective, "needs_student_entropy", False)
+        self.grad_hidden = torch.zeros_like(self.states.states) if want_hidden else None
+        self.grad_weight = (
+            WeightGradient(weight, self.product.columns, len(self.chunks) if len(run.tokens) else 0)
+            if want_weight
+            else None
+        )
+        self.losses: list[Tensor] = []
+        self.metrics: list[dict[str, Tensor]] = []
+        self.log_z: list[Tensor] = []
+
+    def compute(self) -> None:
+        """Run every chunk."""
+        device = self.ids.device
+        run_chunks(self.chunks, self._product, self._reduce, self._back, slots=self.slots, device=device)
+
+    def _product(self, chunk: slice, slot: int) -> Tensor:
+        return self.product.compute(self.states.pick(chunk), slot)
+
+    def _reduce(self, chunk: slice, logits: Tensor) -> Tensor | None:
+        """Log-probabilities, objective and the logits' gradient [C, columns], written over the logits."""
+        out = self.product.student(logits, self.ids[chunk], entropy=self.entropy)
+        loss, grad, values = self.run.objective_gradient(out, chunk)
+        self.losses.append(loss)
+        self.metrics.append(values)
+        self.log_z.append(out.log_z)
+        return None if self.grad_hidden is None and self.grad_weight is None else out.logit_gradient(grad)
+
+    def _back(self, chunk: slice, slope: Tensor | None) -> None:
+        if slope is None:
+            return
+        if self.grad_hidden is not None:
+            self.grad_hidden.index_copy_(0, self.states.index[chunk], slope @ self.product.weight)
+        if self.grad_weight is not None:
+            self.grad_weight.add(slope, self.states.pick(chunk))
+
+
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, run: _Run) -> Tensor:
-        tokens, shard = run.tokens, run.shard
-        want_hidden = run.grad_enabled and ctx.needs_input_grad[0]
-        want_weight = run.grad_enabled and ctx.needs_input_grad[1]
-        states = HiddenRows.of(hidden, tokens.rows, shard, run.sequence_parallel)
-        size = chunk_size(len(tokens), weight.size(0), hidden, run.chunk_tokens)
-        product = ChunkLogits(weight, shard, min(size, len(tokens)))
-        ids = _columns(tokens, run.teacher)
-        entropy = getattr(run.objective, "needs_student_entropy", False)
-        grad_hidden = states.states.new_zeros(states.states.shape) if want_hidden else None
-        grad_weight = _WeightGradient(weight, shard.width, chunks=-(-len(tokens) // size)) if want_weight else None
-        losses, metrics, log_z = [], [], []
-        # An empty micro-batch goes through the objective once, for the names of its metrics.
-        for chunk in _chunks(len(tokens), size) or [slice(0, 0)]:
-            picked = states.pick(chunk)
-            out = student_chunk(product, picked, ids[chunk], shard, entropy=entropy)
-            loss, grad, values = run.objective_gradient(out, chunk)
-            losses.append(loss)
-            metrics.append(values)
-            log_z.append(out.log_z)
-            if want_hidden or want_weight:
-                slope = product.narrow(out.logit_gradient(grad))
-                if grad_hidden is not None:
-                    grad_hidden.index_copy_(0, states.index[chunk], slope @ product.weight)
-                if grad_weight is not None:
-                    grad_weight.add(slope, picked)
-        check_finite(torch.cat(log_z), "student logits")
-        squares = None
+        work = _Pass(
+            hidden,
+            weight,
+            run,
+            want_hidden=run.grad_enabled and ctx.needs_input_grad[0],
+            want_weight=run.grad_enabled and ctx.needs_input_grad[1],
+        )
+        work.compute()
+        check_finite(torch.cat(work.log_z), "student logits")
+        grad_hidden, squares = work.grad_hidden, None
         if grad_hidden is not None:
-            grad_hidden = states.reduce_gradient(grad_hidden)
-            squares = states.row_squares(grad_hidden).double() if run.region_gradients else None
-        run.close(losses, metrics, squares)
+            grad_hidden = work.states.reduce_gradient(grad_hidden)
+            squares = work.states.row_squares(grad_hidden).double() if run.region_gradients else None
+        run.close(work.losses, work.metrics, squares)
         # Neither is an input or an output of this function, so save_for_backward is not for them.
-        ctx.grads = (grad_hidden, None if grad_weight is None else grad_weight.total)
+        ctx.grads = (grad_hidden, None if work.grad_weight is None else work.grad_weight.total)
         ctx.weight, ctx.accumulate_main_grad = weight, run.accumulate_main_grad
-        return (torch.cat(losses).double().sum() * run.scale).float()
+        return (torch.cat(work.losses).double().sum() * run.scale).float()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -294,45 +343,15 @@ class _ChunkedHead(torch.autograd.Function):
         (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
         weight, ctx.weight = ctx.weight, None
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(grad_output)
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_output)
-            if ctx.accumulate_main_grad:
-                weight.main_grad.add_(grad_weight)
-                weight.grad_added_to_main_grad = True
-                # Zeros rather than nothing: DDP's hook must run, and a tied embedding adds its own gradient to them.
-                grad_weight = torch.zeros_like(weight)
-            grad_weight = grad_weight.to(weight.dtype)
+            scale_in_place(grad_hidden, grad_output)
+        if grad_weight is not None and ctx.accumulate_main_grad:
+            add_scaled(weight.main_grad, grad_weight, grad_output)
+            weight.grad_added_to_main_grad = True
+            # Zeros rather than nothing: DDP's hook must run, and a tied embedding adds its own gradient to them.
+            grad_weight = torch.zeros_like(weight)
+        elif grad_weight is not None:
+            grad_weight = scale_in_place(grad_weight, grad_output).to(weight.dtype)
         return grad_hidden, grad_weight, None
-
-
-class _WeightGradient:
-    """The sum over chunks of slope^T states, [V_local, H]; in fp32 where more than one chunk adds to it."""
-
-    def __init__(self, weight: Tensor, width: int, chunks: int) -> None:
-        dtype = weight.dtype if chunks <= 1 else torch.promote_types(weight.dtype, torch.float32)
-        self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        self._true = self.total[:width]
-        self.total[width if chunks else 0 :].zero_()
-        self._fresh = True
-        self._part: Tensor | None = None
-
-    def add(self, slope: Tensor, states: Tensor) -> None:
-        if not slope.size(0):
-            return
-        if self._true.dtype != slope.dtype:
-            self._part = torch.empty_like(self._true, dtype=slope.dtype) if self._part is None else self._part
-            part = torch.mm(slope.t(), states, out=self._part)
-            self._true.copy_(part) if self._fresh else self._true.add_(part)
-        elif self._fresh:
-            torch.mm(slope.t(), states, out=self._true)
-        else:
-            self._true.addmm_(slope.t(), states)
-        self._fresh = False
-
-
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def _columns(tokens: LossTokens, teacher: TeacherScores) -> Tensor:

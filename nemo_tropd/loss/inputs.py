@@ -10,10 +10,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_tropd.batch import LossTokens, TeacherScores
-from nemo_tropd.parallel.vocab import VocabShard, check_ids, check_k
+from nemo_tropd.parallel.vocab import VocabShard, check_ids, check_integers, check_k
 
-# What one chunk of logits may take, in all its copies. Larger chunks buy little: the products are long enough.
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+# What the logits of all chunks in flight may take, in all their copies. Larger chunks buy little: the products are long
+# enough. On a GPU two chunks are in flight: twice 2048 tokens of 151,936 bf16 logits.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 5 << 28}
+# Products like whole tiles: on a GPU a chunk of more tokens than this holds a multiple of it.
+WHOLE_TILES = 256
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,13 @@ class HiddenRows:
         return squares
 
 
+def kernels_serve(tensor: Tensor) -> bool:
+    """True where Triton's kernels stream the logits: on a GPU, for bf16, fp16 and fp32; the same on every rank."""
+    return tensor.device.type == "cuda" and tensor.dtype in KERNEL_DTYPES
+
+
 def chunk_size(tokens: int, columns: int, hidden: Tensor, chunk_tokens: int | None) -> int:
-    """Tokens a chunk: ``chunk_tokens``, or as many as keep a chunk's logits within ``CHUNK_BYTES``, evenly split.
+    """Tokens a chunk: ``chunk_tokens``, or as many as keep the logits within ``CHUNK_BYTES``, evenly split.
 
     Depends on sizes that all ranks share, never on a rank's true columns.
     """
@@ -76,11 +85,14 @@ def chunk_size(tokens: int, columns: int, hidden: Tensor, chunk_tokens: int | No
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; give a number of tokens above 0, or None")
         return chunk_tokens
-    wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
-    per_token = columns * (wide if wide == hidden.element_size() else wide + hidden.element_size())
-    most = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // max(1, per_token))
+    own, wide = hidden.element_size(), torch.promote_types(hidden.dtype, torch.float32).itemsize
+    copies = 2 * own if kernels_serve(hidden) else wide if wide == own else wide + own
+    most = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"]) // max(1, columns * copies))
+    tile = WHOLE_TILES if hidden.device.type == "cuda" and most >= WHOLE_TILES else 1
+    most -= most % tile
     chunks = max(1, -(-tokens // most))
-    return max(1, -(-tokens // chunks))
+    size = max(1, -(-tokens // chunks))
+    return size if size <= tile else size + -size % tile
 
 
 def check_head(
@@ -97,8 +109,12 @@ def check_head(
         raise ValueError(f"hidden is {hidden.dtype} but weight {weight.dtype}; give the same floating type")
     if rows.dim() != 1 or token_ids.shape != rows.shape:
         raise ValueError(f"rows {tuple(rows.shape)} and token_ids {tuple(token_ids.shape)} must both be [T]")
+    check_integers(token_ids, "token_ids")
     positions = hidden.size(0) * hidden.size(1) * (shard.size if sequence_parallel else 1)
     outside = (rows < 0) | (rows >= positions)
+    # One look at the device for both: each is a wait for all that was launched before.
+    if not bool((outside | (token_ids < 0) | (token_ids >= shard.vocab_size)).any()):
+        return
     if bool(outside.any()):
         i = int(outside.nonzero()[0])
         raise ValueError(f"rows[{i}] is {int(rows[i])}, outside the {positions} output positions of the micro-batch")

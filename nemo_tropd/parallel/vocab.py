@@ -161,15 +161,21 @@ def merge_top_k(
         out=torch.empty(values.size(0), 2 * k + columns.size(1), dtype=parcel, device=values.device),
     )
     gathered = shard.gather(packed)
-    top = gathered[:, :, :k].permute(1, 0, 2).flatten(1).topk(k, -1)
-    ids = gathered[:, :, k : 2 * k].permute(1, 0, 2).flatten(1).gather(1, top.indices).long()
-    return top.values.to(values.dtype), ids, gathered[:, :, 2 * k :].to(columns.dtype)
+    # Ranks hold ascending ids and each rank's equals come in order: a stable sort puts the lower id first.
+    merged = gathered[:, :, :k].permute(1, 0, 2).flatten(1).sort(dim=-1, descending=True, stable=True)
+    ids = gathered[:, :, k : 2 * k].permute(1, 0, 2).flatten(1).gather(1, merged.indices[:, :k]).long()
+    return merged.values[:, :k].to(values.dtype), ids, gathered[:, :, 2 * k :].to(columns.dtype)
+
+
+def check_integers(token_ids: Tensor, what: str) -> None:
+    """ValueError for ids that are no integers."""
+    if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
+        raise ValueError(f"{what} has dtype {token_ids.dtype}; give integers")
 
 
 def check_ids(token_ids: Tensor, vocab_size: int, what: str) -> None:
     """ValueError naming the tensor, the index and the value of the first id outside the true vocabulary."""
-    if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
-        raise ValueError(f"{what} has dtype {token_ids.dtype}; give integers")
+    check_integers(token_ids, what)
     bad = (token_ids < 0) | (token_ids >= vocab_size)
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())

@@ -1,0 +1,100 @@
+"""A chunk of tokens through the head on a GPU: the steps of ``chunks.TorchChunks``, by the kernels of ``kernels``.
+
+Logits stay in the products' dtype and are never copied: the student's gradient is written over them. Two buffers, so
+that the product of one chunk can run while another is reduced (see ``pipeline``). Padding columns go through the
+products, which like round sizes, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from nemo_tropd.parallel.vocab import VocabShard
+
+from . import kernels
+from .chunks import TeacherChunk, merge_teacher
+
+
+class KernelChunks:
+    """See ``chunks.TorchChunks`` for the contract. bf16, fp16 or fp32; the shard must hold at least one true column."""
+
+    wide_dtype = torch.float32
+
+    def __init__(self, weight: Tensor, shard: VocabShard, most: int, slots: int) -> None:
+        self.weight, self.shard, self.columns = weight.detach(), shard, weight.size(0)
+        stride = kernels.aligned(self.columns)
+        self._buffers = [weight.new_empty(most, stride) for _ in range(slots)]
+
+    def compute(self, states: Tensor, slot: int) -> Tensor:
+        """[C, columns] in the products' dtype, padding included; overwrites what this slot held."""
+        logits = self._buffers[slot][: states.size(0), : self.columns]
+        return torch.mm(states, self.weight.t(), out=logits)
+
+    def student(self, logits: Tensor, token_ids: Tensor, *, entropy: bool) -> KernelStudentChunk:
+        """token_ids [C, N] global -> their log-probabilities. One read; one MAX and one SUM over the group."""
+        shard = self.shard
+        local = token_ids - shard.start
+        out = kernels.stream(logits, shard.width, local, entropy=entropy)
+        top, sums, columns, entropies = out.top, out.sums, out.columns, out.entropy
+        if shard.group is not None:
+            top, sums, columns, entropies = _reduce(out, local, shard)
+        log_sum = sums.log()
+        return KernelStudentChunk(
+            log_probs=columns - log_sum[:, None],
+            log_z=log_sum + top,
+            entropy=None if entropies is None else log_sum + entropies / sums,
+            logits=logits,
+            local=local,
+            width=shard.width,
+        )
+
+    def teacher(self, logits: Tensor, token_ids: Tensor, k: int, *, entropy: bool) -> TeacherChunk:
+        """token_ids [C] global -> top k, log-probability, entropy. One read and the winning blocks; one gather."""
+        shard = self.shard
+        own_k = min(k, shard.width)
+        sub_block = kernels.sub_block_for(shard.width, own_k)
+        local = (token_ids - shard.start)[:, None]
+        out = kernels.stream(logits, shard.width, local, entropy=entropy, sub_block=sub_block)
+        assert out.block_maxima is not None
+        values, ids = kernels.top_k(logits, shard.width, own_k, out.block_maxima, sub_block)
+        owned = (local[:, 0] >= 0) & (local[:, 0] < shard.width)
+        token = torch.where(owned, out.columns[:, 0] + out.top, 0.0)
+        parts = [out.top, out.sums, token, *([] if out.entropy is None else [out.entropy])]
+        return merge_teacher(values, ids + shard.start, torch.stack(parts, 1), k, shard, entropy=entropy)
+
+
+@dataclass(frozen=True)
+class KernelStudentChunk:
+    """Log-probabilities of N columns a token, and what their gradient needs."""
+
+    log_probs: Tensor  # [C, N] fp32, replicated over the group
+    log_z: Tensor  # [C]
+    entropy: Tensor | None  # [C], nats
+    logits: Tensor  # [C, columns]
+    local: Tensor  # [C, N]
+    width: int
+
+    def logit_gradient(self, grad: Tensor) -> Tensor:
+        """scatter(grad) - softmax * sum(grad), [C, columns], from grad [C, N]; overwrites the logits."""
+        kernels.write_gradient(
+            self.logits, self.width, self.local, self.log_z, grad.contiguous(), self.log_probs.detach()
+        )
+        return self.logits
+
+
+def _reduce(out: kernels.Streamed, local: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Maximum, sum of exponentials, columns and entropy's sum over the full vocabulary, relative to its maximum."""
+    top = shard.reduce(out.top.clone(), ReduceOp.MAX)
+    shift = torch.where(out.sums > 0, out.top - top, 0.0)  # a shard of -inf alone adds nothing
+    scale = shift.exp()
+    owned = (local >= 0) & (local < shard.width)
+    parts = [(out.sums * scale)[:, None], torch.where(owned, out.columns + (out.top - top)[:, None], 0.0)]
+    if out.entropy is not None:
+        parts.append((scale * (out.entropy - shift * out.sums))[:, None])
+    packed = shard.reduce(torch.cat(parts, 1), ReduceOp.SUM)
+    count = local.size(1)
+    return top, packed[:, 0], packed[:, 1 : 1 + count], packed[:, -1] if out.entropy is not None else None

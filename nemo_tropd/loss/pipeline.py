@@ -1,0 +1,52 @@
+"""The order in which chunks run: on a GPU the products of one chunk beside the reductions of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+R = TypeVar("R")
+
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def run_chunks(
+    chunks: Sequence[slice],
+    product: Callable[[slice, int], Tensor],
+    reduce: Callable[[slice, Tensor], R],
+    back: Callable[[slice, R], None],
+    *,
+    slots: int,
+    device: torch.device,
+) -> None:
+    """For every chunk ``back(chunk, reduce(chunk, product(chunk, slot)))``.
+
+    With two slots on a GPU, ``reduce`` runs on a stream of its own: ``product`` and ``back``, which are matrix products
+    and bound by arithmetic, go on for the neighbouring chunks while ``reduce``, bound by memory, streams the logits of
+    this one. Tensors that ``reduce`` makes may be used on the caller's stream once this returns. A collective in
+    ``reduce`` is called in the same order on every rank.
+    """
+    if slots < 2 or device.type != "cuda" or len(chunks) < 2:
+        for chunk in chunks:
+            back(chunk, reduce(chunk, product(chunk, 0)))
+        return
+    main = torch.cuda.current_stream(device)
+    side = _side_streams.setdefault(device, torch.cuda.Stream(device))
+    # The side stream's memory may still be read on the main stream, and the main stream's be of earlier side work.
+    side.wait_stream(main)
+    logits = product(chunks[0], 0)
+    ready = main.record_event()
+    for i, chunk in enumerate(chunks):
+        current, current_ready = logits, ready
+        if i + 1 < len(chunks):
+            logits = product(chunks[i + 1], (i + 1) % slots)
+            ready = main.record_event()
+        with torch.cuda.stream(side):
+            side.wait_event(current_ready)
+            reduced = reduce(chunk, current)
+            done = side.record_event()
+        main.wait_event(done)
+        back(chunk, reduced)

@@ -1,0 +1,30 @@
+"""Which implementation of the chunked head serves a weight, and how its tokens are cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from nemo_tropd.parallel.vocab import VocabShard
+
+from .chunks import TorchChunks
+from .inputs import chunk_size, kernels_serve
+
+if TYPE_CHECKING:
+    from .kernel_chunks import KernelChunks
+
+
+def head_chunks(
+    hidden: Tensor, weight: Tensor, shard: VocabShard, tokens: int, chunk_tokens: int | None
+) -> tuple[TorchChunks | KernelChunks, list[slice], int]:
+    """The products of ``weight`` [V_local, H], the chunks of ``tokens`` tokens, and how many may be in flight."""
+    size = chunk_size(tokens, weight.size(0), hidden, chunk_tokens)
+    chunks = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+    most = min(size, tokens)
+    if kernels_serve(weight) and shard.width:
+        from .kernel_chunks import KernelChunks  # Triton is wanted here alone
+
+        slots = min(2, max(1, len(chunks)))
+        return KernelChunks(weight, shard, most, slots), chunks, slots
+    return TorchChunks(weight, shard, most), chunks, 1
