@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 SCHEMA_NAME = "tropd_schema"
+RECOMPUTE = (None, "selective", "full")
 
 
 class ConfigError(ValueError):
@@ -55,7 +56,13 @@ class TrainerConfig:
     """Student's compute precision: "32" or "bf16" (bf16 keeps fp32 master weights and fp32 gradients)."""
     distributed_timeout_s: int = 3600
     """Seconds a collective may take before the run ends; must exceed model.rollout.request_timeout_s, since the other
-    ranks wait while the engine generates."""
+    ranks wait while the engine generates. The ranks that do not answer are named within this time."""
+    max_restarts: int = 3
+    """Times docker/launch.sh starts a run's processes again after one of them died; the run goes on from its last whole
+    checkpoint."""
+    rendezvous: str | None = None
+    """host:port at which the launchers of several nodes meet, on any one of them; null: as the scheduler's variables
+    say."""
     tropd: TropdTrainerConfig = field(default_factory=TropdTrainerConfig)
 
 
@@ -139,8 +146,8 @@ class ObjectiveConfig:
 @dataclass
 class AdmissionConfig:
     """How far an FP8 teacher may be from the same teacher in bf16; measured at the start of a run, which ends where a
-    bound is passed. Read only with model.teacher.fp8. The defaults are twice the largest figure of an emulation on
-    SmolLM2-135M (examples/figures/fp8_teacher.md)."""
+    bound is passed. Read only with model.teacher.fp8. The defaults are the largest figures of an emulation on
+    SmolLM2-135M, rounded up (examples/figures/fp8_teacher.md)."""
 
     prompts: int = 16
     """Held-out prompts, with the teacher's responses, to measure on; 0 runs unmeasured."""
@@ -181,6 +188,14 @@ class TeacherConfig:
 class RolloutConfig:
     """vLLM."""
 
+    placement: str = "auto"
+    """process: a child process of the leader; colocated: in every rank's own process, on its GPU, split as the student
+    is, weights refreshed in place; auto: colocated on a GPU (without pipeline parallelism), else process."""
+    sleep: bool = True
+    """Colocated: the engine leaves the GPU's memory to the trainer between rollouts."""
+    torch_compile: bool = True
+    """Colocated: vLLM fuses kernels by torch.compile, about a minute more at the first start; CUDA graphs are used
+    either way."""
     dtype: str = "bfloat16"
     """float32 or bfloat16."""
     temperature: float = 1.0
@@ -228,7 +243,13 @@ class ValidationConfig:
 @dataclass
 class ModelConfig:
     micro_batch_size: int = 1
-    """Sequences a forward pass and data-parallel rank."""
+    """Sequences a forward pass and data-parallel rank, padded to one length; unused with tokens_per_micro_batch."""
+    tokens_per_micro_batch: int | None = None
+    """Lay sequences end to end, without padding, in rows of at most this many tokens, a row a forward pass and
+    data-parallel rank; null: padded micro-batches of micro_batch_size sequences."""
+    recompute: str | None = None
+    """The student's activations that are computed again in the backward pass: selective (the feed-forward part) or full
+    (whole layers); null: none."""
     global_batch_size: int = 512
     """Rollouts a step: prompts x model.rollout.samples_per_prompt (the paper: 128 x 4)."""
     encoder_seq_length: int = 9216

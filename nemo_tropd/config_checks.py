@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_tropd.config import SCHEMA_NAME, ConfigError, TropdConfig, schema_keys
+from nemo_tropd.config import RECOMPUTE, SCHEMA_NAME, ConfigError, TropdConfig, schema_keys
 
 # Recipes a teacher can run without gradients; Megatron's fourth, delayed, is refused by name.
 FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
@@ -77,8 +77,8 @@ def check_file(path: Path) -> None:
     walk(loaded, "")
 
 
-def check_command_line(argv: Sequence[str], conf_dir: Path, default_name: str = "base") -> None:
-    """Check configuration file and overrides of a command line before Hydra composes them.
+def check_command_line(argv: Sequence[str], conf_dir: Path, default_name: str = "base") -> DictConfig:
+    """Check configuration file and overrides of a command line before Hydra composes them; returns what they compose.
 
     Raises:
         ConfigError: see :func:`check_file`, :func:`check_overrides`; also values of the wrong type.
@@ -104,7 +104,7 @@ def check_command_line(argv: Sequence[str], conf_dir: Path, default_name: str = 
     check_overrides(overrides)
     try:
         with initialize_config_dir(str(conf_dir), version_base=None):
-            compose(name, overrides=overrides)
+            return compose(name, overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         text = f"{error.__cause__ or error}\n{error}"
         found = re.search(r"full_key: (\S+)", text) or re.search(r"override '?([\w.]+)=", text)
@@ -161,6 +161,7 @@ def check(cfg: TropdConfig) -> None:
         ("trainer.precision", t.precision, ("32", "bf16")),
         ("model.teacher.precision", m.teacher.precision, (None, "32", "bf16")),
         ("model.rollout.dtype", r.dtype, ("float32", "bfloat16")),
+        ("model.rollout.placement", r.placement, ("auto", "process", "colocated")),
         ("model.tropd.gate", m.tropd.gate, (None, "bernoulli", "threshold", "soft")),
         ("model.tropd.outlier", m.tropd.outlier, (None, "fkl", "mask", "clip")),
         ("model.tropd.tail", m.tropd.tail, (None, "none", "ghost")),
@@ -168,12 +169,14 @@ def check(cfg: TropdConfig) -> None:
         ("model.optim.name", m.optim.name, ("adam", "sgd")),
         ("model.optim.sched.name", m.optim.sched.name, ("constant", "linear", "cosine")),
         ("model.data.overlong", m.data.overlong, ("error", "drop")),
+        ("model.recompute", m.recompute, RECOMPUTE),
     ):
         _one_of(key, value, allowed)
     for key, number, least in (
         ("trainer.num_nodes", t.num_nodes, 1),
         ("trainer.devices", t.devices, 1),
         ("trainer.distributed_timeout_s", t.distributed_timeout_s, 1),
+        ("trainer.max_restarts", t.max_restarts, 0),
         ("trainer.tropd.max_steps", t.tropd.max_steps, 1),
         ("trainer.tropd.val_check_interval", t.tropd.val_check_interval, 0),
         ("trainer.tropd.save_interval", t.tropd.save_interval, 1),
@@ -337,6 +340,13 @@ def _check_lengths(cfg: TropdConfig) -> None:
             "model.teacher.response_tokens",
             teacher_tokens,
             f"with model.data.max_prompt_tokens = {prompt} it passes model.encoder_seq_length = {m.encoder_seq_length}",
+        )
+    if m.tokens_per_micro_batch is not None and m.tokens_per_micro_batch < m.encoder_seq_length:
+        raise ConfigError(
+            "model.tokens_per_micro_batch",
+            m.tokens_per_micro_batch,
+            f"the longest sequence, model.encoder_seq_length = {m.encoder_seq_length}, must fit one micro-batch; raise "
+            f"this, lower that, or set this to null for padded micro-batches",
         )
     if not 0 < g.anneal_fraction <= 1:
         raise ConfigError("model.tropd.guidance.anneal_fraction", g.anneal_fraction, "must lie in (0, 1]")

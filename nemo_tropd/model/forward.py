@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
@@ -17,9 +18,24 @@ from nemo_tropd.parallel.topology import Topology
 def run_model(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
     """Hidden states on the last stage [B, S, H] (sequence parallel [B, S/TP, H]), activations to send on the others.
 
-    No mask is given: the layers are causal, and with right padding no token looks at one behind it.
+    No mask is given: the layers are causal, and with right padding no token looks at one behind it. In a concatenated
+    row attention and rotary positions begin anew with each sequence.
     """
-    return model(batch.input_ids, batch.position_ids, None)
+    return model(batch.input_ids, batch.position_ids, None, packed_seq_params=packed_parameters(batch))
+
+
+def packed_parameters(batch: TokenBatch) -> PackedSeqParams | None:
+    """Megatron's description of a concatenated row; None for a padded batch."""
+    if batch.segments is None:
+        return None
+    bounds, longest = batch.segments.bounds, batch.segments.longest
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 @torch.no_grad()

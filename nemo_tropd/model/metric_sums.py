@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -64,3 +65,39 @@ class MetricSums:
     def mean(self, name: str, count: float) -> float:
         """``sums[name] / count``; NaN where nothing was counted."""
         return self.sums[name] / count if count and name in self.sums else math.nan
+
+
+class DeviceSums:
+    """Sums and minima that stay on the device while micro-batches run: the host waits for them once, in ``collect``."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._minima: dict[str, Tensor] = {}
+        self._kept: list[tuple[TokenBatch, Mapping[str, Tensor]]] = []
+
+    def add(self, sums: Mapping[str, Tensor], minima: Mapping[str, Tensor] | None = None) -> None:
+        """Add one micro-batch's sums, scalars; keep the smallest of its minima."""
+        for name, value in sums.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        for name, value in (minima or {}).items():
+            value = value.detach().double()
+            self._minima[name] = torch.minimum(self._minima[name], value) if name in self._minima else value
+
+    def keep(self, batch: TokenBatch, per_token: Mapping[str, Tensor]) -> None:
+        """See :meth:`MetricSums.keep`."""
+        self._kept.append((batch, per_token))
+
+    def collect(self) -> MetricSums:
+        """The same on the host. A minimum over nothing (infinite) is left out."""
+        total = MetricSums()
+        if self._sums:
+            values = torch.stack([*self._sums.values(), *self._minima.values()]).tolist()
+            minima = zip(self._minima, values[len(self._sums) :], strict=True)
+            total.add(
+                dict(zip(self._sums, values[: len(self._sums)], strict=True)),
+                {name: value for name, value in minima if value != math.inf},
+            )
+        for batch, per_token in self._kept:
+            total.keep(batch, per_token)
+        return total

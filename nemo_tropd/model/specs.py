@@ -1,4 +1,6 @@
-"""Layer specs: Transformer Engine's where it can run, else Megatron's local ones with a norm that shards sequences."""
+"""Layer specs: Transformer Engine's where it can run, else Megatron's local ones with a norm that shards sequences and
+attention that knows concatenated sequences.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,17 @@ import importlib.util
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 
 def uses_transformer_engine() -> bool:
@@ -23,15 +29,62 @@ def uses_transformer_engine() -> bool:
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     """The decoder's spec for ``config``, for the pipeline stage of this process."""
     if uses_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm, use_te_op_fuser=config.use_transformer_engine_op_fuser
+        )
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SegmentAttention
     if config.qk_layernorm:
-        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
+    """Have Transformer Engine's products add weight gradients straight to the fp32 ``main_grad`` of Megatron's DDP.
+
+    Call it once DDP has made those buffers. TransformerConfig's own flag cannot be used: Megatron's output layer reads
+    it, too, and asks for apex (tensor_parallel/layers.py, ColumnParallelLinear.__init__). Changes nothing without
+    Transformer Engine.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+class SegmentAttention(DotProductAttention):
+    """Megatron's local attention, which refuses concatenated sequences, with one causal attention a sequence for them.
+
+    Source: torch's scaled_dot_product_attention, softmax in fp32. No dropout.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Padded: as Megatron's, [S, B, heads, D] -> [S, B, heads * D]. Concatenated: query [S, heads, D], key and
+        value [S, groups, D] -> [S, heads, D]."""
+        if packed_seq_params is None:
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return torch.cat([self._causal(*part) for part in parts])
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.size(1) != key.size(1)
+        )
+        return out[0].transpose(0, 1)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -1,0 +1,115 @@
+"""One step's passes over the student: its micro-batches through Megatron's schedule, their losses and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from nemo_tropd.batch import LossTokens, TeacherScores, TokenBatch
+from nemo_tropd.loss.head import HeadLoss, head_loss, sequence_mean_weights
+from nemo_tropd.model.build import head_weight
+from nemo_tropd.model.forward import run_model
+from nemo_tropd.model.metric_sums import DeviceSums, MetricSums
+from nemo_tropd.objectives import Objective
+from nemo_tropd.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class StudentPass:
+    """Forward and backward of all micro-batches of one step, normalised by the global batch.
+
+    ``loss_tokens`` and ``sequences`` count over the global batch. Gradients are those of the sum over this rank's
+    tokens divided by ``loss_tokens``: sums over micro-batches and data-parallel ranks then give the global mean.
+    """
+
+    ddp: DistributedDataParallel
+    topology: Topology
+    objective: Objective
+    loss_tokens: int
+    sequences: int
+    head_options: dict[str, Any]  # of loss.head: group, vocab_size, sequence_parallel, chunk_tokens
+    keep_tokens: bool = False  # keep each token's log-ratio and gate, for the report
+
+    def run(
+        self,
+        batches: Sequence[TokenBatch],
+        scores: Sequence[TeacherScores | None],
+        reference: Sequence[Tensor | None],
+        *,
+        forward_only: bool = False,
+    ) -> MetricSums:
+        """Gradients into DDP's buffers; returns this rank's sums (empty but on the last stage with tensor rank 0).
+
+        ``batches`` are the same number on every rank. Waits for the device once, at the end.
+        """
+        sums = DeviceSums()
+
+        def forward_step(data: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            batch, teacher, ref = next(data)
+            return run_model(chunk, batch), partial(self._loss, sums, batch, teacher, ref)
+
+        rows, width = batches[0].input_ids.shape
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(zip(batches, scores, reference, strict=True)),
+            model=[self.ddp],
+            num_microbatches=len(batches),
+            seq_length=width,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+        return sums.collect()
+
+    def _loss(
+        self, sums: DeviceSums, batch: TokenBatch, teacher: TeacherScores, reference: Tensor | None, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        tokens, weight = batch.loss_tokens(), head_weight(self.ddp.module)
+        divisor, weights = max(self.loss_tokens, 1), None
+        if self.objective.denominator == "sequences":
+            weights = sequence_mean_weights(tokens, divisor, max(self.sequences, 1))
+        result = head_loss(
+            hidden,
+            weight,
+            tokens,
+            teacher,
+            self.objective,
+            scale=1.0 / divisor,
+            token_weights=weights,
+            reference_log_probs=reference,
+            keep_per_token=True,
+            accumulate_main_grad=weight.dtype != weight.main_grad.dtype,
+            **self.head_options,
+        )
+        if self.topology.tensor_rank == 0:
+            _add_metrics(sums, tokens, teacher, result)
+            if self.keep_tokens and result.per_token is not None:
+                sums.keep(batch, result.per_token)
+        # The schedule divides what it is given in place; the count is unused, see student.data_parallel.
+        return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}
+
+
+def _add_metrics(sums: DeviceSums, tokens: LossTokens, teacher: TeacherScores, result: HeadLoss) -> None:
+    """One micro-batch's sums over student tokens, and the engine's and trainer's disagreement on them."""
+    metrics = {k: v for k, v in result.metrics.items() if k not in ("loss", "guided_loss", "tokens")}
+    sums.add({**metrics, "loss": result.loss, "student_tokens": result.metrics["tokens"]}, result.minima)
+    sums.add({"tokens": tokens.rows.new_tensor(len(tokens))})
+    student, per_token = ~tokens.guided, result.per_token
+    if per_token is None or not len(tokens):
+        return
+    if "forward_kl" in per_token and "trust" in per_token:
+        outlier = (1 - per_token["trust"]) * per_token["forward_kl"]
+        sums.add({"outlier_forward_kl": torch.where(student, outlier, 0.0).sum()})
+    log_probs = teacher.log_probs - per_token["log_ratio"]
+    mismatch = (log_probs - tokens.behavior_log_probs).abs().double()
+    # Minima are what is reduced over ranks, so the largest disagreement travels with its sign turned.
+    sums.add(
+        {"mismatch": torch.where(student, mismatch, 0.0).sum()},
+        {"minus_mismatch": torch.where(student, -mismatch, torch.inf).min()},
+    )
