@@ -52,6 +52,9 @@ class TrainerConfig:
     num_nodes: int = 1
     devices: int = 1
     """Processes a node, as torchrun's --nproc_per_node."""
+    gpu_memory_gib: float | None = None
+    """Memory of a GPU that the plan may use, GiB (an 80 GB GPU reports 79): to plan for another machine, or to leave a
+    part of this one's alone; null: what the device reports, or on a machine without one the host's."""
     precision: str = "bf16"
     """Student's compute precision: "32" or "bf16" (bf16 keeps fp32 master weights and fp32 gradients)."""
     distributed_timeout_s: int = 3600

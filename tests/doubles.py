@@ -42,6 +42,10 @@ class ReplayEngine:
         self.version = version
         return RefreshStats(0.0, size, 1)
 
+    def sleep(self) -> bool:
+        """It holds no memory."""
+        return False
+
     def close(self) -> None:
         """Nothing to close."""
 

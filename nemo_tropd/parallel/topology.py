@@ -162,6 +162,14 @@ class Topology:
         dist.broadcast_object_list(box, src=src, group=self.control_group)
         return box[0]
 
+    def gather_objects(self, obj: T) -> list[T]:
+        """Every rank's picklable object, by rank, on every rank. All ranks call it."""
+        if self.world_size == 1:
+            return [obj]
+        everyone: list[T] = [obj] * self.world_size
+        dist.all_gather_object(everyone, obj, group=self.control_group)
+        return everyone
+
     def any_rank(self, flag: bool) -> bool:
         """True where any rank says so. All ranks call it."""
         if self.world_size == 1:
@@ -169,6 +177,11 @@ class Topology:
         votes = torch.tensor([int(flag)])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control_group)
         return bool(votes.item())
+
+    def synchronize(self) -> None:
+        """Wait until this rank's device has done all it was given; a CPU always has."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -1,6 +1,7 @@
 """What the trainer asks of a rollout engine: requests in, rollouts out, weights in under a version.
 
-The trainer knows only what is in this file; ``vllm_engine`` serves it with vLLM, tests serve it with doubles.
+The trainer knows only what is in this file; ``vllm_engine`` (a process of its own) and ``colocated`` (the trainer's)
+serve it with vLLM, tests serve it with doubles.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class RefreshStats:
 
 
 class RolloutEngine(Protocol):
-    """Life cycle: start, any number of generate and update_weights, then always close (twice is fine)."""
+    """Life cycle: start, any number of update_weights, generate and sleep, then always close (twice is fine)."""
 
     def start(self) -> None:
         """Load the model. Raises EngineError when it cannot; nothing of the engine is left running then."""
@@ -83,9 +84,15 @@ class RolloutEngine(Protocol):
         """
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
-        """Load (Hugging Face name, full CPU tensor) pairs and number the result ``version``.
+        """Load (Hugging Face name, full tensor) pairs and number the result ``version``.
 
         Raises WeightStreamError or EngineDied; the engine is of no use after either.
+        """
+
+    def sleep(self) -> bool:
+        """Give back to the trainer what memory of its device the engine holds, until the next call.
+
+        True where the weights were dropped, too: the next call must then be ``update_weights``.
         """
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ def run_on_leader(ranks: Ranks, work: Callable[[], T], *, heartbeat_s: float = _
                 outcome.append(("result", work()))
             except BaseException as error:
                 cause.append(error)
-                outcome.append(("error", _describe(error)))
+                outcome.append(("error", describe(error)))
 
         worker = threading.Thread(target=attempt, name="leader-work", daemon=True)
         worker.start()
@@ -66,25 +66,41 @@ def run_on_leader(ranks: Ranks, work: Callable[[], T], *, heartbeat_s: float = _
             worker.join(heartbeat_s)
         kind, value = ranks.broadcast_object(outcome[0])
         if cause:
-            raise _rebuild(value) from cause[0]
+            raise rebuild(value) from cause[0]
     else:
         kind, value = "working", None
         while kind == "working":
             kind, value = ranks.broadcast_object(None)
         if kind == "error":
-            raise _rebuild(value)
+            raise rebuild(value)
     return value
 
 
-def _describe(error: BaseException) -> tuple[str, str]:
+def describe(error: BaseException) -> tuple[str, str]:
+    """What travels to the other ranks: the kind of EngineError, and the text."""
     if isinstance(error, EngineError):
         return type(error).__name__, str(error)
     return "EngineError", f"{type(error).__name__}: {error}"
 
 
-def _rebuild(description: tuple[str, str]) -> EngineError:
+def rebuild(description: tuple[str, str]) -> EngineError:
+    """The error that ``describe`` described, on another rank."""
     name, text = description
     return _KINDS.get(name, EngineError)(text)
+
+
+class Rollouts(Protocol):
+    """What the trainer and the model use; collective, the same on every rank."""
+
+    last_refresh: RefreshStats | None
+
+    def generate(self, requests: Sequence[RolloutRequest] | None, version: int) -> list[Rollout]: ...
+
+    def refresh(self, version: int) -> RefreshStats: ...
+
+    def sleep(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class RolloutSupervisor:
@@ -134,11 +150,20 @@ class RolloutSupervisor:
 
         return self._with_restart(renew, version)
 
+    def sleep(self) -> None:
+        """Collective: hand the engine's memory to the trainer until the next refresh or rollout."""
+        if self._running and run_on_leader(self._ranks, self._fall_asleep):
+            self._version = None
+
     def close(self) -> None:
         """End the engine. Not collective: each rank may call it whenever it stops."""
         if self._engine is not None:
             self._engine.close()
         self._engine, self._running, self._version = None, False, None
+
+    def _fall_asleep(self) -> bool:
+        assert self._engine is not None
+        return self._engine.sleep()
 
     def _drawn(self, requests: Sequence[RolloutRequest] | None, version: int) -> list[Rollout]:
         if requests is None:

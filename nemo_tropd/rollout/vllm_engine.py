@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,38 +10,19 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.channel import ChannelClosed, receive_frame, send_frame
-from nemo_tropd.rollout.engine import (
-    EngineDied,
-    EngineError,
-    RefreshStats,
-    RolloutRequest,
-    Sampling,
-    check_requests,
-)
-from nemo_tropd.rollout.weight_sync import BucketFiles, buckets, checked_stream, checkpoint_shapes
+from nemo_tropd.rollout.engine import EngineDied, EngineError, RefreshStats, RolloutRequest, check_requests
+from nemo_tropd.rollout.engine_settings import DTYPES, EngineSettings
+from nemo_tropd.rollout.weight_sync import BucketFiles, buckets, checked_stream
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FIXED_ARGUMENTS: dict[str, Any] = {
-    "enable_chunked_prefill": False,  # a seeded request whose prompt is cut in chunks crashes on CPU
-    "skip_tokenizer_init": True,  # token ids in, token ids out
-    "generation_config": "vllm",  # no sampling defaults from the checkpoint
-    "logprobs_mode": "raw_logprobs",
-    "load_format": "safetensors",
-}
-_REFRESH_ARGUMENTS: dict[str, Any] = {
-    "weight_transfer_config": {"backend": "tropd_buckets"},  # registered when a worker imports the extension
-    "worker_extension_cls": "nemo_tropd.rollout.weight_receiver.WorkerExtension",
-}
 _CLOSE_TIMEOUT_S = 10.0
 _LOG_LINES_SHOWN = 12
 _NOT_RUNNING = "the engine is not running"
@@ -78,23 +58,10 @@ class VllmEngine:
 
     def __init__(
         self,
-        model_dir: str | Path,
+        settings: EngineSettings,
         *,
-        dtype: str,
-        max_model_len: int,
-        max_num_seqs: int = 64,
-        seed: int = 0,
-        sampling: Sampling | None = None,
-        eos_ids: Sequence[int] | None = None,
-        vocab_size: int | None = None,
         version: int = 0,
-        refreshable: bool = True,
-        kv_cache_gib: float | None = 1.0,
-        gpu_memory_utilization: float = 0.9,
-        tensor_parallel: int = 1,
         threads: int = 1,
-        enforce_eager: bool = True,
-        prefix_caching: bool = True,
         bucket_mib: int = 256,
         exchange_dir: str | Path | None = None,
         start_timeout_s: float = 600.0,
@@ -102,65 +69,25 @@ class VllmEngine:
     ) -> None:
         """Settings only; nothing is started.
 
-        ``eos_ids``: tokens that end a response; those of the checkpoint's config files unless given.
-        ``vocab_size``: the tokenizer's true size; ids from there on, which are padding, are never drawn.
-        ``version``: the number of the weights that lie in ``model_dir``.
-        ``refreshable``: False for a frozen model, such as a teacher that writes responses.
-        ``kv_cache_gib``: memory of the key-value cache; None (GPU only) takes what ``gpu_memory_utilization`` leaves.
+        ``version``: the number of the weights that lie in the checkpoint.
         ``threads``: OpenMP threads of the engine on CPU.
         ``bucket_mib``, ``exchange_dir``: size of a bucket of weights and the folder it passes through (/dev/shm).
         ``answer_timeout_s``: an engine that says nothing for so long counts as dead.
-        Raises EngineError when ``model_dir`` is not a checkpoint in safetensors or a setting makes no sense.
+        Raises EngineError when the checkpoint cannot be read or a setting makes no sense.
         """
-        self.model_dir = Path(model_dir)
-        config_file = self.model_dir / "config.json"
-        if not config_file.is_file():
-            raise EngineError(f"{self.model_dir} is not a Hugging Face checkpoint: it has no config.json")
-        if dtype not in _DTYPES:
-            raise EngineError(f"dtype is {dtype!r}; the engine computes in one of {', '.join(_DTYPES)}")
-        if min(max_model_len, max_num_seqs, threads, tensor_parallel, bucket_mib) < 1:
-            raise EngineError("max_model_len, max_num_seqs, threads, tensor_parallel and bucket_mib must be at least 1")
-        self._config = json.loads(config_file.read_text())
-        self._shapes, self._optional = checkpoint_shapes(self.model_dir)
-        self._dtype = _DTYPES[dtype]
-        self._sampling = sampling or Sampling()
-        self.vocab_size = vocab_size or int(self._config["vocab_size"])
-        self._max_model_len = max_model_len
+        if min(threads, bucket_mib) < 1:
+            raise EngineError("threads and bucket_mib must be at least 1")
+        self.settings = settings
+        self._shapes, self._optional = settings.shapes
+        self.vocab_size = settings.vocab_size
         self._threads = threads
         self._version = version
-        self._refreshable = refreshable
         self._bucket_bytes = bucket_mib << 20
         self._exchange_dir = Path(exchange_dir) if exchange_dir is not None else None
         self._start_timeout_s = start_timeout_s
         self._answer_timeout_s = answer_timeout_s
-        self._eos_ids = sorted(set(eos_ids if eos_ids is not None else self._checkpoint_eos_ids()))
         self._files: BucketFiles | None = None
         self._process: _Process | None = None
-        self._llm_arguments: dict[str, Any] = {
-            **_FIXED_ARGUMENTS,
-            "model": str(self.model_dir),
-            "dtype": dtype,
-            "seed": seed,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max(max_model_len, 2048),
-            "enable_prefix_caching": prefix_caching,
-            "enforce_eager": enforce_eager,
-            "tensor_parallel_size": tensor_parallel,
-            "gpu_memory_utilization": gpu_memory_utilization,
-        }
-        if kv_cache_gib is not None:
-            self._llm_arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-        if refreshable:
-            self._llm_arguments |= _REFRESH_ARGUMENTS
-
-    def _checkpoint_eos_ids(self) -> list[int]:
-        found: list[int] = []
-        for name in ("config.json", "generation_config.json"):
-            file = self.model_dir / name
-            value = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-            found += value if isinstance(value, list) else [] if value is None else [value]
-        return found
 
     @property
     def process_id(self) -> int | None:
@@ -171,7 +98,7 @@ class VllmEngine:
         """Start the process and load the model; 15 to 20 s on two cores."""
         if self._process is not None:
             raise EngineError("the engine is running; close it before it is started again")
-        if self._refreshable:
+        if self.settings.refreshable:
             self._files = BucketFiles(self._exchange_dir)
         request_read, request_write = os.pipe()
         reply_read, reply_write = os.pipe()
@@ -188,11 +115,16 @@ class VllmEngine:
         os.close(request_read)
         os.close(reply_write)
         self._process = _Process(popen, request_write, reply_read, log)
-        settings = {"llm": self._llm_arguments, "version": self._version, "eos_ids": self._eos_ids}
+        opening = {
+            "llm": self.settings.llm_arguments(),
+            "version": self._version,
+            "sampling": asdict(self.settings.sampling),
+            "end_ids": self.settings.end_ids,
+        }
         try:
-            self._ask(settings, timeout_s=self._start_timeout_s)
+            self._ask(opening, timeout_s=self._start_timeout_s)
         except EngineDied as error:
-            raise EngineError(f"the engine could not start on {self.model_dir}: {error}") from error
+            raise EngineError(f"the engine could not start on {self.settings.model_dir}: {error}") from error
 
     def _environment(self) -> dict[str, str]:
         env = {
@@ -224,7 +156,7 @@ class VllmEngine:
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
         """See ``RolloutEngine.generate``."""
         requests = list(requests)
-        check_requests(requests, max_model_len=self._max_model_len, vocab_size=self.vocab_size)
+        check_requests(requests, max_model_len=self.settings.max_model_len, vocab_size=self.vocab_size)
         if not requests:
             return []
         prompts = [[*r.prompt_ids, *r.prefix_ids] for r in requests]
@@ -233,10 +165,7 @@ class VllmEngine:
             "lengths": [len(p) for p in prompts],
             "seeds": [r.seed for r in requests],
             "max_new_tokens": [r.max_new_tokens for r in requests],
-            "temperature": self._sampling.temperature,
-            "top_p": self._sampling.top_p,
-            "top_k": self._sampling.top_k,
-            "padding_ids": [self.vocab_size, int(self._config["vocab_size"])],
+            "padding_ids": [self.vocab_size, self.settings.model_rows],
         }
         flat = np.array([token for p in prompts for token in p], dtype="<i8")
         reply, block = self._ask(header, flat.tobytes())
@@ -251,19 +180,17 @@ class VllmEngine:
                 prefix_ids=list(r.prefix_ids),
                 response_ids=ids[end - length : end],
                 response_log_probs=log_probs[end - length : end],
-                weight_version=version,
+                weight_version=reply["version"],
                 sequence_id=r.sequence_id,
                 prompt_index=r.prompt_index,
                 finished=finished,
             )
-            for r, end, length, version, finished in zip(
-                requests, ends, lengths, reply["versions"], reply["finished"], strict=True
-            )
+            for r, end, length, finished in zip(requests, ends, lengths, reply["finished"], strict=True)
         ]
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """See ``RolloutEngine.update_weights``. Tensors are cast to the engine's dtype before they are sent."""
-        if not self._refreshable:
+        if not self.settings.refreshable:
             raise EngineError("this engine was made with refreshable=False: its weights stay as they are")
         if self._files is None:
             raise EngineDied(_NOT_RUNNING)
@@ -272,7 +199,7 @@ class VllmEngine:
         try:
             self._ask({"op": "start_update"})
             checked = checked_stream(stream, self._shapes, self._optional)
-            for tensors, size in buckets(checked, bucket_bytes=self._bucket_bytes, dtype=self._dtype):
+            for tensors, size in buckets(checked, bucket_bytes=self._bucket_bytes, dtype=DTYPES[self.settings.dtype]):
                 self._files.send(tensors, size, lambda path: self._ask({"op": "bucket", "path": path}) and None)
                 count += 1
                 total += size
@@ -318,6 +245,10 @@ class VllmEngine:
         with suppress(ProcessLookupError):
             os.killpg(self._process.popen.pid, signal.SIGKILL)
         self._process.popen.wait(timeout=_CLOSE_TIMEOUT_S)
+
+    def sleep(self) -> bool:
+        """See ``RolloutEngine.sleep``: a process of its own keeps its memory and its weights."""
+        return False
 
     def close(self) -> None:
         """See ``RolloutEngine.close``."""

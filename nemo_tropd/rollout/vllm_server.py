@@ -19,84 +19,55 @@ from typing import Any
 import numpy as np
 
 from nemo_tropd.rollout.channel import ChannelClosed, receive_frame, send_frame
-
-_MULTIPLE_VERSIONS = "the engine's weights changed while it was writing"
+from nemo_tropd.rollout.engine import Sampling
+from nemo_tropd.rollout.vllm_calls import write
 
 
 class VllmServer:
     """One vLLM engine and the operations the trainer may ask for."""
 
-    def __init__(self, llm_arguments: dict[str, Any], version: int, eos_ids: list[int]) -> None:
+    def __init__(self, opening: dict[str, Any]) -> None:
         from vllm import LLM
 
-        self._llm = LLM(**llm_arguments)
-        self._eos_ids = eos_ids
-        self._updating = llm_arguments.get("weight_transfer_config") is not None
-        if self._updating:
-            self._llm.init_weight_transfer_engine({"init_info": {}})
-        self._llm.update_weight_version(str(version))
+        self._llm = LLM(**opening["llm"])
+        self._version = int(opening["version"])
+        self._sampling = Sampling(**opening["sampling"])
+        self._end_ids = opening["end_ids"]
 
     def generate(self, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
         """Token ids and log-probabilities of every request, flattened in the order of the requests."""
-        from vllm import SamplingParams, TokensPrompt
-
         ids = np.split(np.frombuffer(payload, dtype="<i8"), np.cumsum(header["lengths"])[:-1])
-        # Rows past the tokenizer's size have no text: they are never drawn, but keep their log-probability.
-        padding = dict.fromkeys(range(*header["padding_ids"]), -100.0) or None
-        sampling = [
-            SamplingParams(
-                temperature=header["temperature"],
-                top_p=header["top_p"],
-                top_k=header["top_k"],
-                seed=seed,
-                max_tokens=max_tokens,
-                logprobs=0,  # the sampled token alone
-                stop_token_ids=self._eos_ids,
-                detokenize=False,
-                logit_bias=padding,
-            )
-            for seed, max_tokens in zip(header["seeds"], header["max_new_tokens"], strict=True)
-        ]
-        # What earlier calls left in the cache would change how this list is scheduled.
-        self._llm.reset_prefix_cache()
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=block.tolist()) for block in ids], sampling, use_tqdm=False
+        answers = write(
+            self._llm,
+            [block.tolist() for block in ids],
+            header["seeds"],
+            header["max_new_tokens"],
+            sampling=self._sampling,
+            end_ids=self._end_ids,
+            padding_ids=range(*header["padding_ids"]),
         )
-        answers: list[Any] = [output.outputs[0] for output in outputs]
-        tokens = [list(answer.token_ids) for answer in answers]
-        log_probs = [
-            [step[token].logprob for step, token in zip(answer.logprobs, row, strict=True)]
-            for answer, row in zip(answers, tokens, strict=True)
-        ]
         reply = {
-            "lengths": [len(row) for row in tokens],
-            "finished": [answer.finish_reason == "stop" for answer in answers],
-            "versions": [self._version_of(answer) for answer in answers],
+            "lengths": [len(a.token_ids) for a in answers],
+            "finished": [a.finished for a in answers],
+            "version": self._version,
         }
-        flat_ids = np.array([t for row in tokens for t in row], dtype="<i8")
-        flat_log_probs = np.array([x for row in log_probs for x in row], dtype="<f8")
+        flat_ids = np.array([t for a in answers for t in a.token_ids], dtype="<i8")
+        flat_log_probs = np.array([x for a in answers for x in a.log_probs], dtype="<f8")
         return reply, flat_ids.tobytes() + flat_log_probs.tobytes()
-
-    def _version_of(self, answer: Any) -> int:
-        """The version vLLM attached to the answer's tokens; its current one where vLLM does not attach any."""
-        spans = getattr(answer, "weight_versions", None)
-        versions = {span.version for span in spans} if spans else {self._llm.get_weight_version()}
-        if len(versions) != 1:
-            raise RuntimeError(f"{_MULTIPLE_VERSIONS}: {sorted(versions)}")
-        return int(versions.pop())
 
     def start_update(self) -> None:
         """Open a weight update."""
-        self._llm.start_weight_update()
+        self._llm.collective_rpc("begin_tropd_refresh")
 
     def bucket(self, path: str) -> None:
         """Take one bucket of weights in."""
-        self._llm.update_weights({"update_info": {"path": path}})
+        self._llm.collective_rpc("load_tropd_bucket", args=(path,))
 
     def finish_update(self, version: int) -> None:
         """Close the weight update: the engine now holds the weights numbered ``version``."""
-        self._llm.finish_weight_update(weight_version=str(version))
+        self._llm.collective_rpc("finish_tropd_refresh")
         self._llm.reset_prefix_cache()
+        self._version = version
 
 
 def _serve(server: VllmServer, requests: queue.SimpleQueue[tuple[dict[str, Any], bytes]], reply_fd: int) -> None:
@@ -144,8 +115,8 @@ def main() -> None:
     requests: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
     threading.Thread(target=_read_requests, args=(request_fd, requests), daemon=True).start()
     try:
-        settings, _ = requests.get()
-        server = VllmServer(settings["llm"], settings["version"], settings["eos_ids"])
+        opening, _ = requests.get()
+        server = VllmServer(opening)
         send_frame(reply_fd, {"ok": True, "pid": os.getpid(), "cwd": str(Path.cwd())})
         _serve(server, requests, reply_fd)
     except Exception as error:  # whatever it was, the trainer is told, and the process ends below

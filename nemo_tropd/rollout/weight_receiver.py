@@ -1,38 +1,50 @@
-"""The engine's side of a weight refresh: a backend of vLLM's weight-transfer API that reads safetensors buckets.
+"""The engine's side of a weight refresh: methods that vLLM mixes into its worker (``worker_extension_cls``).
 
-vLLM imports this module in every worker process (``worker_extension_cls``), which registers the backend there.
+On a GPU the tensors are copied into the parameters as they are: an unquantized model's parameters keep their place and
+form, so CUDA graphs stay valid. On CPU vLLM packs matrices for its kernels, so there a layer is rebuilt (vLLM's
+layerwise reload) once all of its tensors have come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-BACKEND = "tropd_buckets"
 
+class WorkerExtension:
+    """A refresh is begin, any number of loads, finish. Names are ours alone: vLLM refuses a clash with its worker's."""
 
-@dataclass
-class BucketInit(WeightTransferInitInfo):
-    """Nothing is agreed beforehand: every bucket names its own file."""
+    device: torch.device  # of vLLM's worker, as are the next two
+    vllm_config: Any
+    model_runner: Any
 
+    def begin_tropd_refresh(self) -> None:
+        """Before the first tensor."""
+        if self.device.type == "cpu":
+            with set_current_vllm_config(self.vllm_config):
+                initialize_layerwise_reload(self.model_runner.get_model())
 
-@dataclass
-class BucketUpdate(WeightTransferUpdateInfo):
-    """One bucket: the path of a safetensors file under Hugging Face names."""
+    def load_tropd_bucket(self, path: str) -> None:
+        """Take in a safetensors file of tensors under Hugging Face names."""
+        self.load_tropd_tensors(_tensors(path))
 
-    path: str = ""
+    def load_tropd_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take in (Hugging Face name, whole tensor) pairs; each tensor-parallel rank keeps its own part of each."""
+        with set_current_vllm_config(self.vllm_config), torch.device(self.device), torch.no_grad():
+            self.model_runner.get_model().load_weights(tensors)
+
+    def finish_tropd_refresh(self) -> None:
+        """After the last tensor."""
+        if self.device.type == "cpu":
+            with set_current_vllm_config(self.vllm_config):
+                finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
+                repack_shared_matrices(self.model_runner.get_model())
 
 
 def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
@@ -57,40 +69,3 @@ def repack_shared_matrices(model: nn.Module) -> int:
             module.quant_method.process_weights_after_loading(module)
             packed += 1
     return packed
-
-
-class BucketTransferEngine(WeightTransferEngine[BucketInit, BucketUpdate]):
-    """Several buckets between start and finish; a layer is rebuilt when all of its tensors have come."""
-
-    init_info_cls = BucketInit
-    update_info_cls = BucketUpdate
-
-    def init_transfer_engine(self, init_info: BucketInit) -> None:
-        """No connection to open."""
-
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict) -> None:
-        self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":  # without an accelerator vLLM's own synchronisation raises
-            torch.accelerator.synchronize()
-
-    def receive_weights(self, update_info: BucketUpdate) -> None:
-        model: Any = self.model
-        model.load_weights(_tensors(update_info.path))
-
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        repack_shared_matrices(self.model)
-
-    def shutdown(self) -> None:
-        """Nothing is held between refreshes."""
-
-
-class WorkerExtension:
-    """Mixed into vLLM's worker; empty, since its import is what counts."""
-
-
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, BucketTransferEngine)

@@ -9,7 +9,6 @@ final name is whole. Temporary directories left by a killed run are removed at t
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -199,10 +198,3 @@ def check_resumable(saved: RunState, now: RunState) -> None:
                 f"the run's checkpoint was made with {was!r}; restore that value, or set "
                 f"exp_manager.explicit_log_dir to start another run",
             )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.rename(path)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 
 class PhaseTimer:
-    """Seconds by phase of one step."""
+    """Seconds by phase of one step. ``synchronize`` waits for the device; it is called where a phase ends, only there:
+    inside a phase the device runs behind the program."""
 
-    def __init__(self) -> None:
+    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.synchronize = synchronize
         self.start = time.perf_counter()
 
     @contextmanager
@@ -24,6 +26,7 @@ class PhaseTimer:
         began = time.perf_counter()
         try:
             yield
+            self.synchronize()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ModelConfig
+from nemo_tropd.convert.folders import write_json
 from nemo_tropd.model.metric_sums import MetricSums
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
@@ -19,7 +20,6 @@ from nemo_tropd.rollout.engine import RolloutRequest, request_seed
 from nemo_tropd.rollout.supervisor import run_on_leader
 from nemo_tropd.rollout.teacher_responses import TeacherResponses
 from nemo_tropd.training.answers import exact_match
-from nemo_tropd.training.checkpoint import write_json
 from nemo_tropd.training.packing import pack_micro_batches
 
 # Rollouts of validation draw from a stream of their own, the same at every validation.
@@ -74,6 +74,7 @@ class Validator:
             return Validation(step, {})
         self.model.prepare_for_inference()
         rollouts = self.model.infer(self._requests() if self.topology.is_leader else None)
+        self.model.finish_inference()
         own = self._divergences(rollouts)
         metrics = {
             name: own.mean(name, own.sums["tokens"])
@@ -96,7 +97,6 @@ class Validator:
         if self.topology.is_leader:
             self.dir.mkdir(exist_ok=True)
             write_json(self._path(step), asdict(result))
-        self.model.finish_inference()
         return result
 
     def read(self, step: int) -> Validation | None:
@@ -140,7 +140,13 @@ class Validator:
 
     def _divergences(self, rollouts: Sequence[Rollout]) -> MetricSums:
         batches = pack_micro_batches(
-            rollouts, self.topology, micro_batch_size=self.cfg.micro_batch_size, pad_id=self.pad_id, seed=0, step=0
+            rollouts,
+            self.topology,
+            micro_batch_size=self.cfg.micro_batch_size,
+            tokens_per_micro_batch=self.cfg.tokens_per_micro_batch,
+            pad_id=self.pad_id,
+            seed=0,
+            step=0,
         )
         self.model.prepare_for_validation_step()
         sums = self.model.get_divergences(batches).gather()

@@ -15,6 +15,8 @@ from nemo_tropd.quiet import quiet_libraries
 from nemo_tropd.rollout.engine import RefreshStats, RolloutEngine, RolloutRequest
 from tests.e2e.tiny_run import TinyRun
 
+TINY_VOCABULARY = 131  # of tests.tiny_models
+
 
 class SharedEngine:
     """A running engine that outlives the runs it serves; ``before_generate`` lets a test interfere."""
@@ -25,6 +27,10 @@ class SharedEngine:
 
     def start(self) -> None:
         """It runs already."""
+
+    def sleep(self) -> bool:
+        """The engine's own."""
+        return self.engine.sleep()
 
     def close(self) -> None:
         """It goes on."""
@@ -56,12 +62,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 @pytest.fixture(scope="session")
 def shared_engine(tiny: TinyRun) -> Iterator[SharedEngine]:
     """A vLLM engine on the tiny student."""
-    from nemo_tropd.training.run import make_engine
+    from nemo_tropd.training.engines import engine_maker
     from tests.e2e.compose import compose_config
 
     quiet_libraries()
     cfg = compose_config(tiny.overrides(tiny.root / "engine"))
-    engine = make_engine(cfg, tiny.student, True)()
+    engine = engine_maker(TINY_VOCABULARY)(cfg, tiny.student, True)()
     engine.start()
     yield SharedEngine(engine)
     engine.close()
@@ -70,10 +76,10 @@ def shared_engine(tiny: TinyRun) -> Iterator[SharedEngine]:
 @pytest.fixture
 def engines(shared_engine: SharedEngine) -> Iterator[Callable[[TropdConfig, Path, bool], Callable[[], RolloutEngine]]]:
     """An engine maker: the shared engine for students, a new one for a teacher that has to write."""
-    from nemo_tropd.training.run import make_engine
+    from nemo_tropd.training.engines import engine_maker
 
     def make(cfg: TropdConfig, path: Path, refreshable: bool) -> Callable[[], RolloutEngine]:
-        return (lambda: shared_engine) if refreshable else make_engine(cfg, path, False)
+        return (lambda: shared_engine) if refreshable else engine_maker(TINY_VOCABULARY)(cfg, path, False)
 
     yield make
     shared_engine.before_generate = None

@@ -33,6 +33,7 @@ from nemo_tropd.rollout.engine import (
     WeightStreamError,
     request_seed,
 )
+from nemo_tropd.rollout.engine_settings import EngineSettings
 from nemo_tropd.rollout.supervisor import RolloutSupervisor
 from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
 from nemo_tropd.rollout.vllm_engine import VllmEngine
@@ -51,12 +52,14 @@ def engine_of(model_dir: Path, exchange_dir: Path, **changes: Any) -> VllmEngine
         "max_model_len": CONTEXT,
         "max_num_seqs": 16,
         "kv_cache_gib": 1 / 32,
-        "bucket_mib": 1,
-        "exchange_dir": exchange_dir,
-        "start_timeout_s": 150,
-        "answer_timeout_s": 100,
     }
-    return VllmEngine(model_dir, **(settings | changes))
+    return VllmEngine(
+        EngineSettings(model_dir, **(settings | changes)),
+        bucket_mib=1,
+        exchange_dir=exchange_dir,
+        start_timeout_s=150,
+        answer_timeout_s=100,
+    )
 
 
 def perturb(model: torch.nn.Module, noise: float = 0.1) -> None:

@@ -34,12 +34,12 @@ def figures(run_dir: Path) -> list[tuple[float, ...]]:
 @pytest.fixture(scope="module")
 def straight(tiny: TinyRun, shared_engine: SharedEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without interruption."""
-    from nemo_tropd.training.run import make_engine
+    from nemo_tropd.training.engines import engine_maker
 
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     keys = {"trainer.tropd.max_steps": STEPS, "trainer.tropd.keep_checkpoints": STEPS}
     cfg = compose_config(tiny.overrides(run_dir, **keys))
-    outcome = train(cfg, lambda c, p, fresh: (lambda: shared_engine) if fresh else make_engine(c, p, False))
+    outcome = train(cfg, lambda c, p, fresh: (lambda: shared_engine) if fresh else engine_maker(131)(c, p, False))
     assert outcome is not None and outcome.step == STEPS and not outcome.stopped_by_signal
     return run_dir
 
@@ -249,12 +249,12 @@ def test_padding_ids_are_never_drawn(tiny: TinyRun, engines, shared_engine: Shar
 def test_engine_killed_in_the_middle_is_restarted_and_draws_the_same(
     tiny: TinyRun, engines, straight: Path, tmp_path: Path
 ) -> None:
-    from nemo_tropd.training.run import make_engine
+    from nemo_tropd.training.engines import engine_maker
 
     undisturbed, started, calls = engines, [], []
 
     def mortal(cfg, path, refreshable):
-        make = make_engine(cfg, path, refreshable)
+        make = engine_maker(131)(cfg, path, refreshable)
 
         def tracked():
             engine = make()

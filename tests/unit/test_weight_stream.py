@@ -24,6 +24,7 @@ from nemo_tropd.rollout.engine import (
     check_requests,
     request_seed,
 )
+from nemo_tropd.rollout.engine_settings import EngineSettings
 from nemo_tropd.rollout.vllm_engine import VllmEngine
 from nemo_tropd.rollout.weight_sync import BucketFiles, buckets, checked_stream, checkpoint_shapes
 
@@ -169,12 +170,12 @@ def test_sampling_is_checked(bad: dict[str, float]) -> None:
 def test_an_engine_names_what_is_wrong_with_its_model_before_it_starts(tmp_path: Path) -> None:
     settings: dict = {"dtype": "float32", "max_model_len": 16}
     with pytest.raises(EngineError, match=r"has no config\.json"):
-        VllmEngine(tmp_path, **settings)
+        VllmEngine(EngineSettings(tmp_path, **settings))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(EngineError, match="holds no safetensors file"):
-        VllmEngine(tmp_path, **settings)
+        VllmEngine(EngineSettings(tmp_path, **settings))
     with pytest.raises(EngineError, match="dtype is 'float8'"):
-        VllmEngine(tmp_path, **(settings | {"dtype": "float8"}))
+        EngineSettings(tmp_path, **(settings | {"dtype": "float8"}))
 
 
 def test_frames_travel_whole() -> None:

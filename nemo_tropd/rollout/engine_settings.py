@@ -1,0 +1,116 @@
+"""What an engine is told at its start, wherever it runs: checked settings, and the arguments of ``vllm.LLM``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_tropd.rollout.engine import EngineError, Sampling
+from nemo_tropd.rollout.weight_sync import checkpoint_shapes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FIXED_ARGUMENTS: dict[str, Any] = {
+    "skip_tokenizer_init": True,  # token ids in, token ids out
+    "generation_config": "vllm",  # no sampling defaults from the checkpoint
+    "logprobs_mode": "raw_logprobs",
+    "load_format": "safetensors",
+    "worker_extension_cls": "nemo_tropd.rollout.weight_receiver.WorkerExtension",
+}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """A Hugging Face checkpoint and how it is to be run.
+
+    Raises EngineError when ``model_dir`` is not a checkpoint in safetensors or a setting makes no sense.
+    """
+
+    model_dir: Path
+    dtype: str
+    """float32, bfloat16 or float16."""
+    max_model_len: int
+    max_num_seqs: int = 64
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_ids: tuple[int, ...] | None = None
+    """Tokens that end a response; None: those of the checkpoint's config files."""
+    true_vocab_size: int | None = None
+    """The tokenizer's true size: ids from there on, which are padding, are never drawn. None: the model's rows."""
+    refreshable: bool = True
+    """False for a frozen model, such as a teacher that writes responses."""
+    kv_cache_gib: float | None = 1.0
+    """Memory of the key-value cache; None (GPU only) takes what ``gpu_memory_utilization`` leaves."""
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel: int = 1
+    enforce_eager: bool = True
+    """False captures CUDA graphs."""
+    torch_compile: bool = False
+    """Fuse kernels by vLLM's torch.compile pass: about a minute more at the start; counts only without
+    ``enforce_eager``."""
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model_dir", Path(self.model_dir))
+        if not (self.model_dir / "config.json").is_file():
+            raise EngineError(f"{self.model_dir} is not a Hugging Face checkpoint: it has no config.json")
+        if self.dtype not in DTYPES:
+            raise EngineError(f"dtype is {self.dtype!r}; the engine computes in one of {', '.join(DTYPES)}")
+        if min(self.max_model_len, self.max_num_seqs, self.tensor_parallel) < 1:
+            raise EngineError("max_model_len, max_num_seqs and tensor_parallel must be at least 1")
+
+    @cached_property
+    def model_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        return int(json.loads((self.model_dir / "config.json").read_text())["vocab_size"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this may be drawn."""
+        return self.true_vocab_size or self.model_rows
+
+    @cached_property
+    def shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+        """See ``weight_sync.checkpoint_shapes``."""
+        return checkpoint_shapes(self.model_dir)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a response, ascending."""
+        if self.eos_ids is not None:
+            return sorted(set(self.eos_ids))
+        found: list[int] = []
+        for name in ("config.json", "generation_config.json"):
+            file = self.model_dir / name
+            value = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+            found += value if isinstance(value, list) else [] if value is None else [value]
+        return sorted(set(found))
+
+    def llm_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``vllm.LLM``."""
+        arguments: dict[str, Any] = {
+            **_FIXED_ARGUMENTS,
+            "model": str(self.model_dir),
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            # A step takes whole prompts, so the list of requests alone decides what is computed together.
+            "max_num_batched_tokens": max(self.max_model_len, 2048 if self.enforce_eager else 8192),
+            "enable_prefix_caching": self.prefix_caching,
+            "enforce_eager": self.enforce_eager,
+            "tensor_parallel_size": self.tensor_parallel,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+        }
+        if self.enforce_eager:
+            # A seeded request whose prompt is cut in chunks crashes on CPU.
+            arguments["enable_chunked_prefill"] = False
+        elif not self.torch_compile:
+            arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        if self.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = int(self.kv_cache_gib * 2**30)
+        return arguments

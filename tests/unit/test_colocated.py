@@ -1,0 +1,351 @@
+"""The engine in the trainer's process, over a double of ``vllm.LLM`` that refuses what vLLM would not survive."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nemo_tropd.config import ConfigError
+from nemo_tropd.rollout.colocated import ColocatedEngine, environment
+from nemo_tropd.rollout.engine import (
+    EngineError,
+    RefreshStats,
+    RequestError,
+    RolloutRequest,
+    WeightStreamError,
+)
+from nemo_tropd.rollout.engine_settings import EngineSettings
+from nemo_tropd.rollout.every_rank import EveryRankRollouts
+from tests.doubles import ReplayEngine
+from tests.tiny_models import make_tiny
+
+EOS, ROWS, TOKENS = 3, 131, 120
+
+
+class RecordingLLM:
+    """vLLM's methods by name and signature (0.24.0, entrypoints/llm.py); keeps the order of calls and its memory."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments, self.calls = arguments, [("start", os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING"))]
+        self.awake = {"weights", "kv_cache"}
+        self.weights: dict[str, Tensor] = {}
+        self.prefixes_of: int | None = None  # the weights that cached prefixes belong to
+        self.loads = 0
+        self.seen: list[Any] = []
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        woken = set(tags or ("weights", "kv_cache"))
+        assert not woken & self.awake, f"{woken} is mapped already"
+        self.awake |= woken
+        self.calls.append(("wake", *sorted(woken)))
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        assert self.awake == {"weights", "kv_cache"}, "unmapping what is not mapped"
+        self.awake = set()
+        if level == 2:
+            self.weights = {}
+        self.calls.append(("sleep", level))
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        self.prefixes_of = None
+        self.calls.append(("forget prefixes",))
+        return True
+
+    def collective_rpc(self, method: str, timeout: float | None = None, args: tuple = (), kwargs: Any = None) -> list:
+        assert "weights" in self.awake, "writing to memory that is not there"
+        if method == "load_tropd_tensors":
+            self.weights = {name: tensor.clone() for name, tensor in args[0]}
+            self.loads += 1
+        self.calls.append((method,))
+        return [None]
+
+    def generate(self, prompts: list[Any], sampling_params: list[Any], *, use_tqdm: bool = True) -> list[Any]:
+        assert self.awake == {"weights", "kv_cache"} and self.weights, "writing without memory or weights"
+        assert self.prefixes_of in (None, self.loads), "prefixes of other weights"
+        self.prefixes_of = self.loads
+        self.calls.append(("generate",))
+        self.seen = sampling_params
+        return [self._answer(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
+
+    def _answer(self, prompt: list[int], parameters: Any) -> Any:
+        draw = random.Random(parameters.seed)
+        tokens = [draw.randrange(4, TOKENS) for _ in range(parameters.max_tokens)]
+        finished = draw.random() < 0.5
+        tokens = [*tokens[:-1], EOS] if finished else tokens
+        level = float(self.weights["model.norm.weight"].double().sum())
+        steps = [{t: SimpleNamespace(logprob=-t - level)} for t in tokens]
+        reason = "stop" if finished else "length"
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=steps, finish_reason=reason)])
+
+
+class Colocated:
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        self.folder = make_tiny(folder, layers=2, vocab=ROWS, seed=random.randrange(1 << 30))
+        self.made: list[RecordingLLM] = []
+        engine_keys = {k: changes.pop(k) for k in ("sleeps", "world_size") if k in changes}
+        settings = {"dtype": "float32", "max_model_len": 64, "true_vocab_size": TOKENS, "enforce_eager": False}
+        self.engine = ColocatedEngine(
+            EngineSettings(self.folder, **(settings | changes)), make_llm=self._make, **engine_keys
+        )
+
+    def _make(self, **arguments: Any) -> RecordingLLM:
+        self.made.append(RecordingLLM(**arguments))
+        return self.made[-1]
+
+    @property
+    def llm(self) -> RecordingLLM:
+        return self.made[-1]
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        yield from load_file(self.folder / "model.safetensors").items()
+
+    def calls(self) -> list[tuple]:
+        calls, self.llm.calls = self.llm.calls, []
+        return calls
+
+
+def requests(count: int = 5) -> list[RolloutRequest]:
+    draw = random.Random()
+    return [
+        RolloutRequest(
+            [draw.randrange(TOKENS) for _ in range(4)], [7] * (i % 2), draw.getrandbits(60), 10 + i, i, 3 + i
+        )
+        for i in range(count)
+    ]
+
+
+def test_it_wakes_refreshes_writes_and_sleeps_in_this_order(tmp_path: Path) -> None:
+    colocated = Colocated(tmp_path)
+    engine = colocated.engine
+    engine.start()
+    assert colocated.calls() == [("start", "0"), ("sleep", 2)]
+    stats = engine.update_weights(colocated.stream(), 4)
+    assert stats.bytes == sum(t.numel() * t.element_size() for _, t in colocated.stream()) and stats.seconds > 0
+    assert colocated.calls() == [
+        ("wake", "weights"),
+        ("begin_tropd_refresh",),
+        ("load_tropd_tensors",),
+        ("finish_tropd_refresh",),
+        ("forget prefixes",),
+    ]
+    asked = requests()
+    rollouts = engine.generate(asked)
+    assert colocated.calls() == [("wake", "kv_cache"), ("forget prefixes",), ("generate",)]
+    assert engine.sleep() is True  # the weights are gone
+    assert colocated.calls() == [("sleep", 2)]
+    for request, rollout in zip(asked, rollouts, strict=True):
+        assert (rollout.prompt_ids, rollout.prefix_ids) == (request.prompt_ids, request.prefix_ids)
+        assert (rollout.sequence_id, rollout.weight_version) == (request.sequence_id, 4)
+        assert rollout.finished == (rollout.response_ids[-1] == EOS)
+        assert len(rollout.response_ids) == request.max_new_tokens == len(rollout.response_log_probs)
+
+
+def test_every_request_has_its_seed_and_padding_is_never_drawn(tmp_path: Path) -> None:
+    colocated = Colocated(tmp_path)
+    colocated.engine.start()
+    colocated.engine.update_weights(colocated.stream(), 0)
+    asked = requests()
+    colocated.engine.generate(asked)
+    seen = colocated.llm.seen
+    assert [(s.seed, s.max_tokens) for s in seen] == [(r.seed, r.max_new_tokens) for r in asked]
+    assert all(set(s.logit_bias) == set(range(TOKENS, ROWS)) and s.stop_token_ids == [EOS] for s in seen)
+    assert all(s.logprobs == 0 and not s.detokenize for s in seen)
+    arguments = colocated.llm.arguments
+    assert arguments["logprobs_mode"] == "raw_logprobs" and arguments["enforce_eager"] is False
+    assert arguments["enable_sleep_mode"] is True and "distributed_executor_backend" not in arguments
+
+
+def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path) -> None:
+    colocated = Colocated(tmp_path)
+    engine = colocated.engine
+    with pytest.raises(EngineError, match="not running"):
+        engine.generate(requests())
+    engine.start()
+    with pytest.raises(EngineError, match="holds no weights"):
+        engine.generate(requests())
+    engine.update_weights(colocated.stream(), 0)
+    engine.sleep()  # part of it still slept: vLLM would unmap that twice
+    engine.sleep()
+    with pytest.raises(EngineError, match="refresh it before it writes"):
+        engine.generate(requests())
+    engine.update_weights(colocated.stream(), 1)
+    assert {r.weight_version for r in engine.generate(requests())} == {1}
+    engine.close()
+    engine.close()
+
+
+def test_without_sleep_memory_and_weights_stay(tmp_path: Path) -> None:
+    colocated = Colocated(tmp_path, sleeps=False, world_size=2, tensor_parallel=2)
+    engine = colocated.engine
+    engine.start()
+    engine.update_weights(colocated.stream(), 3)
+    assert engine.sleep() is False
+    engine.generate(requests())
+    assert not [c for c in colocated.calls() if c[0] in ("sleep", "wake")]
+    assert colocated.llm.arguments["distributed_executor_backend"] == "external_launcher"
+    assert colocated.llm.arguments["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize("fault", ["missing", "twice", "unknown", "shape"])
+def test_a_stream_that_does_not_fit_leaves_no_weights(tmp_path: Path, fault: str) -> None:
+    colocated = Colocated(tmp_path)
+    engine = colocated.engine
+    engine.start()
+    tensors = list(colocated.stream())
+    torn = {
+        "missing": tensors[:-1],
+        "twice": [*tensors, tensors[0]],
+        "unknown": [*tensors, ("model.ghost.weight", torch.zeros(1))],
+        "shape": [(n, t[..., :-1] if i == 2 else t) for i, (n, t) in enumerate(tensors)],
+    }[fault]
+    with pytest.raises(WeightStreamError):
+        engine.update_weights(iter(torn), 1)
+    with pytest.raises(EngineError, match="holds no weights"):
+        engine.generate(requests())
+
+
+def test_an_engine_that_cannot_start_names_the_keys_to_change(tmp_path: Path) -> None:
+    def broken(**arguments: Any) -> Any:
+        raise ValueError("Free memory on device is less than desired")
+
+    folder = make_tiny(tmp_path / "model")
+    engine = ColocatedEngine(EngineSettings(folder, dtype="float32", max_model_len=32), make_llm=broken)
+    with pytest.raises(EngineError, match=r"Free memory[\s\S]*model\.rollout\.gpu_memory_utilization"):
+        engine.start()
+    with pytest.raises(EngineError, match="not running"):
+        engine.update_weights(iter(()), 0)
+
+
+def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROLLOUT_TEST_A", "old")
+    monkeypatch.delenv("ROLLOUT_TEST_B", raising=False)
+    with pytest.raises(KeyError), environment({"ROLLOUT_TEST_A": "new", "ROLLOUT_TEST_B": "new"}):
+        assert os.environ["ROLLOUT_TEST_A"] == os.environ["ROLLOUT_TEST_B"] == "new"
+        raise KeyError
+    assert os.environ["ROLLOUT_TEST_A"] == "old" and "ROLLOUT_TEST_B" not in os.environ
+
+
+class ThreadRanks:
+    """Ranks as threads: data-parallel groups of ``tensor`` ranks each."""
+
+    def __init__(self, rank: int, tensor: int, shared: dict[str, Any]) -> None:
+        self.rank, self.shared = rank, shared
+        self.data_rank, self.tensor_rank = divmod(rank, tensor)
+        self.data_size = shared["size"] // tensor
+        self.is_leader = rank == 0
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        self.shared["slots"][self.rank] = obj
+        self.shared["barrier"].wait(20)
+        everyone = list(self.shared["slots"])
+        self.shared["barrier"].wait(20)
+        return everyone
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        return self.gather_objects(obj)[src]
+
+
+class ForgetfulEngine(ReplayEngine):
+    """A replay that, like a sleeping engine, has no weights after sleep."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(TOKENS)
+        self.rank, self.holds, self.asked = rank, False, [0]
+
+    def generate(self, asked: Any) -> Any:
+        assert self.holds
+        self.asked.append(len(asked))
+        if any(r.prompt_ids == [-1] for r in asked):
+            raise RequestError("prompt 3: token id -1")
+        return super().generate(asked)
+
+    def update_weights(self, stream: Any, version: int) -> RefreshStats:
+        self.holds = True
+        return super().update_weights(stream, version)
+
+    def sleep(self) -> bool:
+        self.holds = False
+        return True
+
+
+def on_threads(size: int, tensor: int, work: Any) -> list[Any]:
+    shared = {"size": size, "slots": [None] * size, "barrier": threading.Barrier(size)}
+    results: list[Any] = [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadRanks(rank, tensor, shared))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+@pytest.mark.parametrize(("size", "tensor", "count"), [(1, 1, 5), (4, 2, 7), (3, 1, 2), (4, 1, 11)])
+def test_groups_share_the_requests_and_every_rank_gets_all_rollouts(size: int, tensor: int, count: int) -> None:
+    asked, engines = requests(count), [ForgetfulEngine(rank) for rank in range(size)]
+
+    def work(ranks: ThreadRanks) -> Any:
+        rollouts = EveryRankRollouts(ranks, lambda: engines[ranks.rank], lambda: iter([("w", torch.ones(3))]))
+        first = rollouts.generate(asked if ranks.is_leader else None, 5)
+        rollouts.sleep()
+        again = rollouts.generate(asked if ranks.is_leader else None, 5)  # refreshed by itself: it had no weights
+        assert rollouts.last_refresh is not None and rollouts.last_refresh.bytes == 12
+        return first, again
+
+    whole = ForgetfulEngine(0)
+    whole.update_weights(iter(()), 5)
+    expected = whole.generate(asked)
+    for result in on_threads(size, tensor, work):
+        assert not isinstance(result, Exception), result
+        assert result == (expected, expected)
+    shares = [sum(e.asked) for e in engines[::tensor]]
+    assert sum(shares) == 2 * count and max(shares) - min(shares) <= 2
+
+
+def test_an_error_of_one_group_is_raised_on_every_rank() -> None:
+    asked = [*requests(3), RolloutRequest([-1], [], 0, 99, 3, 4)]
+
+    def work(ranks: ThreadRanks) -> Any:
+        rollouts = EveryRankRollouts(ranks, lambda: ForgetfulEngine(ranks.rank), lambda: iter([("w", torch.ones(3))]))
+        return rollouts.generate(asked if ranks.is_leader else None, 0)
+
+    results = on_threads(4, 2, work)
+    assert all(isinstance(r, RequestError) and "token id -1" in str(r) for r in results), results
+
+
+def test_placement_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    from nemo_tropd.training.engines import placement
+    from tests.e2e.compose import compose_config
+    from tests.e2e.tiny_run import TinyRun
+
+    tiny = TinyRun.at(tmp_path)
+
+    def config(**keys: object) -> Any:
+        return compose_config(tiny.overrides(tmp_path / "run", **keys))  # type: ignore[arg-type]
+
+    assert placement(config(), on_cuda=False) == "process" and placement(config(), on_cuda=True) == "colocated"
+    assert placement(config(pipeline=2), on_cuda=True) == "process"
+    asked = {"model.rollout.placement": "colocated"}
+    assert placement(config(**asked), on_cuda=True) == "colocated"
+    with pytest.raises(ConfigError, match=r"placement = 'colocated': there is no GPU here"):
+        placement(config(**asked), on_cuda=False)
+    with pytest.raises(ConfigError, match=r"placement = 'colocated': .*pipeline_model_parallel_size is 2"):
+        placement(config(pipeline=2, **asked), on_cuda=True)
+    with pytest.raises(ConfigError, match=r"model.rollout.placement = 'gpu': choose one of 'auto'"):
+        config(**{"model.rollout.placement": "gpu"})
