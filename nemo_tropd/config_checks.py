@@ -202,6 +202,8 @@ def check(cfg: TropdConfig) -> None:
         ("model.rollout.omp_threads", r.omp_threads, 1),
     ):
         _at_least(key, number, least)
+    if t.gpu_memory_gib is not None and t.gpu_memory_gib <= 0:
+        raise ConfigError("trainer.gpu_memory_gib", t.gpu_memory_gib, "must be above 0, or null for the device's own")
     if r.temperature <= 0:
         raise ConfigError("model.rollout.temperature", r.temperature, "must be above 0: TrOPD needs samples")
     if not 0 < r.top_p <= 1:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+ALIGNMENT = 256  # bytes, of each weight in the host's buffer
 
 
 class WeightHome:
@@ -21,7 +25,7 @@ class WeightHome:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._host: list[tuple[torch.UntypedStorage, Tensor, int]] = []
+        self._host: list[tuple[torch.UntypedStorage, Tensor]] = []
         self.away = False
 
     def leave(self) -> None:
@@ -29,26 +33,32 @@ class WeightHome:
         if self.away:
             return
         if not self._host:
-            self._host = [(s, _host_copy(s), s.nbytes()) for s in storages(self._model)]
-        for storage, _, _ in self._host:
+            self._host = self._copied()
+        for storage, _ in self._host:
             storage.resize_(0)
         self.away = True
-        if any(storage.device.type == "cuda" for storage, _, _ in self._host):
+        if any(storage.device.type == "cuda" for storage, _ in self._host):
             torch.cuda.empty_cache()  # an engine in this process takes its memory from the driver, not from torch
 
     def come_back(self) -> None:
         """Bring the bytes back. Does nothing where they are here."""
         if not self.away:
             return
-        for storage, copy, size in self._host:
-            storage.resize_(size)
+        for storage, copy in self._host:
+            storage.resize_(copy.numel())
             _bytes(storage).copy_(copy, non_blocking=True)  # in stream order: what runs next sees it whole
         self.away = False
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of the weights on the device while they are there."""
-        return sum(size for _, _, size in self._host) if self._host else weight_bytes(self._model)
+    def _copied(self) -> list[tuple[torch.UntypedStorage, Tensor]]:
+        found = list(storages(self._model))
+        starts = list(accumulate((-(-s.nbytes() // ALIGNMENT) * ALIGNMENT for s in found), initial=0))
+        buffer = torch.empty(starts[-1], dtype=torch.uint8)
+        if any(storage.device.type == "cuda" for storage in found):
+            _pin(buffer, self)
+        copies = [buffer[at : at + s.nbytes()] for at, s in zip(starts, found, strict=False)]
+        for storage, copy in zip(found, copies, strict=True):
+            copy.copy_(_bytes(storage))
+        return list(zip(found, copies, strict=True))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -78,9 +88,11 @@ def parts(tensor: Tensor) -> list[Tensor]:
     return [part for part in metadata().values() if isinstance(part, Tensor)]
 
 
-def _host_copy(storage: torch.UntypedStorage) -> Tensor:
-    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
-    return copy.copy_(_bytes(storage))
+def _pin(buffer: Tensor, owner: object) -> None:
+    """Page-lock the buffer until ``owner`` is gone. torch's own pinned memory comes in powers of two: up to double."""
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+    weakref.finalize(owner, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), buffer)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -32,6 +32,7 @@ class TeacherScorer:
         fp8: run the layers in FP8 (``fp8.check_hardware`` first).
         offload: keep the weights in host memory except inside ``scoring``.
         fill: writes every parameter of the model in place; None reads the checkpoint.
+        overrides: further fields of megatron-core's TransformerConfig.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class TeacherScorer:
         fp8: Fp8Settings | None = None,
         offload: bool = False,
         fill: Callable[[GPTModel], None] | None = None,
+        **overrides: Any,
     ) -> None:
         self.topology, self.dtype, self.vocab_size, self.fp8 = topology, dtype, vocab_size, fp8
         self.shape: ModelShape = source if isinstance(source, ModelShape) else read_shape(source)
@@ -51,9 +53,8 @@ class TeacherScorer:
             fp8.check_shape(self.shape, topology.tensor_size, topology.pipeline_size)
         # Built without gradients, quantized weights keep no transposed copy and no high-precision original.
         with torch.no_grad():
-            self.model = build_gpt(
-                self.shape, topology, dtype=dtype, trainable=False, **(fp8.transformer_fields() if fp8 else {})
-            )
+            fields = {**(fp8.transformer_fields() if fp8 else {}), **overrides}
+            self.model = build_gpt(self.shape, topology, dtype=dtype, trainable=False, **fields)
             if fill is not None:
                 fill(self.model)
             elif isinstance(source, ModelShape):

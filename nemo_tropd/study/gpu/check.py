@@ -29,6 +29,7 @@ from nemo_tropd.study.gpu.rows import Row
 # Subject -> (module with ``check()``, seconds it may take). In the order in which they run.
 SUBJECTS: dict[str, tuple[str, float]] = {
     "head": ("nemo_tropd.study.gpu.head", 150),
+    "teacher": ("nemo_tropd.study.gpu.teacher", 120),
 }
 MARK = {True: "[green]held[/]", False: "[red]not held[/]", None: ""}
 

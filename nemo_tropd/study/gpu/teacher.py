@@ -1,0 +1,322 @@
+"""The FP8 teacher on a GPU: random weights of a 7B model's shape, run by Transformer Engine through our own scorer.
+
+Random weights stand in for real ones: the same speed and bytes, and a top-64 KL that says how much FP8 rounds, but
+nothing about a trained model's answers.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config_checks import check as check_config
+from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.objectives.terms import forward_kl
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.study.gpu.rows import Row
+from nemo_tropd.teacher.admission import TOP_K
+from nemo_tropd.teacher.fp8 import Fp8Settings, check_hardware
+from nemo_tropd.teacher.offload import WeightHome, weight_bytes
+from nemo_tropd.teacher.scorer import TeacherScorer
+
+SEVEN_B = ModelShape(
+    family="qwen2",
+    layers=28,
+    hidden=3584,
+    ffn=18944,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    vocab_size=152064,
+    tied=False,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    max_positions=32768,
+    qkv_bias=True,
+    qk_norm=False,
+)
+TOKENS = 8192
+TRUE_VOCABULARY = 151_936
+# Further options of Megatron and Transformer Engine, each on top of the tensorwise recipe.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "TE's fused feed-forward ops": {"use_transformer_engine_op_fuser": True},
+    "TE's SwiGLU": {"use_te_activation_func": True, "bias_activation_fusion": False},
+    "attention in FP8, too": {"fp8_dot_product_attention": True},
+}
+SPEEDUP, BYTES_SHARE, KL = 1.45, 0.60, 0.01
+
+
+def random_weights(seed: int, layers: int, std: float = 0.02) -> Callable[[GPTModel], None]:
+    """A filler that draws every parameter in place, the same bf16 values whatever the model stores them in.
+
+    Norms are 1, biases 0, matrices normal with Megatron's spread: ``std``, for projections into the residual stream
+    divided by sqrt(2 layers).
+    """
+
+    @torch.no_grad()
+    def fill(model: GPTModel) -> None:
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
+            else:
+                into_residual = "linear_proj" in name or "linear_fc2" in name
+                spread = std / (2 * layers) ** 0.5 if into_residual else std
+                generator = torch.Generator(parameter.device).manual_seed(seed + number)
+                drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.bfloat16)
+                parameter.copy_(drawn.mul_(spread))
+
+    return fill
+
+
+def check() -> Iterator[Row]:
+    """The points of this subject."""
+    yield refused_delayed()
+    for recipe in ("tensorwise", "blockwise"):
+        check_hardware(recipe)
+    topology = Topology.start(seed=1)
+    try:
+        yield from _points(topology)
+    finally:
+        topology.stop()
+
+
+def refused_delayed() -> Row:
+    """Delayed scaling is refused with the reason."""
+    cfg = TropdConfig()
+    cfg.model.teacher.fp8 = "delayed"
+    try:
+        check_config(cfg)
+    except ConfigError as error:
+        return Row("delayed scaling", str(error), "refused, with the reason", "backward" in str(error))
+    return Row("delayed scaling", "accepted", "refused, with the reason", False)
+
+
+@dataclass
+class _Reference:
+    """What the bf16 teacher gave."""
+
+    long_ms: float
+    packed_ms: float
+    bytes: int
+    layer_bytes: int
+    scores: list[TeacherScores | None]
+    score_ms: float
+
+
+def _points(topology: Topology) -> Iterator[Row]:
+    long, packed = _batch([TOKENS], topology), _batch([TOKENS // 8] * 8, topology)
+    reference = _bf16(topology, long, packed)
+    yield Row(
+        f"bf16, 7B-shaped, {TOKENS} tokens without head",
+        f"{reference.long_ms:.1f} ms as one sequence, {reference.packed_ms:.1f} ms as 8 packed; "
+        f"{reference.score_ms:.1f} ms with head and top {TOP_K}; {reference.bytes / 2**30:.2f} GiB",
+    )
+    _free()
+    for recipe in ("tensorwise", "blockwise"):
+        yield from _recipe(recipe, topology, reference, long, packed)
+        _free()
+    for name, fields in OPTIONS.items():
+        yield _option(name, fields, topology, reference, long, packed)
+        _free()
+    held = torch.cuda.memory_allocated()
+    yield Row("memory freed", f"{held / 2**30:.2f} GiB still held", "under 0.5 GiB", held < 2**29)
+
+
+def _bf16(topology: Topology, long: TokenBatch, packed: TokenBatch) -> _Reference:
+    teacher = _teacher(topology, None)
+    long_ms, packed_ms = _times(teacher, long, packed)
+    return _Reference(
+        long_ms=long_ms,
+        packed_ms=packed_ms,
+        bytes=weight_bytes(teacher.model),
+        layer_bytes=weight_bytes(teacher.model.decoder),
+        scores=_score(teacher, [long]),
+        score_ms=_milliseconds(partial(_score, teacher, [long]), repeats=3),
+    )
+
+
+def _times(teacher: TeacherScorer, *batches: TokenBatch, repeats: int = 5) -> list[float]:
+    return [_milliseconds(partial(teacher.hidden, [batch]), repeats=repeats) for batch in batches]
+
+
+def _recipe(
+    recipe: str, topology: Topology, reference: _Reference, long: TokenBatch, packed: TokenBatch
+) -> Iterator[Row]:
+    teacher = _teacher(topology, Fp8Settings(recipe))
+    yield from _measured(recipe, teacher, reference, long, packed)
+    if recipe == "blockwise":
+        yield _padding(teacher, topology)
+    else:
+        yield _offload(teacher, long)
+
+
+def _measured(
+    recipe: str, teacher: TeacherScorer, reference: _Reference, long: TokenBatch, packed: TokenBatch
+) -> Iterator[Row]:
+    ms, packed_ms = _times(teacher, long, packed)
+    ratio, packed_ratio = reference.long_ms / ms, reference.packed_ms / packed_ms
+    yield Row(
+        f"{recipe}: one sequence of {TOKENS}",
+        f"{ms:.1f} ms, {ratio:.2f} x bf16",
+        f"at least {SPEEDUP} x",
+        ratio >= SPEEDUP,
+    )
+    yield Row(
+        f"{recipe}: 8 packed sequences of {TOKENS // 8}",
+        f"{packed_ms:.1f} ms, {packed_ratio:.2f} x bf16",
+        f"at least {SPEEDUP} x",
+        packed_ratio >= SPEEDUP,
+    )
+    share = weight_bytes(teacher.model) / reference.bytes
+    layers = weight_bytes(teacher.model.decoder) / reference.layer_bytes
+    yield Row(
+        f"{recipe}: bytes of the weights",
+        f"{share:.1%} of bf16's, the layers {layers:.1%}",
+        f"at most {BYTES_SHARE:.0%}",
+        share <= BYTES_SHARE,
+    )
+    yield _kl_row(recipe, teacher, reference, long)
+    score_ms = _milliseconds(partial(_score, teacher, [long]), repeats=3)
+    yield Row(f"{recipe}: with head and top {TOP_K}", f"{score_ms:.1f} ms, {reference.score_ms / score_ms:.2f} x bf16")
+
+
+def _kl_row(name: str, teacher: TeacherScorer, reference: _Reference, batch: TokenBatch) -> Row:
+    (scores,) = teacher.score_like([batch], reference.scores, chunk_tokens=None)
+    assert scores is not None
+    raw, bucket = (float(forward_kl(scores, tail).mean()) for tail in ("none", "ghost"))
+    return Row(
+        f"{name}: top-{TOP_K} KL against bf16",
+        f"{raw:.5f} nats a token; {bucket:.5f} with a bucket for the rest",
+        f"at most {KL} nats, both",
+        max(abs(raw), bucket) <= KL,
+    )
+
+
+def _option(
+    name: str,
+    fields: dict[str, Any],
+    topology: Topology,
+    reference: _Reference,
+    long: TokenBatch,
+    packed: TokenBatch,
+) -> Row:
+    """Tensorwise with further options, for information."""
+    try:
+        teacher = _teacher(topology, Fp8Settings("tensorwise"), **fields)
+        ms, packed_ms = _times(teacher, long, packed, repeats=3)
+        kl = _kl_row("", teacher, reference, long).measured
+    except Exception as error:  # an option that this machine cannot serve is a finding, not a failure
+        return Row(f"tensorwise with {name}", f"{type(error).__name__}: {error}"[:200])
+    return Row(
+        f"tensorwise with {name}",
+        f"{ms:.1f} ms, {reference.long_ms / ms:.2f} x; packed {packed_ms:.1f} ms, "
+        f"{reference.packed_ms / packed_ms:.2f} x; KL {kl}",
+    )
+
+
+def _padding(teacher: TeacherScorer, topology: Topology) -> Row:
+    """1003 tokens, which the scorer lengthens to 1008 by a sequence of its own, against the same tokens with a real
+    sequence of 5 behind them: block scales are each token's own, so that they must come out equal to the bit."""
+    generator = torch.Generator().manual_seed(11)
+    ids = torch.randint(0, TRUE_VOCABULARY, (1008,), generator=generator).tolist()
+    part, whole = _rows([ids[:1003]], topology), _rows([ids[:1003], ids[1003:]], topology)
+    (short,), (full,) = teacher.hidden([part]), teacher.hidden([whole])
+    (scored,), (longer,) = _score(teacher, [part]), _score(teacher, [whole])
+    assert short is not None and full is not None and scored is not None and longer is not None
+    same = torch.equal(short, full[:, :1003]) and torch.equal(scored.log_probs, longer.log_probs[:1002])
+    return Row(
+        "padding to FP8's multiple is removed",
+        f"hidden states {tuple(short.shape)} of 1003 tokens, they and scores {'equal' if same else 'not equal'}",
+        "equal to the bit",
+        same and short.size(1) == 1003,
+    )
+
+
+def _offload(teacher: TeacherScorer, batch: TokenBatch) -> Row:
+    (before,) = teacher.hidden([batch])
+    home = WeightHome(teacher.model)
+    size = weight_bytes(teacher.model)
+    held = torch.cuda.memory_allocated()
+    first = _seconds(home.leave)
+    freed = held - torch.cuda.memory_allocated()
+    back = _seconds(home.come_back)
+    again = _seconds(home.leave)
+    home.come_back()
+    (after,) = teacher.hidden([batch])
+    assert before is not None and after is not None
+    same = torch.equal(before, after)
+    return Row(
+        "offload to pinned memory and return",
+        f"{size / 2**30:.2f} GiB: first {first:.2f} s, return {back:.3f} s, later {again:.3f} s; "
+        f"{freed / size:.1%} freed; outputs {'equal to the bit' if same else 'differ'}",
+        "equal to the bit, all freed",
+        same and freed >= 0.99 * size,
+    )
+
+
+def _teacher(topology: Topology, fp8: Fp8Settings | None, **fields: Any) -> TeacherScorer:
+    return TeacherScorer(
+        SEVEN_B,
+        topology,
+        dtype=torch.bfloat16,
+        vocab_size=TRUE_VOCABULARY,
+        fp8=fp8,
+        fill=random_weights(7, SEVEN_B.layers),
+        **fields,
+    )
+
+
+def _batch(lengths: list[int], topology: Topology) -> TokenBatch:
+    generator = torch.Generator().manual_seed(len(lengths))
+    return _rows([torch.randint(0, TRUE_VOCABULARY, (n,), generator=generator).tolist() for n in lengths], topology)
+
+
+def _rows(sequences: list[list[int]], topology: Topology) -> TokenBatch:
+    """Every token but each sequence's first enters the loss."""
+    rollouts = [Rollout(ids[:1], ids[1:], [], [], 0, i, i, True) for i, ids in enumerate(sequences)]
+    return TokenBatch.concatenate(rollouts, pad_id=0, seed=0, step=0).to(topology.device)
+
+
+def _score(teacher: TeacherScorer, batches: list[TokenBatch]) -> list[TeacherScores | None]:
+    return teacher.score(batches, top_k=TOP_K, entropy=False, chunk_tokens=None)
+
+
+def _milliseconds(run: Callable[[], object], *, warm: int = 2, repeats: int = 5) -> float:
+    """The median of ``repeats`` runs on the GPU's own clock."""
+    for _ in range(warm):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
