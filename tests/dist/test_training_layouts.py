@@ -15,8 +15,9 @@ from tests.e2e.tiny_run import TinyRun, train_lines
 
 VOCABULARY = 131  # of the tiny tokenizer: padded to 256 at TP 2
 TEACHER = "model.teacher.tensor_model_parallel_size"
+ROW = "model.tokens_per_micro_batch"  # sequences end to end; the tiny run's longest has 96 tokens
 LAYOUTS: dict[int, list[dict[str, object]]] = {
-    1: [{"name": "one"}, {"name": "micro", "model.micro_batch_size": 1}],
+    1: [{"name": "one"}, {"name": "micro", "model.micro_batch_size": 1}, {"name": "rows", ROW: 110}],
     2: [
         {"name": "tensor2", "tensor": 2},
         {"name": "sequence", "tensor": 2, "model.sequence_parallel": True},
@@ -25,12 +26,15 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "data2_distributed_optimizer", "data": 2, "model.optim.distributed": True},
         {"name": "teacher1_tensor2", "tensor": 2, TEACHER: 1, "model.sequence_parallel": True},
         {"name": "teacher2_data2", "data": 2, TEACHER: 2, "model.micro_batch_size": 1},
+        {"name": "rows_sequence", "tensor": 2, ROW: 110, "model.sequence_parallel": True, TEACHER: 1},
+        {"name": "rows_data2", "data": 2, ROW: 200, "model.optim.distributed": True, "model.recompute": "full"},
     ],
     4: [
         {"name": "tensor2_data2", "tensor": 2, "data": 2},
         {"name": "tensor2_pipeline2", "tensor": 2, "pipeline": 2, "model.sequence_parallel": True},
         {"name": "teacher1_tensor2_pipeline2", "tensor": 2, "pipeline": 2, TEACHER: 1},
         {"name": "teacher2_data2_pipeline2", "data": 2, "pipeline": 2, TEACHER: 2, "model.micro_batch_size": 1},
+        {"name": "rows_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, "model.sequence_parallel": True},
     ],
 }
 
@@ -99,7 +103,8 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
             assert moved > 0 and (trained[key] - tensor).norm() < 5e-3 * moved, (name, key)
 
 
-def test_micro_batch_size_changes_nothing(root: Path) -> None:
-    for line, expected in zip(train_lines(root / "runs" / "micro"), train_lines(root / "runs" / "one"), strict=True):
+@pytest.mark.parametrize("name", ["micro", "rows"])
+def test_micro_batches_change_nothing(root: Path, name: str) -> None:
+    for line, expected in zip(train_lines(root / "runs" / name), train_lines(root / "runs" / "one"), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
