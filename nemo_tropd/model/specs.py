@@ -29,8 +29,11 @@ def uses_transformer_engine() -> bool:
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
     """The decoder's spec for ``config``, for the pipeline stage of this process."""
     if uses_transformer_engine():
+        fused = getattr(config, "use_transformer_engine_op_fuser", False)  # a field of later megatron-core versions
         return get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=config.qk_layernorm, use_te_op_fuser=config.use_transformer_engine_op_fuser
+            qk_layernorm=config.qk_layernorm,
+            use_te_op_fuser=fused,
+            use_te_activation_func=config.use_te_activation_func,
         )
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
+from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch, TokenScores
 from nemo_tropd.config import ModelConfig
 from nemo_tropd.convert.families import read_shape
-from nemo_tropd.convert.hf_export import hf_stream
+from nemo_tropd.convert.hf_export import device_stream, hf_stream
 from nemo_tropd.convert.hf_import import load_hf
 from nemo_tropd.loss.head import score_tokens
 from nemo_tropd.model.build import build_gpt, head_weight
@@ -27,7 +27,9 @@ from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout.engine import RolloutRequest
-from nemo_tropd.rollout.supervisor import RolloutSupervisor
+from nemo_tropd.rollout.supervisor import Rollouts
+from nemo_tropd.teacher.admission import admit
+from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.teacher.scorer import TeacherScorer
 from nemo_tropd.teacher.sharing import TeacherSharing
 
@@ -48,6 +50,7 @@ class MegatronTrOPDModel(ModelPT):
         topology: the process's place in the parallel layout.
         objective: see nemo_tropd.objectives.
         student_path, precision, vocab_size: Hugging Face checkpoint, "32" or "bf16", and the tokenizer's true size.
+        calibration: the same batches on every data-parallel rank, on which an FP8 teacher is admitted.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class MegatronTrOPDModel(ModelPT):
         student_path: Path,
         precision: str,
         vocab_size: int,
+        calibration: Sequence[TokenBatch] = (),
     ) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), _ours(cfg)))
@@ -75,22 +79,58 @@ class MegatronTrOPDModel(ModelPT):
         self.ddp = data_parallel(self.student, topology, distributed_optimizer=self.settings.optim.distributed)
         teacher_dtype = DTYPES[self.settings.teacher.precision or precision]
         scorer = partial(TeacherScorer, topology=topology, dtype=teacher_dtype, vocab_size=vocab_size)
-        self.teacher = scorer(Path(self.settings.teacher.path), topology=topology.for_teacher())
+        self.teacher = self._build_teacher(scorer, calibration)
         self.sharing = TeacherSharing(self.teacher, topology)
         # G-OPD measures its reward from the student as it was before training.
         self.reference = scorer(student_path) if objective.needs_reference else None
-        self.rollouts: RolloutSupervisor | None = None
+        self.rollouts: Rollouts | None = None
         self.weights_version = 0
+
+    def _build_teacher(self, scorer: Callable[..., TeacherScorer], calibration: Sequence[TokenBatch]) -> TeacherScorer:
+        """The teacher of the settings; one in FP8 only if it keeps the admission bounds (ConfigError; collective)."""
+        settings, fp8 = self.settings.teacher, Fp8Settings.of(self.settings.teacher)
+        make = partial(scorer, Path(settings.path), topology=self.topology.for_teacher(), offload=settings.offload)
+        if fp8 is None or not settings.admission.prompts:
+            return make(fp8=fp8)
+        if not calibration:
+            raise ValueError("an FP8 teacher needs calibration batches; model.teacher.admission.prompts=0 does without")
+        teacher, found = admit(
+            lambda recipe: make(fp8=recipe), fp8, calibration, self._student_scores, settings.admission,
+            chunk_tokens=self.settings.tropd.chunk_tokens,
+        )  # fmt: skip
+        if self.topology.is_leader:
+            print(found.line(), flush=True)
+        return teacher
+
+    @torch.no_grad()
+    def _student_scores(
+        self, batches: Sequence[TokenBatch], scores: Sequence[TeacherScores | None]
+    ) -> list[TokenScores | None]:
+        """The student beside the teacher's ``scores``; None but on the last stage."""
+        found: list[TokenScores | None] = []
+        for batch, teacher, hidden in zip(
+            batches, scores, pipeline_forward(self.student, batches, self.topology), strict=True
+        ):
+            if hidden is None or teacher is None:
+                found.append(None)
+                continue
+            tokens, weight = batch.loss_tokens(), head_weight(self.student)
+            found.append(score_tokens(hidden, weight, tokens, teacher, **self._head_options()))
+        return found
 
     # ------------------------------------------------------------------------------------------------ rollouts
 
-    def attach_rollouts(self, rollouts: RolloutSupervisor) -> None:
+    def attach_rollouts(self, rollouts: Rollouts) -> None:
         """Give the model the engine that :meth:`infer` asks."""
         self.rollouts = rollouts
 
     def export_stream(self) -> Iterator[tuple[str, Tensor]]:
         """The student's weights under Hugging Face names; every rank must exhaust it, the leader gets the tensors."""
         return hf_stream(self.student, self.shape, self.topology)
+
+    def device_stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The student's weights where they lie, on every rank, for an engine in this process (see convert)."""
+        return device_stream(self.student, self.shape, self.topology)
 
     def prepare_for_inference(self) -> None:
         """Before rollouts."""
@@ -102,7 +142,9 @@ class MegatronTrOPDModel(ModelPT):
         return self.rollouts.generate(requests, self.weights_version)
 
     def finish_inference(self) -> None:
-        """After rollouts."""
+        """After rollouts: the engine leaves the device's memory to teacher and student."""
+        if self.rollouts is not None:
+            self.rollouts.sleep()
         self.student.train()
 
     # ------------------------------------------------------------------------------------------------ training

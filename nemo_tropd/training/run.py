@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,24 @@ from nemo_tropd.convert.smollm2 import default_cache_dir
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError, PromptOrder
-from nemo_tropd.rollout.engine import EngineError, RolloutEngine, Sampling
+from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.guidance import Guidance, max_prefix_length
-from nemo_tropd.rollout.supervisor import RolloutSupervisor, run_on_leader
+from nemo_tropd.rollout.supervisor import Rollouts, run_on_leader
 from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
-from nemo_tropd.rollout.vllm_engine import VllmEngine
+from nemo_tropd.teacher.fp8 import check_hardware
+from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, RunState, checkpoint_name
+from nemo_tropd.training.engines import EngineMaker, engine_maker, placement, rollouts_of, sampling_of
+from nemo_tropd.training.failures import PeerLost, collective_timeout_s, named_peers
 from nemo_tropd.training.metrics import MetricsLog
 from nemo_tropd.training.optimizer import StudentOptimizer
-from nemo_tropd.training.plan import Plan, make_plan, print_plan, true_vocab_size
+from nemo_tropd.training.plan import Plan, make_plan, print_plan
 from nemo_tropd.training.run_files import RolloutFile
 from nemo_tropd.training.summary import print_summary, write_summary
 from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer
 from nemo_tropd.training.validation import Validator
 
 TEACHER_BATCH = 64  # prompts written to the cache at a time
-
-# (configuration, checkpoint, refreshable) -> a maker of engines
-EngineMaker = Callable[[TropdConfig, Path, bool], Callable[[], RolloutEngine]]
 
 EXPECTED = (ConfigError, ConversionError, PromptError, EngineError, CheckpointError, TrainingError)
 
@@ -49,6 +47,9 @@ def main(cfg: DictConfig) -> None:
         train(resolve(cfg))
     except EXPECTED as error:
         fail(error)
+    except PeerLost:
+        # Said by every rank that saw it. Not sys.exit: taking broken groups apart can wait for the ranks that are gone.
+        os._exit(1)
 
 
 def train(cfg: TropdConfig, engines: EngineMaker | None = None) -> Outcome | None:
@@ -59,91 +60,120 @@ def train(cfg: TropdConfig, engines: EngineMaker | None = None) -> Outcome | Non
 
     Raises:
         ConfigError, ConversionError, PromptError: before anything is allocated.
-        EngineError, CheckpointError, TrainingError: later; whole checkpoints stay.
+        EngineError, CheckpointError, TrainingError, PeerLost: later; whole checkpoints stay.
     """
     plan = make_plan(cfg)
+    placement(cfg)  # refused here where the machine cannot serve it
     if os.environ.get("RANK", "0") == "0" and cfg.check_only:
         print_plan(cfg, plan)
     if cfg.check_only or already_finished(cfg, plan):
         return None
+    if cfg.model.teacher.fp8 is not None:
+        check_hardware(cfg.model.teacher.fp8)
     torch.manual_seed(cfg.model.seed)
     topology = Topology.start(
         cfg.model.tensor_model_parallel_size,
         cfg.model.pipeline_model_parallel_size,
         cfg.model.sequence_parallel,
-        timeout_s=cfg.trainer.distributed_timeout_s,
+        timeout_s=collective_timeout_s(cfg.trainer.distributed_timeout_s),
         seed=cfg.model.seed,
+        teacher_tensor_parallel=cfg.model.teacher.tensor_model_parallel_size,
     )
     try:
-        return _train(cfg, plan, topology, engines or make_engine)
-    finally:
-        topology.stop()
+        with named_peers(topology, cfg.trainer.distributed_timeout_s):
+            outcome = _train(cfg, plan, topology, engines or engine_maker(plan.vocab_size))
+    except PeerLost:
+        raise  # the groups are broken: nobody would come to take them down
+    except BaseException:
+        with suppress(RuntimeError):  # ranks that failed first may be gone; the error at hand is the one to show
+            topology.stop()
+        raise
+    topology.stop()
+    return outcome
 
 
 def _train(cfg: TropdConfig, plan: Plan, topology: Topology, engines: EngineMaker) -> Outcome:
     lightning = make_lightning_trainer(cfg, plan.run_dir)
     responses = write_teacher_responses(cfg, plan, topology, engines)
-    student_path = Path(cfg.pretrained_checkpoint.restore_from_path)
     model = MegatronTrOPDModel(
         OmegaConf.structured(cfg.model),
         lightning,
         topology=topology,
         objective=plan.objective,
-        student_path=student_path,
+        student_path=Path(cfg.pretrained_checkpoint.restore_from_path),
         precision=cfg.trainer.precision,
         vocab_size=plan.vocab_size,
+        calibration=calibration_batches(cfg.model, plan.prompts.held_out, responses, topology, plan.pad_id),
     )
-    optimizer = StudentOptimizer(
-        cfg.model.optim,
-        model.ddp,
-        dtype=model.dtype_of_run,
-        clip=cfg.trainer.tropd.gradient_clip_val,
-        max_steps=cfg.trainer.tropd.max_steps,
-    )
-    leader = topology.is_leader
     with rollouts_of(cfg, topology, model, engines) as rollouts:
         model.attach_rollouts(rollouts)
-        trainer = TropdTrainer(
-            cfg,
-            model=model,
-            optimizer=optimizer,
-            rollouts=rollouts,
-            prompts=plan.prompts.train,
-            guidance=make_guidance(cfg, responses),
-            validator=Validator(
-                cfg.model,
-                model=model,
-                prompts=plan.prompts.held_out,
-                responses=responses,
-                tokenizer=plan.tokenizer,
-                topology=topology,
-                pad_id=plan.pad_id,
-                run_dir=plan.run_dir,
-            ),
-            checkpoints=Checkpoints(
-                plan.run_dir, topology, hf_source=student_path, keep=cfg.trainer.tropd.keep_checkpoints
-            ),
-            state=RunState(
-                step=0,
-                seed=cfg.model.seed,
-                global_batch_size=cfg.model.global_batch_size,
-                samples_per_prompt=cfg.model.rollout.samples_per_prompt,
-                prompts=plan.prompts.train.fingerprint(),
-                teacher=str(Path(cfg.model.teacher.path).absolute()),
-                student=str(student_path.absolute()),
-            ),
-            log=MetricsLog(plan.run_dir, list(lightning.loggers)) if leader else None,
-            rollout_file=RolloutFile(plan.run_dir, plan.tokenizer) if leader else None,
-            topology=topology,
-            pad_id=plan.pad_id,
-            run_dir=plan.run_dir,
-        )
+        trainer = _trainer(cfg, plan, topology, model, rollouts, responses, lightning)
         outcome = trainer.fit()
     if trainer.log is not None:
         trainer.log.close()
     if not outcome.stopped_by_signal:
         finish(cfg, plan, topology, model, outcome)
     return outcome
+
+
+def _trainer(
+    cfg: TropdConfig,
+    plan: Plan,
+    topology: Topology,
+    model: MegatronTrOPDModel,
+    rollouts: Rollouts,
+    responses: TeacherResponses | None,
+    lightning: Any,
+) -> TropdTrainer:
+    settings = cfg.trainer.tropd
+    return TropdTrainer(
+        cfg,
+        model=model,
+        optimizer=StudentOptimizer(
+            cfg.model.optim,
+            model.ddp,
+            dtype=model.dtype_of_run,
+            clip=settings.gradient_clip_val,
+            max_steps=settings.max_steps,
+        ),
+        rollouts=rollouts,
+        prompts=plan.prompts.train,
+        guidance=make_guidance(cfg, responses),
+        validator=Validator(
+            cfg.model,
+            model=model,
+            prompts=plan.prompts.held_out,
+            responses=responses,
+            tokenizer=plan.tokenizer,
+            topology=topology,
+            pad_id=plan.pad_id,
+            run_dir=plan.run_dir,
+        ),
+        checkpoints=Checkpoints(
+            plan.run_dir,
+            topology,
+            hf_source=Path(cfg.pretrained_checkpoint.restore_from_path),
+            keep=settings.keep_checkpoints,
+        ),
+        state=_first_state(cfg, plan),
+        log=MetricsLog(plan.run_dir, list(lightning.loggers)) if topology.is_leader else None,
+        rollout_file=RolloutFile(plan.run_dir, plan.tokenizer) if topology.is_leader else None,
+        topology=topology,
+        pad_id=plan.pad_id,
+        run_dir=plan.run_dir,
+    )
+
+
+def _first_state(cfg: TropdConfig, plan: Plan) -> RunState:
+    return RunState(
+        step=0,
+        seed=cfg.model.seed,
+        global_batch_size=cfg.model.global_batch_size,
+        samples_per_prompt=cfg.model.rollout.samples_per_prompt,
+        prompts=plan.prompts.train.fingerprint(),
+        teacher=str(Path(cfg.model.teacher.path).absolute()),
+        student=str(Path(cfg.pretrained_checkpoint.restore_from_path).absolute()),
+    )
 
 
 def already_finished(cfg: TropdConfig, plan: Plan) -> bool:
@@ -244,12 +274,6 @@ def make_guidance(cfg: TropdConfig, responses: TeacherResponses | None) -> Guida
     )
 
 
-def sampling_of(cfg: TropdConfig) -> Sampling:
-    """How the engine draws tokens."""
-    r = cfg.model.rollout
-    return Sampling(temperature=r.temperature, top_p=r.top_p, top_k=r.top_k)
-
-
 def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
     """NeMo's exp_manager over a Lightning trainer that only carries loggers; makes the run directory.
 
@@ -292,39 +316,3 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
     if os.environ.get("RANK", "0") == "0":
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
     return lightning
-
-
-@contextmanager
-def rollouts_of(
-    cfg: TropdConfig, topology: Topology, model: MegatronTrOPDModel, engines: EngineMaker
-) -> Iterator[RolloutSupervisor]:
-    """The engine for the student, closed at the end whatever happens."""
-    student = Path(cfg.pretrained_checkpoint.restore_from_path)
-    supervisor = RolloutSupervisor(topology, engines(cfg, student, True), model.export_stream)
-    try:
-        yield supervisor
-    finally:
-        supervisor.close()
-
-
-def make_engine(cfg: TropdConfig, path: Path, refreshable: bool) -> Callable[[], RolloutEngine]:
-    """A maker of vLLM engines for the checkpoint at ``path``."""
-    r, vocab_size = cfg.model.rollout, true_vocab_size(path)
-
-    def make() -> RolloutEngine:
-        return VllmEngine(
-            path,
-            dtype=r.dtype,
-            max_model_len=cfg.model.encoder_seq_length,
-            max_num_seqs=r.max_num_seqs,
-            seed=cfg.model.seed,
-            sampling=sampling_of(cfg),
-            vocab_size=vocab_size,
-            refreshable=refreshable,
-            kv_cache_gib=None if torch.cuda.is_available() else r.kv_cache_gib,
-            gpu_memory_utilization=r.gpu_memory_utilization,
-            threads=r.omp_threads,
-            answer_timeout_s=r.request_timeout_s,
-        )
-
-    return make
