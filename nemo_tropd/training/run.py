@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ TEACHER_BATCH = 64  # prompts written to the cache at a time
 EXPECTED = (ConfigError, ConversionError, PromptError, EngineError, CheckpointError, TrainingError)
 
 
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig, engines: EngineMaker | None = None) -> None:
     """What ``examples/train_tropd.py`` calls. Expected errors end the process with code 2 and one readable message."""
     try:
-        train(resolve(cfg))
+        train(resolve(cfg), engines)
     except EXPECTED as error:
         fail(error)
     except PeerLost:

@@ -1,37 +1,27 @@
-"""The loop: rollouts, teacher scores, loss, optimizer step, weights to the engine, checkpoint.
-
-It is the only caller of the model's life cycle, and owns no model detail.
-"""
+"""The loop around ``step.TrainStep``: resume, validate, save, log, stop."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from nemo_tropd.batch import Rollout, TokenBatch
+from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.model.metric_sums import MetricSums
+from nemo_tropd.convert.folders import write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.prompts import PromptOrder, PromptSet
-from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.prompts import PromptSet
 from nemo_tropd.rollout.guidance import Guidance
-from nemo_tropd.rollout.supervisor import RolloutSupervisor
-from nemo_tropd.training.checkpoint import Checkpoints, RunState, check_resumable, write_json
-from nemo_tropd.training.metrics import MetricsLog, PhaseTimer
+from nemo_tropd.rollout.supervisor import Rollouts
+from nemo_tropd.training.checkpoint import Checkpoints, RunState, check_resumable
+from nemo_tropd.training.metrics import MetricsLog
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
-from nemo_tropd.training.packing import pack_micro_batches
 from nemo_tropd.training.progress import RunProgress
 from nemo_tropd.training.run_files import RolloutFile
 from nemo_tropd.training.signals import StopRequest
+from nemo_tropd.training.step import TrainingError, TrainStep
 from nemo_tropd.training.validation import Validation, Validator
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on: says at which step, why, and what to change."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ class TropdTrainer:
         *,
         model: MegatronTrOPDModel,
         optimizer: StudentOptimizer,
-        rollouts: RolloutSupervisor,
+        rollouts: Rollouts,
         prompts: PromptSet,
         guidance: Guidance,
         validator: Validator,
@@ -67,10 +57,19 @@ class TropdTrainer:
     ) -> None:
         self.cfg, self.settings = cfg, cfg.trainer.tropd
         self.model, self.optimizer, self.rollouts = model, optimizer, rollouts
-        self.prompts, self.guidance, self.validator = prompts, guidance, validator
+        self.validator = validator
         self.checkpoints, self.state, self.log, self.rollout_file = checkpoints, state, log, rollout_file
-        self.topology, self.pad_id, self.run_dir = topology, pad_id, run_dir
-        self.order = PromptOrder(len(prompts), cfg.model.seed)
+        self.topology, self.run_dir = topology, run_dir
+        self.one_step = TrainStep(
+            cfg,
+            model=model,
+            optimizer=optimizer,
+            rollouts=rollouts,
+            prompts=prompts,
+            guidance=guidance,
+            topology=topology,
+            pad_id=pad_id,
+        )
         self.stop = StopRequest()
         self._skipped_in_a_row = 0
 
@@ -113,51 +112,15 @@ class TropdTrainer:
     # ------------------------------------------------------------------------------------------------ one step
 
     def _step(self, step: int) -> None:
-        timer, model = PhaseTimer(), self.model
-        with self._phase(timer, "rollout"):
-            model.prepare_for_inference()
-            rollouts = model.infer(self._requests(step) if self.topology.is_leader else None)
-            model.finish_inference()
-            _refuse_other_versions(rollouts, step)
-        with self._phase(timer, "teacher"):
-            batches = self._pack(rollouts, step)
-            scores = model.score(batches)
-        with self._phase(timer, "student"):
-            model.prepare_for_training_step()
-            self.optimizer.zero_grad()
-            _, own = model.get_loss_and_metrics(
-                batches,
-                scores,
-                step=step,
-                loss_tokens=sum(r.loss_tokens for r in rollouts),
-                sequences=sum(r.loss_tokens > 0 for r in rollouts),
-                keep_tokens=self._keeps_tokens(step),
-            )
-            sums = own.gather()
-        with self._phase(timer, "optimizer"):
-            result = self.optimizer.step(step)
-            self._count_skipped(step, result, rollouts)
-        with self._phase(timer, "refresh"):
-            model.finish_training_step(step + 1)
-            self.rollouts.refresh(step + 1)
+        record = self.one_step.run(step, keep_tokens=self._keeps_tokens(step), shown=self.progress.phase)
         self.state = replace(self.state, step=step + 1)
-        values = _train_metrics(sums, result, rollouts, timer)
+        self._count_skipped(step, record.result, record.rollouts)
         if self.log is not None:
-            self.log.write(step + 1, "train", values)
-        if self.rollout_file is not None and sums.kept:
-            self.rollout_file.write(step + 1, rollouts, sums.kept[: self.cfg.model.validation.kept_rollouts])
-        self.progress.step_done(step, values)
-
-    def _requests(self, step: int) -> list[RolloutRequest]:
-        m = self.cfg.model
-        indices = self.order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)
-        return self.guidance.plan([self.prompts[i].token_ids for i in indices], step, prompt_indices=indices)
-
-    def _pack(self, rollouts: Sequence[Rollout], step: int) -> list[TokenBatch]:
-        m = self.cfg.model
-        return pack_micro_batches(
-            rollouts, self.topology, micro_batch_size=m.micro_batch_size, pad_id=self.pad_id, seed=m.seed, step=step
-        )
+            self.log.write(step + 1, "train", record.values)
+        if self.rollout_file is not None and record.sums.kept:
+            kept = record.sums.kept[: self.cfg.model.validation.kept_rollouts]
+            self.rollout_file.write(step + 1, record.rollouts, kept)
+        self.progress.step_done(step, record.values)
 
     def _keeps_tokens(self, step: int) -> bool:
         done = step + 1
@@ -183,10 +146,6 @@ class TropdTrainer:
             )
 
     # ------------------------------------------------------------------------------------------------ around steps
-
-    def _phase(self, timer: PhaseTimer, name: str) -> Any:
-        self.progress.phase(name)
-        return timer.phase(name)
 
     def _due(self, done: int, interval: int) -> bool:
         return bool(interval) and done % interval == 0
@@ -217,39 +176,3 @@ class TropdTrainer:
         self.model.finish_training_step(saved.step)
         if self.topology.is_leader:
             print(f"going on after step {saved.step} from {latest}", flush=True)
-
-
-def _refuse_other_versions(rollouts: Sequence[Rollout], version: int) -> None:
-    other = sorted({r.weight_version for r in rollouts} - {version})
-    if other:
-        raise TrainingError(
-            f"step {version + 1}: rollouts were written by weights {other}, not {version}; the engine was not refreshed"
-        )
-
-
-def _train_metrics(
-    sums: MetricSums, result: StepResult, rollouts: Sequence[Rollout], timer: PhaseTimer
-) -> dict[str, float]:
-    s = sums.sums
-    written = s.get("student_tokens", 0.0)
-    seconds = timer.total()
-    values = {
-        "loss": s.get("loss", math.nan),
-        "trust_fraction": sums.mean("trust", written),
-        "log_ratio_mean": sums.mean("log_ratio", written),
-        "log_ratio_min": sums.minima.get("log_ratio", math.nan),
-        "outlier_forward_kl": sums.mean("outlier_forward_kl", written - s.get("trust", 0.0)),
-        "student_entropy": sums.mean("student_entropy", written),
-        "guided_fraction": sums.mean("guided_tokens", s.get("tokens", 0.0)),
-        "mismatch_mean_abs": sums.mean("mismatch", written),
-        "mismatch_max_abs": -sums.minima["minus_mismatch"] if "minus_mismatch" in sums.minima else math.nan,
-        "grad_norm": result.grad_norm,
-        "applied": float(result.applied),
-        "learning_rate": result.learning_rate,
-        "response_tokens": sum(len(r.response_ids) for r in rollouts) / max(len(rollouts), 1),
-        "finished_fraction": sum(r.finished for r in rollouts) / max(len(rollouts), 1),
-        **{f"seconds/{name}": value for name, value in timer.seconds.items()},
-        "seconds/step": seconds,
-        "tokens_per_second": s.get("tokens", 0.0) / seconds,
-    }
-    return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v) and k == "student_entropy")}

@@ -1,0 +1,158 @@
+"""One step: rollouts, teacher scores, loss, optimizer, weights to the engine; seconds of each phase.
+
+It is the only caller of the model's life cycle, and owns no model detail. What holds the device's memory, in order:
+
+    refresh (end of the step before)   the engine's weights wake and are overwritten
+    rollout                            the engine's cache wakes; at the end of the phase the engine sleeps
+    teacher                            an offloaded teacher comes back, scores, and leaves
+    student, optimizer                 activations, gradients and optimizer states have the device to themselves
+
+The device is waited for at the end of a phase and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from nemo_tropd.batch import Rollout, TokenBatch
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.model.metric_sums import MetricSums
+from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.prompts import PromptOrder, PromptSet
+from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.rollout.guidance import Guidance
+from nemo_tropd.rollout.supervisor import Rollouts
+from nemo_tropd.training.metrics import PhaseTimer
+from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
+from nemo_tropd.training.packing import pack_micro_batches
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on: says at which step, why, and what to change."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did; the same on every rank."""
+
+    values: dict[str, float]  # the step's line in metrics.jsonl
+    rollouts: list[Rollout]
+    sums: MetricSums
+    result: StepResult
+
+
+class TrainStep:
+    """The parts of a step; ``run`` is one."""
+
+    def __init__(
+        self,
+        cfg: TropdConfig,
+        *,
+        model: MegatronTrOPDModel,
+        optimizer: StudentOptimizer,
+        rollouts: Rollouts,
+        prompts: PromptSet,
+        guidance: Guidance,
+        topology: Topology,
+        pad_id: int,
+    ) -> None:
+        self.cfg, self.model, self.optimizer, self.rollouts = cfg, model, optimizer, rollouts
+        self.prompts, self.guidance, self.topology, self.pad_id = prompts, guidance, topology, pad_id
+        self.order = PromptOrder(len(prompts), cfg.model.seed)
+
+    def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
+        """Step number ``step`` (from 0), collective. The engine holds the weights ``step`` before and ``step + 1``
+        after; ``shown`` is told of every phase as it begins.
+
+        Raises:
+            EngineError, TrainingError: on every rank.
+        """
+        timer, model = PhaseTimer(self.topology.synchronize), self.model
+
+        def phase(name: str) -> AbstractContextManager[None]:
+            shown(name)
+            return timer.phase(name)
+
+        with phase("rollout"):
+            model.prepare_for_inference()
+            rollouts = model.infer(self._requests(step) if self.topology.is_leader else None)
+            model.finish_inference()
+            _refuse_other_versions(rollouts, step)
+        with phase("teacher"):
+            batches = self._pack(rollouts, step)
+            scores = model.score(batches)
+        with phase("student"):
+            model.prepare_for_training_step()
+            self.optimizer.zero_grad()
+            _, own = model.get_loss_and_metrics(
+                batches,
+                scores,
+                step=step,
+                loss_tokens=sum(r.loss_tokens for r in rollouts),
+                sequences=sum(r.loss_tokens > 0 for r in rollouts),
+                keep_tokens=keep_tokens,
+            )
+            sums = own.gather()
+        with phase("optimizer"):
+            result = self.optimizer.step(step)
+        with phase("refresh"):
+            model.finish_training_step(step + 1)
+            self.rollouts.refresh(step + 1)
+        return StepRecord(_train_metrics(sums, result, rollouts, timer), rollouts, sums, result)
+
+    def _requests(self, step: int) -> list[RolloutRequest]:
+        m = self.cfg.model
+        indices = self.order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)
+        return self.guidance.plan([self.prompts[i].token_ids for i in indices], step, prompt_indices=indices)
+
+    def _pack(self, rollouts: Sequence[Rollout], step: int) -> list[TokenBatch]:
+        m = self.cfg.model
+        return pack_micro_batches(
+            rollouts,
+            self.topology,
+            micro_batch_size=m.micro_batch_size,
+            tokens_per_micro_batch=m.tokens_per_micro_batch,
+            pad_id=self.pad_id,
+            seed=m.seed,
+            step=step,
+        )
+
+
+def _refuse_other_versions(rollouts: Sequence[Rollout], version: int) -> None:
+    other = sorted({r.weight_version for r in rollouts} - {version})
+    if other:
+        raise TrainingError(
+            f"step {version + 1}: rollouts were written by weights {other}, not {version}; the engine was not refreshed"
+        )
+
+
+def _train_metrics(
+    sums: MetricSums, result: StepResult, rollouts: Sequence[Rollout], timer: PhaseTimer
+) -> dict[str, float]:
+    s = sums.sums
+    written = s.get("student_tokens", 0.0)
+    seconds = timer.total()
+    values = {
+        "loss": s.get("loss", math.nan),
+        "trust_fraction": sums.mean("trust", written),
+        "log_ratio_mean": sums.mean("log_ratio", written),
+        "log_ratio_min": sums.minima.get("log_ratio", math.nan),
+        "outlier_forward_kl": sums.mean("outlier_forward_kl", written - s.get("trust", 0.0)),
+        "student_entropy": sums.mean("student_entropy", written),
+        "guided_fraction": sums.mean("guided_tokens", s.get("tokens", 0.0)),
+        "mismatch_mean_abs": sums.mean("mismatch", written),
+        "mismatch_max_abs": -sums.minima["minus_mismatch"] if "minus_mismatch" in sums.minima else math.nan,
+        "grad_norm": result.grad_norm,
+        "applied": float(result.applied),
+        "learning_rate": result.learning_rate,
+        "response_tokens": sum(len(r.response_ids) for r in rollouts) / max(len(rollouts), 1),
+        "finished_fraction": sum(r.finished for r in rollouts) / max(len(rollouts), 1),
+        **{f"seconds/{name}": value for name, value in timer.seconds.items()},
+        "seconds/step": seconds,
+        "tokens_per_second": s.get("tokens", 0.0) / seconds,
+    }
+    return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v) and k == "student_entropy")}
