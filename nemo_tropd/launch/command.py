@@ -1,0 +1,152 @@
+"""The torchrun command of this node, made of a configuration and a placement; every knob is a key of the schema."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.launch.placement import CONSUMED, DEFAULT_PORT, Placement
+
+# Seconds torchrun leaves its workers after SIGTERM: they finish the step and write a checkpoint.
+SHUTDOWN_S = 120
+# Seconds after which a node whose launcher gives no sign counts as gone from the rendezvous: attempts x interval.
+_KEEP_ALIVE_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run on this node."""
+
+    arguments: list[str]  # of torchrun
+    environment: dict[str, str]  # to add
+    drop: tuple[str, ...]  # names to take out
+    restarts: int
+    summary: str
+
+
+def plan_launch(
+    cfg: TropdConfig, placement: Placement, script: Path, arguments: Sequence[str], env: Mapping[str, str]
+) -> Launch:
+    """Torchrun's arguments and environment for ``script arguments`` on this node.
+
+    Raises:
+        ConfigError: configuration and scheduler disagree, or several nodes have no place to meet.
+    """
+    nodes, ranks = cfg.trainer.num_nodes, cfg.trainer.devices
+    _agree("trainer.num_nodes", nodes, placement.nodes, placement.scheduler, "node(s)")
+    if placement.scheduler == "Slurm":
+        if placement.processes is not None and placement.processes < ranks:
+            raise ConfigError(
+                "trainer.devices", ranks, f"Slurm gave this node {placement.processes} GPU(s): sbatch --gpus-per-node"
+            )
+    else:
+        _agree("trainer.devices", ranks, placement.processes, placement.scheduler, "process(es) a node")
+    common = [
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={ranks}",
+        "--rdzv-backend=c10d",
+        f"--max-restarts={cfg.trainer.max_restarts}",
+        f"--shutdown-timeout={SHUTDOWN_S}",
+    ]
+    if nodes == 1 and cfg.trainer.rendezvous is None:
+        meeting, environment = ["--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"], {}
+        where = "on this node"
+    else:
+        endpoint = cfg.trainer.rendezvous or placement.rendezvous
+        if endpoint is None:
+            raise ConfigError(
+                "trainer.rendezvous", None, f"{nodes} nodes need a place to meet: host:port of one of them"
+            )
+        host, port = split_endpoint(endpoint)
+        local, interface = local_address(host, port)
+        meeting = [
+            f"--rdzv-endpoint={host}:{port}",
+            f"--rdzv-id={placement.run_id or cfg.name}",
+            f"--rdzv-conf={_rendezvous_conf(cfg, is_host=is_local(host))}",
+            f"--local-addr={local}",
+        ]
+        # Otherwise each library resolves the host's name for itself, and finds the loopback on many a machine.
+        wanted = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        environment = {k: v for k, v in wanted.items() if k not in env}
+        where = (
+            f"meeting at {host}:{port}, here {local} on {environment.get('GLOO_SOCKET_IFNAME', 'the set interface')}"
+        )
+    # A launcher that comes back after its node died can only join where every attempt has a store of its own.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return Launch(
+        arguments=[*common, *meeting, str(script), *arguments],
+        environment=environment,
+        drop=tuple(k for k in env if k in CONSUMED or k.startswith("PET_")),
+        restarts=cfg.trainer.max_restarts,
+        summary=f"{placement.scheduler}: {nodes} node(s) x {ranks} rank(s), {where}",
+    )
+
+
+def _agree(key: str, ours: int, theirs: int | None, scheduler: str, what: str) -> None:
+    if theirs is not None and ours != theirs:
+        raise ConfigError(
+            key, ours, f"{scheduler} gives {theirs} {what}: change the key or what the scheduler is asked"
+        )
+
+
+def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool) -> str:
+    """How long the launchers wait: as long as a collective may, so that one key says when a node is given up."""
+    patience = cfg.trainer.distributed_timeout_s
+    interval = max(1, min(5, patience // (2 * _KEEP_ALIVE_ATTEMPTS)))
+    return ",".join(
+        (
+            f"is_host={str(is_host).lower()}",
+            f"join_timeout={max(60, patience)}",
+            f"read_timeout={max(10, min(60, patience))}",
+            f"keep_alive_interval={interval}",
+            f"keep_alive_max_attempt={_KEEP_ALIVE_ATTEMPTS}",
+        )
+    )
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Host and port of ``host``, ``host:port`` or ``[v6]:port``.
+
+    Raises:
+        ConfigError: no host, or a port that is none.
+    """
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::([0-9]+))?", endpoint)
+    port = int(found.group(2)) if found and found.group(2) else DEFAULT_PORT
+    if not found or not 0 < port < 65536:
+        raise ConfigError("trainer.rendezvous", endpoint, "must be host:port with a port of 1 to 65535")
+    return found.group(1).strip("[]"), port
+
+
+def local_address(host: str, port: int) -> tuple[str, str]:
+    """The address and interface of this machine from which ``host`` is reached; sends nothing.
+
+    Raises:
+        ConfigError: the name cannot be resolved, or no route leads there.
+    """
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            address = str(probe.getsockname()[0])
+    except OSError as error:
+        raise ConfigError(
+            "trainer.rendezvous", f"{host}:{port}", f"cannot be reached from this node: {error}"
+        ) from error
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(a.address.partition("%")[0] == address for a in addresses):
+            return address, interface
+    raise ConfigError("trainer.rendezvous", f"{host}:{port}", f"no interface of this node has the address {address}")
+
+
+def is_local(host: str) -> bool:
+    """Whether ``host`` is an address of this machine, by its interfaces and not by its name."""
+    own = {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
+    found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    return bool(found & own) or any(ipaddress.ip_address(a).is_loopback for a in found)

@@ -1,0 +1,125 @@
+"""What a scheduler's environment variables say about this node's part of a run.
+
+| scheduler | recognised by | read |
+|---|---|---|
+| a torchrun worker | TORCHELASTIC_RUN_ID and LOCAL_RANK | nothing: this process is one rank already |
+| Slurm | SLURM_JOB_ID | SLURM_STEP_NUM_NODES, SLURM_STEP_NODELIST, SLURM_STEP_TASKS_PER_NODE, SLURM_GPUS_ON_NODE |
+| PyTorchJob | PET_NNODES | PET_NPROC_PER_NODE, PET_RDZV_ENDPOINT, else PET_MASTER_ADDR or MASTER_ADDR and its port |
+| torchrun's customary names | NNODES, or WORLD_SIZE and RANK, with MASTER_ADDR | NPROC_PER_NODE, MASTER_PORT |
+| none | | one node |
+
+PyTorchJob's operator sets PET_* (torchrun's own names for its arguments) beside MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_tropd.config import ConfigError
+
+DEFAULT_PORT = 29400  # torchrun's own for its rendezvous
+# What would reach torchrun or its workers a second time, beside the arguments made of them.
+CONSUMED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "NPROC_PER_NODE")
+_FIRST_SLURM_PORT, _SLURM_PORTS = 10000, 20000  # below the ports that Linux hands out by itself (32768 and up)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This node's part of a run, as the scheduler sees it. None: the scheduler does not say."""
+
+    scheduler: str
+    nodes: int | None = None
+    processes: int | None = None  # a node
+    rendezvous: str | None = None  # host:port
+    run_id: str | None = None
+    is_worker: bool = False  # one rank of a torchrun that is running already
+
+
+def read_placement(env: Mapping[str, str]) -> Placement:
+    """The placement that ``env`` describes.
+
+    Raises:
+        ConfigError: names the variable, its value and what to change.
+    """
+    if "TORCHELASTIC_RUN_ID" in env and "LOCAL_RANK" in env:
+        return Placement("a torchrun worker", is_worker=True)
+    if "SLURM_JOB_ID" in env:
+        return _slurm(env)
+    if "PET_NNODES" in env:
+        return _torchrun(env, "PyTorchJob", "PET_NNODES", "PET_NPROC_PER_NODE")
+    if "MASTER_ADDR" in env:
+        nodes = "NNODES" if "NNODES" in env else "WORLD_SIZE"
+        return _torchrun(env, "torchrun's variables", nodes, "NPROC_PER_NODE")
+    return Placement("no scheduler", nodes=None)
+
+
+def _slurm(env: Mapping[str, str]) -> Placement:
+    job = env["SLURM_JOB_ID"]
+    of_job = _number(env, "SLURM_JOB_NUM_NODES") or _number(env, "SLURM_NNODES") or 1
+    nodes = _number(env, "SLURM_STEP_NUM_NODES")
+    if nodes is None and of_job > 1:
+        raise ConfigError(
+            "SLURM_STEP_NUM_NODES",
+            None,
+            f"the job has {of_job} nodes, and this process is not started by srun: start the launcher with "
+            f"srun --ntasks-per-node=1, as docker/slurm.sbatch does",
+        )
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    if nodes is not None and re.sub(r"\(x\d+\)", "", tasks).strip("1,"):
+        raise ConfigError(
+            "SLURM_STEP_TASKS_PER_NODE", tasks, "torchrun starts the ranks of a node itself: srun --ntasks-per-node=1"
+        )
+    names = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
+    first = first_host(names) if names else "localhost"
+    if not job.isdigit():
+        raise ConfigError("SLURM_JOB_ID", job, "is not a number")
+    return Placement(
+        "Slurm",
+        nodes=nodes or 1,
+        processes=_number(env, "SLURM_GPUS_ON_NODE"),
+        rendezvous=f"{first}:{_FIRST_SLURM_PORT + int(job) % _SLURM_PORTS}",
+        run_id=f"slurm-{job}",
+    )
+
+
+def _torchrun(env: Mapping[str, str], scheduler: str, nodes: str, processes: str) -> Placement:
+    ranks = _number(env, processes)
+    count = _number(env, nodes)
+    if nodes == "WORLD_SIZE" and count and ranks and count % ranks == 0:
+        count //= ranks  # PyTorchJob counts processes, not pods, where it knows how many a pod has
+    address = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
+    port = env.get("PET_MASTER_PORT") or env.get("MASTER_PORT") or str(DEFAULT_PORT)
+    rendezvous = env.get("PET_RDZV_ENDPOINT") or (f"{address}:{port}" if address else None)
+    return Placement(
+        scheduler,
+        nodes=count,
+        processes=ranks,
+        rendezvous=rendezvous,
+        run_id=env.get("PET_RDZV_ID") or (re.sub(r"[^\w.-]", "-", rendezvous) if rendezvous else None),
+    )
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    text = env.get(name)
+    if not text or (name.endswith("NPROC_PER_NODE") and text in ("auto", "gpu", "cpu")):
+        return None
+    low, _, high = text.partition(":")
+    if high and high != low:
+        raise ConfigError(name, text, "the number of nodes is fixed in a run: give one number, not a range")
+    if not low.isdigit() or int(low) < 1:
+        raise ConfigError(name, text, "must be a whole number of at least 1")
+    return int(low)
+
+
+def first_host(names: str) -> str:
+    """The first host of a Slurm host list: ``dgx[007-009,12],login`` gives ``dgx007``.
+
+    Raises:
+        ConfigError: the list cannot be read.
+    """
+    found = re.match(r"([^\[\],\s]*)(?:\[([0-9]+)[^\]]*\]([^\[\],\s]*))?(?=,|$)", names)
+    if not found or not found.group(0):
+        raise ConfigError("SLURM_JOB_NODELIST", names, "is no list of hosts; set trainer.rendezvous=host:port")
+    return "".join(part or "" for part in found.groups())
