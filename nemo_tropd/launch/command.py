@@ -75,9 +75,7 @@ def plan_launch(
         # Otherwise each library resolves the host's name for itself, and finds the loopback on many a machine.
         wanted = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
         environment = {k: v for k, v in wanted.items() if k not in env}
-        where = (
-            f"meeting at {host}:{port}, here {local} on {environment.get('GLOO_SOCKET_IFNAME', 'the set interface')}"
-        )
+        where = f"meeting at {host}:{port}, here {local} on {interface}"
     # A launcher that comes back after its node died can only join where every attempt has a store of its own.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return Launch(
@@ -92,7 +90,7 @@ def plan_launch(
 def _agree(key: str, ours: int, theirs: int | None, scheduler: str, what: str) -> None:
     if theirs is not None and ours != theirs:
         raise ConfigError(
-            key, ours, f"{scheduler} gives {theirs} {what}: change the key or what the scheduler is asked"
+            key, ours, f"{scheduler} gives {theirs} {what}: change the key, or ask the scheduler for more"
         )
 
 

@@ -8,7 +8,8 @@
 | torchrun's customary names | NNODES, or WORLD_SIZE and RANK, with MASTER_ADDR | NPROC_PER_NODE, MASTER_PORT |
 | none | | one node |
 
-PyTorchJob's operator sets PET_* (torchrun's own names for its arguments) beside MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE.
+PyTorchJob's operator sets PET_* (torchrun's own names for its arguments) beside MASTER_ADDR, MASTER_PORT, RANK and
+WORLD_SIZE.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Names the ranks that do not answer when a collective fails or takes too long.
 
 torch says that a connection was closed or that time ran out, and on which operation, but not which rank is missing. So
-every rank counts up under a key of its own in a store, from a thread, through a connection of its own. When a collective
-fails, the ranks whose count stands still are the ones that do not answer; where the store itself does not answer, they
-are the ranks of the store's host. A rank that gives up says so under its key, so that the others do not blame it.
+every rank counts up under a key of its own in a store, from a thread, through a connection of its own. When a
+collective fails, the ranks whose count stands still are the ones that do not answer; where the store itself does not
+answer, they are the ranks of the store's host. A rank that gives up says so under its key, and the others do not blame
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nemo_tropd.parallel.topology import Topology
 
 T = TypeVar("T")
 _LEFT = "left:"
-# gloo and Megatron's checkpoint around it raise plain RuntimeErrors; they carry the library's name in the source's path.
+# gloo, and Megatron's checkpoint around it, raise plain RuntimeErrors with the library's name in the source's path.
 _COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore")
 
 
@@ -114,7 +115,7 @@ class RollCall:
         return PeerLost(text)
 
     def _lost_with_store(self, *, refused: bool) -> list[Member]:
-        """Whom a store that does not answer takes along: its host, or where that still refuses, the rank that kept it."""
+        """Whom a store that does not answer takes along: its host, or where that refuses, the rank that kept it."""
         hosts = [m for m in self.members if m.hosts_store and m.rank != self.rank]
         kept_by_rank = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") != "True"
         if refused and kept_by_rank and self.rank != 0:
@@ -170,7 +171,7 @@ class RollCall:
         return [store.get(k).decode() if store.check([k]) else "" for k in self._keys]
 
     def _ask(self, question: Callable[[dist.Store], T]) -> T | RuntimeError | None:
-        """The answer, the store's error, or None where nothing comes in a beat: behind a cut link a client waits long."""
+        """The answer, the store's error, or None where nothing comes in a beat, as behind a cut link."""
         box: list[T | RuntimeError] = []
 
         def ask() -> None:
@@ -220,9 +221,9 @@ def failed_collective(error: BaseException) -> bool:
         if isinstance(seen, dist.DistError):
             return True
         # torch's CheckpointException carries the ranks' own errors as text, and is no Exception.
-        if isinstance(seen, RuntimeError) or type(seen).__name__ == "CheckpointException":
-            if _COLLECTIVE.search(str(seen)):
-                return True
+        told = isinstance(seen, RuntimeError) or type(seen).__name__ == "CheckpointException"
+        if told and _COLLECTIVE.search(str(seen)):
+            return True
         seen = seen.__cause__ or seen.__context__
     return False
 
