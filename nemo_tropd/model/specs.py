@@ -55,7 +55,7 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010 - Module's type knows tensors alone
 
 
 class SegmentAttention(DotProductAttention):

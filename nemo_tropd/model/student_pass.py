@@ -70,7 +70,8 @@ class StudentPass:
     def _loss(
         self, sums: DeviceSums, batch: TokenBatch, teacher: TeacherScores, reference: Tensor | None, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        tokens, weight = batch.loss_tokens(), head_weight(self.ddp.module)
+        tokens = batch.loss_tokens()
+        weight: Any = head_weight(self.ddp.module)  # with the main_grad that Megatron's DDP gives it
         divisor, weights = max(self.loss_tokens, 1), None
         if self.objective.denominator == "sequences":
             weights = sequence_mean_weights(tokens, divisor, max(self.sequences, 1))

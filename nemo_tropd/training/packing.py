@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.parallel.topology import Topology
@@ -28,6 +28,7 @@ def pack_micro_batches(
 
     Every rank must pass the same ``rollouts``. Raises ValueError for one that is longer than a row.
     """
+    lay_out: Callable[..., TokenBatch]
     multiple = topology.tensor_size if topology.sequence_parallel else 1
     if tokens_per_micro_batch is None:
         own = sorted(rollouts[topology.data_rank :: topology.data_size], key=lambda r: -len(r.token_ids))

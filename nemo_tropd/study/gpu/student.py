@@ -1,0 +1,355 @@
+"""The student on a GPU: random weights of a 1.5B model's shape with Transformer Engine layers, through our own passes.
+
+Random weights stand in for real ones: the same speed and memory, and log-probabilities that any mistake in how
+sequences are laid out would change.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from nemo_tropd import objectives
+from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
+from nemo_tropd.config import OptimConfig
+from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.loss.head import head_loss, score_tokens
+from nemo_tropd.model.build import build_gpt, head_weight
+from nemo_tropd.model.forward import run_model
+from nemo_tropd.model.student import data_parallel, recompute_fields
+from nemo_tropd.model.student_pass import StudentPass
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.study.gpu.rows import Row
+from nemo_tropd.study.gpu.teacher import random_weights
+from nemo_tropd.training.optimizer import StudentOptimizer
+from nemo_tropd.training.packing import pack_micro_batches
+
+SHAPE = ModelShape(
+    family="qwen2",
+    layers=28,
+    hidden=1536,
+    ffn=8960,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    vocab_size=151_936,
+    tied=True,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    max_positions=32768,
+    qkv_bias=True,
+    qk_norm=False,
+)
+TOKENS, TOP_K, SEQUENCES = 8192, 64, 16
+LENGTHS = (256, 4096)
+NOISE = 0.01  # nats: mean |difference| of log-probabilities that bf16 may make
+GRADIENT_NOISE = 0.02  # relative: what sums rounded to bf16 may differ by from sums in fp32
+ATTENTION = re.compile(r"flash|fmha|sdpa|attention", re.IGNORECASE)
+PRODUCTS = re.compile(r"gemm|nvjet|xmma|cutlass|cublas", re.IGNORECASE)
+
+
+def check() -> Iterator[Row]:
+    """The points of this subject."""
+    topology = Topology.start(seed=1)
+    try:
+        yield from _points(topology)
+    finally:
+        topology.stop()
+
+
+def _points(topology: Topology) -> Iterator[Row]:
+    model = build_gpt(SHAPE, topology, dtype=torch.bfloat16)
+    random_weights(3, SHAPE.layers)(model)
+    student = data_parallel(model, topology, distributed_optimizer=True)
+    optimizer = StudentOptimizer(
+        OptimConfig(lr=1e-5, distributed=True), student, dtype=torch.bfloat16, clip=1.0, max_steps=10
+    )
+    yield _same_log_probs(student, topology)
+    yield from _one_row(student, topology)
+    yield from _throughput(student, topology)
+    yield _head_gradient(student, topology)
+    yield _layer_gradients(student, topology)
+    yield _optimizer_step(student, optimizer, topology)
+
+
+def _same_log_probs(student: DistributedDataParallel, topology: Topology) -> Row:
+    """Packed, padded and as one unbroken sequence, each against one sequence at a time."""
+    rollouts = _rollouts([700, 33, 1024, 4, 301], seed=1)
+    alone = _log_probs(student, [_padded([r], topology) for r in rollouts], topology)
+    packed = _log_probs(student, [_row(rollouts, topology)], topology)
+    padded = _log_probs(student, [_padded(rollouts, topology)], topology)
+    joined = Rollout(rollouts[0].token_ids[:1], [i for r in rollouts for i in r.token_ids][1:], [], [], 0, 0, 0, True)
+    scored = _row(rollouts, topology).loss_tokens().rows
+    broken = _log_probs(student, [_padded([joined], topology)], topology)[scored]
+    noise, base, contrast = ((x - alone).abs().mean().item() for x in (packed, padded, broken))
+    return Row(
+        "packed sequences, log-probabilities against one sequence at a time",
+        f"mean |difference| {noise:.5f} nats, padded {base:.5f}; without boundaries {contrast:.4f}",
+        f"at most {NOISE} and near padded's; far from unbroken",
+        noise <= min(NOISE, 2 * base + 1e-3) and contrast > 4 * noise,
+    )
+
+
+def _one_row(student: DistributedDataParallel, topology: Topology) -> Iterator[Row]:
+    """Forward and backward, head included, of one full row."""
+    batches = [_row(_rollouts([TOKENS // 4] * 4, seed=2), topology)]
+    step = _pass_of(student, topology, batches)
+    ms, peak = _milliseconds(step), _peak(step)
+    parameters = SHAPE.parameters()
+    rate = 6 * parameters * TOKENS / ms / 1e9
+    yield Row(
+        f"1.5B-shaped, {TOKENS} tokens packed, forward and backward with head",
+        f"{ms:.1f} ms, {TOKENS / ms * 1e3:,.0f} tokens/s, {rate:.0f} TFLOP/s (6 N T, attention apart), "
+        f"peak {peak:.1f} GiB",
+    )
+    yield _shares(step)
+    yield Row("times the host waits for the device in that pass", f"{_waits(step)}")
+    config = student.module.config
+    for name, value in recompute_fields("full").items():
+        setattr(config, name, value)
+    again_ms, again_peak = _milliseconds(step), _peak(step)
+    for name in recompute_fields("full"):
+        setattr(config, name, None)
+    yield Row(
+        "the same with model.recompute=full",
+        f"{again_ms:.1f} ms, {again_ms / ms:.2f} x the time, peak {again_peak:.1f} GiB",
+        "a lower peak",
+        again_peak < peak,
+    )
+
+
+def _throughput(student: DistributedDataParallel, topology: Topology) -> Iterator[Row]:
+    """Sequences of very different lengths: rows of a token budget against padded micro-batches of two."""
+    draw = random.Random(5)
+    rollouts = _rollouts([draw.randint(*LENGTHS) for _ in range(SEQUENCES)], seed=3)
+    count = sum(len(r.token_ids) for r in rollouts)
+    found = {}
+    for name, tokens in (("packed", TOKENS), ("padded", None)):
+        batches = pack_micro_batches(
+            rollouts, topology, micro_batch_size=2, pad_id=0, seed=0, step=0, tokens_per_micro_batch=tokens
+        )
+        step = _pass_of(student, topology, batches)
+        ms = _milliseconds(step, warm=1, repeats=2)
+        computed = sum(b.input_ids.numel() for b in batches)
+        found[name] = count / ms * 1e3
+        yield Row(
+            f"{SEQUENCES} sequences of {LENGTHS[0]} to {LENGTHS[1]} tokens, {name}",
+            f"{found[name]:,.0f} tokens/s; {len(batches)} passes, {computed / count - 1:.1%} padding",
+        )
+    yield Row(
+        "packed against padded",
+        f"{found['packed'] / found['padded']:.2f} x the tokens/s",
+        "no slower",
+        found["packed"] >= found["padded"],
+    )
+
+
+def _head_gradient(student: DistributedDataParallel, topology: Topology) -> Row:
+    """The tied head's weight gradient: into the fp32 buffer, and through autograd in bf16."""
+    batch = _row(_rollouts([TOKENS // 8] * 2, seed=4), topology)
+    weight: Any = head_weight(student.module)  # Megatron's DDP gives it attributes that Parameter does not declare
+    with torch.no_grad():
+        hidden = run_model(student.module, batch)
+    tokens = batch.loss_tokens()
+    head = partial(
+        head_loss,
+        hidden.detach().requires_grad_(),
+        weight,
+        tokens,
+        _teacher(batch),
+        objectives.build("tropd"),
+        scale=1 / len(tokens),
+        group=topology.tensor_group,
+        vocab_size=SHAPE.vocab_size,
+    )
+    (through,) = torch.autograd.grad(head().loss, weight)
+    weight.main_grad.zero_()
+    weight.grad_added_to_main_grad = False
+    torch.autograd.grad(head(accumulate_main_grad=True).loss, weight)
+    error = _relative(through.float(), weight.main_grad)
+    added = bool(weight.grad_added_to_main_grad)
+    student.zero_grad_buffer()
+    return Row(
+        "the head's gradient in the fp32 buffer against autograd's in bf16",
+        f"relative difference {error:.2e}, buffer {weight.main_grad.dtype}",
+        f"at most {GRADIENT_NOISE}",
+        added and 0 <= error <= GRADIENT_NOISE,
+    )
+
+
+def _layer_gradients(student: DistributedDataParallel, topology: Topology) -> Row:
+    """Every parameter's gradient over two rows: products that add to the fp32 buffer, against autograd's in bf16."""
+    batches = [_row(_rollouts([TOKENS // 8] * 2, seed=seed), topology) for seed in (5, 6)]
+    step = _pass_of(student, topology, batches)
+    fused = [m for m in student.module.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
+    gradients: list[list[Tensor]] = []
+    for on in (True, False):
+        for module in fused:
+            module.fuse_wgrad_accumulation = on
+        step()
+        gradients.append([p.main_grad.clone() for p in student.module.parameters()])
+    for module in fused:
+        module.fuse_wgrad_accumulation = True
+    worst = max(_relative(a, b) for a, b in zip(*gradients, strict=True))
+    return Row(
+        "gradients added by Transformer Engine to the fp32 buffer against autograd's",
+        f"{len(fused)} products, largest relative difference of a parameter {worst:.2e}",
+        f"at most {GRADIENT_NOISE}, {4 * SHAPE.layers} products",
+        worst <= GRADIENT_NOISE and len(fused) == 4 * SHAPE.layers,
+    )
+
+
+def _optimizer_step(student: DistributedDataParallel, optimizer: StudentOptimizer, topology: Topology) -> Row:
+    """Clip, Adam on fp32 master weights, bf16 weights written back; by Megatron's distributed optimizer."""
+    batches = [_row(_rollouts([TOKENS // 8] * 2, seed=7), topology)]
+    run = _pass_of(student, topology, batches)
+    before = [p.detach().clone() for p in student.module.parameters()]
+    seconds = []
+    for step in range(3):
+        run()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        result = optimizer.step(step)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    after = list(student.module.parameters())
+    finite = all(bool(p.isfinite().all()) for p in after)
+    moved = sum(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    kind = type(optimizer.megatron).__name__
+    return Row(
+        "one step of the distributed optimizer (first, later)",
+        f"{seconds[0] * 1e3:.0f} ms, {min(seconds[1:]) * 1e3:.1f} ms; {kind}; norm {result.grad_norm:.3g}; "
+        f"{moved} of {len(after)} parameters moved; {torch.cuda.memory_allocated() / 2**30:.1f} GiB held",
+        "applied, finite, most moved",
+        result.applied and finite and moved > len(after) / 2,
+    )
+
+
+def _pass_of(student: DistributedDataParallel, topology: Topology, batches: Sequence[TokenBatch]) -> Callable[[], Any]:
+    """Clears the gradients, then forward and backward of ``batches``."""
+    scores = [_teacher(batch) for batch in batches]
+    count = sum(b.count_loss_tokens for b in batches)
+    options = {"group": topology.tensor_group, "vocab_size": SHAPE.vocab_size}
+    one = StudentPass(
+        student, topology, objectives.build("tropd"), loss_tokens=count, sequences=1, head_options=options
+    )
+
+    def run() -> None:
+        student.zero_grad_buffer()
+        one.run(batches, scores, [None] * len(batches))
+
+    return run
+
+
+@torch.no_grad()
+def _log_probs(student: DistributedDataParallel, batches: Sequence[TokenBatch], topology: Topology) -> Tensor:
+    """[T] of all batches' loss tokens, in order."""
+    found = []
+    for batch in batches:
+        hidden, weight = run_model(student.module, batch), head_weight(student.module)
+        scores = score_tokens(
+            hidden, weight, batch.loss_tokens(), _teacher(batch), group=topology.tensor_group,
+            vocab_size=SHAPE.vocab_size,
+        )  # fmt: skip
+        found.append(scores.student_log_probs)
+    return torch.cat(found)
+
+
+def _teacher(batch: TokenBatch) -> TeacherScores:
+    """A made-up teacher: the pass costs the same whatever it says."""
+    ids = batch.loss_tokens().token_ids
+    generator = torch.Generator(ids.device).manual_seed(9)
+    logits = torch.randn(len(ids), TOP_K, generator=generator, device=ids.device)
+    top = logits.sort(descending=True)[0].log_softmax(-1) - 0.1
+    steps = torch.arange(TOP_K, device=ids.device) * 2311
+    return TeacherScores(top[:, 0], top, (ids[:, None] + steps) % SHAPE.vocab_size)
+
+
+def _rollouts(lengths: Sequence[int], seed: int) -> list[Rollout]:
+    """Random tokens: a prompt of one token, the rest the student's."""
+    generator = torch.Generator().manual_seed(seed)
+    rollouts = []
+    for i, length in enumerate(lengths):
+        ids = torch.randint(0, SHAPE.vocab_size, (length,), generator=generator).tolist()
+        rollouts.append(Rollout(ids[:1], [], ids[1:], [-1.0] * (length - 1), 0, i, i, True))
+    return rollouts
+
+
+def _row(rollouts: Sequence[Rollout], topology: Topology) -> TokenBatch:
+    return TokenBatch.concatenate(rollouts, pad_id=0, seed=0, step=0).to(topology.device)
+
+
+def _padded(rollouts: Sequence[Rollout], topology: Topology) -> TokenBatch:
+    return TokenBatch.pack(rollouts, pad_id=0, seed=0, step=0).to(topology.device)
+
+
+def _shares(run: Callable[[], Any]) -> Row:
+    """Where the device's time goes."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    kernels = [(e.key, e.self_device_time_total) for e in profiler.key_averages() if e.self_device_time_total]
+    total = sum(time for _, time in kernels) or 1
+    attention = [(time, name) for name, time in kernels if ATTENTION.search(name)]
+    products = sum(time for name, time in kernels if PRODUCTS.search(name) and not ATTENTION.search(name))
+    others = sorted(
+        ((t, n) for n, t in kernels if not (ATTENTION.search(n) or PRODUCTS.search(n))), reverse=True
+    )  # fmt: skip
+    kernel = max(attention)[1][:60] if attention else "none seen"
+    rest = ", ".join(f"{n[:40]} {t / total:.1%}" for t, n in others[:3])
+    return Row(
+        "where that time goes",
+        f"matrix products {products / total:.1%}, attention {sum(t for t, _ in attention) / total:.1%} ({kernel}); "
+        f"then {rest}",
+    )
+
+
+def _waits(run: Callable[[], Any]) -> int:
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in seen)
+
+
+def _milliseconds(run: Callable[[], Any], *, warm: int = 2, repeats: int = 4) -> float:
+    """The median of ``repeats`` runs, host time with the device waited for."""
+    times = []
+    for i in range(warm + repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        if i >= warm:
+            times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def _peak(run: Callable[[], Any]) -> float:
+    """GiB allocated at most during ``run``; weights, fp32 gradients and fp32 master weights included."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm().clamp(min=1e-20))
