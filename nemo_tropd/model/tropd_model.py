@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from megatron.core.models.gpt import GPTModel
 from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -51,6 +52,7 @@ class MegatronTrOPDModel(ModelPT):
         objective: see nemo_tropd.objectives.
         student_path, precision, vocab_size: Hugging Face checkpoint, "32" or "bf16", and the tokenizer's true size.
         calibration: the same batches on every data-parallel rank, on which an FP8 teacher is admitted.
+        fill: writes a model's parameters in place; the directories then need no weights, only config.json.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class MegatronTrOPDModel(ModelPT):
         precision: str,
         vocab_size: int,
         calibration: Sequence[TokenBatch] = (),
+        fill: Callable[[GPTModel], None] | None = None,
     ) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), _ours(cfg)))
@@ -75,10 +78,13 @@ class MegatronTrOPDModel(ModelPT):
         self.student = build_gpt(
             self.shape, topology, dtype=self.dtype_of_run, trainable=True, **recompute_fields(self.settings.recompute)
         )
-        load_hf(self.student, student_path, self.shape, topology)
+        if fill is not None:
+            fill(self.student)
+        else:
+            load_hf(self.student, student_path, self.shape, topology)
         self.ddp = data_parallel(self.student, topology, distributed_optimizer=self.settings.optim.distributed)
         teacher_dtype = DTYPES[self.settings.teacher.precision or precision]
-        scorer = partial(TeacherScorer, topology=topology, dtype=teacher_dtype, vocab_size=vocab_size)
+        scorer = partial(TeacherScorer, topology=topology, dtype=teacher_dtype, vocab_size=vocab_size, fill=fill)
         self.teacher = self._build_teacher(scorer, calibration)
         self.sharing = TeacherSharing(self.teacher, topology)
         # G-OPD measures its reward from the student as it was before training.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,9 @@ class EngineSettings:
     """The tokenizer's true size: ids from there on, which are padding, are never drawn. None: the model's rows."""
     refreshable: bool = True
     """False for a frozen model, such as a teacher that writes responses."""
+    weights_shapes: Mapping[str, tuple[int, ...]] | None = None
+    """Shapes of the model's tensors by Hugging Face name, where the folder has a config.json but no weights: they come
+    by ``update_weights``. None: the folder's safetensors files hold them."""
     kv_cache_gib: float | None = 1.0
     """Memory of the key-value cache; None (GPU only) takes what ``gpu_memory_utilization`` leaves."""
     gpu_memory_utilization: float = 0.9
@@ -76,6 +80,8 @@ class EngineSettings:
     @cached_property
     def shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
         """See ``weight_sync.checkpoint_shapes``."""
+        if self.weights_shapes is not None:
+            return dict(self.weights_shapes), frozenset()
         return checkpoint_shapes(self.model_dir)
 
     @cached_property
@@ -106,6 +112,8 @@ class EngineSettings:
             "tensor_parallel_size": self.tensor_parallel,
             "gpu_memory_utilization": self.gpu_memory_utilization,
         }
+        if self.weights_shapes is not None:
+            arguments["load_format"] = "dummy"
         if self.enforce_eager:
             # A seeded request whose prompt is cut in chunks crashes on CPU.
             arguments["enable_chunked_prefill"] = False

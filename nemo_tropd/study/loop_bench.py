@@ -1,0 +1,235 @@
+"""What a step of distillation costs, by phase: ours, and TRL's DistillationTrainer on the same models and rollouts.
+
+Each is measured in a process of its own. Weights are random, so times and memory are those of real models and nothing
+is learnt. The rollouts are written beforehand and the same for both; with ``engine`` ours draws its own with vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.study.loop_case import (
+    PHASES,
+    SHAPES,
+    FixedRollouts,
+    LoopCase,
+    LoopCost,
+    ideal_seconds,
+    peak,
+    write_config,
+)
+
+CPU_CASES = {
+    "tiny": LoopCase("tiny", "tiny", 8, 16, 48, 256, timed=3),
+    "SmolLM2 pair": LoopCase("smollm2-24l", "smollm2-135m", 4, 32, 64, 192),
+}
+GPU_CASES = {
+    "SmolLM2 pair": LoopCase("smollm2-24l", "smollm2-135m", 64, 64, 256, 10240, "bf16", timed=3),
+    "1.5B from 7B": LoopCase("1.5b", "7b", 128, 128, 256, 6144, "bf16", "tensorwise", timed=3),
+}
+
+
+class Apart(RuntimeError):
+    """A measurement failed in its process; the text is its error."""
+
+
+def apart(function: Callable[..., Any], *arguments: Any, limit_s: float = 900.0) -> Any:
+    """``function(*arguments)`` in a process of its own. Raises Apart with its error, or after ``limit_s``."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(limit_s):
+            raise Apart(f"took over {limit_s:.0f} s")
+        kind, value = ours.recv()
+    except EOFError:
+        process.join(5)
+        raise Apart(f"died, exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+    if kind == "error":
+        raise Apart(value)
+    return value
+
+
+def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        pipe.send(("result", function(*arguments)))
+    except BaseException as error:
+        traceback.print_exc()
+        pipe.send(("error", f"{type(error).__name__}: {error}"[:300]))
+
+
+def config_of(case: LoopCase, folder: Path) -> TropdConfig:
+    """A run's configuration for ``case``; model directories are made under ``folder``."""
+    dtype = "bfloat16" if case.precision == "bf16" else "float32"
+    cfg = TropdConfig()
+    cfg.trainer.precision = case.precision
+    cfg.pretrained_checkpoint.restore_from_path = str(write_config(SHAPES[case.student], folder / "student", dtype))
+    m = cfg.model
+    m.global_batch_size, m.encoder_seq_length = case.sequences, case.length
+    m.tokens_per_micro_batch = case.tokens_per_micro_batch
+    m.optim.lr = 1e-6
+    m.tropd.top_k = min(case.top_k, SHAPES[case.student].vocab_size)
+    m.tropd.guidance.enabled = False
+    m.teacher.path = str(write_config(SHAPES[case.teacher], folder / "teacher", dtype))
+    m.teacher.fp8 = case.teacher_fp8
+    m.teacher.admission.prompts = 0  # random weights have nothing to admit
+    m.rollout.samples_per_prompt, m.rollout.max_new_tokens = 1, case.new_tokens
+    m.rollout.dtype = dtype
+    return cfg
+
+
+def fill_random(model: Any) -> None:
+    """Every parameter, in place, as a fresh model has it."""
+    from nemo_tropd.study.gpu.teacher import random_weights
+
+    random_weights(1, len(model.decoder.layers))(model)
+
+
+class OurLoop:
+    """Our trainer's step over ``case``, on the rollouts that ``engine`` makes."""
+
+    def __init__(self, case: LoopCase, folder: Path, topology: Any) -> None:
+        from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+        from nemo_tropd.training.optimizer import StudentOptimizer
+        from nemo_tropd.training.plan import build_objective
+
+        self.case, self.cfg, self.topology = case, config_of(case, folder), topology
+        self.student_dir = folder / "student"
+        self.model = MegatronTrOPDModel(
+            OmegaConf.structured(self.cfg.model),
+            None,
+            topology=topology,
+            objective=build_objective(self.cfg),
+            student_path=self.student_dir,
+            precision=case.precision,
+            vocab_size=SHAPES[case.student].vocab_size,
+            fill=fill_random,
+        )
+        self.optimizer = StudentOptimizer(
+            self.cfg.model.optim, self.model.ddp, dtype=self.model.dtype_of_run, clip=1.0, max_steps=100
+        )
+        self.model.prepare_for_training()
+
+    def run(self, make_engine: Callable[[], Any], first: int = 0) -> LoopCost:
+        """Warm up, then time some steps; ``first`` is the number of the first."""
+        from nemo_tropd.prompts import Prompt, PromptSet
+        from nemo_tropd.rollout.every_rank import EveryRankRollouts
+        from nemo_tropd.rollout.guidance import Guidance
+        from nemo_tropd.training.step import TrainStep
+
+        case, device = self.case, self.topology.device
+        prompts = PromptSet(
+            tuple(Prompt(str(i), "", (), None, tuple(ids), "random") for i, ids in enumerate(case.prompts()))
+        )
+        rollouts = EveryRankRollouts(self.topology, make_engine, self.model.device_stream)
+        self.model.attach_rollouts(rollouts)
+        step = TrainStep(
+            self.cfg,
+            model=self.model,
+            optimizer=self.optimizer,
+            rollouts=rollouts,
+            prompts=prompts,
+            guidance=Guidance(seed=1, total_steps=100, max_new_tokens=case.new_tokens),
+            topology=self.topology,
+            pad_id=0,
+        )
+        records = []
+        try:
+            self.model.finish_training_step(first)
+            rollouts.refresh(first)
+            for number in range(first, first + case.warmup + case.timed):
+                if number == first + case.warmup and device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                records.append(step.run(number, keep_tokens=False).values)
+            memory, of = peak(device)
+        finally:
+            rollouts.close()
+        timed = records[case.warmup :]
+        seconds = {name: statistics.median(r[f"seconds/{name}"] for r in timed) for name in PHASES}
+        cost = LoopCost(seconds, statistics.median(r["seconds/step"] for r in timed), memory, of)
+        cost.notes["mismatch"] = statistics.median(r.get("mismatch_mean_abs", float("nan")) for r in timed)
+        return cost
+
+
+def measure_ours(case: LoopCase, folder: str) -> LoopCost:
+    """Our step on fixed rollouts."""
+    from nemo_tropd.parallel.topology import Topology
+
+    topology = Topology.start(seed=1)
+    try:
+        cost = OurLoop(case, Path(folder), topology).run(lambda: FixedRollouts(case.completions()))
+        cost.matrix_share = ideal_seconds(case, topology.device) / cost.not_rollout_s
+    finally:
+        topology.stop()
+    return cost
+
+
+def measure_trl(case: LoopCase, folder: str) -> LoopCost:
+    """TRL's step on the same rollouts (see ``loop_trl``)."""
+    from nemo_tropd.study.loop_trl import measure
+
+    return measure(case, Path(folder))
+
+
+def missing_for_trl() -> list[str]:
+    """What TRL needs and is not installed here."""
+    return [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
+
+
+def bench(cases: dict[str, LoopCase], *, trl: bool = True, limit_s: float = 900.0) -> str:
+    """Measure all cases, print a table, return it as Markdown."""
+    lines = [
+        "| pair, tokens in the loss | | rollout | teacher | student | optimizer | refresh | outside rollouts, s "
+        "| tokens/s outside rollouts | matrix products | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in cases.items():
+        for who, measure in (("**ours**", measure_ours), ("TRL DistillationTrainer", measure_trl)):
+            label = f"| {name}, {case.tokens:,} | {who} |"
+            if measure is measure_trl and (not trl or (missing := missing_for_trl())):
+                lines.append(f"{label} {'left out' if not trl else 'not installed: ' + ', '.join(missing)}" + " |" * 9)
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    cost = apart(measure, case, folder, limit_s=limit_s)
+                except Apart as error:
+                    lines.append(f"{label} failed: {error}" + " |" * 9)
+                    continue
+            lines.append(label + _cells(case, cost))
+    _show(lines)
+    return "\n".join(lines) + "\n"
+
+
+def _cells(case: LoopCase, cost: LoopCost) -> str:
+    phases = [f"{cost.seconds[p]:.3f}" if p in cost.seconds else "" for p in PHASES]
+    share = f"{cost.matrix_share:.0%}" if cost.matrix_share is not None else ""
+    rest = [f"{cost.not_rollout_s:.3f}", f"{case.tokens / cost.not_rollout_s:,.0f}", share, f"{cost.peak_gib:.2f}"]
+    return " " + " | ".join([*phases, *rest]) + " |"
+
+
+def _show(lines: Sequence[str]) -> None:
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    table = Table(*header, title=f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sys.platform}")
+    for row in rows:
+        table.add_row(*(cell.replace("**", "") for cell in row))
+    Console(width=170).print(table)
