@@ -154,11 +154,11 @@ class AdmissionConfig:
 
     prompts: int = 16
     """Held-out prompts, with the teacher's responses, to measure on; 0 runs unmeasured."""
-    top_k_kl: float = 0.03
+    top_k_kl: float = 0.06
     """Nats a token: KL from bf16 to FP8 over bf16's 64 best tokens and one bucket for all others."""
-    gate_flips: float = 0.04
+    gate_flips: float = 0.07
     """Share of tokens whose Bernoulli gate falls the other way under the run's own draws."""
-    ratio_error: float = 0.2
+    ratio_error: float = 0.4
     """Nats: mean |difference| of R = log pi_T - log pi_S."""
 
 
