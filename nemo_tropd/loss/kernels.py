@@ -27,6 +27,7 @@ ALIGN = 16  # columns: 128-bit accesses for every dtype
 TILE = 4096  # columns a program handles at a time
 WARPS = 8
 GRADIENT_TILE = 4096
+COLLECT_TILE = 1024
 # Sizes of the sub-blocks whose maxima are kept for the top k: the largest that still leaves four blocks a candidate.
 SUB_BLOCKS = (256, 128, 64, 32)
 
@@ -243,11 +244,11 @@ def _collect_kernel(
                 g = i * GROUP + tl.arange(0, GROUP)
                 block = tl.load(lists + r * LIST + g, mask=g < listed, other=0)
                 o = block[:, None] * SUB + tl.arange(0, SUB)[None, :]
-                inside = (g < listed)[:, None] & (o < width)
+                x = tl.load(base + o, mask=(g < listed)[:, None] & (o < limit), other=lowest).to(tl.float32)
+                kept = (g < listed)[:, None] & (o < width) & (_key(x) >= threshold)
                 o = tl.reshape(o, (GROUP * SUB,))
-                inside = tl.reshape(inside, (GROUP * SUB,))
-                key = _key(tl.load(base + o, mask=inside, other=lowest).to(tl.float32))
-                kept = inside & (key >= threshold)
+                key = tl.reshape(_key(x), (GROUP * SUB,))
+                kept = tl.reshape(kept, (GROUP * SUB,))
                 place = found + tl.cumsum(kept.to(tl.int32), 0) - 1
                 here = kept & (place < CAP)
                 tl.store(keys_out + r * CAP + place, key, mask=here)
@@ -256,6 +257,7 @@ def _collect_kernel(
         if (listed > LIST) | (found > CAP):
             # Too many ties or too flat a row: the exact k-th key of the whole row, then what lies above it, then of its
             # equals the lowest ids. Slow and rare.
+            tl.debug_barrier()  # what was collected above is overwritten, by other threads
             threshold = tl.full((), 0, tl.uint32)
             bit = tl.full((), 2147483648, tl.uint32)
             for _ in range(0, 32 - LOW_BIT):
@@ -347,8 +349,8 @@ def top_k(
     _collect_kernel[grid](
         logits, thresholds, lists, list_counts, keys, candidates, counts,
         rows, logits.stride(0), width, aligned(width), k,
-        LIST=room, CAP=room, SUB=sub_block, GROUP=max(1, 2048 // sub_block), TILE=2048, LOW_BIT=low_bit,
-        num_warps=WARPS,
+        LIST=room, CAP=room, SUB=sub_block, GROUP=max(1, COLLECT_TILE // sub_block), TILE=COLLECT_TILE,
+        LOW_BIT=low_bit, num_warps=4,
     )  # fmt: skip
     _rank_kernel[grid](keys, candidates, counts, values, ids, rows, k, CAP=room, PART=32, num_warps=4)
     return values, ids

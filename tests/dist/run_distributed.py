@@ -47,7 +47,7 @@ def run_distributed(
             process = context.Process(
                 target=_child, args=(theirs, fn, rank, world_size, args, timeout_s, init_gloo), name=f"rank{rank}"
             )
-            with _environment(_child_environment(rank, world_size, port)):
+            with environment(_child_environment(rank, world_size, port)):
                 process.start()
             theirs.close()
             processes.append(process)
@@ -145,7 +145,7 @@ def _child_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
