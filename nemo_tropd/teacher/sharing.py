@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -42,12 +43,12 @@ class TeacherSharing:
 
         ``batches`` are the same number on every rank.
         """
-        options = {"top_k": top_k, "entropy": entropy, "chunk_tokens": chunk_tokens}
+        score = partial(self.teacher.score, top_k=top_k, entropy=entropy, chunk_tokens=chunk_tokens)
         if not self.own_degree:
-            return self.teacher.score(batches, **options)
+            return score(batches)
         jobs = self._jobs(self._all_batches(batches))
         mine = [(owner, i, batch) for owner, i, batch in jobs if self.ranks.scorer_of(owner, i) == self.replica]
-        scored = self.teacher.score([batch for _, _, batch in mine], **options)
+        scored = score([batch for _, _, batch in mine])
         found = {i: s for (owner, i, _), s in zip(mine, scored, strict=True) if owner == self.owner}
         if self.ranks.replicas == 1:
             return [found[i] for i in range(len(batches))]

@@ -8,35 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from nemo_tropd.config import ConfigError, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
+from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, build, parameters
+from nemo_tropd.planner.machine import GIB, Machine, host_bytes
+from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
+from nemo_tropd.planner.roles import roles
+from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
+from nemo_tropd.planner.wire import Wire, estimate_wire
 from nemo_tropd.prompts import PromptError, PromptKeys, PromptSplit, load_prompts
 from nemo_tropd.training.answers import AnswerError, exact_match
-
-GIB = 2**30
-BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes of one rank, by part."""
-
-    student_weights: float
-    gradients: float
-    optimizer: float
-    teacher: float
-    activations: float
-    head: float
-    engine: float  # of the rank that owns the engine
-
-    @property
-    def total(self) -> float:
-        """All parts together."""
-        return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,9 @@ class Plan:
     pad_id: int
     prompts: PromptSplit
     objective: Objective
+    machine: Machine
     memory: Memory
+    wire: Wire
     run_dir: Path
 
 
@@ -94,6 +82,9 @@ def make_plan(cfg: TropdConfig) -> Plan:
         split=cfg.model.data.split,
     )
     _check_answers(prompts)
+    machine = machine_of(cfg)
+    memory = estimate(cfg, student, teacher, machine)
+    check_memory(cfg, memory, machine)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Plan(
         student=student,
@@ -103,7 +94,9 @@ def make_plan(cfg: TropdConfig) -> Plan:
         pad_id=int(pad or 0),
         prompts=prompts,
         objective=objective,
-        memory=estimate_memory(cfg, student, teacher),
+        machine=machine,
+        memory=memory,
+        wire=estimate_wire(cfg, student, teacher, machine),
         run_dir=directory,
     )
 
@@ -187,13 +180,6 @@ def _shared_tokenizer(
     return ours, size
 
 
-def true_vocab_size(path: Path) -> int:
-    """The size of the tokenizer in the checkpoint at ``path``: its largest id and one."""
-    from transformers import AutoTokenizer
-
-    return max(AutoTokenizer.from_pretrained(path, local_files_only=True).get_vocab().values()) + 1
-
-
 def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
     """The run directory can be written, and resuming is wanted where it holds a run. Creates nothing that stays."""
     parent = directory
@@ -214,33 +200,24 @@ def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
         )
 
 
-def estimate_memory(cfg: TropdConfig, student: ModelShape, teacher: ModelShape) -> Memory:
-    """Bytes a rank: what the layout divides is divided.
+def machine_of(cfg: TropdConfig) -> Machine:
+    """The GPU that ``trainer.gpu_memory_gib`` gives or this process has, else this host.
 
-    Activations of a layer by Korthikanti et al. 2022 (arXiv 2205.05198, Eq. 2), attention scores included; the head
-    holds two chunks of fp32 logits and the gradient of the hidden states.
+    Raises:
+        ConfigError: a GPU is given, this machine has none, and more than the plan is asked for.
     """
-    m, t = cfg.model, cfg.trainer
-    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
-    data = t.num_nodes * t.devices // (tp * pp)
-    own = student.parameters() / (tp * pp)
-    width = BYTES[t.precision]
-    states = (12 if t.precision == "bf16" else 8) * own / (data if m.optim.distributed else 1)
-    teacher_width = BYTES[m.teacher.precision or t.precision]
-    s, b, h, a = m.encoder_seq_length, m.micro_batch_size, student.hidden, student.heads
-    layer = s * b * h * (10 + 24 / tp) * width / 2 + 5 * a * s * s * b / tp * width / 2
-    chunk = m.tropd.chunk_tokens or 1024
-    vocab = student.padded_vocab(tp) / tp
-    engine = student.parameters() * BYTES[m.rollout.dtype] + m.rollout.kv_cache_gib * GIB
-    return Memory(
-        student_weights=own * width,
-        gradients=own * 4,
-        optimizer=states,
-        teacher=teacher.parameters() / (tp * pp) * teacher_width,
-        activations=layer * student.layers / pp,
-        head=min(chunk, s * b) * vocab * 8 + s * b * h * width,
-        engine=engine,
-    )
+    key, given = "trainer.gpu_memory_gib", cfg.trainer.gpu_memory_gib
+    if torch.cuda.is_available():
+        found = float(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
+        size = found if given is None else min(found, given * GIB)
+        return Machine("gpu", size, CHUNK_BYTES["cuda"], "this GPU" if size == found else key)
+    if given is None:
+        return Machine("cpu", host_bytes(), CHUNK_BYTES["cpu"], "this host, all its ranks together")
+    if not cfg.check_only:
+        raise ConfigError(
+            key, given, "this machine has no GPU: set it to null to run on CPU, or check_only=true to see the plan"
+        )
+    return Machine("gpu", given * GIB, CHUNK_BYTES["cuda"], key)
 
 
 def print_plan(cfg: TropdConfig, plan: Plan) -> None:
@@ -258,10 +235,11 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
         ("objective", repr(plan.objective)),
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
-        ("a step", f"{m.global_batch_size} rollouts, at most {tokens_a_step(cfg)} tokens in the loss"),
+        ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
-        *((f"memory: {k.replace('_', ' ')}", f"{v / GIB:.2f} GiB") for k, v in vars(plan.memory).items()),
-        ("memory of a rank", f"{plan.memory.total / GIB:.2f} GiB, the engine's owner; others without the engine"),
+        *roles(cfg, plan.machine),
+        *memory_lines(plan.memory, plan.machine),
+        *(("sent by a rank in a step: " + kind, gib(size)) for kind, size in plan.wire.kinds.items() if size),
     ):
         table.add_row(label, value)
     Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100)).print(table)
@@ -269,11 +247,6 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
 
 def _sequence(m: Any) -> str:
     return ", sequence parallel" if m.sequence_parallel else ""
-
-
-def tokens_a_step(cfg: TropdConfig) -> int:
-    """The most tokens that can enter the loss of one step; a teacher prefix counts among max_new_tokens."""
-    return cfg.model.global_batch_size * cfg.model.rollout.max_new_tokens
 
 
 def describe(shape: ModelShape) -> str:

@@ -23,7 +23,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_file_holds_only_known_keys(path: Path) -> None:
     check_file(path)
-    if path.stem != "base":
+    if path.stem not in ("base", "gpu"):
         assert compose_config([], path.stem).name
 
 

@@ -42,6 +42,29 @@ def test_a_plan_is_made_and_printed(tiny: TinyRun, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_for_a_gpu_that_is_not_here(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    keys = {"trainer.gpu_memory_gib": 40}
+    with pytest.raises(ConfigError, match=r"gpu_memory_gib = 40\.0: this machine has no GPU: set it to null"):
+        plan(tiny, tmp_path / "run", **keys)
+    cfg = compose_config(tiny.overrides(tmp_path / "run", **keys, check_only=True, data=2))
+    made = make_plan(cfg)
+    print_plan(cfg, made)
+    shown = capsys.readouterr().out
+    assert made.machine.kind == "gpu" and "40.00 GiB, trainer.gpu_memory_gib" in shown and "2 engines" in shown
+    with pytest.raises(ConfigError, match=r"trainer\.devices = 1: the plan needs 3\.\d+ GiB .*No one part is as large"):
+        plan(tiny, tmp_path / "run", **{"trainer.gpu_memory_gib": 3}, check_only=True)
+
+
+def test_more_than_the_host_has_is_refused(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("nemo_tropd.training.plan.host_bytes", lambda: 2.0 * 2**30)
+    with pytest.raises(ConfigError, match=r"the plan needs .* \(2 ranks of .* on a host\) .* there are 2\.00 GiB"):
+        plan(tiny, tmp_path / "run", data=2)
+
+
 def test_missing_checkpoint(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"restore_from_path = '/nowhere'.*no such directory"):
         plan(tiny, tmp_path, **{"pretrained_checkpoint.restore_from_path": "/nowhere"})

@@ -1,0 +1,266 @@
+"""Bytes of one rank: what it always holds, and what each phase of a step adds.
+
+Activations are counted tensor by tensor as Megatron's layers keep them for the backward pass (no attention scores:
+FlashAttention, and torch's on CPU, keep none); Korthikanti et al. 2022 (arXiv 2205.05198) count the same way. A plan is
+for the worst case of its settings: full rows, responses of the greatest length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.parallel.ranks import RankLayout
+from nemo_tropd.planner.machine import ASLEEP, CPU_ENGINE, FRAGMENTATION, GIB, Machine
+
+BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
+FP32 = 4
+# Bytes of a position of a micro-batch's tensors: ids, positions and labels in int64, three masks, two floats.
+BATCH_POSITION = 35
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of the rank that needs most.
+
+    ``resident`` is held all through a run; of ``phases`` one is held at a time, each by its parts. ``engine`` is the
+    rollout engine's own process, on the leader's GPU or host, all through a run; an engine in the ranks' processes is
+    among the parts.
+    """
+
+    resident: Mapping[str, float]
+    phases: Mapping[str, Mapping[str, float]]
+    engine: float
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def rank(self) -> float:
+        """A rank's peak."""
+        return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
+
+    @property
+    def total(self) -> float:
+        """The peak of the rank beside the engine."""
+        return self.rank + self.engine
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How one model is split."""
+
+    tensor: int
+    pipeline: int
+    sequence: int  # what divides the hidden states between the layers' products: tensor under sequence parallelism
+
+
+def layout(cfg: TropdConfig) -> RankLayout:
+    """The ranks of a checked configuration."""
+    m, t = cfg.model, cfg.trainer
+    return RankLayout(
+        t.num_nodes * t.devices,
+        m.tensor_model_parallel_size,
+        m.pipeline_model_parallel_size,
+        m.teacher.tensor_model_parallel_size,
+    )
+
+
+def student_degrees(cfg: TropdConfig) -> Degrees:
+    """The student's."""
+    m = cfg.model
+    tensor = m.tensor_model_parallel_size
+    return Degrees(tensor, m.pipeline_model_parallel_size, tensor if m.sequence_parallel else 1)
+
+
+def teacher_degrees(cfg: TropdConfig) -> Degrees:
+    """The teacher's: the student's, or its own degree, which knows no pipeline and no sequence parallelism."""
+    ranks = layout(cfg)
+    return student_degrees(cfg) if ranks.teacher_tensor is None else Degrees(ranks.teacher_degree, 1, 1)
+
+
+def row_tokens(cfg: TropdConfig) -> int:
+    """Positions of the largest micro-batch."""
+    m = cfg.model
+    return m.tokens_per_micro_batch or m.micro_batch_size * m.encoder_seq_length
+
+
+def loss_tokens(cfg: TropdConfig) -> int:
+    """The most tokens that can enter the loss of one step; a teacher prefix counts among max_new_tokens."""
+    return cfg.model.global_batch_size * cfg.model.rollout.max_new_tokens
+
+
+def positions(cfg: TropdConfig) -> int:
+    """The most positions of one step, over all data-parallel ranks, prompts included."""
+    m = cfg.model
+    return m.global_batch_size * min(m.encoder_seq_length, m.data.max_prompt_tokens + m.rollout.max_new_tokens)
+
+
+def stage_parameters(shape: ModelShape, degrees: Degrees) -> tuple[float, float]:
+    """(numbers in the layers, numbers in embedding and head) of the fullest rank, the vocabulary padded."""
+    layers = [0.0] * degrees.pipeline
+    ends = [0.0] * degrees.pipeline
+    vocabulary = shape.padded_vocab(degrees.tensor) / degrees.tensor * shape.hidden
+    for row in shape.rows():
+        stage = row.stage(shape, degrees.pipeline)
+        if row.layout == "vocabulary":
+            ends[stage] += vocabulary
+        else:
+            numbers = sum(math.prod(shape.size(d) for d in dimensions) for _, dimensions in row.hf)
+            layers[stage] += numbers / (1 if row.split_dimension is None else degrees.tensor)
+    if shape.tied and degrees.pipeline > 1:
+        ends[-1] += vocabulary  # the head's copy of the embedding
+    fullest = max(range(degrees.pipeline), key=lambda stage: layers[stage] + ends[stage])
+    return layers[fullest], ends[fullest]
+
+
+def teacher_weights(cfg: TropdConfig, teacher: ModelShape) -> float:
+    """Bytes of the teacher's weights on the fullest rank.
+
+    In FP8 a number of a layer takes one byte, and a 128 x 128 block (or a tensor) a scale of four; mxfp8 a byte for
+    each 32. Embedding and head stay in bf16, and so do as many layers at each end as the settings say.
+    """
+    t = cfg.model.teacher
+    width = BYTES[t.precision or cfg.trainer.precision]
+    degrees = teacher_degrees(cfg)
+    layers, ends = stage_parameters(teacher, degrees)
+    if t.fp8 is None or not t.fp8_param:
+        return (layers + ends) * width
+    wide = min(2 * t.fp8_first_last_bf16, teacher.layers) / teacher.layers
+    narrow = 1 + {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}.get(t.fp8, 0.0)
+    return layers * (wide * width + (1 - wide) * narrow) + ends * width
+
+
+def layer_activations(shape: ModelShape, degrees: Degrees, width: int, *, fused: bool) -> tuple[float, float, float]:
+    """Bytes a position of one layer: (kept outside the feed-forward part, kept in it, the input alone).
+
+    ``fused`` activations keep their input alone, others the gate's output, too.
+    """
+    h, f, q, kv = (shape.size(d) for d in ("hidden", "ffn", "q", "kv"))
+    # Two residuals and two norms' outputs; queries, keys, values after rotation and before their norms; the context.
+    attention = 4 * h / degrees.sequence + (2 * q + 2 * kv + (q + kv if shape.qk_norm else 0)) / degrees.tensor
+    feed_forward = (3 if fused else 4) * f / degrees.tensor
+    statistics = FP32 * (shape.heads / degrees.tensor + 2)
+    return width * attention + statistics, width * feed_forward, width * h / degrees.sequence
+
+
+def student_activations(cfg: TropdConfig, shape: ModelShape, machine: Machine) -> dict[str, float]:
+    """Kept for the backward pass by all micro-batches in flight, and what one layer's passes need besides."""
+    degrees, width, rows = student_degrees(cfg), BYTES[cfg.trainer.precision], row_tokens(cfg)
+    attention, feed_forward, entry = layer_activations(shape, degrees, width, fused=machine.kind == "gpu")
+    mode = cfg.model.recompute
+    kept = {None: attention + feed_forward, "selective": attention, "full": entry}[mode]
+    again = {None: 0.0, "selective": feed_forward, "full": attention + feed_forward}[mode]
+    in_flight = min(degrees.pipeline, micro_batches(cfg))
+    # Backward holds the gradients of a layer's widest tensors, and of the hidden states, at once.
+    h, f = shape.hidden, shape.ffn
+    working = again + width * (3 * f / degrees.tensor + 3 * h)
+    # The embedding's output, the last norm's input and output.
+    ends = 3 * width * h / degrees.sequence
+    return {
+        "activations": rows * (kept * shape.layers / degrees.pipeline * in_flight + ends),
+        "backward of one layer": rows * working,
+    }
+
+
+def micro_batches(cfg: TropdConfig) -> int:
+    """Micro-batches of one data-parallel rank and step where all responses have the greatest length."""
+    data = layout(cfg).data
+    if cfg.model.tokens_per_micro_batch is None:
+        return math.ceil(cfg.model.global_batch_size / data / cfg.model.micro_batch_size)
+    return math.ceil(positions(cfg) / data / cfg.model.tokens_per_micro_batch)
+
+
+def head(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine, *, gradient: bool) -> float:
+    """The chunked head: logits of the chunks in flight, and for the student both gradients."""
+    width, rows = BYTES[cfg.trainer.precision], row_tokens(cfg)
+    columns = shape.padded_vocab(degrees.tensor) / degrees.tensor
+    copies = 2 * width if machine.kind == "gpu" else width + (FP32 if width < FP32 else 0)
+    chunk = cfg.model.tropd.chunk_tokens
+    logits = min(columns * copies * (chunk or rows), math.inf if chunk else machine.chunk_bytes)
+    if not gradient:
+        return logits
+    # The weight's gradient is summed in fp32, and given to autograd once more in the weight's own type.
+    weight = columns * shape.hidden * (FP32 + width)
+    hidden = rows * shape.hidden * width * (1 if degrees.sequence == 1 else 2)
+    return logits + weight + hidden
+
+
+def optimizer_bytes(cfg: TropdConfig, numbers: float) -> float:
+    """Master weights where the model's are not fp32, and the optimizer's moments, all in fp32."""
+    moments = {"adam": 2, "sgd": 1}[cfg.model.optim.name]
+    master = 1 if cfg.trainer.precision == "bf16" else 0
+    return FP32 * (moments + master) * numbers / (layout(cfg).data if cfg.model.optim.distributed else 1)
+
+
+def placement(cfg: TropdConfig, machine: Machine) -> str:
+    """process or colocated: what ``model.rollout.placement`` means on ``machine``."""
+    chosen = cfg.model.rollout.placement
+    if chosen != "auto":
+        return chosen
+    return "colocated" if machine.kind == "gpu" and cfg.model.pipeline_model_parallel_size == 1 else "process"
+
+
+def engine_bytes(cfg: TropdConfig, student: ModelShape, machine: Machine) -> float:
+    """The rollout engine: on a GPU the share of it that vLLM is given, on CPU weights, cache and processes."""
+    r = cfg.model.rollout
+    if machine.kind == "gpu":
+        return r.gpu_memory_utilization * machine.bytes
+    return student.parameters() * BYTES[r.dtype] + r.kv_cache_gib * GIB + CPU_ENGINE
+
+
+def estimate(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> Memory:
+    """The memory of a checked configuration on ``machine``."""
+    own, theirs = student_degrees(cfg), teacher_degrees(cfg)
+    ranks, width, rows = layout(cfg), BYTES[cfg.trainer.precision], row_tokens(cfg)
+    numbers = sum(stage_parameters(student, own))
+    frozen = teacher_weights(cfg, teacher)
+    tokens = loss_tokens(cfg) / ranks.data
+    scores = tokens * (FP32 + cfg.model.tropd.top_k * (FP32 + 8))
+    batches = positions(cfg) / ranks.data * BATCH_POSITION
+    attention, feed_forward, _ = layer_activations(teacher, theirs, width, fused=machine.kind == "gpu")
+    scoring = {
+        "teacher's layer": rows * (attention + feed_forward),
+        "teacher's head": head(cfg, teacher, theirs, machine, gradient=False),
+    }
+    training = {
+        **student_activations(cfg, student, machine),
+        "head": head(cfg, student, own, machine, gradient=True),
+    }
+    phases: dict[str, dict[str, float]] = {
+        "teacher scores": scoring,
+        "student passes": training,
+        "optimizer step": {"largest update": 2 * FP32 * _largest(student, own)},
+        "weights to the engine": {"gathered tensors": 3 * student.vocab_size * student.hidden * width},
+    }
+    resident = {
+        "process": machine.process,
+        "student": numbers * width,
+        "gradients": numbers * FP32,
+        "optimizer": optimizer_bytes(cfg, numbers),
+        "teacher": frozen,
+        "micro-batches and scores": batches + scores,
+    }
+    if cfg.model.teacher.offload:
+        scoring["teacher"] = resident.pop("teacher")
+    if machine.kind == "gpu":
+        resident["fragments"] = FRAGMENTATION * machine.bytes
+    engine = engine_bytes(cfg, student, machine)
+    if placement(cfg, machine) == "process":
+        return Memory(resident, phases, engine)
+    if cfg.model.rollout.sleep:
+        resident["engine asleep"] = ASLEEP
+        phases["rollouts"] = {"engine awake": engine - ASLEEP}
+    else:
+        resident["engine"] = engine
+    return Memory(resident, phases, 0.0)
+
+
+def _largest(shape: ModelShape, degrees: Degrees) -> float:
+    """Numbers of a rank's largest parameter."""
+    return max(shape.padded_vocab(degrees.tensor) * shape.hidden, 2 * shape.ffn * shape.hidden) / degrees.tensor

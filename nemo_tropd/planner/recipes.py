@@ -1,0 +1,110 @@
+"""The recipes in ``conf/`` for GPUs: composed, planned, and the line that each of them carries about itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config_checks import check_command_line, resolve
+from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.machine import GIB, Machine
+from nemo_tropd.planner.memory import Memory, estimate, layout, loss_tokens, student_degrees, teacher_degrees
+from nemo_tropd.planner.shapes import known_shape
+from nemo_tropd.planner.verdict import check_memory
+from nemo_tropd.planner.wire import Wire, estimate_wire
+
+MARK = "# Plan: "
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One file, planned for the GPU it names in ``trainer.gpu_memory_gib``."""
+
+    path: Path
+    cfg: TropdConfig
+    student: ModelShape
+    teacher: ModelShape
+    machine: Machine
+    memory: Memory
+    wire: Wire
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def line(self) -> str:
+        """Layout, tokens a step and memory a GPU, as the file must state them."""
+        ranks, m = layout(self.cfg), self.cfg.model
+        own = f", teacher tensor {ranks.teacher_tensor}" if ranks.teacher_tensor is not None else ""
+        sequence = " with sequence parallel" if m.sequence_parallel else ""
+        return (
+            f"{MARK}{ranks.world_size} GPUs = tensor {ranks.tensor}{sequence} x pipeline {ranks.pipeline} x data "
+            f"{ranks.data}{own}; at most {loss_tokens(self.cfg):,} tokens a step; "
+            f"{self.memory.total / 1e9:.0f} GB of {self.machine.bytes / 1e9:.0f} a GPU."
+        ).replace("1 GPUs", "1 GPU", 1 if ranks.world_size == 1 else 0)
+
+
+def plan_recipe(path: Path, chunk_bytes: float, overrides: Mapping[str, object] | None = None) -> Recipe:
+    """Compose ``path`` with ``overrides`` and plan it, from the public shapes; no GPU and no checkpoint is needed.
+
+    Raises:
+        ConfigError: a setting that cannot work, a layout that the models do not split into, or too little memory.
+    """
+    given = [f"{key}={value}" for key, value in (overrides or {}).items()]
+    with _no_launcher():
+        cfg = resolve(check_command_line([f"--config-name={path.stem}", *given], path.parent.absolute()))
+    if cfg.trainer.gpu_memory_gib is None:
+        raise ConfigError("trainer.gpu_memory_gib", None, f"{path.name} is no recipe for a GPU: it names none")
+    machine = Machine("gpu", cfg.trainer.gpu_memory_gib * GIB, chunk_bytes, "trainer.gpu_memory_gib")
+    student = _shape("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path)
+    teacher = _shape("model.teacher.path", cfg.model.teacher.path)
+    for shape, degrees in ((student, student_degrees(cfg)), (teacher, teacher_degrees(cfg))):
+        shape.check_layout(degrees.tensor, degrees.pipeline)
+    memory = estimate(cfg, student, teacher, machine)
+    check_memory(cfg, memory, machine)
+    wire = estimate_wire(cfg, student, teacher, machine)
+    return Recipe(path, cfg, student, teacher, machine, memory, wire)
+
+
+def gpu_recipes(conf: Path) -> list[Path]:
+    """The files that are runs on GPUs: those over ``gpu.yaml``."""
+    return [p for p in sorted(conf.glob("*.yaml")) if "\n  - gpu\n" in p.read_text(encoding="utf-8")]
+
+
+def write_lines(conf: Path, chunk_bytes: float) -> list[Path]:
+    """Put each recipe's line into its file, in place of the one there; returns the files that changed."""
+    changed = []
+    for path in gpu_recipes(conf):
+        text = path.read_text(encoding="utf-8")
+        comments = [line for line in text.splitlines() if line.startswith("#") and not line.startswith(MARK)]
+        rest = [line for line in text.splitlines() if not line.startswith("#")]
+        new = "\n".join([*comments, plan_recipe(path, chunk_bytes).line, *rest]) + "\n"
+        if new != text:
+            partial = path.with_suffix(".yaml.tmp")
+            partial.write_text(new, encoding="utf-8")
+            partial.replace(path)
+            changed.append(path)
+    return changed
+
+
+def _shape(key: str, path: str) -> ModelShape:
+    shape = known_shape(path)
+    if shape is None:
+        raise ConfigError(key, path, "is not among the architectures of nemo_tropd/planner/shapes.py; add it there")
+    return shape
+
+
+@contextmanager
+def _no_launcher() -> Iterator[None]:
+    """A recipe is planned for the world it names, whatever world torchrun has started here."""
+    world = os.environ.pop("WORLD_SIZE", None)
+    try:
+        yield
+    finally:
+        if world is not None:
+            os.environ["WORLD_SIZE"] = world

@@ -1,0 +1,61 @@
+"""Which rank does what, as a few lines for a person."""
+
+from __future__ import annotations
+
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.parallel.ranks import RankLayout, nodes_of
+from nemo_tropd.planner.machine import Machine
+from nemo_tropd.planner.memory import layout, placement
+
+
+def engine_groups(cfg: TropdConfig, machine: Machine) -> list[tuple[int, ...]]:
+    """The ranks that hold each rollout engine: the leader alone beside its engine's process, or in each tensor-parallel
+    group one engine in the ranks' own processes."""
+    ranks = layout(cfg)
+    if placement(cfg, machine) == "process":
+        return [(0,)]
+    return [ranks.tensor_group(first) for first in range(0, ranks.world_size, ranks.tensor)]
+
+
+def roles(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
+    """(role, which ranks) of a run, one line a role; says where a tensor-parallel group lies on several nodes."""
+    ranks, devices = layout(cfg), cfg.trainer.devices
+    student = [ranks.tensor_group(first) for first in range(0, ranks.world_size, ranks.tensor)]
+    lines = [
+        ("leader", "rank 0: prompts, metrics, checkpoints' order, report"),
+        ("student", _groups(student, "tensor group", devices) + _pipeline(ranks)),
+        ("teacher", _teacher(ranks, devices)),
+    ]
+    engines = engine_groups(cfg, machine)
+    where = "a process beside rank 0" if engines == [(0,)] else _groups(engines, "engine", devices)
+    if placement(cfg, machine) == "colocated":
+        where += ", in the ranks' own processes" + (", asleep while they train" if cfg.model.rollout.sleep else "")
+    return [*lines, ("rollouts", where)]
+
+
+def _pipeline(ranks: RankLayout) -> str:
+    if ranks.pipeline == 1:
+        return ""
+    stages = (f"{s * ranks.stage_size}-{(s + 1) * ranks.stage_size - 1}" for s in range(ranks.pipeline))
+    return f"; stages {', '.join(stages)}"
+
+
+def _teacher(ranks: RankLayout, devices: int) -> str:
+    if ranks.teacher_tensor is None:
+        return "split as the student is, on the same ranks"
+    text = _groups(list(ranks.teacher_groups()), "group", devices)
+    if ranks.owners > 1:
+        return f"{text}, each for {ranks.owners} data ranks"
+    return f"{text}, {ranks.replicas} of them share a data rank's micro-batches"
+
+
+def _groups(groups: list[tuple[int, ...]], what: str, devices: int) -> str:
+    """The first two groups and the last; how many cross a node's border."""
+    shown = groups if len(groups) <= 3 else [groups[0], groups[1], groups[-1]]
+    names = [f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in shown]
+    if len(groups) > 3:
+        names.insert(2, "...")
+    crossing = sum(nodes_of(group, devices) > 1 for group in groups)
+    plural = "" if len(groups) == 1 else "s"
+    note = f" ({crossing} of them across nodes: slow without NVLink between nodes)" if crossing else ""
+    return f"{len(groups)} {what}{plural}, ranks {', '.join(names)}{note}"

@@ -1,0 +1,78 @@
+"""Does the plan fit the machine? As lines of a table, and as a refusal that says what to change."""
+
+from __future__ import annotations
+
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.planner.machine import GIB, Machine
+from nemo_tropd.planner.memory import Memory
+
+# part of the plan -> (the key that changes it most, what to do)
+REMEDIES: dict[str, tuple[str, str]] = {
+    "student": ("model.tensor_model_parallel_size", "raise it"),
+    "gradients": ("model.tensor_model_parallel_size", "raise it"),
+    "optimizer": ("model.optim.distributed", "set it to true with data-parallel ranks, or raise tensor parallel"),
+    "teacher": (
+        "model.teacher.tensor_model_parallel_size",
+        "raise it, choose model.teacher.fp8, or set model.teacher.offload=true",
+    ),
+    "micro-batches and scores": ("model.global_batch_size", "lower it, or model.tropd.top_k"),
+    "engine": ("model.rollout.gpu_memory_utilization", "lower it, or set model.rollout.sleep=true"),
+    "engine awake": ("model.rollout.gpu_memory_utilization", "lower it"),
+    "activations": ("model.recompute", "set it to full, or lower the tokens of a micro-batch"),
+    "backward of one layer": ("model.tensor_model_parallel_size", "raise it, or lower the tokens of a micro-batch"),
+    "teacher's layer": ("model.tensor_model_parallel_size", "raise it, or lower the tokens of a micro-batch"),
+    "head": ("model.tensor_model_parallel_size", "raise it"),
+}
+
+
+def gib(size: float) -> str:
+    """``size`` bytes for a person."""
+    return f"{size / GIB:.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:.2f} MiB"
+
+
+def needed(cfg: TropdConfig, memory: Memory, machine: Machine) -> float:
+    """Bytes to hold against ``machine.bytes``: a rank and the engine on a GPU, all ranks of a node and it on a host."""
+    return memory.total if machine.kind == "gpu" else cfg.trainer.devices * memory.rank + memory.engine
+
+
+def memory_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
+    """(part, size) of a rank: what it always holds, then every phase with its parts."""
+    lines = [(f"memory: {part}", gib(size)) for part, size in memory.resident.items()]
+    for phase, parts in memory.phases.items():
+        sizes = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())
+        mark = " (the peak)" if phase == memory.peak_phase else ""
+        lines.append((f"memory: during {phase}", f"{gib(sum(parts.values()))}{mark}: {sizes}"))
+    lines.append(("memory of a rank", f"{gib(memory.rank)} at its peak"))
+    if memory.engine:
+        lines.append(("memory of the engine", f"{gib(memory.engine)} beside rank 0"))
+    return [*lines, ("memory there is", f"{gib(machine.bytes)}, {machine.where}")]
+
+
+def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        ConfigError: names the key that changes the largest part, all numbers, and what to do.
+    """
+    need = needed(cfg, memory, machine)
+    if need <= machine.bytes:
+        return
+    parts = {**memory.resident, **memory.phases[memory.peak_phase]}
+    if memory.engine:
+        parts["engine"] = memory.engine
+    largest = max((part for part in parts if part in REMEDIES), key=lambda part: parts[part])
+    key, remedy = REMEDIES[largest]
+    advice = f"Largest that a key changes is {largest}: {remedy}"
+    if parts[largest] < need - machine.bytes:
+        key, advice = "trainer.devices", "No one part is as large as what is missing: more devices, or larger ones"
+    node: object = cfg
+    for name in key.split("."):
+        node = getattr(node, name)
+    numbers = ", ".join(f"{part} {gib(size)}" for part, size in sorted(parts.items(), key=lambda p: -p[1]) if size)
+    each = "" if machine.kind == "gpu" else f" ({cfg.trainer.devices} ranks of {gib(memory.rank)} on a host)"
+    raise ConfigError(
+        key,
+        node,
+        f"the plan needs {gib(need)}{each} during {memory.peak_phase}, and there are {gib(machine.bytes)} "
+        f"({machine.where}): {numbers}. {advice}",
+    )

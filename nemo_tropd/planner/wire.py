@@ -1,0 +1,95 @@
+"""Bytes that a GPU sends in one step, by kind. Ring collectives: an all-reduce of N bytes over p ranks sends
+2 N (p - 1) / p from each, a gather or a reduce-scatter N (p - 1) / p. Worst case, as in ``planner.memory``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.machine import Machine
+from nemo_tropd.planner.memory import (
+    BYTES,
+    FP32,
+    Degrees,
+    layout,
+    loss_tokens,
+    placement,
+    positions,
+    stage_parameters,
+    student_degrees,
+    teacher_degrees,
+)
+
+# A rollout's token as the leader sends it to every rank: id, log-probability, pickled.
+ROLLOUT_TOKEN = 14
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Bytes sent by one rank in a step, by kind, and over what: "tensor" groups lie within a node where they can."""
+
+    kinds: Mapping[str, float]
+    within_node: tuple[str, ...]
+
+    @property
+    def total(self) -> float:
+        """All kinds."""
+        return sum(self.kinds.values())
+
+
+def ring(size: float, ranks: int, *, reduce: bool = False) -> float:
+    """Bytes one of ``ranks`` sends to gather or scatter ``size`` bytes, or with ``reduce`` to all-reduce them."""
+    return (2 if reduce else 1) * size * (ranks - 1) / ranks
+
+
+def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> Wire:
+    """The bytes of a checked configuration's step."""
+    ranks, own, theirs = layout(cfg), student_degrees(cfg), teacher_degrees(cfg)
+    m, width = cfg.model, BYTES[cfg.trainer.precision]
+    teacher_width = BYTES[m.teacher.precision or cfg.trainer.precision]
+    mine = positions(cfg) / ranks.data
+    scored = loss_tokens(cfg) / ranks.data
+    numbers = sum(stage_parameters(student, own))
+    # A layer's two blocks each reduce the hidden states, forward and backward; recomputation goes forward once more.
+    passes = {None: 2, "selective": 2.5, "full": 3}[m.recompute]
+    hidden = ring(mine * student.hidden * width, own.tensor)
+    reduces = 2 * passes * 2
+    again = 2 if own.sequence > 1 else 0  # backward gathers each block's input once more, for the weights' gradients
+    student_tensor = hidden * (reduces + again) * student.layers / own.pipeline
+    student_head = ring(mine * student.hidden * width, own.tensor, reduce=True)
+    columns = ring(scored * (m.tropd.top_k + 4) * FP32, own.tensor, reduce=True)
+    # A teacher group sees the rows of several data ranks, or a share of one's.
+    seen = mine * ranks.owners / ranks.replicas
+    teacher_hidden = ring(seen * teacher.hidden * teacher_width, theirs.tensor, reduce=True)
+    candidates = scored * ranks.owners / ranks.replicas * (m.tropd.top_k * (FP32 + 8) + 3 * FP32) * (theirs.tensor - 1)
+    sends = 2 if own.pipeline > 2 else 1 if own.pipeline == 2 else 0
+    kinds = {
+        "student, tensor parallel": student_tensor + student_head + columns,
+        "teacher, tensor parallel": teacher_hidden * 2 * teacher.layers / theirs.pipeline + candidates,
+        "pipeline": sends * mine * student.hidden * width / own.sequence,
+        "gradients, data parallel": _data_parallel(cfg, numbers, width),
+        "weights to the engines": _refresh(cfg, student, own, machine),
+        "rollouts": positions(cfg) * ROLLOUT_TOKEN if ranks.world_size > 1 else 0.0,
+        "teacher's scores": scored * (1 + 2 * m.tropd.top_k) * FP32 if ranks.replicas > 1 else 0.0,
+    }
+    return Wire(kinds, ("student, tensor parallel", "teacher, tensor parallel", "teacher's scores"))
+
+
+def _data_parallel(cfg: TropdConfig, numbers: float, width: int) -> float:
+    """Sum of the gradients; with the distributed optimizer, scattered, and the weights gathered again."""
+    data = layout(cfg).data
+    if not cfg.model.optim.distributed:
+        return ring(numbers * FP32, data, reduce=True)
+    return ring(numbers * FP32, data) + ring(numbers * width, data)
+
+
+def _refresh(cfg: TropdConfig, student: ModelShape, own: Degrees, machine: Machine) -> float:
+    """The student's weights, tensor by tensor, to where an engine takes them: its own shard from every rank of a model
+    group. An engine beside the ranks is served by the leader's group; one in every group's own processes by all."""
+    group = own.tensor * own.pipeline
+    bytes_ = student.parameters() * BYTES[cfg.model.rollout.dtype]
+    sent = ring(bytes_, group)
+    return sent if placement(cfg, machine) == "colocated" or group > 1 else 0.0

@@ -1,0 +1,244 @@
+"""The planner's arithmetic against independent counts, and every recipe against the GPU it names."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nemo_tropd.config import ConfigError
+from nemo_tropd.loss.inputs import CHUNK_BYTES
+from nemo_tropd.parallel.ranks import RankLayout, nodes_of
+from nemo_tropd.planner.machine import GIB, Machine
+from nemo_tropd.planner.memory import Degrees, estimate, layout, stage_parameters
+from nemo_tropd.planner.recipes import MARK, gpu_recipes, plan_recipe
+from nemo_tropd.planner.roles import engine_groups, roles
+from nemo_tropd.planner.shapes import SHAPES, known_shape
+from nemo_tropd.planner.verdict import check_memory
+from nemo_tropd.planner.wire import ring
+from tests.e2e.compose import CONF, compose_config
+
+RECIPES = gpu_recipes(CONF)
+# Billions of parameters as the model cards give them (safetensors' own count).
+PUBLISHED = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": 1.78,
+    "Skywork-OR1-Math-7B": 7.62,
+    "Qwen2.5-1.5B-Instruct": 1.54,
+    "Qwen2.5-7B-Instruct": 7.62,
+    "Qwen2.5-14B-Instruct": 14.77,
+    "Qwen2.5-72B-Instruct": 72.71,
+    "Qwen3-4B": 4.02,
+    "Qwen3-8B": 8.19,
+    "Qwen3-14B": 14.77,
+    "Qwen3-32B": 32.76,
+    "SmolLM2-135M-Instruct": 0.1345,
+}
+
+
+def gpu(gib: float) -> Machine:
+    return Machine("gpu", gib * GIB, CHUNK_BYTES["cuda"], "a test")
+
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
+def test_shapes_have_the_published_number_of_parameters(name: str, billions: float) -> None:
+    assert SHAPES[name].parameters() / 1e9 == pytest.approx(billions, rel=4e-3)
+
+
+def test_shapes_are_found_by_folder_whatever_the_case() -> None:
+    assert known_shape("/models/qwen3-8b/") is SHAPES["Qwen3-8B"]
+    assert known_shape("/models/unheard-of") is None
+
+
+def test_the_planner_imports_no_torch() -> None:
+    code = "import sys, nemo_tropd.planner.recipes; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent, timeout=60)
+
+
+# ------------------------------------------------------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize(("tensor", "data", "pipeline"), [(1, 1, 1), (2, 3, 1), (4, 2, 2), (1, 4, 3), (8, 8, 8)])
+def test_groups_are_megatrons(tensor: int, data: int, pipeline: int) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    theirs = RankGenerator(tp=tensor, ep=1, dp=data, pp=pipeline, cp=1, order="tp-cp-ep-dp-pp")
+    ours = RankLayout(tensor * data * pipeline, tensor, pipeline)
+    for rank in range(ours.world_size):
+        assert list(ours.tensor_group(rank)) in theirs.get_ranks("tp")
+        assert list(ours.model_group(rank)) in theirs.get_ranks("tp-pp")
+        assert ours.rank(*ours.place(rank)) == rank
+
+
+@pytest.mark.parametrize("teacher", [1, 2, 4, 8])
+@pytest.mark.parametrize(("tensor", "data", "pipeline"), [(2, 4, 1), (4, 4, 2), (1, 8, 3), (8, 1, 2)])
+def test_every_micro_batch_is_scored_once_and_reaches_its_owner(
+    tensor: int, data: int, pipeline: int, teacher: int
+) -> None:
+    ranks = RankLayout(tensor * data * pipeline, tensor, pipeline, teacher)
+    assert sorted(r for group in ranks.teacher_groups() for r in group) == list(range(ranks.world_size))
+    for rank in range(ranks.world_size):
+        group = ranks.teacher_group(rank)
+        assert rank in group and len({ranks.place(r)[2] for r in group}) == 1, "a teacher lies within a stage"
+    if ranks.teacher_tensor is None:
+        assert ranks.replicas == 1 and teacher == tensor
+        return
+    batches = random.Random(tensor + data).randint(1, 7)
+    scored: Counter[tuple[int, int]] = Counter()
+    for group in ranks.teacher_groups():
+        replica = {ranks.replica(r) for r in group}
+        assert len(replica) == 1, "a teacher's ranks take the same micro-batches"
+        seen = {ranks.place(r)[1] for r in group}
+        for data_rank in seen:
+            owner = data_rank % ranks.owners
+            assert {ranks.owner(r) for r in group if ranks.place(r)[1] == data_rank} == {owner}
+            scored.update((data_rank, i) for i in range(batches) if ranks.scorer_of(owner, i) in replica)
+    assert scored == {(d, i): 1 for d in range(data) for i in range(batches)}
+    for rank in range(ranks.world_size):
+        for i in range(batches):
+            replica_number = ranks.scorer_of(ranks.owner(rank), i)
+            source = ranks.source(rank, replica_number)
+            assert source in ranks.model_group(rank) and ranks.replica(source) == replica_number
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ((6, 4, 1, None), r"6 processes cannot be split into tensor parallel 4 x pipeline parallel 1 = 4"),
+        ((6, 2, 1, 4), r"must divide the 6 ranks of a pipeline stage"),
+        ((6, 2, 1, 3), r"3 must divide the student's 2 or be a multiple"),
+        ((4, 2, 0, None), r"at least 1"),
+    ],
+)
+def test_degrees_that_do_not_go_together(degrees: tuple[int, int, int, int | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RankLayout(*degrees)
+
+
+def test_the_teachers_degree_is_checked_with_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    base = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    base += ["trainer.devices=6", "model.tensor_model_parallel_size=2", "model.global_batch_size=12"]
+    key = "model.teacher.tensor_model_parallel_size"
+    for degree, message in ((0, "at least 1"), (3, r"tensor_model_parallel_size = 2"), (4, "6 ranks of a pipeline")):
+        with pytest.raises(ConfigError, match=message) as raised:
+            compose_config([*base, f"{key}={degree}"])
+        assert raised.value.key == key
+    assert layout(compose_config([*base, f"{key}=1"])).replicas == 2
+    assert layout(compose_config([*base, f"{key}=6"])).owners == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize("name", ["Qwen3-4B", "Qwen3-8B", "Qwen2.5-7B-Instruct"])
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_parameters_of_the_stages_add_up(name: str, pipeline: int) -> None:
+    shape = SHAPES[name]
+    whole = sum(stage_parameters(shape, Degrees(1, 1, 1)))
+    assert whole == shape.parameters() + (shape.padded_vocab(1) - shape.vocab_size) * shape.hidden * (2 - shape.tied)
+    layers, ends = stage_parameters(shape, Degrees(1, pipeline, 1))
+    assert layers + ends >= whole / pipeline and layers <= whole / pipeline
+    split = stage_parameters(shape, Degrees(4, pipeline, 1))
+    assert layers / 4 < split[0] < layers / 4 * 1.001, "norms alone are not split"
+
+
+def test_memory_falls_where_a_setting_promises_so() -> None:
+    student, teacher = SHAPES["Qwen3-4B"], SHAPES["Qwen3-14B"]
+    base = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    base += ["trainer.devices=8", "model.global_batch_size=64"]
+
+    def plan(*overrides: str):
+        return estimate(compose_config([*base, *overrides]), student, teacher, gpu(79))
+
+    plain = plan()
+    resident, training = plain.resident, plain.phases["student passes"]
+    assert resident["student"] == pytest.approx(2 * student.parameters(), rel=1e-3)
+    assert resident["gradients"] == pytest.approx(4 * student.parameters(), rel=1e-3)
+    assert resident["optimizer"] == pytest.approx(12 * student.parameters(), rel=1e-3)
+    assert resident["teacher"] == pytest.approx(2 * teacher.parameters(), rel=1e-3)
+    assert plan("model.optim.distributed=true").resident["optimizer"] == pytest.approx(resident["optimizer"] / 8)
+    fp8 = plan("model.teacher.fp8=tensorwise").resident["teacher"]
+    head = teacher.padded_vocab(1) * teacher.hidden
+    assert fp8 == pytest.approx(teacher.parameters() - 2 * head + 2 * 2 * head, rel=1e-3)
+    assert plan("model.teacher.fp8=tensorwise", "model.teacher.fp8_param=false").resident["teacher"] > 1.9 * fp8 * 0.9
+    assert plan("model.teacher.tensor_model_parallel_size=4").resident["teacher"] == pytest.approx(
+        resident["teacher"] / 4, rel=2e-3
+    )
+    full, selective = (
+        plan(f"model.recompute={m}").phases["student passes"]["activations"] for m in ("full", "selective")
+    )
+    assert 10 * full < training["activations"] and full < selective < training["activations"]
+    half = plan("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+    assert half.phases["student passes"]["activations"] == pytest.approx(training["activations"] / 2, rel=1e-2)
+    assert "teacher" not in plan("model.teacher.offload=true").resident
+    beside = plan("model.rollout.placement=process")
+    assert beside.engine == pytest.approx(0.4 * 79 * GIB) and "rollouts" not in beside.phases
+    assert plain.engine == 0 and plain.phases["rollouts"]["engine awake"] > 0.3 * 79 * GIB
+
+
+def test_too_little_memory_is_refused_with_the_numbers() -> None:
+    student, teacher = SHAPES["Qwen3-4B"], SHAPES["Qwen3-14B"]
+    base = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    cfg = compose_config(
+        [*base, "trainer.devices=8", "model.recompute=full", "model.rollout.gpu_memory_utilization=0.1"]
+    )
+    memory = estimate(cfg, student, teacher, gpu(79))
+    with pytest.raises(ConfigError) as raised:
+        check_memory(cfg, memory, gpu(79))
+    text = str(raised.value)
+    assert raised.value.key == "model.optim.distributed" and raised.value.value is False
+    assert re.search(r"needs \d+\.\d\d GiB during student passes, and there are 79\.00 GiB", text)
+    assert "teacher 27.5" in text and "Largest that a key changes is optimizer: set it to true" in text
+    cpu = Machine("cpu", 8 * GIB, CHUNK_BYTES["cpu"], "this host")
+    small = compose_config([*base, "trainer.devices=2", "model.encoder_seq_length=9216"])
+    with pytest.raises(ConfigError, match=r"\(2 ranks of \d+\.\d+ GiB on a host\)"):
+        check_memory(small, estimate(small, SHAPES["smollm2-student-24l"], SHAPES["Qwen3-1.7B"], cpu), cpu)
+
+
+def test_ring_volumes() -> None:
+    assert ring(80.0, 1) == 0 and ring(80.0, 4) == 60 and ring(80.0, 4, reduce=True) == 120
+
+
+# ----------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 8 and all(len(p.read_text().splitlines()) < 40 for p in RECIPES)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_fits_its_gpus_and_says_so(path: Path) -> None:
+    recipe = plan_recipe(path, CHUNK_BYTES["cuda"])
+    assert recipe.machine.bytes == 79 * GIB and recipe.memory.total <= recipe.machine.bytes
+    said = [line for line in path.read_text().splitlines() if line.startswith(MARK)]
+    assert said == [recipe.line], "python examples/scaling.py writes these lines anew"
+    assert recipe.cfg.name == path.stem
+    ranks, devices = layout(recipe.cfg), recipe.cfg.trainer.devices
+    groups = [ranks.tensor_group(r) for r in range(ranks.world_size)] + list(ranks.teacher_groups())
+    groups += engine_groups(recipe.cfg, recipe.machine)
+    assert all(nodes_of(group, devices) == 1 for group in groups), "no tensor-parallel group leaves its node"
+    assert dict(roles(recipe.cfg, recipe.machine)).keys() == {"leader", "student", "teacher", "rollouts"}
+    match = re.fullmatch(r".*-from-.*-(\d+)n(\d+)g(-fp8)?", path.stem)
+    if match:
+        assert (int(match[1]), int(match[2])) == (recipe.cfg.trainer.num_nodes, devices)
+        assert bool(match[3]) == (recipe.cfg.model.teacher.fp8 is not None)
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "1n8g" in p.stem and "14b" not in p.stem], ids=lambda p: p.stem)
+def test_the_papers_settings_have_the_papers_numbers(path: Path) -> None:
+    cfg = plan_recipe(path, CHUNK_BYTES["cuda"]).cfg
+    m = cfg.model
+    assert (cfg.trainer.tropd.max_steps, m.optim.lr, m.optim.sched.name) == (200, 5e-6, "constant")
+    assert (m.global_batch_size, m.rollout.samples_per_prompt, m.rollout.max_new_tokens) == (512, 4, 8096)
+    assert (m.tropd.top_k, m.tropd.objective) == (64, "tropd")
+
+
+def test_a_recipe_that_no_longer_fits_is_refused() -> None:
+    path = next(p for p in RECIPES if "72b" in p.stem)
+    with pytest.raises(ConfigError, match=r"teacher\.tensor_model_parallel_size = 4.*is teacher: raise it"):
+        plan_recipe(path, CHUNK_BYTES["cuda"], {"model.teacher.tensor_model_parallel_size": 4})
