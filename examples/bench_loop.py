@@ -5,7 +5,7 @@
 
 Models have random weights and rollouts are written beforehand, the same for both. TRL is not among this project's pins:
 
-    pip install --target /tmp/peers --no-deps trl==1.16.0 accelerate datasets==4.4.1 multiprocess dill xxhash pyarrow
+    pip install --target /tmp/peers --no-deps trl==1.16.0 accelerate
     PYTHONPATH=/tmp/peers python examples/bench_loop.py
 """
 

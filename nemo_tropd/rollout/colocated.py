@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,14 +150,22 @@ class ColocatedEngine:
         """Free vLLM's memory and its process groups; the trainer's process group stays."""
         if self._llm is None:
             return
-        for part in sorted(self._asleep):
-            self._wake(part)  # vLLM unmaps all its memory at the end, and what sleeps is unmapped already
-        llm, self._llm = self._llm, None
-        if self._make_llm is None:
-            _shut_down(llm)
-        del llm
+        try:
+            for part in sorted(self._asleep):
+                self._wake(part)  # vLLM unmaps all its memory at the end, and what sleeps is unmapped already
+            if self._make_llm is None:
+                _shut_down(self._llm)
+        except Exception as error:
+            # The run's results are safe by now: what is left of vLLM goes with the process.
+            print(f"vLLM did not end well ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+        self._llm, self._asleep = None, set()
         gc.collect()
         _release_cached_blocks()
+
+    @property
+    def llm(self) -> Any:
+        """The ``vllm.LLM`` inside, for measurements."""
+        return self._running()
 
     # ------------------------------------------------------------------------------------------------ parts
 

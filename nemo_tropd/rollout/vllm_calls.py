@@ -59,6 +59,16 @@ def write(
     return [_answer(output.outputs[0]) for output in outputs]
 
 
+def write_plainly(llm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """vLLM as anybody would call it, without our seeds, log-probabilities or padding: what ``write`` is timed against.
+    Returns how many tokens were written."""
+    from vllm import SamplingParams, TokensPrompt
+
+    parameters = SamplingParams(temperature=1.0, max_tokens=max_new_tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=list(p)) for p in prompts], parameters, use_tqdm=False)
+    return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+
 def _answer(completion: Any) -> Answer:
     tokens = list(completion.token_ids)
     log_probs = [step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)]

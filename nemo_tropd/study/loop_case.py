@@ -86,7 +86,7 @@ class LoopCase:
 
 @dataclass
 class LoopCost:
-    """Seconds by phase are medians over the timed steps."""
+    """Of the fastest timed step."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     step_s: float = 0.0

@@ -54,8 +54,12 @@ def sampling_of(cfg: TropdConfig) -> Sampling:
     return Sampling(temperature=r.temperature, top_p=r.top_p, top_k=r.top_k)
 
 
-def engine_maker(vocab_size: int) -> EngineMaker:
-    """Makers of vLLM engines that never draw an id from ``vocab_size`` (the tokenizer's true size) on."""
+def engine_maker(vocab_size: int, kv_cache_gib: float | None = None) -> EngineMaker:
+    """Makers of vLLM engines that never draw an id from ``vocab_size`` (the tokenizer's true size) on.
+
+    ``kv_cache_gib``: on a GPU, the key-value cache's memory; None leaves it to model.rollout.gpu_memory_utilization,
+    which several runs on one GPU cannot share.
+    """
 
     def maker(cfg: TropdConfig, path: Path, refreshable: bool) -> Callable[[], RolloutEngine]:
         r, on_cuda = cfg.model.rollout, torch.cuda.is_available()
@@ -71,7 +75,7 @@ def engine_maker(vocab_size: int) -> EngineMaker:
                 sampling=sampling_of(cfg),
                 true_vocab_size=vocab_size,
                 refreshable=refreshable,
-                kv_cache_gib=None if on_cuda else r.kv_cache_gib,
+                kv_cache_gib=kv_cache_gib if on_cuda else r.kv_cache_gib,
                 gpu_memory_utilization=r.gpu_memory_utilization,
                 tensor_parallel=cfg.model.tensor_model_parallel_size if colocated else 1,
                 # A teacher writes once: graphs would take longer to make than they save.

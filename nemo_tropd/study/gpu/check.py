@@ -30,6 +30,8 @@ from nemo_tropd.study.gpu.rows import Row
 SUBJECTS: dict[str, tuple[str, float]] = {
     "head": ("nemo_tropd.study.gpu.head", 150),
     "teacher": ("nemo_tropd.study.gpu.teacher", 120),
+    "loop": ("nemo_tropd.study.gpu.loop", 225),
+    "pair": ("nemo_tropd.study.gpu.pair", 200),
     "student": ("nemo_tropd.study.gpu.student", 90),
 }
 MARK = {True: "[green]held[/]", False: "[red]not held[/]", None: ""}
