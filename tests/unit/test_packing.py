@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from nemo_tropd.batch import Rollout, TokenBatch
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config_checks import check
 from nemo_tropd.training.packing import even_bins, pack_micro_batches
 from tests.unit.test_batch import rollout
 
@@ -106,3 +108,19 @@ def test_an_empty_row_is_one_unscored_sequence() -> None:
     row = TokenBatch.concatenate([], pad_id=0, seed=1, step=1, pad_to_multiple=4)
     assert row.input_ids.shape == (1, 4) and len(row.loss_tokens()) == 0
     assert row.segments is not None and row.segments.bounds.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("tokens_per_micro_batch", 4096, "the longest sequence, model.encoder_seq_length = 9216, must fit"),
+        ("recompute", "block", "choose one of None, 'selective', 'full'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(key: str, value: object, remedy: str) -> None:
+    cfg = TropdConfig()
+    check(cfg)
+    setattr(cfg.model, key, value)
+    with pytest.raises(ConfigError, match=remedy) as error:
+        check(cfg)
+    assert str(error.value).startswith(f"model.{key} = {value!r}: ")
