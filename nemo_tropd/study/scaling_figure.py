@@ -1,0 +1,139 @@
+"""The scaling page: a table, a plot, and what would break first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_tropd.study.scaling import INSIDE, MEMORY, OPERATIONS, OUTSIDE, Point, crossing
+
+if TYPE_CHECKING:
+    Curves = Mapping[str, Sequence[Point]]
+
+# The colors of Okabe and Ito, which the color-blind tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#8C6D1F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def table(curves: Curves) -> str:
+    """The page in Markdown."""
+    lines = [
+        "# Memory and bytes on the wire of the recipes, up to 512 GPUs",
+        "",
+        "`python examples/scaling.py` (or `make scaling`) writes this page from the planner alone; no figure here was "
+        "measured. The batch is the recipe's whatever the number of GPUs, so data parallelism divides the same work, "
+        "and all responses have the greatest length. GB are 10^9 bytes a GPU; wire is what one GPU sends in a step.",
+        "",
+        "| recipe | GPUs | memory GB | tensor parallel GB | gradients GB | weights to engines GB | other GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, points in curves.items():
+        for p in points:
+            tensor = sum(v for k, v in p.kinds.items() if "tensor parallel" in k)
+            gradients, weights = p.kinds["gradients, data parallel"], p.kinds["weights to the engines"]
+            other = p.wire - tensor - gradients - weights
+            cells = (f"{x / 1e9:.{1 if x >= 1e10 else 2}f}" for x in (p.memory, tensor, gradients, weights, other))
+            lines.append(f"| {name if p is points[0] else ''} | {p.gpus} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_breaks_first(curves)]) + "\n"
+
+
+def _breaks_first(curves: Curves) -> list[str]:
+    lines = [
+        "## What would break first",
+        "",
+        f"Seconds a step from sizes and peak rates of a DGX H100 ({OPERATIONS / 1e12:.0f} dense bf16 Tflop/s, "
+        f"{INSIDE / 1e9:.0f} GB/s inside a node, {OUTSIDE / 1e9:.0f} GB/s a GPU out of it, {MEMORY / 1e12:.2f} TB/s of "
+        "its own memory): lower bounds, to compare with each other only. *Products* are those of student and teacher; "
+        "*writing* is the longest response, for each of whose tokens the engine reads the student's weights once; "
+        "*between nodes* is all traffic but tensor parallelism's.",
+        "",
+        "| recipe | GPUs | products s | tensor parallel s | between nodes s | writing s | "
+        "writing outlasts products from | between nodes outlasts products from |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, points in curves.items():
+        last = points[-1]
+        if last.gpus == 1:
+            continue
+        where = [crossing(points, quantity) for quantity in ("writing_s", "outside_s")]
+        said = " | ".join("not up to here" if w is None else f"{w} GPUs" for w in where)
+        numbers = f"{last.compute_s:.2f} | {last.inside_s:.2f} | {last.outside_s:.2f} | {last.writing_s:.1f}"
+        lines.append(f"| {name} | {last.gpus} | {numbers} | {said} |")
+    first = [w for w in (crossing(points, "writing_s") for points in curves.values() if points[-1].gpus > 1) if w]
+    wire = [crossing(points, "outside_s") for points in curves.values() if points[-1].gpus > 1]
+    early = min((w for w in wire if w), default=None)
+    lines += [
+        "",
+        "1. **Writing.** A response of 8096 tokens is written one token after the other, and more GPUs do not shorten "
+        f"it. It outlasts all products from {min(first)} GPUs on in the first recipe that it does: beyond that, GPUs "
+        "wait for the longest response. A larger batch, tensor parallelism in the engine, or rollouts that run ahead "
+        "of the weights would be the remedies; the last is not built here."
+        if first
+        else "1. **Writing** a response of 8096 tokens never outlasts the products here.",
+        "2. **Gradients.** Their bytes a GPU stay as they are while the work a GPU falls: "
+        + (
+            f"the traffic between nodes outlasts the products from {early} GPUs on in the first recipe that it does."
+            if early
+            else "still, the traffic between nodes stays below the products up to here."
+        )
+        + " They are summed while the backward pass runs, so less than this shows.",
+        "3. **One rollout a rank.** With 512 rollouts, 512 data-parallel ranks have one each, and the longest sets the "
+        "pace of all; tokens are evenly filled into rows only while a rank has several.",
+        "4. **The leader.** It sends every rollout to every rank over gloo, as Python objects: "
+        "14 bytes a token, 0.07 GB a step at the paper's batch, whatever the number of ranks. It is the first thing to "
+        "shard if the batch grows with the GPUs.",
+        "5. **Memory** does not break: what data parallelism divides (optimizer states, micro-batches' scores) falls, "
+        "the rest stays. A teacher of 72B in bf16 needs all eight GPUs of a node.",
+    ]
+    return lines
+
+
+def draw(curves: Curves, path: Path) -> None:
+    """A PNG at ``path``: memory, bytes and the ratio of waiting to work over the number of GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8))
+    for index, (name, points) in enumerate(curves.items()):
+        style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+        gpus = [p.gpus for p in points]
+        axes[0].plot(gpus, [p.memory / 1e9 for p in points], label=name, **style)
+        if len(points) == 1:
+            continue
+        axes[1].plot(gpus, [p.wire / 1e9 for p in points], **style)
+        axes[2].plot(gpus, [p.writing_s / p.compute_s for p in points], **style)
+        outside = [(p.gpus, p.outside_s / p.compute_s) for p in points if p.outside_s]
+        axes[2].plot(*zip(*outside, strict=True), linestyle=":", **{**style, "markersize": 3})
+    axes[0].axhline(79 * 2**30 / 1e9, color="#888888", linewidth=1, linestyle="--")
+    axes[0].text(1, 79 * 2**30 / 1e9 + 1, "an 80 GB GPU", color="#555555", fontsize=8)
+    axes[0].set_ylim(0, 95)
+    axes[2].axhline(1, color="#888888", linewidth=1, linestyle="--")
+    titles = (
+        "memory a GPU, GB",
+        "bytes a GPU sends in a step, GB",
+        "time over that of the products (lower bounds)\nsolid: writing the longest response, dotted: between nodes",
+    )
+    for axis, title in zip(axes, titles, strict=True):
+        _dress(axis, title)
+    axes[1].set_yscale("log")
+    axes[2].set_yscale("log")
+    figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=8.5)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    partial = path.with_suffix(".png.tmp")
+    figure.savefig(partial, dpi=110, format="png")
+    partial.replace(path)
+    plt.close(figure)
+
+
+def _dress(axis: Any, title: str) -> None:
+    axis.set_xscale("log", base=2)
+    ticks = [2**i for i in range(10)]
+    axis.set_xticks(ticks, [str(t) for t in ticks])
+    axis.set_xlim(0.85, 620)
+    axis.set_title(title, fontsize=10.5)
+    axis.set_xlabel("GPUs")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#dddddd", linewidth=0.6)
