@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
 
-.PHONY: setup demo test lint bench compare gpu-check clean
+.PHONY: setup demo test lint bench compare scaling gpu-check clean
 
 setup: $(READY)
 
@@ -40,8 +40,16 @@ lint: setup
 bench: setup
 	$(BIN)/python examples/bench_loss.py $(ARGS)
 
+# What the loss costs on a GPU at least, by a model: make roofline GPU=h100|h200|b200
+GPU ?= h100
+roofline: setup
+	$(BIN)/python examples/roofline.py --gpu $(GPU) $(ARGS)
+
 compare: setup
 	$(BIN)/python examples/compare_objectives.py $(ARGS)
+
+scaling: setup
+	$(BIN)/python examples/scaling.py $(ARGS)
 
 # On a machine with a GPU, in the container or any environment that holds the gpu extra: every GPU point, one table.
 gpu-check:

@@ -10,8 +10,9 @@ of 16 columns (``aligned``), so that loads and stores are 128 bits wide.
 Nothing here talks to other ranks: each function gives this shard's partial results in one parcel, and
 ``loss.kernel_chunks`` reduces them. Log-probabilities that travel are relative to the row's maximum on this shard.
 
-Rows are dealt to ``programs`` programs, each walking its own: few of them leave multiprocessors to a product that runs
-beside. With TRITON_INTERPRET=1 set before Triton is first imported, all of it runs on CPU tensors.
+Each row has a program of its own, unless ``programs`` asks for fewer, which then walk several rows each and leave
+multiprocessors to a product that runs beside. With TRITON_INTERPRET=1 set before Triton is first imported, all of it
+runs on CPU tensors.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def stream(
     maxima = torch.empty(rows, max(blocks, 1), dtype=wide, device=device) if sub_block else None
     if rows:
         sub = sub_block or 256
-        _stream_kernel[(_programs(rows, device, programs),)](
+        _stream_kernel[(min(rows, programs or rows),)](
             logits, local_ids, top, sums, sums if entropies is None else entropies, columns,
             sums if maxima is None else maxima, rows, logits.stride(0), width, aligned(width), count, max(blocks, 1),
             COUNT=_power(count), SUB=sub, PER=TILE // sub, ENTROPY=entropy, MAXIMA=sub_block is not None,
@@ -177,7 +178,7 @@ def write_gradient(
     _check(logits, width)
     rows, count = local_ids.shape
     if rows:
-        _gradient_kernel[(_programs(rows, logits.device, programs),)](
+        _gradient_kernel[(min(rows, programs or rows),)](
             logits, local_ids, log_z, grad, log_probs,
             rows, logits.stride(0), width, aligned(logits.size(1)), count,
             COUNT=_power(count), TILE=GRADIENT_TILE, num_warps=WARPS,
@@ -341,7 +342,7 @@ def top_k(
     keys = torch.empty(rows, room, dtype=torch.uint32, device=device)
     candidates = torch.empty(rows, room, dtype=torch.int32, device=device)
     low_bit = 16 if logits.dtype == torch.bfloat16 else 0  # a bf16 value's lower bits say nothing
-    grid = (_programs(rows, device, programs),)
+    grid = (min(rows, programs or rows),)
     _winning_blocks_kernel[grid](
         block_maxima, thresholds, lists, list_counts, rows, blocks, k,
         BLOCKS=_power(blocks), LIST=room, LOW_BIT=low_bit, num_warps=4,
@@ -404,13 +405,6 @@ def _check(logits: Tensor, width: int) -> None:
         )
     if aligned(logits.size(1)) > logits.stride(0):
         raise ValueError(f"rows of {logits.size(1)} columns need room for {aligned(logits.size(1))}")
-
-
-def _programs(rows: int, device: torch.device, programs: int | None) -> int:
-    if programs is None:
-        # Eight programs of eight warps fill a multiprocessor.
-        programs = 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return max(1, min(rows, programs))
 
 
 def _power(count: int) -> int:
