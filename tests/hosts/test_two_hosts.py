@@ -6,40 +6,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.tiny_run import ROOT, TinyRun, environment, train_lines
+from tests.e2e.tiny_run import ROOT, TinyRun, environment
+from tests.hosts.conftest import Reference
+from tests.hosts.launching import SAVE_EVERY, STEPS, figures, has_step, launch_command, until
 from tests.hosts.namespaces import Host, NoNamespaces, hosts
 
 pytestmark = pytest.mark.timeout(600)
-STEPS, SAVE_EVERY = 4, 2
 PORT = 29400
-EXACT = ("loss", "grad_norm", "trust_fraction", "log_ratio_mean", "outlier_forward_kl")
-
-
-def figures(run_dir: Path) -> list[tuple[float, ...]]:
-    """What must be the same to the bit, step by step; of a repeated step, the last."""
-    by_step = {line["step"]: line for line in train_lines(run_dir)}
-    return [tuple(by_step[s][k] for k in EXACT) for s in sorted(by_step)]
-
-
-def launch_command(tiny: TinyRun, run_dir: Path, **keys: object) -> list[str]:
-    """What each host runs."""
-    settings = {
-        "trainer.tropd.max_steps": STEPS,
-        "trainer.tropd.save_interval": SAVE_EVERY,
-        "trainer.tropd.keep_checkpoints": STEPS,
-        "model.data.held_out": 0,
-        "model.rollout.request_timeout_s": 30,
-        **keys,
-    }
-    overrides = tiny.overrides(run_dir, tensor=2, data=2, **settings)
-    script = ROOT / "tests" / "hosts" / "replay_train.py"
-    return [str(ROOT / "docker" / "launch.sh"), "--script", str(script), *overrides]
 
 
 @dataclass
@@ -78,64 +57,42 @@ class Pair:
         assert codes == [0, 0], "\n".join(self.log(run_dir, i).read_text()[-4000:] for i in (0, 1))
 
 
-def until(condition: Callable[[], bool], what: str, within_s: float = 300) -> None:
-    """Wait for ``condition``."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
-        time.sleep(0.1)
-
-
-def has_step(run_dir: Path, step: int) -> Callable[[], bool]:
-    """Whether the checkpoint after ``step`` is whole."""
-    return lambda: (run_dir / "checkpoints" / f"step_{step:08d}").is_dir()
-
-
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """Both hosts up, and the reference run made."""
-    root = tmp_path_factory.mktemp("hosts")
+def both_hosts() -> Iterator[list[Host]]:
+    """Both hosts up, before anything costly is run."""
     try:
         with hosts(2) as both:
-            tiny = TinyRun.make(root)
-            done = subprocess.run(
-                launch_command(tiny, root / "one"),
-                cwd=ROOT,
-                env=environment(),
-                capture_output=True,
-                text=True,
-                timeout=400,
-            )
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-            yield Pair(both, tiny, root, figures(root / "one"))
+            yield both
     except NoNamespaces as refused:
         pytest.skip(f"no network namespaces here: {refused}")
 
 
-def test_two_hosts_take_the_steps_of_one_to_the_bit(pair: Pair) -> None:
-    run_dir = pair.root / "two"
-    pair.finish(pair.start(run_dir), run_dir)
-    assert len(pair.expected) == STEPS and len(set(pair.expected)) == STEPS
-    assert figures(run_dir) == pair.expected
-    for i, host in enumerate(pair.hosts):
-        assert f"here {host.address} on eth0" in pair.log(run_dir, i).read_text()
+@pytest.fixture
+def pair(both_hosts: list[Host], reference: Reference) -> Pair:
+    """The hosts and the reference."""
+    return Pair(both_hosts, reference.tiny, reference.root, reference.expected)
 
 
-def test_a_killed_host_comes_back_and_the_run_ends_with_the_same_losses(pair: Pair) -> None:
-    """torchrun and all ranks of the second host die at once, as when it runs out of memory."""
+def test_two_hosts_take_the_steps_of_one_to_the_bit_though_one_of_them_is_killed(pair: Pair) -> None:
+    """torchrun and all ranks of the second host die at once, as when it runs out of memory, and come back."""
     run_dir = pair.root / "killed"
     processes = pair.start(run_dir, env={"REPLAY_SECONDS": "2"}, **{"trainer.max_restarts": 2})
     until(has_step(run_dir, SAVE_EVERY), "the first checkpoint")
+    before = figures(run_dir)
     victims = pair.hosts[1].pids("nemo_tropd.launch.agent") + pair.hosts[1].pids("replay_train.py")
     assert len(victims) >= 3, victims
     for pid in set(victims):
         os.kill(pid, signal.SIGKILL)
     pair.finish(processes, run_dir)
+    assert len(pair.expected) == STEPS and len(set(pair.expected)) == STEPS
+    assert len(before) >= SAVE_EVERY and before == pair.expected[: len(before)]  # two hosts, undisturbed
     assert figures(run_dir) == pair.expected
     first, second = (pair.log(run_dir, i).read_text() for i in (0, 1))
     assert "torchrun was killed by SIGKILL: starting it again" in second
-    assert f"going on after step {SAVE_EVERY}" in first + second
-    assert "rank 2" in first and "PeerLost: rank 0" in first
+    assert f"going on after step {SAVE_EVERY} from" in first
+    assert "PeerLost: rank 0" in first and "ranks 2, 3 on " in first
+    for host, text in zip(pair.hosts, (first, second), strict=True):
+        assert f"here {host.address} on eth0" in text
 
 
 def test_a_cut_link_is_named_by_both_ends_in_time_and_nothing_is_lost(pair: Pair) -> None:
