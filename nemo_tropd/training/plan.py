@@ -22,6 +22,7 @@ from nemo_tropd.planner.roles import roles
 from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import Wire, estimate_wire
 from nemo_tropd.prompts import PromptError, PromptKeys, PromptSplit, load_prompts
+from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.training.answers import AnswerError, exact_match
 
 
@@ -55,6 +56,9 @@ def make_plan(cfg: TropdConfig) -> Plan:
     own = m.teacher.tensor_model_parallel_size
     teacher_degrees = degrees if own in (None, degrees[0]) else (own, 1)
     teacher = _shape("model.teacher.path", teacher_path, *teacher_degrees)
+    fp8 = Fp8Settings.of(m.teacher)
+    if fp8 is not None:
+        fp8.check_shape(teacher, *teacher_degrees)
     for key, shape in (("pretrained_checkpoint.restore_from_path", student), ("model.teacher.path", teacher)):
         if cfg.model.encoder_seq_length > shape.max_positions:
             raise ConfigError(
@@ -231,7 +235,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
     for label, value in (
         ("ranks", f"{world} = tensor {tp} x pipeline {pp} x data {world // (tp * pp)}" + _sequence(m)),
         ("student", describe(plan.student) + f", {t.precision}"),
-        ("teacher", describe(plan.teacher) + f", {m.teacher.precision or t.precision}"),
+        ("teacher", describe(plan.teacher) + f", {m.teacher.precision or t.precision}" + _fp8(m)),
         ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
         ("objective", repr(plan.objective)),
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
@@ -243,6 +247,10 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
     ):
         table.add_row(label, value)
     Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100)).print(table)
+
+
+def _fp8(m: Any) -> str:
+    return f", layers in FP8 ({m.teacher.fp8})" if m.teacher.fp8 else ""
 
 
 def _sequence(m: Any) -> str:
