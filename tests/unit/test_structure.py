@@ -13,6 +13,8 @@ ALLOWED = {
     "config": set(),
     "config_checks": {"config"},
     "planner": {"config", "config_checks", "convert", "parallel"},
+    "launch": {"config", "config_checks"},
+    "doctor": set(),
     "batch": set(),
     "quiet": set(),
     "prompts": set(),
