@@ -11,6 +11,9 @@ from __future__ import annotations
 import sys
 
 MEETING_LOST = 75
+# Seconds the ranks have after SIGTERM: they finish the step and write a checkpoint. A torch without this option
+# leaves them 30.
+SHUTDOWN_S = 120
 
 
 def main(arguments: list[str]) -> int:
@@ -19,10 +22,13 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
 
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    patience = [f"--shutdown-timeout={SHUTDOWN_S}"] if "--shutdown-timeout" in known else []
     try:
-        torchrun(arguments)
+        torchrun([*patience, *arguments])
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
         return 1

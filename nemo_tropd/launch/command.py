@@ -14,8 +14,6 @@ import psutil
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.launch.placement import CONSUMED, DEFAULT_PORT, Placement
 
-# Seconds torchrun leaves its workers after SIGTERM: they finish the step and write a checkpoint.
-SHUTDOWN_S = 120
 # Seconds after which a node whose launcher gives no sign counts as gone from the rendezvous: attempts x interval.
 _KEEP_ALIVE_ATTEMPTS = 3
 
@@ -53,7 +51,6 @@ def plan_launch(
         f"--nproc-per-node={ranks}",
         "--rdzv-backend=c10d",
         f"--max-restarts={cfg.trainer.max_restarts}",
-        f"--shutdown-timeout={SHUTDOWN_S}",
     ]
     if nodes == 1 and cfg.trainer.rendezvous is None:
         meeting, environment = ["--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"], {}
