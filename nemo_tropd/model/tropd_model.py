@@ -103,6 +103,7 @@ class MegatronTrOPDModel(ModelPT):
         teacher, found = admit(
             lambda recipe: make(fp8=recipe), fp8, calibration, self._student_scores, settings.admission,
             chunk_tokens=self.settings.tropd.chunk_tokens,
+            counts=self.topology.tensor_rank == 0 and self.topology.data_rank == 0,
         )  # fmt: skip
         if self.topology.is_leader:
             print(found.line(), flush=True)

@@ -109,11 +109,13 @@ def admit(
     bounds: AdmissionConfig,
     *,
     chunk_tokens: int | None = None,
+    counts: bool = True,
 ) -> tuple[TeacherScorer, Admission]:
     """The FP8 teacher and its figures, where they keep ``bounds``; ConfigError where not (collective).
 
     The bf16 teacher is built first, its scores kept and itself freed, then the FP8 teacher is built: the two are never
-    in memory together. ``batches`` are the same on every data-parallel rank.
+    in memory together. ``batches`` are the same on every data-parallel rank; ``counts`` is False on ranks that only
+    repeat what another finds.
     """
     teacher = make_teacher(None)
     reference = teacher.score(batches, top_k=min(TOP_K, teacher.vocab_size), entropy=False, chunk_tokens=chunk_tokens)
@@ -124,7 +126,7 @@ def admit(
     scored = student(batches, reference)
     teacher = make_teacher(fp8)
     quantized = teacher.score_like(batches, reference, chunk_tokens=chunk_tokens)
-    pairs = [(s, q) for s, q in zip(scored, quantized, strict=True) if s is not None and q is not None]
+    pairs = [(s, q) for s, q in zip(scored, quantized, strict=True) if counts and s is not None and q is not None]
     found = measure([s for s, _ in pairs], [q for _, q in pairs], fp8.recipe)
     found.check(bounds, fp8.first_last_bf16)
     return teacher, found
