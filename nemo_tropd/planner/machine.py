@@ -15,8 +15,8 @@ FRAGMENTATION = 0.04
 GPU_CONTEXT = 2.0 * GIB
 # What vLLM keeps of a GPU while it sleeps: CUDA graphs and workspaces.
 ASLEEP = 1.5 * GIB
-# A rank's process on CPU before its first tensor: torch, Megatron, NeMo and Transformers, imported.
-CPU_PROCESS = 1.0 * GIB
+# A rank's process on CPU beside its tensors: torch, Megatron, NeMo and Transformers, imported, and gloo's buffers.
+CPU_PROCESS = 0.85 * GIB
 # The CPU engine's processes before their weights, all together.
 CPU_ENGINE = 2.5 * GIB
 

@@ -139,13 +139,16 @@ def teacher_weights(cfg: TropdConfig, teacher: ModelShape) -> float:
 def layer_activations(shape: ModelShape, degrees: Degrees, width: int, *, fused: bool) -> tuple[float, float, float]:
     """Bytes a position of one layer: (kept outside the feed-forward part, kept in it, the input alone).
 
-    ``fused`` activations keep their input alone, others the gate's output, too.
+    Where layers are not ``fused``, torch keeps the gate's output, too, and of both norms the normalised value and its
+    input, in fp32.
     """
     h, f, q, kv = (shape.size(d) for d in ("hidden", "ffn", "q", "kv"))
     # Two residuals and two norms' outputs; queries, keys, values after rotation and before their norms; the context.
     attention = 4 * h / degrees.sequence + (2 * q + 2 * kv + (q + kv if shape.qk_norm else 0)) / degrees.tensor
     feed_forward = (3 if fused else 4) * f / degrees.tensor
     statistics = FP32 * (shape.heads / degrees.tensor + 2)
+    if not fused:
+        statistics += 2 * FP32 * h / degrees.sequence * (1 if width == FP32 else 2)
     return width * attention + statistics, width * feed_forward, width * h / degrees.sequence
 
 
@@ -201,9 +204,12 @@ def optimizer_bytes(cfg: TropdConfig, numbers: float) -> float:
 def placement(cfg: TropdConfig, machine: Machine) -> str:
     """process or colocated: what ``model.rollout.placement`` means on ``machine``."""
     chosen = cfg.model.rollout.placement
-    if chosen != "auto":
-        return chosen
-    return "colocated" if machine.kind == "gpu" and cfg.model.pipeline_model_parallel_size == 1 else "process"
+    return auto_placement(cfg, on_gpu=machine.kind == "gpu") if chosen == "auto" else chosen
+
+
+def auto_placement(cfg: TropdConfig, *, on_gpu: bool) -> str:
+    """What ``model.rollout.placement = auto`` means: colocated where an engine can have whole layers on a GPU."""
+    return "colocated" if on_gpu and cfg.model.pipeline_model_parallel_size == 1 else "process"
 
 
 def engine_bytes(cfg: TropdConfig, student: ModelShape, machine: Machine) -> float:

@@ -26,10 +26,10 @@ def roles(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
         ("student", _groups(student, "tensor group", devices) + _pipeline(ranks)),
         ("teacher", _teacher(ranks, devices)),
     ]
-    engines = engine_groups(cfg, machine)
-    where = "a process beside rank 0" if engines == [(0,)] else _groups(engines, "engine", devices)
-    if placement(cfg, machine) == "colocated":
-        where += ", in the ranks' own processes" + (", asleep while they train" if cfg.model.rollout.sleep else "")
+    if placement(cfg, machine) == "process":
+        return [*lines, ("rollouts", "one engine, a process beside rank 0")]
+    asleep = ", asleep while they train" if cfg.model.rollout.sleep else ""
+    where = f"{_groups(engine_groups(cfg, machine), 'engine', devices)}, in the ranks' own processes{asleep}"
     return [*lines, ("rollouts", where)]
 
 
@@ -58,4 +58,5 @@ def _groups(groups: list[tuple[int, ...]], what: str, devices: int) -> str:
     crossing = sum(nodes_of(group, devices) > 1 for group in groups)
     plural = "" if len(groups) == 1 else "s"
     note = f" ({crossing} of them across nodes: slow without NVLink between nodes)" if crossing else ""
-    return f"{len(groups)} {what}{plural}, ranks {', '.join(names)}{note}"
+    first = "rank" if groups == [(0,)] else "ranks"
+    return f"{len(groups)} {what}{plural}, {first} {', '.join(names)}{note}"

@@ -11,6 +11,7 @@ from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.planner.machine import Machine
 from nemo_tropd.planner.memory import (
+    BATCH_POSITION,
     BYTES,
     FP32,
     Degrees,
@@ -24,12 +25,12 @@ from nemo_tropd.planner.memory import (
 )
 
 # A rollout's token as the leader sends it to every rank: id, log-probability, pickled.
-ROLLOUT_TOKEN = 14
+ROLLOUT_TOKEN = 13
 
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes sent by one rank in a step, by kind, and over what: "tensor" groups lie within a node where they can."""
+    """Bytes sent by one rank in a step, by kind, and which kinds stay within a node where tensor groups do."""
 
     kinds: Mapping[str, float]
     within_node: tuple[str, ...]
@@ -73,9 +74,12 @@ def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, ma
         "gradients, data parallel": _data_parallel(cfg, numbers, width),
         "weights to the engines": _refresh(cfg, student, own, machine),
         "rollouts": positions(cfg) * ROLLOUT_TOKEN if ranks.world_size > 1 else 0.0,
-        "teacher's scores": scored * (1 + 2 * m.tropd.top_k) * FP32 if ranks.replicas > 1 else 0.0,
+        "teacher's scores": _scores(cfg, scored),
     }
-    return Wire(kinds, ("student, tensor parallel", "teacher, tensor parallel", "teacher's scores"))
+    within = ["student, tensor parallel", "teacher, tensor parallel", "teacher's scores"]
+    if placement(cfg, machine) == "colocated":
+        within.append("weights to the engines")
+    return Wire(kinds, tuple(within))
 
 
 def _data_parallel(cfg: TropdConfig, numbers: float, width: int) -> float:
@@ -84,6 +88,13 @@ def _data_parallel(cfg: TropdConfig, numbers: float, width: int) -> float:
     if not cfg.model.optim.distributed:
         return ring(numbers * FP32, data, reduce=True)
     return ring(numbers * FP32, data) + ring(numbers * width, data)
+
+
+def _scores(cfg: TropdConfig, scored: float) -> float:
+    """What a teacher of its own degree adds: scores passed on in a model group, micro-batches shown to other owners."""
+    ranks = layout(cfg)
+    passed = scored * (1 + 2 * cfg.model.tropd.top_k) * FP32 if ranks.replicas > 1 else 0.0
+    return passed + (ranks.owners - 1) * positions(cfg) / ranks.data * BATCH_POSITION
 
 
 def _refresh(cfg: TropdConfig, student: ModelShape, own: Degrees, machine: Machine) -> float:

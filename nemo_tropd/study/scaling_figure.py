@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_tropd.planner.wire import ROLLOUT_TOKEN
 from nemo_tropd.study.scaling import INSIDE, MEMORY, OPERATIONS, OUTSIDE, Point, crossing
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def _breaks_first(curves: Curves) -> list[str]:
     first = [w for w in (crossing(points, "writing_s") for points in curves.values() if points[-1].gpus > 1) if w]
     wire = [crossing(points, "outside_s") for points in curves.values() if points[-1].gpus > 1]
     early = min((w for w in wire if w), default=None)
+    rollouts = max(p.kinds["rollouts"] for points in curves.values() for p in points)
     lines += [
         "",
         "1. **Writing.** A response of 8096 tokens is written one token after the other, and more GPUs do not shorten "
@@ -81,8 +83,8 @@ def _breaks_first(curves: Curves) -> list[str]:
         "3. **One rollout a rank.** With 512 rollouts, 512 data-parallel ranks have one each, and the longest sets the "
         "pace of all; tokens are evenly filled into rows only while a rank has several.",
         "4. **The leader.** It sends every rollout to every rank over gloo, as Python objects: "
-        "14 bytes a token, 0.07 GB a step at the paper's batch, whatever the number of ranks. It is the first thing to "
-        "shard if the batch grows with the GPUs.",
+        f"{ROLLOUT_TOKEN} bytes a token, {rollouts / 1e9:.2f} GB a step at most, whatever the number of ranks. It is "
+        "the first thing to shard if the batch grows with the GPUs.",
         "5. **Memory** does not break: what data parallelism divides (optimizer states, micro-batches' scores) falls, "
         "the rest stays. A teacher of 72B in bf16 needs all eight GPUs of a node.",
     ]

@@ -11,6 +11,7 @@ import torch
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.planner.memory import auto_placement
 from nemo_tropd.rollout.colocated import ColocatedEngine
 from nemo_tropd.rollout.engine import RolloutEngine, Sampling
 from nemo_tropd.rollout.engine_settings import EngineSettings
@@ -31,7 +32,7 @@ def placement(cfg: TropdConfig, *, on_cuda: bool | None = None) -> str:
     asked, pipeline = cfg.model.rollout.placement, cfg.model.pipeline_model_parallel_size
     on_cuda = torch.cuda.is_available() if on_cuda is None else on_cuda
     if asked == "auto":
-        return "colocated" if on_cuda and pipeline == 1 else "process"
+        return auto_placement(cfg, on_gpu=on_cuda)
     if asked == "colocated" and not on_cuda:
         raise ConfigError(
             "model.rollout.placement",

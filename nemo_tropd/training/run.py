@@ -65,9 +65,11 @@ def train(cfg: TropdConfig, engines: EngineMaker | None = None) -> Outcome | Non
     """
     plan = make_plan(cfg)
     placement(cfg)  # refused here where the machine cannot serve it
-    if os.environ.get("RANK", "0") == "0" and cfg.check_only:
+    if not cfg.check_only and already_finished(cfg, plan):
+        return None
+    if os.environ.get("RANK", "0") == "0":
         print_plan(cfg, plan)
-    if cfg.check_only or already_finished(cfg, plan):
+    if cfg.check_only:
         return None
     if cfg.model.teacher.fp8 is not None:
         check_hardware(cfg.model.teacher.fp8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ConfigError
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.parallel.ranks import RankLayout, nodes_of
@@ -20,7 +22,7 @@ from nemo_tropd.planner.recipes import MARK, gpu_recipes, plan_recipe
 from nemo_tropd.planner.roles import engine_groups, roles
 from nemo_tropd.planner.shapes import SHAPES, known_shape
 from nemo_tropd.planner.verdict import check_memory
-from nemo_tropd.planner.wire import ring
+from nemo_tropd.planner.wire import ROLLOUT_TOKEN, ring
 from tests.e2e.compose import CONF, compose_config
 
 RECIPES = gpu_recipes(CONF)
@@ -198,6 +200,16 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
     small = compose_config([*base, "trainer.devices=2", "model.encoder_seq_length=9216"])
     with pytest.raises(ConfigError, match=r"\(2 ranks of \d+\.\d+ GiB on a host\)"):
         check_memory(small, estimate(small, SHAPES["smollm2-student-24l"], SHAPES["Qwen3-1.7B"], cpu), cpu)
+
+
+def test_a_rollouts_token_takes_as_many_bytes_as_the_plan_says() -> None:
+    draw = random.Random(3)
+    ids, count = [draw.randrange(150_000) for _ in range(4000)], 3000
+    rollouts = [
+        Rollout(ids[count:], [], ids[:count], [-draw.random() for _ in range(count)], 1, i, i, True) for i in range(4)
+    ]
+    a_token = len(pickle.dumps(rollouts)) / (4 * len(ids))
+    assert 0.8 * a_token < ROLLOUT_TOKEN < 1.25 * a_token
 
 
 def test_ring_volumes() -> None:
