@@ -99,7 +99,7 @@ def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool) -> str:
         (
             f"is_host={str(is_host).lower()}",
             f"join_timeout={max(60, patience)}",
-            f"read_timeout={max(10, min(60, patience))}",
+            f"read_timeout={max(10, min(60, patience // 4))}",
             f"keep_alive_interval={interval}",
             f"keep_alive_max_attempt={_KEEP_ALIVE_ATTEMPTS}",
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -196,7 +197,7 @@ def named_peers(topology: Topology, timeout_s: float) -> Iterator[None]:
     """Collective failures inside become PeerLost, printed by each rank that saw one.
 
     ``timeout_s``: trainer.distributed_timeout_s; the topology's groups have ``collective_timeout_s`` of it. After
-    PeerLost the groups are broken, and no collective must be called again.
+    PeerLost the groups are broken, no collective must be called again, and SIGTERM is ignored: the process is to end.
     """
     call = RollCall.start(topology, timeout_s)
     try:
@@ -204,6 +205,9 @@ def named_peers(topology: Topology, timeout_s: float) -> Iterator[None]:
     except BaseException as error:
         if call is None or not failed_collective(error):
             raise
+        # torchrun ends a host's other ranks as soon as the first has left; each is to say its word before.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = call.find()
         print(f"PeerLost: {lost}", file=sys.stderr, flush=True)
         if topology.is_leader:
