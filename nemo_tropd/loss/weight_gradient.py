@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .inputs import kernels_serve
 
-# Up to so many chunks are summed in the weight's own dtype: a rounding each, and less than the products' own error.
-# More of them are summed in fp32, which costs twice the bytes a chunk.
-CHUNKS_IN_OWN_DTYPE = 4
+# Up to so many chunks are summed in the weight's own dtype on a GPU: a rounding each, half a percent in all for 16 of
+# bf16, and no second copy of the gradient. More of them are summed in fp32.
+CHUNKS_IN_OWN_DTYPE = 16
 
 
 class WeightGradient:

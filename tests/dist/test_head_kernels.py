@@ -145,6 +145,19 @@ def check_scaling(checks: Checks) -> None:
             checks.true(f"add {dtype} {factor}", torch.equal(got, total + values.float() * factor))
 
 
+def check_weight_gradient(checks: Checks) -> None:
+    """A sum of chunks in bf16 loses under a percent; of more chunks it is kept in fp32."""
+    slopes, states = torch.randn(34, 64, 50).bfloat16(), torch.randn(34, 64, 24).bfloat16()
+    for chunks, dtype, tolerance in ((1, torch.bfloat16, 4e-3), (16, torch.bfloat16, 1e-2), (34, torch.float32, 4e-3)):
+        total = weight_gradient.WeightGradient(torch.full((56, 24), math.nan, dtype=torch.bfloat16), 50, chunks)
+        for slope, state in zip(slopes[:chunks], states[:chunks], strict=True):
+            total.add(slope, state)
+        want = torch.einsum("ncv,nch->vh", slopes[:chunks].double(), states[:chunks].double())
+        error = relative(total.total[:50], want)
+        checks.true(f"{chunks} chunks", total.total.dtype == dtype and error < tolerance, error)
+        checks.true(f"{chunks} chunks: padding", bool((total.total[50:] == 0).all()))
+
+
 def check_refusals(checks: Checks) -> None:
     from nemo_tropd.loss import kernels
 
@@ -226,6 +239,7 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
         check_streams(checks)
         check_gradients(checks)
         check_scaling(checks)
+        check_weight_gradient(checks)
         check_refusals(checks)
     check_head(checks, seed)
     check_teacher(checks, group, seed)
