@@ -1,6 +1,7 @@
 """Time and memory of the loss: ours, plain torch, and, where they can be imported, TRL's and Liger's.
 
     python examples/bench_loss.py                      # times with all, then memory at a longer batch
+                                                       # with a GPU: limit, ours and peers at six sizes
     python examples/bench_loss.py --tokens 512 --vocabulary 32768 --hidden 256 --only "ours: TrOPD"
 
 One row is one forward and backward over both heads (student and teacher), in a process of its own; the peak counts the
@@ -14,8 +15,10 @@ They are not among this project's pins. To measure them, put them somewhere else
 import argparse
 
 import torch
+from rich.console import Console
 
 from nemo_tropd.study.bench import OWN, VARIANTS, Shape, bench
+from nemo_tropd.study.head_peers import PAIRS, TOKENS, table
 
 
 def main() -> None:
@@ -28,6 +31,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     options = parser.parse_args()
+    if torch.cuda.is_available():
+        for pair in PAIRS:
+            for tokens in [options.tokens] if options.tokens else TOKENS:
+                Console(width=120).print(table(tokens, pair))
+        return
     dtype = getattr(torch, options.dtype)
     shape = Shape(options.tokens or 512, options.vocabulary, options.hidden, dtype)
     bench(options.only, [shape], options.threads, options.repeats)

@@ -18,6 +18,7 @@ from torch import Tensor
 from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens, TeacherScores
 from nemo_tropd.loss.head import head_loss, teacher_scores, token_scores
+from nemo_tropd.study.head_model import Head
 
 TOP_K = 64
 
@@ -96,6 +97,7 @@ def plain(x: Inputs) -> Tensor:
 
 
 def trl(x: Inputs, beta: float) -> Tensor:
+    """TRL's chunked divergence over the full vocabulary: forward KL at 0, JSD at 0.5."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     out = ChunkedDivergenceFunction.apply(
@@ -105,6 +107,7 @@ def trl(x: Inputs, beta: float) -> Tensor:
 
 
 def liger(x: Inputs, chunk: int) -> Tensor:
+    """Liger's chunked fused linear JSD over the full vocabulary."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False, chunk_size=chunk)
@@ -186,9 +189,53 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does at its best."""
+
+    gigaflops: float  # matrix products
+    gigabytes_per_second: float  # copying, bytes read and written together
+
+
+def measure_rates(dtype: torch.dtype, threads: int) -> Rates:
+    """A large matrix product and a large copy, the best of five each."""
+    torch.set_num_threads(threads)
+    size = 1024
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+
+    def best(step: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    product, copy = best(lambda: a @ b), best(lambda: target.copy_(source))
+    return Rates(2 * size**3 / product / 1e9, 2 * source.numel() * 4 / copy / 1e9)
+
+
+def floor_line(shape: Shape, rates: Rates) -> str:
+    """Operations, bytes, and the time that this machine needs for them at least."""
+    head = Head(
+        shape.tokens, shape.vocabulary, shape.hidden, shape.hidden, TOP_K, itemsize=max(4, shape.dtype.itemsize)
+    )
+    flop, least, moved = sum(head.products().values()), sum(head.passes().values()), head.torch_bytes()
+    floor = flop / rates.gigaflops / 1e6 + least / rates.gigabytes_per_second / 1e6
+    ours = flop / rates.gigaflops / 1e6 + moved / rates.gigabytes_per_second / 1e6
+    return (
+        f"model: {flop / 1e9:.1f} GFLOP in products; {least / 1e9:.2f} GB at least, {moved / 1e9:.2f} GB by the torch "
+        f"path. Here ({rates.gigaflops:.0f} GFLOP/s, {rates.gigabytes_per_second:.1f} GB/s measured): floor "
+        f"{floor:.0f} ms, torch path {ours:.0f} ms. On a GPU: make roofline GPU=h100"
+    )
+
+
 def bench(variants: Sequence[str], shapes: Sequence[Shape], threads: int, repeats: int) -> None:
-    """Measure and print one table a shape."""
+    """Measure and print one table a shape, with the model of what it must compute and move beside it."""
     console = Console()
+    rates = measure_rates(shapes[0].dtype, threads)
     for shape in shapes:
         title = f"T {shape.tokens}, V {shape.vocabulary:,}, H {shape.hidden}, {str(shape.dtype).removeprefix('torch.')}"
         table = Table("loss of both heads", "ms", "extra peak MiB", title=f"{title}, {threads} threads")
@@ -198,3 +245,4 @@ def bench(variants: Sequence[str], shapes: Sequence[Shape], threads: int, repeat
             cells = (cost, "") if isinstance(cost, str) else (f"{cost.milliseconds:.0f}", f"{cost.peak_mib:.0f}")
             table.add_row(variant, *cells)
         console.print(table)
+        console.print(floor_line(shape, rates), highlight=False)

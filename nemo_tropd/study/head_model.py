@@ -100,6 +100,14 @@ class Head:
         products = 3 * chunk * self.student_hidden * self.itemsize
         return float(slots * chunk * self.columns * self.itemsize + hidden + products + self.tokens * self.top_k * 20)
 
+    def torch_bytes(self) -> float:
+        """Bytes that ``loss.chunks.TorchChunks`` moves, logits and their exponentials alone.
+
+        Teacher: written by the product; block maxima, shifted and raised (each read and written), summed: 7 passes.
+        Student: the same, then scaled in place and read by two products: 11.
+        """
+        return 18 * self.logits_bytes
+
     def milliseconds(self, gpu: Gpu) -> dict[str, float]:
         """Part by part, as if each ran alone."""
         times = {name: 1e3 * flop / (gpu.tflops * 1e12) for name, flop in self.products().items()}
