@@ -25,7 +25,7 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "data2", "data": 2},
         {"name": "data2_distributed_optimizer", "data": 2, "model.optim.distributed": True},
         {"name": "teacher1_tensor2", "tensor": 2, TEACHER: 1, "model.sequence_parallel": True},
-        {"name": "teacher2_data2", "data": 2, TEACHER: 2, "model.micro_batch_size": 1},
+        {"name": "teacher2_data2", "data": 2, TEACHER: 2, ROW: 120},
         {"name": "rows_sequence", "tensor": 2, ROW: 110, "model.sequence_parallel": True, TEACHER: 1},
         {"name": "rows_data2", "data": 2, ROW: 200, "model.optim.distributed": True, "model.recompute": "full"},
     ],
