@@ -99,8 +99,9 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
         assert trained.keys() == weights.keys()
         for key, tensor in weights.items():
             # Adam turns rounding in a gradient near zero into a step of its own, so single elements may differ.
-            moved = (tensor - initial[key]).norm()
-            assert moved > 0 and (trained[key] - tensor).norm() < 5e-3 * moved, (name, key)
+            # A bias of keys has almost none but such: the same added to every key leaves a softmax as it is.
+            moved, share = (tensor - initial[key]).norm(), 5e-2 if key.endswith("k_proj.bias") else 5e-3
+            assert moved > 0 and (trained[key] - tensor).norm() < share * moved, (name, key)
 
 
 @pytest.mark.parametrize("name", ["micro", "rows"])
