@@ -1,0 +1,80 @@
+"""SmolLM2's student under tensor parallel 3 takes the steps that one process takes: real weights, fixed rollouts."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.dist.run_distributed import run_distributed
+
+VOCABULARY, STEPS = 49_152, 3
+TEXT = (
+    "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\nSunlight is scattered by the molecules "
+    "of the air, and blue light, whose waves are short, is scattered far more than red.<|im_end|>\n"
+)
+
+
+def _train(rank: int, world_size: int, student: str, ids: list[int], seed: int) -> tuple[list[dict[str, float]], float]:
+    """Three steps in fp32, rows of 64 tokens: each step's metrics, and how far the weights moved."""
+    from nemo_tropd import objectives
+    from nemo_tropd.batch import Rollout
+    from nemo_tropd.config import OptimConfig
+    from nemo_tropd.convert.families import read_shape
+    from nemo_tropd.convert.hf_import import load_hf
+    from nemo_tropd.model.build import build_gpt
+    from nemo_tropd.model.student import data_parallel
+    from nemo_tropd.model.student_pass import StudentPass
+    from nemo_tropd.parallel.topology import Topology
+    from nemo_tropd.teacher.scorer import TeacherScorer
+    from nemo_tropd.training.optimizer import StudentOptimizer
+    from nemo_tropd.training.packing import pack_micro_batches
+
+    topology = Topology.start(world_size)
+    folder = Path(student)
+    shape = read_shape(folder)
+    model = build_gpt(shape, topology)
+    load_hf(model, folder, shape, topology)
+    ddp = data_parallel(model, topology, distributed_optimizer=False)
+    optimizer = StudentOptimizer(OptimConfig(lr=1e-4), ddp, dtype=torch.float32, clip=1.0, max_steps=STEPS)
+    teacher = TeacherScorer(
+        folder.with_name("smollm2-135m-instruct"), topology, dtype=torch.float32, vocab_size=VOCABULARY
+    )
+    start = [p.detach().clone() for p in model.parameters()]
+    draw, found = random.Random(seed), []
+    options = {"group": topology.tensor_group, "vocab_size": VOCABULARY}
+    for step in range(STEPS):
+        lengths = [draw.randint(12, 40) for _ in range(3)]
+        rollouts = [Rollout(ids[:9], [], ids[9:n], [-1.0] * (n - 9), 0, i, i, True) for i, n in enumerate(lengths)]
+        batches = pack_micro_batches(
+            rollouts, topology, micro_batch_size=1, pad_id=0, seed=seed, step=step, tokens_per_micro_batch=64
+        )
+        scores = teacher.score(batches, top_k=64, entropy=False, chunk_tokens=None)
+        optimizer.zero_grad()
+        tokens = sum(r.loss_tokens for r in rollouts)
+        one_pass = StudentPass(
+            ddp, topology, objectives.build("tropd"), loss_tokens=tokens, sequences=3, head_options=options
+        )
+        sums = one_pass.run(batches, scores, [None] * len(batches)).gather()
+        found.append({**sums.sums, "grad_norm": optimizer.step(step).grad_norm})
+    moved = sum(float((p - q).detach().square().sum()) for p, q in zip(model.parameters(), start, strict=True))
+    topology.barrier()
+    return found, moved
+
+
+@pytest.mark.timeout(200)
+def test_three_ranks_take_the_steps_of_one() -> None:
+    from transformers import AutoTokenizer
+
+    from nemo_tropd.convert.smollm2 import build_student
+
+    student = build_student()
+    ids = AutoTokenizer.from_pretrained(student)(TEXT)["input_ids"]
+    seed = int(torch.randint(0, 2**31, ()))
+    ((one, moved),) = run_distributed(_train, 1, str(student), ids, seed, timeout_s=180)
+    assert len(one) == STEPS and moved > 0
+    for three, _ in run_distributed(_train, 3, str(student), ids, seed, timeout_s=180):
+        for step, (got, want) in enumerate(zip(three, one, strict=True)):
+            assert got == pytest.approx(want, rel=1e-4, abs=1e-4), (seed, step)
