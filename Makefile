@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
 
-.PHONY: setup demo test lint bench compare scaling gpu-check clean
+.PHONY: setup demo test lint bench bench-loop compare scaling gpu-check clean
 
 setup: $(READY)
 
@@ -39,6 +39,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python examples/bench_loss.py $(ARGS)
+
+bench-loop: setup
+	$(BIN)/python examples/bench_loop.py $(ARGS)
 
 # What the loss costs on a GPU at least, by a model: make roofline GPU=h100|h200|b200
 GPU ?= h100

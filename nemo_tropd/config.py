@@ -138,7 +138,8 @@ class ObjectiveConfig:
     guidance_weight: float | None = None
     """beta_g, the weight of imitation on teacher prefixes; null: the objective's own default (0.001)."""
     params: dict[str, Any] = field(default_factory=dict)
-    """Further parameters of the objective by name, e.g. {tau: -3.0}."""
+    """Further parameters of the objective by name, e.g. {tau: -3.0}. Every objective knows importance_cap: each student
+    token's loss times min(exp(trainer's - engine's log-probability), cap), detached; unset: no weights."""
     top_k: int = 64
     """Teacher candidates a token."""
     chunk_tokens: int | None = None

@@ -186,6 +186,7 @@ class ColocatedEngine:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, which the external launcher demands, too
             "VLLM_PLUGINS": "",  # NeMo registers one, which costs 20 s and tracebacks
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiles at its first use, and knows no seeds a request
             "HF_HUB_OFFLINE": "1",
             "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         }

@@ -30,6 +30,9 @@ from nemo_tropd.training.metrics import PhaseTimer
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
 from nemo_tropd.training.packing import pack_micro_batches
 
+# Figures of some objectives alone; the others have no such line.
+ABSENT = ("student_entropy", "importance_weight")
+
 
 class TrainingError(RuntimeError):
     """The run cannot go on: says at which step, why, and what to change."""
@@ -146,6 +149,7 @@ def _train_metrics(
         "guided_fraction": sums.mean("guided_tokens", s.get("tokens", 0.0)),
         "mismatch_mean_abs": sums.mean("mismatch", written),
         "mismatch_max_abs": -sums.minima["minus_mismatch"] if "minus_mismatch" in sums.minima else math.nan,
+        "importance_weight": sums.mean("importance_weight", written),
         "grad_norm": result.grad_norm,
         "applied": float(result.applied),
         "learning_rate": result.learning_rate,
@@ -155,4 +159,4 @@ def _train_metrics(
         "seconds/step": seconds,
         "tokens_per_second": s.get("tokens", 0.0) / seconds,
     }
-    return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v) and k == "student_entropy")}
+    return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v) and k in ABSENT)}

@@ -145,6 +145,7 @@ def every_rank(rank: int, world_size: int, root: str) -> list[str]:
         for module in (engines, run):
             module.placement = lambda cfg, on_cuda=None, place=place: place  # type: ignore[attr-defined]
         keys = {**KEYS, "trainer.tropd.max_steps": 2, "model.tropd.guidance.enabled": False}
+        keys["+model.tropd.params.importance_cap"] = 0.5
         cfg = compose_config(tiny.overrides(Path(root) / name, data=2, **keys))
         events: list[str] = []
         run.train(cfg, lambda cfg, path, fresh, events=events: lambda: RecordingEngine(events))  # type: ignore[misc]
@@ -161,3 +162,4 @@ def test_an_engine_on_every_rank_takes_the_steps_of_one_for_all(tmp_path: Path) 
     make_tiny(tmp_path / "llama", "llama", tied=False)
     assert run_distributed(every_rank, 2, str(tmp_path), timeout_s=350) == [[], []]
     assert figures(tmp_path / "each") == figures(tmp_path / "one") and len(figures(tmp_path / "each")) == 2
+    assert all(0 < line["importance_weight"] <= 0.5 for line in train_lines(tmp_path / "each"))
