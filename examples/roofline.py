@@ -26,7 +26,7 @@ def main() -> None:
         parser.error("--hidden and --teacher-hidden go together")
     pairs = PAIRS if options.hidden is None else ((options.hidden, options.teacher_hidden),)
     heads = [
-        Head(tokens, options.vocabulary, *pair, tensor_parallel=options.tp)
+        Head(tokens, options.vocabulary, pair[0], pair[1], tensor_parallel=options.tp)
         for pair in pairs
         for tokens in ([options.tokens] if options.tokens else [2048, 8192, 32768])
     ]
