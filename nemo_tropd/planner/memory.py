@@ -1,8 +1,8 @@
 """Bytes of one rank: what it always holds, and what each phase of a step adds.
 
-Activations are counted tensor by tensor as Megatron's layers keep them for the backward pass (no attention scores:
-FlashAttention, and torch's on CPU, keep none); Korthikanti et al. 2022 (arXiv 2205.05198) count the same way. A plan is
-for the worst case of its settings: full rows, responses of the greatest length.
+Activations are counted tensor by tensor as Megatron's layers keep them for the backward pass (no attention scores,
+except by the local attention on CPU, for padded rows); Korthikanti et al. 2022 (arXiv 2205.05198) count the same way.
+A plan is for the worst case of its settings: full rows, responses of the greatest length.
 """
 
 from __future__ import annotations
@@ -152,10 +152,19 @@ def layer_activations(shape: ModelShape, degrees: Degrees, width: int, *, fused:
     return width * attention + statistics, width * feed_forward, width * h / degrees.sequence
 
 
+def padded_attention(shape: ModelShape, degrees: Degrees, width: int, length: int) -> float:
+    """Bytes a position that Megatron's local attention keeps of a padded row: probabilities in fp32 and in the layers'
+    own type, and keys and values repeated for every query head."""
+    probabilities = shape.heads / degrees.tensor * length * (FP32 + (width if width < FP32 else 0))
+    return probabilities + 2 * width * shape.size("q") / degrees.tensor
+
+
 def student_activations(cfg: TropdConfig, shape: ModelShape, machine: Machine) -> dict[str, float]:
     """Kept for the backward pass by all micro-batches in flight, and what one layer's passes need besides."""
     degrees, width, rows = student_degrees(cfg), BYTES[cfg.trainer.precision], row_tokens(cfg)
     attention, feed_forward, entry = layer_activations(shape, degrees, width, fused=machine.kind == "gpu")
+    if machine.kind == "cpu" and cfg.model.tokens_per_micro_batch is None:
+        attention += padded_attention(shape, degrees, width, cfg.model.encoder_seq_length)
     mode = cfg.model.recompute
     kept = {None: attention + feed_forward, "selective": attention, "full": entry}[mode]
     again = {None: 0.0, "selective": feed_forward, "full": attention + feed_forward}[mode]
