@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         return 0
     print(f"launch: {launch.summary}", flush=True)
     command = [sys.executable, "-m", "nemo_tropd.launch.agent", *launch.arguments]
-    return Supervisor(command, child, launch.restarts).run()
+    return Supervisor(command, child, launch.restarts, launch.patience_s).run()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from nemo_tropd.launch.placement import CONSUMED, DEFAULT_PORT, Placement
 
 # Seconds after which a node whose launcher gives no sign counts as gone from the rendezvous: attempts x interval.
 _KEEP_ALIVE_ATTEMPTS = 3
+_GRACE_S = 15  # beyond what torchrun may wait for the other nodes
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Launch:
     environment: dict[str, str]  # to add
     drop: tuple[str, ...]  # names to take out
     restarts: int
+    patience_s: float  # how long torchrun may be without ranks
     summary: str
 
 
@@ -80,6 +82,7 @@ def plan_launch(
         environment=environment,
         drop=tuple(k for k in env if k in CONSUMED or k.startswith("PET_")),
         restarts=cfg.trainer.max_restarts,
+        patience_s=_join_timeout_s(cfg) + _GRACE_S,
         summary=f"{placement.scheduler}: {nodes} node(s) x {ranks} rank(s), {where}",
     )
 
@@ -91,6 +94,10 @@ def _agree(key: str, ours: int, theirs: int | None, scheduler: str, what: str) -
         )
 
 
+def _join_timeout_s(cfg: TropdConfig) -> int:
+    return max(60, cfg.trainer.distributed_timeout_s)
+
+
 def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool) -> str:
     """How long the launchers wait: as long as a collective may, so that one key says when a node is given up."""
     patience = cfg.trainer.distributed_timeout_s
@@ -98,7 +105,7 @@ def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool) -> str:
     return ",".join(
         (
             f"is_host={str(is_host).lower()}",
-            f"join_timeout={max(60, patience)}",
+            f"join_timeout={_join_timeout_s(cfg)}",
             f"read_timeout={max(10, min(60, patience // 4))}",
             f"keep_alive_interval={interval}",
             f"keep_alive_max_attempt={_KEEP_ALIVE_ATTEMPTS}",

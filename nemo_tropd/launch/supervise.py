@@ -19,14 +19,16 @@ import psutil
 from nemo_tropd.launch.agent import MEETING_LOST
 
 _PR_SET_CHILD_SUBREAPER = 36
+_LOOK_S = 1.0
 _PAUSE_S = 2.0  # before another try: the other nodes need a moment to notice
 
 
 class Supervisor:
     """Runs one agent at a time, passes signals on to it, and removes what it leaves behind."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str], restarts: int) -> None:
-        self.command, self.env, self.restarts = command, dict(env), restarts
+    def __init__(self, command: list[str], env: Mapping[str, str], restarts: int, patience_s: float) -> None:
+        """``patience_s``: how long torchrun may be without a living rank; longer than it may wait for other nodes."""
+        self.command, self.env, self.restarts, self.patience_s = command, dict(env), restarts, patience_s
         self._agent: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
@@ -40,7 +42,7 @@ class Supervisor:
         while True:
             # A session of its own: Ctrl-C in a terminal reaches the ranks once, through torchrun, and not twice.
             self._agent = subprocess.Popen(self.command, env=self.env, start_new_session=True)
-            code = self._agent.wait()
+            code = self._wait(self._agent)
             self._remove_orphans()
             killed = code < 0
             if self._stopping or left == 0 or not (killed or code == MEETING_LOST):
@@ -49,6 +51,22 @@ class Supervisor:
             why = f"was killed by {signal.Signals(-code).name}" if killed else "lost the other nodes"
             print(f"torchrun {why}: starting it again, {left} more time(s) if need be", file=sys.stderr, flush=True)
             time.sleep(_PAUSE_S)
+
+    def _wait(self, agent: subprocess.Popen[bytes]) -> int:
+        """The agent's exit code. Behind a cut link torchrun waits for its store without end, though its ranks are gone
+        and their failure is known: then it is ended here, as one that lost the others."""
+        alive = time.monotonic()
+        while True:
+            try:
+                return agent.wait(_LOOK_S)
+            except subprocess.TimeoutExpired:
+                if _has_living_child(agent.pid):
+                    alive = time.monotonic()
+            if time.monotonic() - alive > self.patience_s:
+                print(f"torchrun has had no rank for {self.patience_s:.0f} s: ending it", file=sys.stderr, flush=True)
+                agent.kill()
+                agent.wait()
+                return MEETING_LOST
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
@@ -69,3 +87,10 @@ class Supervisor:
                     return
             except ChildProcessError:
                 return
+
+
+def _has_living_child(pid: int) -> bool:
+    try:
+        return any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(pid).children())
+    except psutil.NoSuchProcess:  # it, or a child, just ended: the next look tells
+        return True
