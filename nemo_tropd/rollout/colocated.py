@@ -153,13 +153,14 @@ class ColocatedEngine:
         try:
             for part in sorted(self._asleep):
                 self._wake(part)  # vLLM unmaps all its memory at the end, and what sleeps is unmapped already
-            if self._make_llm is None:
-                _shut_down(self._llm)
+            with _default_group_kept():
+                self._llm.llm_engine.engine_core.shutdown()
+                self._llm = None
+                gc.collect()  # later versions shut down once more when the engine is collected
         except Exception as error:
             # The run's results are safe by now: what is left of vLLM goes with the process.
             print(f"vLLM did not end well ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
         self._llm, self._asleep = None, set()
-        gc.collect()
         _release_cached_blocks()
 
     @property
@@ -247,16 +248,17 @@ def _release_cached_blocks() -> None:
         torch.cuda.empty_cache()
 
 
-def _shut_down(llm: Any) -> None:
-    """vLLM's own shutdown less its last act, which takes down the default process group: that is the trainer's."""
-    from vllm.distributed import parallel_state
+@contextmanager
+def _default_group_kept() -> Iterator[None]:
+    """vLLM's shutdown ends with the default process group, which is the trainer's: that one call is passed over."""
+    destroy = torch.distributed.destroy_process_group
 
-    core = llm.llm_engine.engine_core.engine_core
-    core.model_executor.shutdown()
-    core.scheduler.shutdown()
-    gc.unfreeze()
-    parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-        parallel_state._WORLD = None
-        parallel_state._NODE_COUNT = None
+    def destroy_others(group: Any = None) -> None:
+        if group is not None:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_others
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy

@@ -42,6 +42,13 @@ class RecordingLLM:
         self.prefixes_of: int | None = None  # the weights that cached prefixes belong to
         self.loads = 0
         self.seen: list[Any] = []
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shutdown))
+
+    def _shutdown(self) -> None:
+        """As vLLM's: it unmaps all its memory, and ends the default process group."""
+        assert self.awake == {"weights", "kv_cache"}, "unmapping what is not mapped"
+        self.calls.append(("shutdown",))
+        torch.distributed.destroy_process_group()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         woken = set(tags or ("weights", "kv_cache"))
@@ -165,7 +172,7 @@ def test_every_request_has_its_seed_and_padding_is_never_drawn(tmp_path: Path) -
     assert arguments["enable_sleep_mode"] is True and "distributed_executor_backend" not in arguments
 
 
-def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path) -> None:
+def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     colocated = Colocated(tmp_path)
     engine = colocated.engine
     with pytest.raises(EngineError, match="not running"):
@@ -180,8 +187,15 @@ def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path) -> None:
         engine.generate(requests())
     engine.update_weights(colocated.stream(), 1)
     assert {r.weight_version for r in engine.generate(requests())} == {1}
+    engine.sleep()
+    ended: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", ended.append)
+    llm = colocated.llm
     engine.close()
     engine.close()
+    assert llm.calls[-1] == ("shutdown",) and ended == []  # the trainer's group stays
+    torch.distributed.destroy_process_group("other")  # type: ignore[arg-type]
+    assert ended == ["other"]
 
 
 def test_without_sleep_memory_and_weights_stay(tmp_path: Path) -> None:
