@@ -93,7 +93,7 @@ def examine(role: str, port: int, runs: Path) -> Iterator[Finding]:
 
 def _python() -> Finding:
     version = platform.python_version()
-    wanted = metadata.metadata("nemo_tropd").get("Requires-Python") or ""
+    wanted = metadata.metadata("nemo_tropd")["Requires-Python"] or ""
     fits = Requirement(f"python{wanted}").specifier.contains(version)
     return Finding("Python", version, OK if fits else WRONG, "" if fits else f"use Python {wanted}")
 

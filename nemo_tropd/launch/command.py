@@ -68,7 +68,7 @@ def plan_launch(
         meeting = [
             f"--rdzv-endpoint={host}:{port}",
             f"--rdzv-id={placement.run_id or cfg.name}",
-            f"--rdzv-conf={_rendezvous_conf(cfg, is_host=is_local(host))}",
+            f"--rdzv-conf={_rendezvous_conf(cfg, is_host=_is_host(host))}",
             f"--local-addr={local}",
         ]
         # Otherwise each library resolves the host's name for itself, and finds the loopback on many a machine.
@@ -98,19 +98,18 @@ def _join_timeout_s(cfg: TropdConfig) -> int:
     return max(60, cfg.trainer.distributed_timeout_s)
 
 
-def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool) -> str:
+def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool | None) -> str:
     """How long the launchers wait: as long as a collective may, so that one key says when a node is given up."""
     patience = cfg.trainer.distributed_timeout_s
     interval = max(1, min(5, patience // (2 * _KEEP_ALIVE_ATTEMPTS)))
-    return ",".join(
-        (
-            f"is_host={str(is_host).lower()}",
-            f"join_timeout={_join_timeout_s(cfg)}",
-            f"read_timeout={max(10, min(60, patience // 4))}",
-            f"keep_alive_interval={interval}",
-            f"keep_alive_max_attempt={_KEEP_ALIVE_ATTEMPTS}",
-        )
-    )
+    settings = {
+        "is_host": None if is_host is None else str(is_host).lower(),
+        "join_timeout": _join_timeout_s(cfg),
+        "read_timeout": max(10, min(60, patience // 4)),
+        "keep_alive_interval": interval,
+        "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
+    }
+    return ",".join(f"{key}={value}" for key, value in settings.items() if value is not None)
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
@@ -147,8 +146,13 @@ def local_address(host: str, port: int) -> tuple[str, str]:
     raise ConfigError("trainer.rendezvous", f"{host}:{port}", f"no interface of this node has the address {address}")
 
 
-def is_local(host: str) -> bool:
-    """Whether ``host`` is an address of this machine, by its interfaces and not by its name."""
-    own = {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
+def _is_host(host: str) -> bool | None:
+    """Whether this machine keeps the meeting place, by its interfaces and not by its name.
+
+    None on the loopback, where several nodes may be one machine: torchrun then lets the first to come keep it.
+    """
     found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    return bool(found & own) or any(ipaddress.ip_address(a).is_loopback for a in found)
+    if any(ipaddress.ip_address(a).is_loopback for a in found):
+        return None
+    own = {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
+    return bool(found & own)
