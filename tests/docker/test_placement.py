@@ -157,7 +157,7 @@ def entrypoint(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     ("env", "nodes", "words"),
     [
         ({}, 1, ["--nnodes=1", "--rdzv-endpoint=localhost:0"]),
-        ({**SLURM, "SLURM_GPUS_ON_NODE": "2"}, 2, ["--nnodes=2", "--rdzv-id=slurm-4711", "join_timeout=3600"]),
+        ({**SLURM, "SLURM_GPUS_ON_NODE": "2"}, 2, ["--nnodes=2", "--rdzv-id=slurm-4711", "join_timeout=200"]),
         ({**CUSTOMARY, "NPROC_PER_NODE": "2"}, 2, ["--nnodes=2", "--rdzv-endpoint=127.0.0.1:1234"]),
     ],
     ids=["none", "slurm", "torchrun"],
