@@ -24,35 +24,19 @@ from torch.profiler import ProfilerActivity, profile
 from nemo_tropd import objectives
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import OptimConfig
-from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.loss.head import head_loss, score_tokens
 from nemo_tropd.model.build import build_gpt, head_weight
 from nemo_tropd.model.forward import run_model
 from nemo_tropd.model.student import data_parallel, recompute_fields
 from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.planner.shapes import SHAPES
 from nemo_tropd.study.gpu.rows import Row
 from nemo_tropd.study.gpu.teacher import random_weights
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.packing import pack_micro_batches
 
-SHAPE = ModelShape(
-    family="qwen2",
-    layers=28,
-    hidden=1536,
-    ffn=8960,
-    heads=12,
-    kv_heads=2,
-    head_dim=128,
-    vocab_size=151_936,
-    tied=True,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
-    max_positions=32768,
-    qkv_bias=True,
-    qk_norm=False,
-)
+SHAPE = SHAPES["Qwen2.5-1.5B-Instruct"]
 TOKENS, TOP_K, SEQUENCES = 8192, 64, 16
 LENGTHS = (256, 4096)
 NOISE = 0.01  # nats: mean |difference| of log-probabilities that bf16 may make

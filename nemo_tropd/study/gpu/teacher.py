@@ -7,7 +7,6 @@ nothing about a trained model's answers.
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,32 +19,17 @@ from megatron.core.models.gpt import GPTModel
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import check as check_config
-from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.objectives.terms import forward_kl
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.planner.shapes import SHAPES
 from nemo_tropd.study.gpu.rows import Row
+from nemo_tropd.study.head_peers import median_ms
 from nemo_tropd.teacher.admission import TOP_K
 from nemo_tropd.teacher.fp8 import Fp8Settings, check_hardware
 from nemo_tropd.teacher.offload import WeightHome, weight_bytes
 from nemo_tropd.teacher.scorer import TeacherScorer
 
-SEVEN_B = ModelShape(
-    family="qwen2",
-    layers=28,
-    hidden=3584,
-    ffn=18944,
-    heads=28,
-    kv_heads=4,
-    head_dim=128,
-    vocab_size=152064,
-    tied=False,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_scaling=None,
-    max_positions=32768,
-    qkv_bias=True,
-    qk_norm=False,
-)
+SEVEN_B = SHAPES["Qwen2.5-7B-Instruct"]
 TOKENS = 8192
 TRUE_VOCABULARY = 151_936
 # Further options of Megatron and Transformer Engine, each on top of the tensorwise recipe.
@@ -144,12 +128,12 @@ def _bf16(topology: Topology, long: TokenBatch, packed: TokenBatch) -> _Referenc
         bytes=weight_bytes(teacher.model),
         layer_bytes=weight_bytes(teacher.model.decoder),
         scores=_score(teacher, [long]),
-        score_ms=_milliseconds(partial(_score, teacher, [long]), repeats=3),
+        score_ms=median_ms(partial(_score, teacher, [long]), repeats=3),
     )
 
 
 def _times(teacher: TeacherScorer, *batches: TokenBatch, repeats: int = 5) -> list[float]:
-    return [_milliseconds(partial(teacher.hidden, [batch]), repeats=repeats) for batch in batches]
+    return [median_ms(partial(teacher.hidden, [batch]), repeats=repeats) for batch in batches]
 
 
 def _recipe(
@@ -189,7 +173,7 @@ def _measured(
         share <= BYTES_SHARE,
     )
     yield _kl_row(recipe, teacher, reference, long)
-    score_ms = _milliseconds(partial(_score, teacher, [long]), repeats=3)
+    score_ms = median_ms(partial(_score, teacher, [long]), repeats=3)
     yield Row(f"{recipe}: with head and top {TOP_K}", f"{score_ms:.1f} ms, {reference.score_ms / score_ms:.2f} x bf16")
 
 
@@ -291,21 +275,6 @@ def _rows(sequences: list[list[int]], topology: Topology) -> TokenBatch:
 
 def _score(teacher: TeacherScorer, batches: list[TokenBatch]) -> list[TeacherScores | None]:
     return teacher.score(batches, top_k=TOP_K, entropy=False, chunk_tokens=None)
-
-
-def _milliseconds(run: Callable[[], object], *, warm: int = 2, repeats: int = 5) -> float:
-    """The median of ``repeats`` runs on the GPU's own clock."""
-    for _ in range(warm):
-        run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def _seconds(run: Callable[[], object]) -> float:
