@@ -310,8 +310,8 @@ def _check_teacher_degree(teacher: int | None, tensor: int, stage: int) -> None:
         raise ConfigError(
             key,
             teacher,
-            f"must divide model.tensor_model_parallel_size = {tensor} or be a multiple of it: a teacher group then lies "
-            f"within one of the student's, or is made of whole ones",
+            f"must divide model.tensor_model_parallel_size = {tensor} or be a multiple of it: a teacher group then "
+            f"lies within one of the student's, or is made of whole ones",
         )
     if stage % teacher:
         raise ConfigError(
