@@ -85,9 +85,7 @@ def fill_model(
             parameter[: part.size(0)].copy_(part)
             parameter[part.size(0) :].zero_()
         else:
-            parameter.copy_(
-                part
-            )  # whole: a quantized parameter takes its scales from what it is given
+            parameter.copy_(part)  # whole: a quantized parameter takes its scales from what it is given
 
 
 def local_rows(model: Module, shape: ModelShape) -> Iterator[tuple[Parameter, Row]]:
