@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
 
-.PHONY: setup demo test lint bench bench-loop compare scaling gpu-check clean
+.PHONY: setup demo test lint bench bench-loop roofline compare scaling gpu-check clean
 
 setup: $(READY)
 
