@@ -8,6 +8,7 @@ Imports no torch, so that a file can be checked on any machine in a moment.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -189,12 +190,28 @@ class TeacherConfig:
 
 
 @dataclass
+class DedicatedConfig:
+    """Engines on hosts of their own, each started by ``python -m nemo_tropd.rollout.engine_host``; read only with
+    model.rollout.placement=dedicated."""
+
+    address: str | None = None
+    """HOST:PORT where rank 0 listens for the engine hosts, on the interface of that host alone (127.0.0.1: this machine
+    only). Anyone who reaches it can join, so it belongs on a private network."""
+    engines: int | None = None
+    """How many engine hosts there are."""
+    timeout_s: float = 300.0
+    """Seconds for all engine hosts to join, and for a host to take a bucket of weights."""
+
+
+@dataclass
 class RolloutConfig:
     """vLLM."""
 
     placement: str = "auto"
     """process: a child process of the leader; colocated: in every rank's own process, on its GPU, split as the student
-    is, weights refreshed in place; auto: colocated on a GPU (without pipeline parallelism), else process."""
+    is, weights refreshed in place; dedicated: on hosts of their own, weights broadcast to them; auto: colocated on a
+    GPU (without pipeline parallelism), else process."""
+    dedicated: DedicatedConfig = field(default_factory=DedicatedConfig)
     sleep: bool = True
     """Colocated: the engine leaves the GPU's memory to the trainer between rollouts."""
     torch_compile: bool = True
@@ -282,6 +299,18 @@ class TropdConfig:
 
 
 ConfigStore.instance().store(name=SCHEMA_NAME, node=TropdConfig)
+
+
+def host_and_port(key: str, text: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[v6]:port``.
+
+    Raises:
+        ConfigError: ``text``, the value of ``key``, is neither.
+    """
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):([0-9]+)", text)
+    if not found or not 0 < int(found.group(2)) < 65536:
+        raise ConfigError(key, text, "must be host:port with a port of 1 to 65535, such as 10.0.0.1:29600")
+    return found.group(1).strip("[]"), int(found.group(2))
 
 
 def run_dir(cfg: TropdConfig) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_tropd.config import RECOMPUTE, SCHEMA_NAME, ConfigError, TropdConfig, schema_keys
+from nemo_tropd.config import RECOMPUTE, SCHEMA_NAME, ConfigError, TropdConfig, host_and_port, schema_keys
 
 # Recipes a teacher can run without gradients; Megatron's fourth, delayed, is refused by name.
 FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
@@ -161,7 +161,7 @@ def check(cfg: TropdConfig) -> None:
         ("trainer.precision", t.precision, ("32", "bf16")),
         ("model.teacher.precision", m.teacher.precision, (None, "32", "bf16")),
         ("model.rollout.dtype", r.dtype, ("float32", "bfloat16")),
-        ("model.rollout.placement", r.placement, ("auto", "process", "colocated")),
+        ("model.rollout.placement", r.placement, ("auto", "process", "colocated", "dedicated")),
         ("model.tropd.gate", m.tropd.gate, (None, "bernoulli", "threshold", "soft")),
         ("model.tropd.outlier", m.tropd.outlier, (None, "fkl", "mask", "clip")),
         ("model.tropd.tail", m.tropd.tail, (None, "none", "ghost")),
@@ -216,9 +216,29 @@ def check(cfg: TropdConfig) -> None:
             r.request_timeout_s,
             f"must be below trainer.distributed_timeout_s = {t.distributed_timeout_s}: ranks wait for the engine",
         )
+    _check_dedicated(cfg)
     _check_layout(cfg)
     _check_lengths(cfg)
     _check_fp8(cfg)
+
+
+def _check_dedicated(cfg: TropdConfig) -> None:
+    if cfg.model.rollout.placement != "dedicated":
+        return
+    key, d, limit = "model.rollout.dedicated", cfg.model.rollout.dedicated, cfg.trainer.distributed_timeout_s
+    why = "model.rollout.placement=dedicated needs"
+    if d.address is None:
+        raise ConfigError(f"{key}.address", None, f"{why} host:port where rank 0 listens for the engine hosts")
+    host_and_port(f"{key}.address", d.address)
+    if d.engines is None:
+        raise ConfigError(f"{key}.engines", None, f"{why} the number of engine hosts")
+    _at_least(f"{key}.engines", d.engines, 1)
+    if not 0 < d.timeout_s < limit:
+        raise ConfigError(
+            f"{key}.timeout_s",
+            d.timeout_s,
+            f"must be above 0 and below trainer.distributed_timeout_s = {limit}: ranks wait for the engine hosts",
+        )
 
 
 def _check_fp8(cfg: TropdConfig) -> None:

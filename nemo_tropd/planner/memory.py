@@ -211,7 +211,7 @@ def optimizer_bytes(cfg: TropdConfig, numbers: float) -> float:
 
 
 def placement(cfg: TropdConfig, machine: Machine) -> str:
-    """process or colocated: what ``model.rollout.placement`` means on ``machine``."""
+    """process, colocated or dedicated: what ``model.rollout.placement`` means on ``machine``."""
     chosen = cfg.model.rollout.placement
     return auto_placement(cfg, on_gpu=machine.kind == "gpu") if chosen == "auto" else chosen
 
@@ -265,6 +265,8 @@ def estimate(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine
         scoring["teacher"] = resident.pop("teacher")
     if machine.kind == "gpu":
         resident["fragments"] = FRAGMENTATION * machine.bytes
+    if placement(cfg, machine) == "dedicated":
+        return Memory(resident, phases, 0.0)
     engine = engine_bytes(cfg, student, machine)
     if placement(cfg, machine) == "process":
         return Memory(resident, phases, engine)

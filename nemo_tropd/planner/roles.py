@@ -10,10 +10,10 @@ from nemo_tropd.planner.memory import layout, placement
 
 def engine_groups(cfg: TropdConfig, machine: Machine) -> list[tuple[int, ...]]:
     """The ranks that hold each rollout engine: the leader alone beside its engine's process, or in each tensor-parallel
-    group one engine in the ranks' own processes."""
-    ranks = layout(cfg)
-    if placement(cfg, machine) == "process":
-        return [(0,)]
+    group one engine in the ranks' own processes; none where engines have hosts of their own."""
+    ranks, where = layout(cfg), placement(cfg, machine)
+    if where != "colocated":
+        return [(0,)] if where == "process" else []
     return [ranks.tensor_group(first) for first in range(0, ranks.world_size, ranks.tensor)]
 
 
@@ -28,6 +28,9 @@ def roles(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
     ]
     if placement(cfg, machine) == "process":
         return [*lines, ("rollouts", "one engine, a process beside rank 0")]
+    if placement(cfg, machine) == "dedicated":
+        d = cfg.model.rollout.dedicated
+        return [*lines, ("rollouts", f"{d.engines} engine host(s) that join rank 0 at {d.address}; no rank holds one")]
     asleep = ", asleep while they train" if cfg.model.rollout.sleep else ""
     where = f"{_groups(engine_groups(cfg, machine), 'engine', devices)}, in the ranks' own processes{asleep}"
     return [*lines, ("rollouts", where)]

@@ -99,8 +99,11 @@ def _scores(cfg: TropdConfig, scored: float) -> float:
 
 def _refresh(cfg: TropdConfig, student: ModelShape, own: Degrees, machine: Machine) -> float:
     """The student's weights, tensor by tensor, to where an engine takes them: its own shard from every rank of a model
-    group. An engine beside the ranks is served by the leader's group; one in every group's own processes by all."""
+    group. An engine beside the ranks is served by the leader's group; one in every group's own processes by all; to
+    hosts of their own the leader broadcasts once, by NCCL's ring."""
     group = own.tensor * own.pipeline
     bytes_ = student.parameters() * BYTES[cfg.model.rollout.dtype]
     sent = ring(bytes_, group)
+    if placement(cfg, machine) == "dedicated":
+        return sent + bytes_
     return sent if placement(cfg, machine) == "colocated" or group > 1 else 0.0

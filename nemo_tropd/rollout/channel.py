@@ -34,12 +34,16 @@ def send_frame(fd: int, header: dict[str, Any], payload: bytes = b"") -> None:
 
 
 def receive_frame(
-    fd: int, *, alive: Callable[[], bool] | None = None, timeout_s: float | None = None
+    fd: int,
+    *,
+    alive: Callable[[], bool] | None = None,
+    timeout_s: float | None = None,
+    most_bytes: int | None = None,
 ) -> tuple[dict[str, Any], bytes]:
     """Read one frame, waiting for it.
 
-    ``alive`` is asked ten times a second while nothing arrives. Raises ChannelClosed at the end of the pipe or when
-    ``alive`` answers False, TimeoutError when ``timeout_s`` have passed.
+    ``alive`` is asked ten times a second while nothing arrives. Raises ChannelClosed at the end of the pipe, when
+    ``alive`` answers False, or for a frame of more than ``most_bytes``; TimeoutError when ``timeout_s`` have passed.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     # poll, not select: that one refuses descriptors past 1023, which a large job can reach.
@@ -63,5 +67,7 @@ def receive_frame(
         return b"".join(blocks)
 
     header_length, payload_length = _LENGTHS.unpack(read(_LENGTHS.size))
+    if most_bytes is not None and header_length + payload_length > most_bytes:
+        raise ChannelClosed(f"a frame longer than the {most_bytes} bytes that are taken here")
     header = json.loads(read(header_length))
     return header, read(payload_length)

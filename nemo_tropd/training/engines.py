@@ -1,4 +1,5 @@
-"""Which rollout engine a run gets, and where it lives: a child process of the leader, or every rank's own process."""
+"""Which rollout engine a run gets, and where it lives: a child process of the leader, every rank's own process, or
+hosts that train nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config import ConfigError, TropdConfig, host_and_port
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.planner.memory import auto_placement
 from nemo_tropd.rollout.colocated import ColocatedEngine
+from nemo_tropd.rollout.dedicated import DedicatedEngines
 from nemo_tropd.rollout.engine import RolloutEngine, Sampling
 from nemo_tropd.rollout.engine_settings import EngineSettings
 from nemo_tropd.rollout.every_rank import EveryRankRollouts
@@ -24,7 +26,7 @@ EngineMaker = Callable[[TropdConfig, Path, bool], Callable[[], RolloutEngine]]
 
 
 def placement(cfg: TropdConfig, *, on_cuda: bool | None = None) -> str:
-    """``process`` or ``colocated``, as ``model.rollout.placement`` asks and the machine allows.
+    """``process``, ``colocated`` or ``dedicated``, as ``model.rollout.placement`` asks and the machine allows.
 
     Raises:
         ConfigError: colocated without a GPU, or with pipeline parallelism.
@@ -86,11 +88,27 @@ def engine_maker(vocab_size: int, kv_cache_gib: float | None = None) -> EngineMa
             if colocated:
                 world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
                 return ColocatedEngine(settings, world_size=world, sleeps=r.sleep)
+            if refreshable and r.placement == "dedicated":
+                return _dedicated(cfg, settings, "cuda" if on_cuda else "cpu")
             return VllmEngine(settings, threads=r.omp_threads, answer_timeout_s=r.request_timeout_s)
 
         return make
 
     return maker
+
+
+def _dedicated(cfg: TropdConfig, settings: EngineSettings, device: str) -> DedicatedEngines:
+    r = cfg.model.rollout
+    assert r.dedicated.address is not None and r.dedicated.engines is not None  # config_checks has seen to it
+    return DedicatedEngines(
+        settings,
+        address=host_and_port("model.rollout.dedicated.address", r.dedicated.address),
+        engines=r.dedicated.engines,
+        device=device,
+        threads=r.omp_threads,
+        timeout_s=r.dedicated.timeout_s,
+        answer_timeout_s=r.request_timeout_s,
+    )
 
 
 @contextmanager

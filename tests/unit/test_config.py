@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nemo_tropd.config import ConfigError, schema_keys
+from nemo_tropd.config import ConfigError, host_and_port, schema_keys
 from nemo_tropd.config_checks import check_command_line, check_file, check_overrides
 from tests.e2e.compose import CONF, compose_config
 
@@ -86,6 +87,34 @@ def test_impossible_settings(override: str, named: str, remedy: str) -> None:
         compose_config([*REQUIRED, override])
     assert named in str(caught.value) and remedy in str(caught.value)
     assert str(override.split("=")[1]).lower() in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["engines=2"], r"dedicated\.address = None: .*needs host:port where rank 0 listens"),
+        (["address=10.0.0.1:29600"], r"dedicated\.engines = None: .*needs the number of engine hosts"),
+        (["address=10.0.0.1:29600", "engines=0"], r"dedicated\.engines = 0: must be at least 1"),
+        (["address=10.0.0.1", "engines=1"], r"dedicated\.address = '10\.0\.0\.1': must be host:port"),
+        (["address=node1:70000", "engines=1"], r"dedicated\.address = 'node1:70000': must be host:port with a port"),
+        (["address=a:1", "engines=1", "timeout_s=0"], r"dedicated\.timeout_s = 0\.0: must be above 0 and below"),
+        (["address=a:1", "engines=1", "timeout_s=3600"], r"dedicated\.timeout_s = 3600\.0: .*distributed_timeout_s"),
+    ],
+)
+def test_engines_on_hosts_of_their_own_need_a_place_and_a_number(keys: list[str], message: str) -> None:
+    given = [f"model.rollout.dedicated.{key}" for key in keys]
+    with pytest.raises(ConfigError, match=message):
+        compose_config([*REQUIRED, "model.rollout.placement=dedicated", *given])
+    if not any("timeout_s" in key for key in keys):
+        compose_config([*REQUIRED, *given])  # not read with another placement
+
+
+@pytest.mark.parametrize(("text", "parts"), [("n1:9", ("n1", 9)), ("[::1]:65535", ("::1", 65535))])
+def test_an_address_is_host_and_port(text: str, parts: tuple[str, int]) -> None:
+    assert host_and_port("key", text) == parts
+    for bad in ("", ":9", "n1:", "n1:0", "n1:x", "::1:9", "a b:9"):
+        with pytest.raises(ConfigError, match=f"^key = {re.escape(repr(bad))}: must be host:port"):
+            host_and_port("key", bad)
 
 
 def test_launched_processes_must_match(monkeypatch: pytest.MonkeyPatch) -> None:

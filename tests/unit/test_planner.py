@@ -22,7 +22,7 @@ from nemo_tropd.planner.recipes import MARK, gpu_recipes, plan_recipe
 from nemo_tropd.planner.roles import engine_groups, roles
 from nemo_tropd.planner.shapes import SHAPES, known_shape
 from nemo_tropd.planner.verdict import check_memory
-from nemo_tropd.planner.wire import ROLLOUT_TOKEN, ring
+from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
 from tests.e2e.compose import CONF, compose_config
 
 RECIPES = gpu_recipes(CONF)
@@ -181,6 +181,30 @@ def test_memory_falls_where_a_setting_promises_so() -> None:
     beside = plan("model.rollout.placement=process")
     assert beside.engine == pytest.approx(0.4 * 79 * GIB) and "rollouts" not in beside.phases
     assert plain.engine == 0 and plain.phases["rollouts"]["engine awake"] > 0.3 * 79 * GIB
+
+
+def test_engines_on_hosts_of_their_own_take_nothing_of_the_ranks() -> None:
+    student, teacher, machine = SHAPES["Qwen3-4B"], SHAPES["Qwen3-14B"], gpu(79)
+    base = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    base += ["trainer.devices=8", "model.tensor_model_parallel_size=2"]
+    apart = compose_config(
+        [
+            *base,
+            "model.rollout.placement=dedicated",
+            "model.rollout.dedicated.address=node1:29600",
+            "model.rollout.dedicated.engines=3",
+        ]
+    )
+    beside = compose_config([*base, "model.rollout.placement=process"])
+    assert engine_groups(apart, machine) == [] and engine_groups(beside, machine) == [(0,)]
+    said = dict(roles(apart, machine))["rollouts"]
+    assert said == "3 engine host(s) that join rank 0 at node1:29600; no rank holds one"
+    ours, theirs = (estimate(cfg, student, teacher, machine) for cfg in (apart, beside))
+    assert ours.engine == 0 and "rollouts" not in ours.phases and ours.resident == theirs.resident
+    sent, less = (
+        estimate_wire(cfg, student, teacher, machine).kinds["weights to the engines"] for cfg in (apart, beside)
+    )
+    assert sent - less == pytest.approx(2 * student.parameters())  # once, in bf16
 
 
 def test_too_little_memory_is_refused_with_the_numbers() -> None:

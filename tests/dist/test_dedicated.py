@@ -1,0 +1,353 @@
+"""Engines on hosts of their own: real host processes on the loopback, gloo, and a double in place of vLLM."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout.dedicated import DedicatedEngines
+from nemo_tropd.rollout.engine import (
+    EngineDied,
+    EngineError,
+    RefreshStats,
+    RequestError,
+    RolloutRequest,
+    Sampling,
+    WeightStreamError,
+)
+from nemo_tropd.rollout.engine_host import serve
+from nemo_tropd.rollout.engine_settings import EngineSettings
+from nemo_tropd.rollout.host_link import pack_settings, unpack_settings
+from nemo_tropd.rollout.supervisor import RolloutSupervisor
+from tests.doubles import ReplayEngine
+from tests.tiny_models import make_tiny
+
+VOCABULARY = 131
+
+
+class HostDouble(ReplayEngine):
+    """Writes what it was given under ``folder``; hangs in ``generate`` while a file named hang lies there."""
+
+    def __init__(self, folder: Path, settings: EngineSettings) -> None:
+        super().__init__(settings.vocab_size)
+        self.folder, self.settings = folder, settings
+
+    def start(self) -> None:
+        with (self.folder / "starts").open("a") as file:
+            file.write(f"{self.settings.seed} {self.settings.model_dir}\n")
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        (self.folder / "generating").write_text(str(len(requests)))
+        while (self.folder / "hang").exists():
+            time.sleep(0.05)
+        return super().generate(requests)
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
+        # Kept, not copied: what a bucket holds must stay as it is.
+        held = dict(stream)
+        save_file({name: tensor.clone() for name, tensor in held.items()}, self.folder / f"v{version}.safetensors")
+        return super().update_weights(iter(held.items()), version)
+
+
+def host_process(port: int, index: int, folder: str, wait_s: float) -> None:
+    """The life of an engine host, with a double engine."""
+    serve(
+        ("127.0.0.1", port),
+        index,
+        lambda settings, threads, answer_timeout_s: HostDouble(Path(folder), settings),
+        wait_s=wait_s,
+    )
+
+
+class Hosts:
+    """Host processes of one test, and the leader's settings."""
+
+    def __init__(self, root: Path, count: int = 2) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port: int = probe.getsockname()[1]
+        self.root, self.count = root, count
+        self.processes: dict[int, BaseProcess] = {}
+        # Some MiB of weights, so that they take several buckets; tied, so that the head is not among them.
+        model = make_tiny(root / "model", hidden=256, head_dim=64, vocab=VOCABULARY)
+        self.settings = EngineSettings(model, dtype="bfloat16", max_model_len=64, seed=random.randrange(1 << 30))
+
+    def folder(self, index: int) -> Path:
+        folder = self.root / f"host{index}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def start(self, *indices: int, wait_s: float = 60) -> None:
+        for index in indices:
+            process = multiprocessing.get_context("spawn").Process(
+                target=host_process, args=(self.port, index, str(self.folder(index)), wait_s)
+            )
+            process.start()
+            self.processes[index] = process
+
+    def kill(self, index: int, sign: int = signal.SIGKILL) -> None:
+        pid = self.processes[index].pid
+        assert pid is not None
+        os.kill(pid, sign)
+
+    def codes(self) -> list[int | None]:
+        for process in self.processes.values():
+            process.join(20)
+        return [process.exitcode for _, process in sorted(self.processes.items())]
+
+    def engines(self, **changes: Any) -> DedicatedEngines:
+        more = {"timeout_s": 40.0, "answer_timeout_s": 40.0, "bucket_mib": 1} | changes
+        return DedicatedEngines(self.settings, address=("127.0.0.1", self.port), engines=self.count, **more)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    hosts = Hosts(tmp_path)
+    yield hosts
+    for process in hosts.processes.values():
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.join(20)
+
+
+def requests(count: int) -> list[RolloutRequest]:
+    draw = random.Random()
+
+    def ids(least: int) -> list[int]:
+        return [draw.randrange(VOCABULARY) for _ in range(draw.randint(least, 9))]
+
+    return [RolloutRequest(ids(1), ids(0), draw.getrandbits(63), 100 + i, 7 * i, 1 + i % 20) for i in range(count)]
+
+
+def weights(settings: EngineSettings) -> dict[str, Tensor]:
+    """Random tensors of the model without the tied head, in fp32."""
+    return {n: torch.randn(s) for n, s in settings.shapes[0].items() if n != "lm_head.weight"}
+
+
+def written(wanted: list[RolloutRequest], version: int) -> list[Rollout]:
+    """What one engine that does it all would write."""
+    engine = ReplayEngine(VOCABULARY)
+    engine.version = version
+    return engine.generate(wanted)
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} never came"
+        time.sleep(0.02)
+
+
+def test_two_hosts_write_in_order_and_take_every_bit_of_the_weights(hosts: Hosts) -> None:
+    hosts.start(0, 1)
+    engines = hosts.engines()
+    engines.start()
+    with pytest.raises(EngineError, match="hold no weights of the trainer's: refresh them before they write"):
+        engines.generate(requests(2))
+    for version in (3, 4):
+        sent = weights(hosts.settings)
+        stats = engines.update_weights(iter(sent.items()), version)
+        rounded = {name: tensor.to(torch.bfloat16) for name, tensor in sent.items()}
+        assert stats.buckets > 2 and stats.bytes == sum(2 * t.numel() for t in rounded.values())
+        for index in range(2):
+            taken = load_file(hosts.folder(index) / f"v{version}.safetensors")
+            assert taken.keys() == rounded.keys() and "lm_head.weight" not in taken
+            for name, tensor in rounded.items():
+                assert taken[name].dtype == torch.bfloat16
+                assert torch.equal(taken[name].view(torch.int16), tensor.view(torch.int16)), name
+        for count in (1, 2, 7):
+            wanted = requests(count)
+            assert engines.generate(wanted) == written(wanted, version)
+    served = [(hosts.folder(i) / "generating").read_text() for i in range(2)]
+    assert served == ["4", "3"]  # of seven
+    assert engines.generate([]) == [] and engines.sleep() is False
+    with pytest.raises(RequestError, match="over the engine's context of 64"):
+        engines.generate([RolloutRequest([1] * 60, [], 1, 0, 0, 9)])
+    engines.close()
+    engines.close()
+    assert hosts.codes() == [0, 0]
+    for index in range(2):
+        starts = (hosts.folder(index) / "starts").read_text().splitlines()
+        assert starts == [f"{hosts.settings.seed} {hosts.settings.model_dir}"]
+
+
+def test_a_host_killed_while_it_writes_is_named_and_can_be_started_again(hosts: Hosts) -> None:
+    hosts.start(0, 1)
+    engines = hosts.engines()
+    engines.start()
+    engines.update_weights(iter(weights(hosts.settings).items()), 1)
+    (hosts.folder(1) / "hang").touch()
+    (hosts.folder(1) / "generating").unlink(missing_ok=True)
+
+    def kill() -> None:
+        wait_for(hosts.folder(1) / "generating")
+        hosts.kill(1)
+
+    threading.Thread(target=kill).start()
+    pid = hosts.processes[1].pid
+    with pytest.raises(EngineDied, match=rf"^engine host 1 \(process {pid} on .*start it again: .*--index 1;"):
+        engines.generate(requests(5))
+    with pytest.raises(EngineDied, match="not connected"):
+        engines.generate(requests(5))
+    with pytest.raises(EngineError, match=r"engine host\(s\) 1 of 2 did not join within 6 s.*--index I") as missing:
+        hosts.engines(timeout_s=6.0).start()
+    assert not isinstance(missing.value, EngineDied)  # nothing that can be mended from here
+    (hosts.folder(1) / "hang").unlink()
+    hosts.start(1)
+    again = hosts.engines()
+    again.start()
+    again.update_weights(iter(weights(hosts.settings).items()), 2)
+    wanted = requests(5)
+    assert again.generate(wanted) == written(wanted, 2)
+    again.close()
+    assert hosts.codes() == [0, 0]
+    # The host that lived kept its engine.
+    assert [len((hosts.folder(i) / "starts").read_text().splitlines()) for i in range(2)] == [1, 2]
+
+
+class OneRank:
+    """A topology of one."""
+
+    is_leader = True
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+
+def test_a_host_killed_in_the_stream_of_weights_is_waited_for_once(hosts: Hosts) -> None:
+    hosts.start(0, 1)
+    sent, kills = weights(hosts.settings), [1]
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for at, (name, tensor) in enumerate(sent.items()):
+            if at == len(sent) - 2 and kills:  # some buckets have gone by then
+                hosts.kill(kills.pop())
+                hosts.processes[1].join()
+                hosts.start(1)  # as a scheduler would
+            yield name, tensor
+
+    supervisor = RolloutSupervisor(OneRank(), hosts.engines, stream)
+    wanted = requests(6)
+    assert supervisor.generate(wanted, 5) == written(wanted, 5)
+    assert supervisor.restarts == 1
+    taken = [load_file(hosts.folder(i) / "v5.safetensors") for i in range(2)]
+    assert all(torch.equal(t[n], sent[n].to(torch.bfloat16)) for t in taken for n in sent)
+    supervisor.close()
+    assert hosts.codes() == [0, 0]
+
+
+def test_a_silent_host_is_named_within_the_timeout_and_a_bad_stream_ends_in_its_own_error(hosts: Hosts) -> None:
+    hosts.start(0, 1, wait_s=3)
+    engines = hosts.engines()
+    engines.start()
+    sent = weights(hosts.settings)
+    first = next(iter(sent))
+    with pytest.raises(WeightStreamError, match=f"holds {first} twice"):
+        engines.update_weights(iter([*sent.items(), (first, sent[first])]), 1)
+    engines = hosts.engines(answer_timeout_s=2.0)
+    engines.start()
+    engines.update_weights(iter(sent.items()), 1)
+    hosts.kill(0, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(EngineDied, match=r"^engine host 0 \(process .*: no answer within 2 s;"):
+        engines.generate(requests(4))
+    assert time.monotonic() - began < 20
+    hosts.kill(0, signal.SIGCONT)
+    # Nobody listens any more: the hosts end by themselves, and say so by their code.
+    assert hosts.codes() == [1, 1]
+
+
+def test_a_silent_host_is_named_in_the_stream_of_weights(hosts: Hosts) -> None:
+    hosts.start(0, 1)
+    engines = hosts.engines()
+    engines.start()
+    engines._timeout_s = 5.0  # from here on: to start two processes may take longer
+    hosts.kill(1, signal.SIGSTOP)
+    with pytest.raises(EngineDied, match=r"^engine host 1 \(process .*: no answer within 5 s;"):
+        engines.update_weights(iter(weights(hosts.settings).items()), 1)
+    hosts.kill(1)
+
+
+def test_strangers_and_wrong_hosts_are_turned_away(hosts: Hosts) -> None:
+    engines = hosts.engines(timeout_s=3.0, device="cpu")
+    said: dict[int, str] = {}
+    turned_away: list[bytes] = []
+
+    def join(index: int, wait_s: float) -> None:
+        try:
+            serve(("127.0.0.1", hosts.port), index, lambda *_: ReplayEngine(VOCABULARY), wait_s=wait_s)
+        except EngineError as error:
+            said[index] = str(error)
+
+    def stranger() -> None:
+        while True:
+            with suppress(ConnectionRefusedError):
+                connection = socket.create_connection(("127.0.0.1", hosts.port), timeout=5)
+                break
+            time.sleep(0.05)
+        with connection:
+            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            try:
+                turned_away.append(connection.recv(10))
+            except ConnectionResetError:
+                turned_away.append(b"")
+
+    threads = [threading.Thread(target=join, args=(i, 3), daemon=True) for i in (-1, 2)]
+    threads.append(threading.Thread(target=stranger, daemon=True))
+    for thread in threads:
+        thread.start()
+    with pytest.raises(EngineError, match=r"engine host\(s\) 0, 1 of 2 did not join within 3 s"):
+        engines.start()
+    for thread in threads:
+        thread.join(20)
+    assert turned_away == [b""]
+    for index in (-1, 2):
+        assert f"--index {index}: model.rollout.dedicated.engines is 2, so take 0 to 1" in said[index]
+    hello = {"protocol": 1, "index": 0, "device": "cuda"}
+    assert "trainer computes on cpu and this host on cuda" in str(engines._refusal(hello, {}))
+    assert "version 1 of the protocol" in str(engines._refusal({**hello, "protocol": 2}, {}))
+
+
+def test_an_address_that_is_not_ours_and_nobody_there(hosts: Hosts) -> None:
+    with pytest.raises(EngineError, match=r"cannot listen for engine hosts at 192\.0\.2\.7:29600 .*dedicated\.address"):
+        DedicatedEngines(hosts.settings, address=("192.0.2.7", 29600), engines=1).start()
+    with pytest.raises(EngineError, match=r"no trainer listened at 127\.0\.0\.1:\d+ for 0\.1 s \(Connection refused\)"):
+        serve(("127.0.0.1", hosts.port), 0, lambda *_: ReplayEngine(VOCABULARY), wait_s=0.1)
+
+
+def test_settings_survive_the_way(hosts: Hosts) -> None:
+    import json
+
+    model = hosts.settings.model_dir
+    for settings in (
+        hosts.settings,
+        EngineSettings(
+            model,
+            dtype="float32",
+            max_model_len=9,
+            sampling=Sampling(0.3, 0.4, 5),
+            eos_ids=(3, 4),
+            weights_shapes={"a": (2, 3)},
+            kv_cache_gib=None,
+            true_vocab_size=77,
+        ),
+    ):
+        assert unpack_settings(json.loads(json.dumps(pack_settings(settings)))) == settings
