@@ -42,13 +42,16 @@ VOCABULARY = 131
 
 
 class HostDouble(ReplayEngine):
-    """Writes what it was given under ``folder``; hangs in ``generate`` while a file named hang lies there."""
+    """Writes what it was given under ``folder``; while a file named hang lies there it hangs in ``generate``, and with
+    one named full it does not start."""
 
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         super().__init__(settings.vocab_size)
         self.folder, self.settings = folder, settings
 
     def start(self) -> None:
+        if (self.folder / "full").exists():
+            raise EngineError("no room for the model")
         with (self.folder / "starts").open("a") as file:
             file.write(f"{self.settings.seed} {self.settings.model_dir}\n")
 
@@ -254,8 +257,13 @@ def test_a_host_killed_in_the_stream_of_weights_is_waited_for_once(hosts: Hosts)
     assert hosts.codes() == [0, 0]
 
 
-def test_a_silent_host_is_named_within_the_timeout_and_a_bad_stream_ends_in_its_own_error(hosts: Hosts) -> None:
+def test_an_engine_that_cannot_start_a_bad_stream_and_a_silent_host_are_each_named(hosts: Hosts) -> None:
+    (hosts.folder(1) / "full").touch()
     hosts.start(0, 1, wait_s=3)
+    with pytest.raises(EngineError, match=r"^engine host 1 \(process .*\): no room for the model$") as full:
+        hosts.engines().start()
+    assert not isinstance(full.value, EngineDied)
+    (hosts.folder(1) / "full").unlink()
     engines = hosts.engines()
     engines.start()
     sent = weights(hosts.settings)
