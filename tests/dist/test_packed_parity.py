@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,8 @@ def _check_case(checks: Checks, root: str, case: Case, seed: int) -> None:
 
     alone, packed = side(None, None), side(case.recompute, ROW)
     for name, want in alone.joined.items():
-        checks.true(f"{case} {name}", bool((packed.joined[name] - want).abs().max() < TOLERANCE))
+        apart = float(((packed.joined[name] - want).abs() / want.abs().clamp(min=1)).max())
+        checks.true(f"{case} {name}", apart < TOLERANCE, apart)
     for name, want in alone.gradients.items():
         checks.close(f"{case} {name}", packed.gradients[name], want, TOLERANCE)
     checks.true(f"{case} metrics", packed.sums.sums.keys() == alone.sums.sums.keys())
@@ -170,6 +172,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_concatenated_sequences_are_the_sequences(root: Path, world_size: int, cases: list[Case]) -> None:
-    seed = int(torch.randint(0, 2**31, ()))
+    seed = time.time_ns() % 2**31
     for rank, (count, failures) in enumerate(run_distributed(_check_cases, world_size, str(root), cases, seed)):
         assert count >= 10 * len(cases) and not failures, (rank, seed, failures)
