@@ -56,7 +56,7 @@ scaling: setup
 
 # On a machine with a GPU, in the container or any environment that holds the gpu extra: every GPU point, one table.
 gpu-check:
-	python3 -m nemo_tropd.study.gpu.check --tests $(ARGS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m nemo_tropd.study.gpu.check --tests $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
