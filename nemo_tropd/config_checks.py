@@ -204,6 +204,15 @@ def check(cfg: TropdConfig) -> None:
         _at_least(key, number, least)
     if t.gpu_memory_gib is not None and t.gpu_memory_gib <= 0:
         raise ConfigError("trainer.gpu_memory_gib", t.gpu_memory_gib, "must be above 0, or null for the device's own")
+    _check_rollout(cfg)
+    _check_dedicated(cfg)
+    _check_layout(cfg)
+    _check_lengths(cfg)
+    _check_fp8(cfg)
+
+
+def _check_rollout(cfg: TropdConfig) -> None:
+    r, t = cfg.model.rollout, cfg.trainer
     if r.temperature <= 0:
         raise ConfigError("model.rollout.temperature", r.temperature, "must be above 0: TrOPD needs samples")
     if not 0 < r.top_p <= 1:
@@ -216,10 +225,6 @@ def check(cfg: TropdConfig) -> None:
             r.request_timeout_s,
             f"must be below trainer.distributed_timeout_s = {t.distributed_timeout_s}: ranks wait for the engine",
         )
-    _check_dedicated(cfg)
-    _check_layout(cfg)
-    _check_lengths(cfg)
-    _check_fp8(cfg)
 
 
 def _check_dedicated(cfg: TropdConfig) -> None:

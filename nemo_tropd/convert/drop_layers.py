@@ -84,6 +84,7 @@ def _read_kept(file: Path, new_index: dict[int, int]) -> dict[str, torch.Tensor]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json; ConversionError where it is missing, damaged or names no layers."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -287,6 +287,7 @@ class _Pass:
         self.losses: list[Tensor] = []
         self.metrics: list[dict[str, Tensor]] = []
         self.log_z: list[Tensor] = []
+        self._picked: dict[int, Tensor] = {}  # hidden states [C, H] of the chunks in flight, by their first token
 
     def compute(self) -> None:
         """Run every chunk."""
@@ -294,7 +295,8 @@ class _Pass:
         run_chunks(self.chunks, self._product, self._reduce, self._back, slots=self.slots, device=device)
 
     def _product(self, chunk: slice, slot: int) -> Tensor:
-        return self.product.compute(self.states.pick(chunk), slot)
+        picked = self._picked[chunk.start] = self.states.pick(chunk)
+        return self.product.compute(picked, slot)
 
     def _reduce(self, chunk: slice, logits: Tensor) -> Tensor | None:
         """Log-probabilities, objective and the logits' gradient [C, columns], written over the logits."""
@@ -306,12 +308,13 @@ class _Pass:
         return None if self.grad_hidden is None and self.grad_weight is None else out.logit_gradient(grad)
 
     def _back(self, chunk: slice, slope: Tensor | None) -> None:
+        picked = self._picked.pop(chunk.start)
         if slope is None:
             return
         if self.grad_hidden is not None:
             self.grad_hidden.index_copy_(0, self.states.index[chunk], slope @ self.product.weight)
         if self.grad_weight is not None:
-            self.grad_weight.add(slope, self.states.pick(chunk))
+            self.grad_weight.add(slope, picked)
 
 
 class _ChunkedHead(torch.autograd.Function):

@@ -21,6 +21,7 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.channel import ChannelClosed, receive_frame, send_frame
 from nemo_tropd.rollout.engine import EngineDied, EngineError, RefreshStats, RolloutRequest, check_requests
 from nemo_tropd.rollout.engine_settings import DTYPES, EngineSettings
+from nemo_tropd.rollout.host_link import unpack_rollouts
 from nemo_tropd.rollout.weight_sync import BucketFiles, buckets, checked_stream
 
 _CLOSE_TIMEOUT_S = 10.0
@@ -169,24 +170,7 @@ class VllmEngine:
         }
         flat = np.array([token for p in prompts for token in p], dtype="<i8")
         reply, block = self._ask(header, flat.tobytes())
-        lengths = reply["lengths"]
-        total = sum(lengths)
-        ids = np.frombuffer(block, dtype="<i8", count=total).tolist()
-        log_probs = np.frombuffer(block, dtype="<f8", offset=8 * total).tolist()
-        ends = np.cumsum(lengths).tolist()
-        return [
-            Rollout(
-                prompt_ids=list(r.prompt_ids),
-                prefix_ids=list(r.prefix_ids),
-                response_ids=ids[end - length : end],
-                response_log_probs=log_probs[end - length : end],
-                weight_version=reply["version"],
-                sequence_id=r.sequence_id,
-                prompt_index=r.prompt_index,
-                finished=finished,
-            )
-            for r, end, length, finished in zip(requests, ends, lengths, reply["finished"], strict=True)
-        ]
+        return unpack_rollouts(requests, {**reply, "versions": [reply["version"]] * len(requests)}, block)
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """See ``RolloutEngine.update_weights``. Tensors are cast to the engine's dtype before they are sent."""

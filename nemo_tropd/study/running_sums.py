@@ -115,6 +115,7 @@ class Curve:
 
 
 def random_digits(count: int, generator: torch.Generator) -> Tensor:
+    """[count, DIGITS] int64, each of 0 to 9."""
     return torch.randint(0, 10, (count, DIGITS), generator=generator)
 
 
@@ -132,6 +133,7 @@ def wrong_rule(digits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def sequence(digits: Tensor, answer: Tensor) -> Tensor:
+    """Digits, separator and answer in one row: [count, 2 * DIGITS + 1]."""
     return torch.cat([digits, torch.full((len(digits), 1), SEPARATOR), answer], 1)
 
 

@@ -25,6 +25,7 @@ def judge(response: str, answer: str) -> bool | None:
 
 
 def main() -> None:
+    """Judge the pairs that come on standard input, within the seconds and bytes given as arguments."""
     seconds, memory = int(sys.argv[1]), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

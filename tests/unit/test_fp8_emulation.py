@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,13 +80,6 @@ def test_a_cast_is_the_nearest_value_of_the_format(recipe: str) -> None:
         torch.testing.assert_close(found.dequantize().double(), wanted, rtol=1e-6, atol=0)
         assert (found.dequantize() != matrix).float().mean() > 0.5  # it did round
     assert found.values.dtype == torch.float8_e4m3fn
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    made = Topology.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")

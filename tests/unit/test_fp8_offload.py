@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from nemo_tropd.teacher.scorer import TeacherScorer
 from tests.tiny_models import make_tiny
 
 VOCABULARY = 131
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    made = Topology.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")

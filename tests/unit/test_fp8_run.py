@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ from nemo_tropd.training.calibration import calibration_batches
 from tests.tiny_models import make_tiny
 
 VOCABULARY, HELD_OUT = 131, 5
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    made = Topology.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")
