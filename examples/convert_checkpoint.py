@@ -32,7 +32,7 @@ def main() -> int:
     hf_dir, checkpoint_dir = (args.hf, args.out) if "hf" in args else (args.out, args.checkpoint)
     print(f"{args.out}: {describe(read_shape(hf_dir))}")
     if args.verify:
-        from nemo_tropd.model.parity import largest_logit_difference
+        from nemo_tropd.gpt.parity import largest_logit_difference
 
         print(f"largest logit difference: {largest_logit_difference(checkpoint_dir, hf_dir):.2e}")
     return 0

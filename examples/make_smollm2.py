@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from nemo_tropd.convert.families import ConversionError
-from nemo_tropd.convert.smollm2 import STUDENT_LAYERS_DROPPED, build_smollm2, build_student, default_cache_dir
+from nemo_tropd.convert.smollm2 import STUDENT_LAYERS_DROPPED, build_smollm2, build_student
+from nemo_tropd.files import default_cache_dir
 
 
 def main() -> None:

@@ -29,6 +29,9 @@ class ConfigError(ValueError):
         self.key, self.value, self.remedy = key, value, remedy
         super().__init__(f"{key} = {value!r}: {remedy}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.value, self.remedy)
+
 
 @dataclass
 class TropdTrainerConfig:

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nemo_tropd.convert.families import ConversionError
-from nemo_tropd.convert.folders import copy_sidecar, new_folder, write_json
+from nemo_tropd.convert.folders import copy_sidecar, new_folder
+from nemo_tropd.files import write_json
 
 
 def drop_layers(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nemo_tropd.convert.families import ConversionError
+from nemo_tropd.files import complete_folder
 
 _WEIGHTS = (
     ".safetensors",
@@ -29,36 +28,16 @@ _SPARE_BYTES = 64 * 2**20
 SIDECAR = "hf"
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` to a temporary name beside ``path``, then rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.rename(path)
-
-
 @contextlib.contextmanager
 def new_folder(path: str | Path, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
-    """A folder beside ``path`` under a temporary name, renamed to ``path`` when the block ends without an exception.
+    """A folder that appears as ``path`` once complete, see :func:`nemo_tropd.files.complete_folder`.
 
     Raises ConversionError before anything is written where ``path`` exists and ``overwrite`` is off, or where the
     disk has less than ``needed_bytes`` left. An old folder stays until the new one is complete.
     """
-    path = Path(path)
-    check_free_to_write(path, overwrite, needed_bytes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    check_free_to_write(Path(path), overwrite, needed_bytes)
+    with complete_folder(path) as folder:
+        yield folder
 
 
 def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:

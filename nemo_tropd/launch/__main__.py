@@ -15,7 +15,7 @@ from pathlib import Path
 from nemo_tropd.config import ConfigError, fail
 from nemo_tropd.config_checks import check_command_line, resolve
 from nemo_tropd.launch.command import plan_launch
-from nemo_tropd.launch.placement import CONSUMED, read_placement
+from nemo_tropd.launch.scheduler import CONSUMED, read_placement
 from nemo_tropd.launch.supervise import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]

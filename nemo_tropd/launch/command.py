@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from nemo_tropd.config import ConfigError, TropdConfig
-from nemo_tropd.launch.placement import CONSUMED, DEFAULT_PORT, Placement
+from nemo_tropd.launch.scheduler import CONSUMED, DEFAULT_PORT, Placement
 
 # Seconds after which a node whose launcher gives no sign counts as gone from the rendezvous: attempts x interval.
 _KEEP_ALIVE_ATTEMPTS = 3

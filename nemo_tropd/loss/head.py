@@ -24,10 +24,10 @@ from torch.distributed import ProcessGroup
 from nemo_tropd.batch import LossTokens, TeacherScores, TokenScores
 from nemo_tropd.parallel.vocab import VocabShard, check_finite, check_k
 
+from .backend import head_chunks
 from .chunks import StudentChunk, TeacherChunk
 from .inputs import HiddenRows, check_head, check_tokens
-from .pipeline import run_chunks
-from .products import head_chunks
+from .overlap import run_chunks
 from .weight_gradient import WeightGradient, add_scaled, scale_in_place
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """A chunk of tokens through the head on a GPU: the steps of ``chunks.TorchChunks``, by the kernels of ``kernels``.
 
 Logits stay in the products' dtype and are never copied: the student's gradient is written over them. Two buffers, so
-that the product of one chunk can run while another is reduced (see ``pipeline``). Padding columns go through the
+that the product of one chunk can run while another is reduced (see ``overlap``). Padding columns go through the
 products, which like round sizes, and nowhere else.
 """
 

@@ -1,1 +1,1 @@
-"""Megatron's GPTModel for a Hugging Face architecture, with a head that gives hidden states."""
+"""The model class of a run: student, teacher, objective and rollout engine over one topology."""

@@ -13,11 +13,11 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from nemo_tropd.batch import LossTokens, TeacherScores, TokenBatch
+from nemo_tropd.gpt.build import head_weight
+from nemo_tropd.gpt.forward import run_model
 from nemo_tropd.loss.head import HeadLoss, head_loss, sequence_mean_weights
-from nemo_tropd.model.build import head_weight
-from nemo_tropd.model.forward import run_model
-from nemo_tropd.model.metric_sums import DeviceSums, MetricSums
 from nemo_tropd.objectives import Objective
+from nemo_tropd.parallel.metric_sums import DeviceSums, MetricSums
 from nemo_tropd.parallel.topology import Topology
 
 

@@ -19,13 +19,13 @@ from nemo_tropd.config import ModelConfig
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.convert.hf_export import device_stream, hf_stream
 from nemo_tropd.convert.hf_import import load_hf
+from nemo_tropd.gpt.build import build_gpt, head_weight
+from nemo_tropd.gpt.ddp import data_parallel, recompute_fields
+from nemo_tropd.gpt.forward import pipeline_forward
 from nemo_tropd.loss.head import score_tokens
-from nemo_tropd.model.build import build_gpt, head_weight
-from nemo_tropd.model.forward import pipeline_forward
-from nemo_tropd.model.metric_sums import DeviceSums, MetricSums
-from nemo_tropd.model.student import data_parallel, recompute_fields
 from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.objectives import Objective
+from nemo_tropd.parallel.metric_sums import DeviceSums, MetricSums
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.rollout.supervisor import Rollouts

@@ -11,6 +11,7 @@ from pathlib import Path
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import check_command_line, resolve
 from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.files import write_text
 from nemo_tropd.planner.machine import GIB, Machine
 from nemo_tropd.planner.memory import Memory, estimate, layout, loss_tokens, student_degrees, teacher_degrees
 from nemo_tropd.planner.shapes import known_shape
@@ -85,9 +86,7 @@ def write_lines(conf: Path, chunk_bytes: float) -> list[Path]:
         rest = [line for line in text.splitlines() if not line.startswith("#")]
         new = "\n".join([*comments, plan_recipe(path, chunk_bytes).line, *rest]) + "\n"
         if new != text:
-            partial = path.with_suffix(".yaml.tmp")
-            partial.write_text(new, encoding="utf-8")
-            partial.replace(path)
+            write_text(path, new)
             changed.append(path)
     return changed
 

@@ -6,6 +6,7 @@ import os
 from html import escape
 from pathlib import Path
 
+from nemo_tropd.files import write_text
 from nemo_tropd.report.charts import Line, line_chart, stacked_chart
 from nemo_tropd.report.records import RunRecord, read_run
 from nemo_tropd.report.style import CSS, SCRIPT
@@ -32,9 +33,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """
     record = read_run(Path(run_dir))
     path = Path(run_dir) / "report.html"
-    part = path.with_suffix(".html.part")
-    part.write_text(render(record), encoding="utf-8")
-    part.replace(path)
+    write_text(path, render(record))
     return path
 
 

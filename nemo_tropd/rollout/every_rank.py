@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.parallel.agreement import on_every_rank
 from nemo_tropd.rollout.engine import EngineError, RefreshStats, RolloutEngine, RolloutRequest
-from nemo_tropd.rollout.supervisor import describe, rebuild
 
 T = TypeVar("T")
 
@@ -104,14 +104,4 @@ class EveryRankRollouts:
         return self._engine
 
     def _together(self, work: Callable[[], T]) -> T:
-        """This rank's result; where any rank failed, every rank raises the first failing rank's error."""
-        result: list[T] = []
-        cause: Exception | None = None
-        try:
-            result.append(work())
-        except Exception as error:
-            cause = error
-        failures = [f for f in self._ranks.gather_objects(describe(cause) if cause else None) if f is not None]
-        if failures:
-            raise rebuild(failures[0]) from cause
-        return result[0]
+        return on_every_rank(self._ranks, work, unexpected=EngineError)

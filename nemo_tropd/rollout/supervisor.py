@@ -6,13 +6,14 @@ every rank, so that none is left waiting.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.parallel import agreement
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
@@ -24,69 +25,25 @@ from nemo_tropd.rollout.engine import (
 )
 
 T = TypeVar("T")
-_HEARTBEAT_S = 20.0
 _KINDS: dict[str, type[EngineError]] = {
     kind.__name__: kind for kind in (EngineError, EngineDied, RequestError, WeightStreamError)
 }
 
 
-class Ranks(Protocol):
-    """What is needed of ``parallel.topology.Topology``."""
-
-    @property
-    def is_leader(self) -> bool: ...
-
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any: ...
-
-    def any_rank(self, flag: bool) -> bool: ...
-
-
-def run_on_leader(ranks: Ranks, work: Callable[[], T], *, heartbeat_s: float = _HEARTBEAT_S) -> T:
-    """Collective: the leader does ``work``; every rank returns its result or raises its exception.
-
-    The leader says every ``heartbeat_s`` that it is still working, so that the work may take longer than the process
-    group's timeout. An exception that is no EngineError arrives as an EngineError that names it.
-    """
-    if ranks.is_leader:
-        outcome: list[tuple[str, Any]] = []
-        cause: list[BaseException] = []
-
-        def attempt() -> None:
-            try:
-                outcome.append(("result", work()))
-            except BaseException as error:
-                cause.append(error)
-                outcome.append(("error", describe(error)))
-
-        worker = threading.Thread(target=attempt, name="leader-work", daemon=True)
-        worker.start()
-        worker.join(heartbeat_s)
-        while worker.is_alive():
-            ranks.broadcast_object(("working", None))
-            worker.join(heartbeat_s)
-        kind, value = ranks.broadcast_object(outcome[0])
-        if cause:
-            raise rebuild(value) from cause[0]
-    else:
-        kind, value = "working", None
-        while kind == "working":
-            kind, value = ranks.broadcast_object(None)
-        if kind == "error":
-            raise rebuild(value)
-    return value
-
-
 def describe(error: BaseException) -> tuple[str, str]:
-    """What travels to the other ranks: the kind of EngineError, and the text."""
+    """What travels from an engine host: the kind of EngineError, and the text."""
     if isinstance(error, EngineError):
         return type(error).__name__, str(error)
     return "EngineError", f"{type(error).__name__}: {error}"
 
 
 def rebuild(description: tuple[str, str]) -> EngineError:
-    """The error that ``describe`` described, on another rank."""
+    """The error that ``describe`` described."""
     name, text = description
     return _KINDS.get(name, EngineError)(text)
+
+
+on_leader = partial(agreement.on_rank_zero, unexpected=EngineError)
 
 
 class Rollouts(Protocol):
@@ -108,7 +65,7 @@ class RolloutSupervisor:
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: agreement.AllRanks,
         make_engine: Callable[[], RolloutEngine],
         weights: Callable[[], Iterator[tuple[str, Tensor]]],
     ) -> None:
@@ -137,7 +94,7 @@ class RolloutSupervisor:
 
         def draw() -> list[Rollout]:
             self._bring_to(version)
-            return run_on_leader(self._ranks, lambda: self._drawn(requests, version))
+            return on_leader(self._ranks, lambda: self._drawn(requests, version))
 
         return self._with_restart(draw, version)
 
@@ -152,7 +109,7 @@ class RolloutSupervisor:
 
     def sleep(self) -> None:
         """Collective: hand the engine's memory to the trainer until the next refresh or rollout."""
-        if self._running and run_on_leader(self._ranks, self._fall_asleep):
+        if self._running and on_leader(self._ranks, self._fall_asleep):
             self._version = None
 
     def close(self) -> None:
@@ -197,7 +154,7 @@ class RolloutSupervisor:
     def _bring_to(self, version: int) -> RefreshStats:
         """Collective: start the engine if need be and give it the current weights unless it holds ``version``."""
         if not self._running:
-            run_on_leader(self._ranks, self._start)
+            on_leader(self._ranks, self._start)
             self._running, self._version = True, None
         if self._version != version:
             self.last_refresh = self._stream(version)
@@ -216,28 +173,9 @@ class RolloutSupervisor:
 
     def _stream(self, version: int) -> RefreshStats:
         """Collective: every rank exhausts its stream, come what may, since gathering the weights takes all of them."""
-        stats: RefreshStats | None = None
-        error: Exception | None = None
-        stream = self._weights()
-        try:
-            if self._engine is not None:
-                stats = self._engine.update_weights(stream, version)
-        except Exception as raised:
-            error = raised
-        try:
-            for _ in stream:
-                pass
-        except Exception as raised:
-            error = error or raised
 
-        def outcome() -> RefreshStats:
-            if error is not None:
-                raise error
-            assert stats is not None
-            return stats
+        def update(stream: Iterator[tuple[str, Tensor]]) -> RefreshStats:
+            assert self._engine is not None
+            return self._engine.update_weights(stream, version)
 
-        failed_elsewhere = self._ranks.any_rank(error is not None and not self._ranks.is_leader)
-        result = run_on_leader(self._ranks, outcome)
-        if failed_elsewhere:
-            raise EngineError(f"a rank could not stream its weights: {error or 'another one'}") from error
-        return result
+        return agreement.on_stream(self._ranks, self._weights(), update, unexpected=EngineError)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.files import complete_file
 from nemo_tropd.rollout.engine import EngineDied, RolloutEngine, RolloutRequest, Sampling
 
 _log = logging.getLogger(__name__)
@@ -182,23 +182,16 @@ class TeacherResponses:
                     self._responses[entry[0]] = entry[1]
             if None in entries:
                 self._damaged[shard] = [line for line, entry in zip(lines, entries, strict=True) if entry is not None]
-        for left_over in self.folder.glob(".responses-*.partial"):
-            owner = left_over.name.split(".")[-2]
+        for left_over in self.folder.glob(".responses-*.tmp-*"):
+            owner = left_over.name.rpartition("-")[2]
             if owner.isdigit() and not Path(f"/proc/{owner}").exists():
                 left_over.unlink(missing_ok=True)
 
 
 def _write_whole(target: Path, lines: Sequence[bytes]) -> None:
     """The file appears with all of its lines, or stays as it was."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(line + b"\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with complete_file(target) as temporary, temporary.open("wb") as file:
+        file.writelines(line + b"\n" for line in lines)
 
 
 def _line(key: str, response: TeacherResponse) -> str:

@@ -10,8 +10,8 @@ import torch
 
 from nemo_tropd.batch import TeacherScores, TokenBatch, TokenScores
 from nemo_tropd.config import AdmissionConfig, ConfigError
-from nemo_tropd.model.metric_sums import MetricSums
 from nemo_tropd.objectives.terms import forward_kl, trust_gate
+from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.teacher.scorer import TeacherScorer
 

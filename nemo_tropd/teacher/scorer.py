@@ -14,9 +14,9 @@ from torch import Tensor
 from nemo_tropd.batch import LossTokens, TeacherScores, TokenBatch, TokenScores
 from nemo_tropd.convert.families import ModelShape, read_shape
 from nemo_tropd.convert.hf_import import load_hf
+from nemo_tropd.gpt.build import build_gpt, head_weight
+from nemo_tropd.gpt.forward import pipeline_forward
 from nemo_tropd.loss.head import score_tokens, teacher_scores
-from nemo_tropd.model.build import build_gpt, head_weight
-from nemo_tropd.model.forward import pipeline_forward
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.fp8 import Fp8Settings, pad_tokens
 from nemo_tropd.teacher.offload import WeightHome

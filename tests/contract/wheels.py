@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from nemo_tropd.convert.smollm2 import default_cache_dir
+from nemo_tropd.files import default_cache_dir
 
 PINS = Path(__file__).parents[2] / "docker" / "requirements-gpu.txt"
 PACKAGES = ("megatron-core", "vllm", "transformer-engine")

@@ -16,7 +16,7 @@ SHAPE = {"heads": 8, "kv_heads": 4, "layers": 4, "hidden": 64, "vocab": VOCAB}
 
 
 def _poisoned(topology: Any, shape: Any, dtype: torch.dtype = torch.float32) -> Any:
-    from nemo_tropd.model.build import build_gpt
+    from nemo_tropd.gpt.build import build_gpt
 
     model = build_gpt(shape, topology, dtype=dtype)
     with torch.no_grad():

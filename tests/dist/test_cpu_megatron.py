@@ -71,7 +71,7 @@ def _counted_once(folder: str) -> tuple[int, int]:
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
     from nemo_tropd.convert.families import read_shape
-    from nemo_tropd.model.build import build_gpt
+    from nemo_tropd.gpt.build import build_gpt
     from nemo_tropd.parallel.topology import Topology
 
     topology = Topology.start(2, 1)

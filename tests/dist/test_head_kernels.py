@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_tropd.loss import inputs, products, weight_gradient
+from nemo_tropd.loss import backend, inputs, weight_gradient
 from nemo_tropd.loss.head import head_loss, teacher_scores
 from tests.dist.checks import Checks
 from tests.dist.run_distributed import environment, run_distributed
@@ -228,7 +228,7 @@ def _never(tensor: Tensor) -> bool:
 
 
 def _kernels(serve: object) -> None:
-    for module in (inputs, products, weight_gradient):
+    for module in (inputs, backend, weight_gradient):
         module.kernels_serve = serve  # type: ignore[attr-defined]
 
 

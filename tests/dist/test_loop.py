@@ -118,7 +118,7 @@ def every_rank(rank: int, world_size: int, root: str) -> list[str]:
     from nemo_tropd.convert.families import read_shape
     from nemo_tropd.convert.hf_export import device_stream
     from nemo_tropd.convert.hf_import import load_hf
-    from nemo_tropd.model.build import build_gpt
+    from nemo_tropd.gpt.build import build_gpt
     from nemo_tropd.parallel.topology import Topology
     from nemo_tropd.training import engines, run
     from tests.e2e.compose import compose_config

@@ -52,7 +52,7 @@ def schedule_logits(model: Any, topology: Any, shape: Any, prompts: list[torch.T
     """Full logits of each micro-batch, on the last stage, through Megatron's own schedule."""
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-    from nemo_tropd.model.build import head_weight
+    from nemo_tropd.gpt.build import head_weight
 
     def gather(parts: torch.Tensor, dimension: int) -> torch.Tensor:
         pieces = [torch.empty_like(parts) for _ in range(topology.tensor_size)]
@@ -87,7 +87,7 @@ def _check_cases(rank: int, world_size: int, root: str, cases: list[Case], seed:
     from nemo_tropd.convert.hf_export import hf_stream
     from nemo_tropd.convert.hf_files import HfCheckpoint
     from nemo_tropd.convert.hf_import import load_hf
-    from nemo_tropd.model.build import build_gpt
+    from nemo_tropd.gpt.build import build_gpt
     from nemo_tropd.parallel.topology import Topology
 
     outcomes = []

@@ -17,7 +17,7 @@ TEXT = (
 def _check(rank: int, world_size: int, folder: str, tensor: int, pipeline: int, ids: torch.Tensor):
     from nemo_tropd.convert.families import ConversionError, read_shape
     from nemo_tropd.convert.hf_import import load_hf
-    from nemo_tropd.model.build import build_gpt
+    from nemo_tropd.gpt.build import build_gpt
     from nemo_tropd.parallel.topology import Topology
 
     shape = read_shape(folder)

@@ -52,8 +52,8 @@ class Side:
     def __init__(self, student: Any, teacher: Any, topology: Any, batches: list[Any], count: int) -> None:
         from nemo_tropd import objectives
         from nemo_tropd.loss.head import score_tokens
-        from nemo_tropd.model.build import head_weight
-        from nemo_tropd.model.forward import pipeline_forward
+        from nemo_tropd.gpt.build import head_weight
+        from nemo_tropd.gpt.forward import pipeline_forward
         from nemo_tropd.model.student_pass import StudentPass
 
         model = student.module
@@ -96,8 +96,8 @@ def _check_case(checks: Checks, root: str, case: Case, seed: int) -> None:
 
     from nemo_tropd.convert.families import read_shape
     from nemo_tropd.convert.hf_import import load_hf
-    from nemo_tropd.model.build import build_gpt
-    from nemo_tropd.model.student import data_parallel, recompute_fields
+    from nemo_tropd.gpt.build import build_gpt
+    from nemo_tropd.gpt.ddp import data_parallel, recompute_fields
     from nemo_tropd.parallel.topology import Topology
     from nemo_tropd.teacher.scorer import TeacherScorer
     from nemo_tropd.training.packing import pack_micro_batches

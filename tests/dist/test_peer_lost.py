@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_tropd.config import ConfigError
-from nemo_tropd.training.failures import (
+from nemo_tropd.parallel.roll_call import (
     PeerLost,
     RollCall,
     answer_time_s,

@@ -24,8 +24,8 @@ def _train(rank: int, world_size: int, student: str, ids: list[int], seed: int) 
     from nemo_tropd.config import OptimConfig
     from nemo_tropd.convert.families import read_shape
     from nemo_tropd.convert.hf_import import load_hf
-    from nemo_tropd.model.build import build_gpt
-    from nemo_tropd.model.student import data_parallel
+    from nemo_tropd.gpt.build import build_gpt
+    from nemo_tropd.gpt.ddp import data_parallel
     from nemo_tropd.model.student_pass import StudentPass
     from nemo_tropd.parallel.topology import Topology
     from nemo_tropd.teacher.scorer import TeacherScorer

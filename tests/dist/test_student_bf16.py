@@ -37,8 +37,8 @@ def _train(topology: Any, folder: Path, *, dtype: torch.dtype, distributed: bool
     from nemo_tropd.config import OptimConfig
     from nemo_tropd.convert.families import read_shape
     from nemo_tropd.convert.hf_import import load_hf
-    from nemo_tropd.model.build import build_gpt, head_weight
-    from nemo_tropd.model.student import data_parallel
+    from nemo_tropd.gpt.build import build_gpt, head_weight
+    from nemo_tropd.gpt.ddp import data_parallel
     from nemo_tropd.model.student_pass import StudentPass
     from nemo_tropd.teacher.scorer import TeacherScorer
     from nemo_tropd.training.optimizer import StudentOptimizer

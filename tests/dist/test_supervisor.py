@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
@@ -21,7 +22,7 @@ from nemo_tropd.rollout.engine import (
     RolloutRequest,
     WeightStreamError,
 )
-from nemo_tropd.rollout.supervisor import RolloutSupervisor, run_on_leader
+from nemo_tropd.rollout.supervisor import RolloutSupervisor
 from tests.dist.run_distributed import run_distributed
 
 
@@ -40,10 +41,10 @@ class GlooRanks:
         dist.broadcast_object_list(box, src=src)
         return box[0]
 
-    def any_rank(self, flag: bool) -> bool:
-        votes = torch.tensor([int(flag)])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
+    def gather_objects(self, obj: object) -> list[object]:
+        everyone: list[object] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, obj)
+        return everyone
 
 
 @dataclass
@@ -169,7 +170,7 @@ def stale_version(rank: int, world_size: int) -> str:
 
 def slow_work(rank: int, world_size: int) -> tuple[str, float]:
     began = time.monotonic()
-    value = run_on_leader(GlooRanks(rank), lambda: time.sleep(1.5) or "done", heartbeat_s=0.2)
+    value = on_rank_zero(GlooRanks(rank), lambda: time.sleep(1.5) or "done", heartbeat_s=0.2)
     return value, time.monotonic() - began
 
 

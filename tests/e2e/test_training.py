@@ -95,7 +95,7 @@ def logits_of_checkpoint(path: Path, ids: torch.Tensor) -> torch.Tensor:
     from megatron.core import dist_checkpointing
 
     from nemo_tropd.convert.families import read_shape
-    from nemo_tropd.model.build import build_gpt, head_weight
+    from nemo_tropd.gpt.build import build_gpt, head_weight
     from nemo_tropd.parallel.topology import Topology
 
     topology = Topology.start()

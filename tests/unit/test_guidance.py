@@ -227,7 +227,7 @@ def test_an_engine_that_dies_is_replaced_once_and_what_was_written_stays(tmp_pat
 def test_left_over_partial_files_of_gone_processes_are_removed(tmp_path: Path) -> None:
     responses = cache(tmp_path)
     responses.ensure(some_prompts(1), lambda: ScribeEngine([]))
-    left = responses.folder / ".responses-000009.jsonl.4194399.partial"
+    left = responses.folder / ".responses-000009.jsonl.tmp-4194399"
     left.write_text("half")
     assert len(cache(tmp_path)) == 1 and not left.exists()
 

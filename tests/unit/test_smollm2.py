@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_tropd import files
 from nemo_tropd.convert import smollm2
 from nemo_tropd.convert.drop_layers import drop_layers
 from nemo_tropd.convert.families import ConversionError
@@ -218,11 +219,11 @@ def test_the_cache_directory_follows_the_environment(monkeypatch):
     for name in ("NEMO_TROPD_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/x")
-    assert smollm2.default_cache_dir() == Path("/home/x/.cache/nemo_tropd")
+    assert files.default_cache_dir() == Path("/home/x/.cache/nemo_tropd")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
-    assert smollm2.default_cache_dir() == Path("/var/cache/nemo_tropd")
+    assert files.default_cache_dir() == Path("/var/cache/nemo_tropd")
     monkeypatch.setenv("NEMO_TROPD_CACHE", "/data")
-    assert smollm2.default_cache_dir() == Path("/data")
+    assert files.default_cache_dir() == Path("/data")
 
 
 def write_sharded(folder: Path, layers: int) -> dict[str, torch.Tensor]:

@@ -24,10 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 from nemo_tropd import objectives
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import OptimConfig
+from nemo_tropd.gpt.build import build_gpt, head_weight
+from nemo_tropd.gpt.ddp import data_parallel, recompute_fields
+from nemo_tropd.gpt.forward import run_model
 from nemo_tropd.loss.head import head_loss, score_tokens
-from nemo_tropd.model.build import build_gpt, head_weight
-from nemo_tropd.model.forward import run_model
-from nemo_tropd.model.student import data_parallel, recompute_fields
 from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.planner.shapes import SHAPES

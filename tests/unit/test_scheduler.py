@@ -11,7 +11,7 @@ import pytest
 
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.launch.command import Launch, local_address, plan_launch, split_endpoint
-from nemo_tropd.launch.placement import first_host, read_placement
+from nemo_tropd.launch.scheduler import first_host, read_placement
 from tests.e2e.tiny_run import ROOT, TinyRun, environment
 
 SLURM = {

@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from nemo_tropd.config import RECOMPUTE
-from nemo_tropd.model.specs import fuse_gradient_accumulation
+from nemo_tropd.gpt.specs import fuse_gradient_accumulation
 from nemo_tropd.parallel.topology import Topology
 
 

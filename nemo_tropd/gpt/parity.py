@@ -8,7 +8,7 @@ import torch
 
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.convert.megatron_files import load_megatron
-from nemo_tropd.model.build import build_gpt, head_weight
+from nemo_tropd.gpt.build import build_gpt, head_weight
 from nemo_tropd.parallel.topology import Topology
 
 

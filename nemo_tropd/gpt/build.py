@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nemo_tropd.convert.hf_import import local_rows
-from nemo_tropd.model.specs import layer_spec, uses_transformer_engine
+from nemo_tropd.gpt.specs import layer_spec, uses_transformer_engine
 from nemo_tropd.parallel.topology import Topology
 
 if TYPE_CHECKING:

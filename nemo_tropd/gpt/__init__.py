@@ -1,0 +1,1 @@
+"""Megatron's GPTModel for a Hugging Face architecture, with a head that gives hidden states."""

@@ -1,0 +1,157 @@
+"""Work that some ranks do and all must agree on: what one raises, expected or not, is raised on every rank.
+
+Otherwise the rank that failed leaves, and the others wait in their next collective until its timeout.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+S = TypeVar("S")
+T = TypeVar("T")
+_HEARTBEAT_S = 20.0
+
+
+class RankError(RuntimeError):
+    """Another rank's unexpected exception: its class and text."""
+
+
+class Ranks(Protocol):
+    """What is needed of ``parallel.topology.Topology``; :class:`World` has it, too."""
+
+    @property
+    def is_leader(self) -> bool: ...
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any: ...
+
+
+class AllRanks(Ranks, Protocol):
+    def gather_objects(self, obj: Any) -> list[Any]: ...
+
+
+class World:
+    """The default process group, or a world of one without it."""
+
+    @property
+    def is_leader(self) -> bool:
+        return not self._several() or dist.get_rank() == 0
+
+    def broadcast_object(self, obj: T, src: int = 0) -> T:
+        """Rank ``src``'s picklable object, on every rank."""
+        box = [obj]
+        if self._several():
+            dist.broadcast_object_list(box, src=src)
+        return box[0]
+
+    def gather_objects(self, obj: T) -> list[T]:
+        """Every rank's picklable object, by rank, on every rank."""
+        if not self._several():
+            return [obj]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, obj)
+        return everyone
+
+    @staticmethod
+    def _several() -> bool:
+        return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def on_rank_zero(
+    ranks: Ranks,
+    work: Callable[[], T],
+    *,
+    unexpected: type[Exception] = RankError,
+    heartbeat_s: float = _HEARTBEAT_S,
+) -> T:
+    """Collective: rank 0 does ``work``; every rank returns its result or raises its exception.
+
+    Rank 0 says every ``heartbeat_s`` seconds that it is still working, so that the work may take longer than the
+    process group's timeout. Results and exceptions must be picklable; an exception of a class that is not this package's
+    arrives as an ``unexpected`` that names it.
+    """
+    cause: list[BaseException] = []
+    if ranks.is_leader:
+        outcome: list[tuple[str, Any]] = []
+
+        def attempt() -> None:
+            try:
+                outcome.append(("result", work()))
+            except BaseException as error:
+                cause.append(error)
+                outcome.append(("error", portable(error, unexpected)))
+
+        worker = threading.Thread(target=attempt, name="rank-0-work", daemon=True)
+        worker.start()
+        worker.join(heartbeat_s)
+        while worker.is_alive():
+            ranks.broadcast_object(("working", None))
+            worker.join(heartbeat_s)
+        kind, value = ranks.broadcast_object(outcome[0])
+    else:
+        kind, value = "working", None
+        while kind == "working":
+            kind, value = ranks.broadcast_object(None)
+    if kind == "error":
+        raise _raised(value, cause[0] if cause else None)
+    return value
+
+
+def on_every_rank(ranks: AllRanks, work: Callable[[], T], *, unexpected: type[Exception] = RankError) -> T:
+    """Collective: every rank does ``work`` and returns its own result; where any failed, all raise the exception of the
+    lowest of those ranks. Exceptions travel as in :func:`on_rank_zero`."""
+    result: list[T] = []
+    cause: BaseException | None = None
+    try:
+        result.append(work())
+    except BaseException as error:
+        cause = error
+    errors = ranks.gather_objects(portable(cause, unexpected) if cause is not None else None)
+    failed = next((error for error in errors if error is not None), None)
+    if failed is not None:
+        raise _raised(failed, cause)
+    return result[0]
+
+
+def on_stream(
+    ranks: AllRanks,
+    stream: Iterator[S],
+    consume: Callable[[Iterator[S]], T],
+    *,
+    unexpected: type[Exception] = RankError,
+) -> T:
+    """Collective: rank 0 does ``consume(stream)``; every rank returns its result, or raises what any rank raised.
+
+    Whatever happens, every rank exhausts its own ``stream``, whose items are made by collectives.
+    """
+
+    def work() -> T | None:
+        try:
+            return consume(stream) if ranks.is_leader else None
+        finally:
+            for _ in stream:
+                pass
+
+    results = ranks.gather_objects(on_every_rank(ranks, work, unexpected=unexpected))
+    return results[0]
+
+
+def portable(error: BaseException, unexpected: type[Exception]) -> BaseException:
+    """``error`` itself where it is of this package and survives pickling, else an ``unexpected`` that names it."""
+    if type(error).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        try:
+            copy = pickle.loads(pickle.dumps(error))
+            if type(copy) is type(error) and str(copy) == str(error):
+                return copy
+        except Exception:
+            pass
+    return unexpected(f"{type(error).__name__}: {error}")
+
+
+def _raised(error: BaseException, cause: BaseException | None) -> BaseException:
+    error.__cause__ = cause
+    return error
