@@ -71,8 +71,8 @@ def on_rank_zero(
     """Collective: rank 0 does ``work``; every rank returns its result or raises its exception.
 
     Rank 0 says every ``heartbeat_s`` seconds that it is still working, so that the work may take longer than the
-    process group's timeout. Results and exceptions must be picklable; an exception of a class that is not this package's
-    arrives as an ``unexpected`` that names it.
+    process group's timeout. Results must be picklable; an exception whose class is not of this package arrives as an
+    ``unexpected`` that names it.
     """
     cause: list[BaseException] = []
     if ranks.is_leader:
