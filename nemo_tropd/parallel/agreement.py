@@ -74,31 +74,37 @@ def on_rank_zero(
     process group's timeout. Results must be picklable; an exception whose class is not of this package arrives as an
     ``unexpected`` that names it.
     """
+    if not ranks.is_leader:
+        outcome, content = "working", b""
+        while outcome == "working":
+            outcome, content = ranks.broadcast_object(("", b""))
+        value = pickle.loads(content)
+        if outcome == "error":
+            raise value
+        return value
+
+    result: list[T] = []
     cause: list[BaseException] = []
-    if ranks.is_leader:
-        outcome: list[tuple[str, Any]] = []
+    message: list[tuple[str, bytes]] = []
 
-        def attempt() -> None:
-            try:
-                outcome.append(("result", work()))
-            except BaseException as error:
-                cause.append(error)
-                outcome.append(("error", portable(error, unexpected)))
+    def attempt() -> None:
+        try:
+            result.append(work())
+            message.append(("result", pickle.dumps(result[0])))  # here, since what cannot be pickled is an error, too
+        except BaseException as error:
+            cause.append(error)
+            message.append(("error", pickle.dumps(portable(error, unexpected))))
 
-        worker = threading.Thread(target=attempt, name="rank-0-work", daemon=True)
-        worker.start()
+    worker = threading.Thread(target=attempt, name="rank-0-work", daemon=True)
+    worker.start()
+    worker.join(heartbeat_s)
+    while worker.is_alive():
+        ranks.broadcast_object(("working", b""))
         worker.join(heartbeat_s)
-        while worker.is_alive():
-            ranks.broadcast_object(("working", None))
-            worker.join(heartbeat_s)
-        kind, value = ranks.broadcast_object(outcome[0])
-    else:
-        kind, value = "working", None
-        while kind == "working":
-            kind, value = ranks.broadcast_object(None)
-    if kind == "error":
-        raise _raised(value, cause[0] if cause else None)
-    return value
+    ranks.broadcast_object(message[0])
+    if cause:
+        raise portable(cause[0], unexpected) from cause[0]
+    return result[0]
 
 
 def on_every_rank(ranks: AllRanks, work: Callable[[], T], *, unexpected: type[Exception] = RankError) -> T:
@@ -113,7 +119,7 @@ def on_every_rank(ranks: AllRanks, work: Callable[[], T], *, unexpected: type[Ex
     errors = ranks.gather_objects(portable(cause, unexpected) if cause is not None else None)
     failed = next((error for error in errors if error is not None), None)
     if failed is not None:
-        raise _raised(failed, cause)
+        raise failed from cause
     return result[0]
 
 
@@ -150,8 +156,3 @@ def portable(error: BaseException, unexpected: type[Exception]) -> BaseException
         except Exception:
             pass
     return unexpected(f"{type(error).__name__}: {error}")
-
-
-def _raised(error: BaseException, cause: BaseException | None) -> BaseException:
-    error.__cause__ = cause
-    return error
