@@ -11,7 +11,7 @@ import sys
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from nemo_tropd.convert.commands import DTYPES, describe, hf_to_megatron, megatron_to_hf
+from nemo_tropd.convert.commands import DTYPES, hf_to_megatron, megatron_to_hf
 from nemo_tropd.convert.families import ConversionError, read_shape
 
 
@@ -30,7 +30,7 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
     hf_dir, checkpoint_dir = (args.hf, args.out) if "hf" in args else (args.out, args.checkpoint)
-    print(f"{args.out}: {describe(read_shape(hf_dir))}")
+    print(f"{args.out}: {read_shape(hf_dir).describe()}")
     if args.verify:
         from nemo_tropd.gpt.parity import largest_logit_difference
 

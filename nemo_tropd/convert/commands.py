@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
+from nemo_tropd.convert.families import read_shape
 from nemo_tropd.convert.folders import SIDECAR, check_free_to_write, copy_sidecar, new_folder, write_hf_sidecar
 from nemo_tropd.convert.hf_files import SafetensorsWriter
 from nemo_tropd.convert.hf_import import HfSource
@@ -119,22 +119,3 @@ def _hashes(folder: Path) -> dict[str, dict[str, int | str]]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             hashes[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
     return hashes
-
-
-def check_manifest(folder: str | Path) -> None:
-    """Raise ConversionError naming the files of ``folder`` that are not those its manifest was written for."""
-    folder = Path(folder)
-    recorded = json.loads((folder / MANIFEST).read_text())["files"]
-    found = _hashes(folder)
-    changed = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
-    if changed:
-        raise ConversionError(f"{folder} is not what its manifest was written for; changed: {', '.join(changed)}")
-
-
-def describe(shape: ModelShape) -> str:
-    """One line about an architecture."""
-    head = "tied" if shape.tied else "untied"
-    return (
-        f"{shape.family}, {shape.layers} layers, hidden {shape.hidden}, {shape.heads} query and {shape.kv_heads} "
-        f"key/value heads, vocabulary {shape.vocab_size} ({head}), {shape.parameters() / 1e6:.1f} M parameters"
-    )

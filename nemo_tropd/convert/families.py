@@ -1,4 +1,4 @@
-"""The families of checkpoints that are understood: one table of names and shapes each. Imports no torch.
+"""The supported model families: one table of tensor names and shapes each. Imports no torch.
 
 A row pairs one Megatron parameter (the name it has in a distributed checkpoint) with the Hugging Face tensors it is
 made of, their shapes, and how they are laid out. To add a family, add a table to ``FAMILIES`` and a parity test.
@@ -53,7 +53,7 @@ class ModelShape:
     qk_norm: bool
 
     def size(self, dimension: str) -> int:
-        """The length of one of the dimensions the tables name."""
+        """The length of a dimension by its name in the tables."""
         sizes = {
             "vocab": self.vocab_size,
             "hidden": self.hidden,
@@ -70,11 +70,11 @@ class ModelShape:
         return -(-self.vocab_size // multiple) * multiple
 
     def parameters(self) -> int:
-        """The count of trained numbers, the padding not among them and a tied head counted once."""
+        """The number of trained values, without vocabulary padding; a tied head counts once."""
         return sum(math.prod(shape) for _, shape in self.hf_tensors())
 
     def rows(self) -> Iterator[Row]:
-        """Every Megatron parameter of the whole model, in the order of the forward pass."""
+        """Every Megatron parameter of the full model, in the order of the forward pass."""
         present = [row for row in FAMILIES[self.family].table if row.when is None or row.when(self)]
         yield from (row for row in present if row.megatron.startswith("embedding."))
         for layer in range(self.layers):
@@ -82,14 +82,33 @@ class ModelShape:
         yield from (row for row in present if not row.per_layer and not row.megatron.startswith("embedding."))
 
     def hf_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor of the Hugging Face checkpoint."""
+        """Name and shape of every tensor of the Hugging Face checkpoint, in the order of the forward pass."""
         for row in self.rows():
             for name, dimensions in row.hf:
                 yield name, tuple(self.size(d) for d in dimensions)
 
+    def hf_optional_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Tensors that a Hugging Face checkpoint or weight stream may contain beside ``hf_tensors``, by name and shape.
+
+        A tied model's head repeats the embedding; rotary frequencies, which old checkpoints stored, are recomputed.
+        """
+        names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(self.layers)]
+        optional: dict[str, tuple[int, ...]] = dict.fromkeys(names, (self.head_dim // 2,))
+        if self.tied:
+            optional["lm_head.weight"] = (self.vocab_size, self.hidden)
+        return optional
+
+    def describe(self) -> str:
+        """One human-readable line: family, layers, sizes, parameters."""
+        return (
+            f"{self.family}, {self.layers} layers, hidden {self.hidden}, {self.heads} query and {self.kv_heads} "
+            f"key/value heads, vocabulary {self.vocab_size}, {self.parameters() / 1e6:.1f}M parameters"
+            + (", tied" if self.tied else "")
+        )
+
     def tensor_parallel_degrees(self) -> list[int]:
-        """The tensor-parallel degrees this architecture can be split into: those that divide both head counts, the
-        key/value heads being whole on a rank, and the feed-forward size."""
+        """The tensor-parallel degrees this architecture can be split into: those that divide both head counts (a
+        key/value head is never split) and the feed-forward size."""
         return [
             n
             for n in range(1, self.kv_heads + 1)
@@ -97,9 +116,9 @@ class ModelShape:
         ]
 
     def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
-        """Raise ConversionError where the model cannot be split this way, naming the numbers and the degrees that
-        work."""
-        fitting = ", ".join(str(n) for n in self.tensor_parallel_degrees())
+        """Raise ConversionError if the model cannot be split this way; it names the sizes and the supported
+        degrees."""
+        supported = ", ".join(str(n) for n in self.tensor_parallel_degrees())
         for what, count in (
             ("query heads", self.heads),
             ("key/value heads", self.kv_heads),
@@ -107,25 +126,25 @@ class ModelShape:
         ):
             if tensor_parallel < 1 or count % tensor_parallel:
                 raise ConversionError(
-                    f"{count} {what} cannot be split over tensor parallel {tensor_parallel}; "
-                    f"this model ({self.heads} query, {self.kv_heads} key/value heads) fits degrees {fitting}"
+                    f"{count} {what} cannot be split over tensor parallel {tensor_parallel}; this model ({self.heads} "
+                    f"query, {self.kv_heads} key/value heads) has supported degrees: {supported}"
                 )
         if pipeline_parallel < 1 or self.layers % pipeline_parallel:
             stages = ", ".join(str(n) for n in range(1, self.layers + 1) if self.layers % n == 0)
             raise ConversionError(
                 f"{self.layers} layers cannot be split over pipeline parallel {pipeline_parallel}; "
-                f"degrees {stages} would fit"
+                f"supported degrees: {stages}"
             )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter: its name, the HF tensors ``(name, dimensions)`` it holds, and their arrangement.
+    """One Megatron parameter: its name, the HF tensors ``(name, dimensions)`` it is made of, and their layout.
 
     copy             one tensor, the same on every tensor-parallel rank
     vocabulary       one tensor, padded to the padded vocabulary, rows split over ranks
     query_key_value  q, k, v interleaved by key/value group: [q of group 0, k 0, v 0, q of group 1, ...], groups split
-    gate_up          gate above up; each rank holds its rows of gate above its rows of up
+    gate_up          gate above up; each rank has its rows of gate above its rows of up
     columns          one tensor, its second dimension split over ranks
     """
 
@@ -140,14 +159,14 @@ class Row:
         return "{i}" in self.megatron
 
     def stage(self, shape: ModelShape, pipeline_parallel: int) -> int:
-        """The pipeline stage that owns the parameter; a tied head's copy on the last stage is not its own."""
+        """The pipeline stage that owns the parameter; the last stage's copy of a tied head does not count."""
         if self.layer is not None:
             return self.layer // (shape.layers // pipeline_parallel)
         return 0 if self.megatron.startswith("embedding.") else pipeline_parallel - 1
 
     @property
     def split_dimension(self) -> int | None:
-        """The dimension that tensor parallel splits; None where every rank holds the whole."""
+        """The dimension split by tensor parallelism; None if every rank has the full parameter."""
         return {"copy": None, "columns": 1}.get(self.layout, 0)
 
     def at(self, layer: int) -> Row:
@@ -158,7 +177,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Family:
-    """What a ``config.json`` of this family means where it is silent, and its table."""
+    """The defaults for keys missing from a ``config.json`` of this family, and its table."""
 
     architecture: str
     table: tuple[Row, ...]
@@ -220,27 +239,36 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_shape(hf_dir: str | Path) -> ModelShape:
-    """The shape that ``hf_dir/config.json`` describes. Raises ConversionError where it cannot be converted
-    faithfully."""
+    """The shape described by ``hf_dir/config.json``. Raises ConversionError if it cannot be converted faithfully."""
     path = Path(hf_dir) / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist: a Hugging Face checkpoint folder is needed") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConversionError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path} must contain a JSON object, not {type(config).__name__}")
     return shape_of_config(config, str(path))
 
 
 def shape_of_config(config: dict[str, Any], where: str = "config.json") -> ModelShape:
     """The shape of a parsed Hugging Face config. Raises ConversionError as ``read_shape`` does."""
+    for key, kind in (
+        ("architectures", list),
+        ("layer_types", list),
+        ("rope_scaling", dict),
+        ("rope_parameters", dict),
+    ):
+        if not isinstance(config.get(key) or kind(), kind):
+            raise ConversionError(f"{where}: {key} must be a {kind.__name__}, not {config[key]!r}")
     family = _find_family(config, where)
-    _refuse_what_is_not_modelled(config, where)
+    _refuse_unsupported(config, where)
     heads = _positive(config, "num_attention_heads", where)
     hidden = _positive(config, "hidden_size", where)
     table = FAMILIES[family]
-    head_dim = int(config.get("head_dim") or table.head_dim_default or hidden // heads)
-    kv_heads = int(config.get("num_key_value_heads") or table.kv_heads_default or heads)
+    head_dim = _positive(config, "head_dim", where, table.head_dim_default or hidden // heads)
+    kv_heads = _positive(config, "num_key_value_heads", where, table.kv_heads_default or heads)
     if heads % kv_heads:
         raise ConversionError(f"{where}: {heads} query heads do not divide into {kv_heads} key/value heads")
     theta, scaling = _rope(config, where)
@@ -254,10 +282,10 @@ def shape_of_config(config: dict[str, Any], where: str = "config.json") -> Model
         head_dim=head_dim,
         vocab_size=_positive(config, "vocab_size", where),
         tied=bool(config.get("tie_word_embeddings", False)),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_positions=int(config.get("max_position_embeddings", 32768 if family != "llama" else 2048)),
+        max_positions=_positive(config, "max_position_embeddings", where, 32768 if family != "llama" else 2048),
         qkv_bias=table.qkv_bias,
         qk_norm=table.qk_norm,
     )
@@ -265,16 +293,16 @@ def shape_of_config(config: dict[str, Any], where: str = "config.json") -> Model
 
 def _find_family(config: dict[str, Any], where: str) -> str:
     named = config.get("architectures") or []
-    known = ", ".join(family.architecture for family in FAMILIES.values())
     for name, family in FAMILIES.items():
         if family.architecture in named or (not named and config.get("model_type") == name):
             return name
+    supported = ", ".join(family.architecture for family in FAMILIES.values())
     raise ConversionError(
-        f"{where}: architecture {named or config.get('model_type')} is not known; those that are: {known}"
+        f"{where}: unsupported architecture {named or config.get('model_type')}; supported: {supported}"
     )
 
 
-def _refuse_what_is_not_modelled(config: dict[str, Any], where: str) -> None:
+def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
     """Refuse settings under which the same weights would mean another function."""
     refused = {
         "attention_bias": False,
@@ -286,21 +314,21 @@ def _refuse_what_is_not_modelled(config: dict[str, Any], where: str) -> None:
     }
     for key, supported in refused.items():
         if config.get(key, supported) not in (supported, None):
-            raise ConversionError(f"{where}: {key} = {config[key]!r} is not supported, only {supported!r}")
+            raise ConversionError(f"{where}: unsupported {key} = {config[key]!r}; supported: {supported!r}")
     other = sorted(set(config.get("layer_types") or ["full_attention"]) - {"full_attention"})
     if other:
-        raise ConversionError(f"{where}: layer_types {other} are not supported, only 'full_attention'")
+        raise ConversionError(f"{where}: unsupported layer_types {other}; supported: 'full_attention'")
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling, from the newer ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = _number(rope if "rope_theta" in rope else config, "rope_theta", where, 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise ConversionError(f"{where}: rope type {kind!r} is not supported; those that are: 'default', 'llama3'")
+        raise ConversionError(f"{where}: unsupported rope type {kind!r}; supported: 'default', 'llama3'")
     missing = [
         key
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -309,15 +337,24 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     if missing:
         raise ConversionError(f"{where}: rope type 'llama3' needs {missing}")
     return theta, RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
+        factor=_number(rope, "factor", where),
+        low_freq_factor=_number(rope, "low_freq_factor", where),
+        high_freq_factor=_number(rope, "high_freq_factor", where),
+        original_max_positions=_positive(rope, "original_max_position_embeddings", where),
     )
 
 
-def _positive(config: dict[str, Any], key: str, where: str) -> int:
+def _positive(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConversionError(f"{where}: {key} must be a positive integer, not {value!r}")
     return value
+
+
+def _number(config: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConversionError(f"{where}: {key} must be a positive number, not {value!r}")
+    return float(value)

@@ -234,8 +234,8 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
     table.add_column()
     for label, value in (
         ("ranks", f"{world} = tensor {tp} x pipeline {pp} x data {world // (tp * pp)}" + _sequence(m)),
-        ("student", describe(plan.student) + f", {t.precision}"),
-        ("teacher", describe(plan.teacher) + f", {m.teacher.precision or t.precision}" + _fp8(m)),
+        ("student", plan.student.describe() + f", {t.precision}"),
+        ("teacher", plan.teacher.describe() + f", {m.teacher.precision or t.precision}" + _fp8(m)),
         ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
         ("objective", repr(plan.objective)),
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
@@ -255,11 +255,3 @@ def _fp8(m: Any) -> str:
 
 def _sequence(m: Any) -> str:
     return ", sequence parallel" if m.sequence_parallel else ""
-
-
-def describe(shape: ModelShape) -> str:
-    """One line: family, layers, sizes, parameters."""
-    return (
-        f"{shape.family}, {shape.layers} layers, hidden {shape.hidden}, {shape.heads} query and {shape.kv_heads} "
-        f"key/value heads, {shape.parameters() / 1e6:.1f}M parameters" + (", tied" if shape.tied else "")
-    )
