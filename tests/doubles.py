@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -50,6 +49,21 @@ class ReplayEngine:
         """Nothing to close."""
 
 
-def replay_engines(vocab_size: int) -> Callable[[TropdConfig, Path, bool], Callable[[], RolloutEngine]]:
-    """An engine maker for nemo_tropd.training.run.train."""
-    return lambda cfg, path, refreshable: lambda: ReplayEngine(vocab_size)
+class GivenEngines:
+    """An engine factory for nemo_tropd.training.run.train: ``make`` makes every engine."""
+
+    def __init__(self, make: Callable[[], RolloutEngine]) -> None:
+        self.make = make
+
+    def student(self, cfg: TropdConfig) -> RolloutEngine:
+        """What ``make`` makes."""
+        return self.make()
+
+    def teacher(self, cfg: TropdConfig) -> RolloutEngine:
+        """What ``make`` makes."""
+        return self.make()
+
+
+def replay_engines(vocab_size: int) -> GivenEngines:
+    """Doubles for the student and for the teacher."""
+    return GivenEngines(lambda: ReplayEngine(vocab_size))

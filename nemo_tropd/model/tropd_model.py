@@ -27,8 +27,8 @@ from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.metric_sums import DeviceSums, MetricSums
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.rollout.collective import Rollouts
 from nemo_tropd.rollout.engine import RolloutRequest
-from nemo_tropd.rollout.supervisor import Rollouts
 from nemo_tropd.teacher.admission import admit
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.teacher.scorer import TeacherScorer

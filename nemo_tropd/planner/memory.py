@@ -15,6 +15,7 @@ from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.parallel.ranks import RankLayout
 from nemo_tropd.planner.machine import ASLEEP, CPU_ENGINE, FRAGMENTATION, GIB, Machine
+from nemo_tropd.rollout.placement import placement_of
 
 BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 FP32 = 4
@@ -212,13 +213,7 @@ def optimizer_bytes(cfg: TropdConfig, numbers: float) -> float:
 
 def placement(cfg: TropdConfig, machine: Machine) -> str:
     """process, colocated or dedicated: what ``model.rollout.placement`` means on ``machine``."""
-    chosen = cfg.model.rollout.placement
-    return auto_placement(cfg, on_gpu=machine.kind == "gpu") if chosen == "auto" else chosen
-
-
-def auto_placement(cfg: TropdConfig, *, on_gpu: bool) -> str:
-    """What ``model.rollout.placement = auto`` means: colocated where an engine can have whole layers on a GPU."""
-    return "colocated" if on_gpu and cfg.model.pipeline_model_parallel_size == 1 else "process"
+    return placement_of(cfg, on_gpu=machine.kind == "gpu")
 
 
 def engine_bytes(cfg: TropdConfig, student: ModelShape, machine: Machine) -> float:

@@ -23,20 +23,20 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.config import ConfigError, host_and_port
-from nemo_tropd.rollout.channel import ChannelClosed
-from nemo_tropd.rollout.colocated import ColocatedEngine
+from nemo_tropd.rollout.collective import describe
 from nemo_tropd.rollout.engine import EngineError, RolloutEngine
-from nemo_tropd.rollout.engine_settings import EngineSettings
-from nemo_tropd.rollout.host_link import (
+from nemo_tropd.rollout.vllm.channel import ChannelClosed
+from nemo_tropd.rollout.vllm.host_link import (
     PROTOCOL,
     Link,
     pack_rollouts,
     unpack_requests,
     unpack_settings,
 )
-from nemo_tropd.rollout.supervisor import describe
-from nemo_tropd.rollout.vllm_engine import VllmEngine
-from nemo_tropd.rollout.weight_group import WeightGroup, empty_bucket, join_store, take_apart
+from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
+from nemo_tropd.rollout.vllm.remote import VllmEngine
+from nemo_tropd.rollout.vllm.settings import EngineSettings
+from nemo_tropd.rollout.weights.broadcast import WeightGroup, empty_bucket, join_store, take_apart
 
 _RETRY_S = 0.5
 _CONNECT_TIMEOUT_S = 10.0

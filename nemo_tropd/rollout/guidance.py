@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from nemo_tropd.config import TropdConfig, anneal_steps
+from nemo_tropd.prompts import PromptOrder
 from nemo_tropd.rollout.engine import RolloutRequest, request_seed
 from nemo_tropd.rollout.teacher_responses import TeacherResponse, TeacherResponses
 
@@ -111,3 +113,31 @@ class Guidance:
         limit = min(longest, usable, self.max_new_tokens - 1)
         length = draw_prefix_length(limit, draw=self.prefix_draw, seed=self.seed, step=step, sequence_id=sequence_id)
         return response.response_ids[:length]
+
+
+def make_guidance(cfg: TropdConfig, responses: TeacherResponses | None) -> Guidance:
+    """The planner of a run's requests; with guidance off it plans ordinary rollouts."""
+    guidance = cfg.model.tropd.guidance
+    return Guidance(
+        seed=cfg.model.seed,
+        total_steps=anneal_steps(cfg),
+        max_new_tokens=cfg.model.rollout.max_new_tokens,
+        samples_per_prompt=cfg.model.rollout.samples_per_prompt,
+        longest=guidance.max_prefix_tokens if guidance.enabled else 0,
+        prefix_draw=guidance.prefix_draw,  # type: ignore[arg-type]
+        responses=responses,
+    )
+
+
+def guided_prompts(cfg: TropdConfig, train_prompts: int) -> list[int]:
+    """Indices of the training prompts that get a teacher prefix in some step of the run."""
+    guidance, m = cfg.model.tropd.guidance, cfg.model
+    if not guidance.enabled or guidance.max_prefix_tokens == 0:
+        return []
+    order = PromptOrder(train_prompts, m.seed)
+    total = anneal_steps(cfg)
+    seen: dict[int, None] = {}
+    for step in range(min(total, cfg.trainer.tropd.max_steps)):
+        if max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens):
+            seen.update(dict.fromkeys(order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)))
+    return list(seen)

@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.files import complete_file
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.files import complete_file, default_cache_dir
+from nemo_tropd.parallel.agreement import Ranks, on_rank_zero
 from nemo_tropd.rollout.engine import EngineDied, RolloutEngine, RolloutRequest, Sampling
+from nemo_tropd.rollout.placement import EngineFactory, sampling_of
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
+_BATCH = 64  # prompts of a shard: what an interrupted run may lose
 _SAMPLE_BYTES = 1 << 20
 _SAMPLES = 16
 _CONFIG_FILES = ("config.json", "generation_config.json")
@@ -101,6 +105,25 @@ class TeacherResponses:
                 f"{list(prompt_ids[:8])}; call ensure() with every training prompt before training"
             )
         return response
+
+    def rollouts(self, prompts: Iterable[Sequence[int]]) -> list[Rollout]:
+        """The responses as rollouts that are all prefix: every token is scored, none is the student's.
+
+        Raises LookupError as ``lookup`` does.
+        """
+        return [
+            Rollout(
+                prompt_ids=list(ids),
+                prefix_ids=self.lookup(ids).response_ids,
+                response_ids=[],
+                response_log_probs=[],
+                weight_version=0,
+                sequence_id=i,
+                prompt_index=i,
+                finished=True,
+            )
+            for i, ids in enumerate(prompts)
+        ]
 
     def ensure(
         self,
@@ -186,6 +209,39 @@ class TeacherResponses:
             owner = left_over.name.rpartition("-")[2]
             if owner.isdigit() and not Path(f"/proc/{owner}").exists():
                 left_over.unlink(missing_ok=True)
+
+
+def generate_teacher_responses(
+    cfg: TropdConfig, prompts: Sequence[Sequence[int]], ranks: Ranks, engines: EngineFactory
+) -> TeacherResponses | None:
+    """Have the teacher generate the responses to ``prompts`` that the cache lacks (collective).
+
+    Happens before any model is built, so that the teacher's engine has the machine to itself. Rank 0 gets the
+    responses, the other ranks None.
+    """
+    generated: list[TeacherResponses] = []
+
+    def generate() -> None:
+        responses = TeacherResponses(
+            Path(cfg.model.teacher.cache_dir or default_cache_dir() / "teacher_responses"),
+            teacher=checkpoint_fingerprint(cfg.model.teacher.path),
+            sampling=sampling_of(cfg),
+            max_new_tokens=cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens,
+            seed=cfg.model.seed,
+        )
+        missing = sum(ids not in responses for ids in prompts)
+        if missing:
+            print(f"the teacher generates up to {missing} responses into {responses.folder}", flush=True)
+        responses.ensure(
+            prompts,
+            lambda: engines.teacher(cfg),
+            batch=_BATCH,
+            progress=lambda done, of: print(f"teacher responses {done}/{of}", flush=True),
+        )
+        generated.append(responses)
+
+    on_rank_zero(ranks, generate)
+    return generated[0] if generated else None
 
 
 def _write_whole(target: Path, lines: Sequence[bytes]) -> None:

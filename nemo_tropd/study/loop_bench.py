@@ -134,7 +134,7 @@ class OurLoop:
     ) -> LoopCost:
         """Warm up, then time some steps, of which the fastest counts; ``first`` is the number of the first."""
         from nemo_tropd.prompts import Prompt, PromptSet
-        from nemo_tropd.rollout.every_rank import EveryRankRollouts
+        from nemo_tropd.rollout.collective import EveryRankRollouts
         from nemo_tropd.rollout.guidance import Guidance
         from nemo_tropd.training.step import TrainStep
 

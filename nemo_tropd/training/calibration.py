@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nemo_tropd.batch import Rollout, TokenBatch
+from nemo_tropd.batch import TokenBatch
 from nemo_tropd.config import ModelConfig
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptSet
@@ -26,11 +26,7 @@ def calibration_batches(
     count = cfg.teacher.admission.prompts
     if cfg.teacher.fp8 is None or not count:
         return []
-    written = []
-    if responses is not None:
-        for i, prompt in enumerate(list(held_out)[:count]):
-            answer = responses.lookup(prompt.token_ids).response_ids
-            written.append(Rollout(list(prompt.token_ids), answer, [], [], 0, i, i, True))
+    written = responses.rollouts(p.token_ids for p in list(held_out)[:count]) if responses is not None else []
     return pack_micro_batches(
         topology.broadcast_object(written),
         replace(topology, data_rank=0, data_size=1),

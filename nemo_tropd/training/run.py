@@ -12,24 +12,23 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, fail
+from nemo_tropd.config import ConfigError, TropdConfig, fail
 from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
-from nemo_tropd.files import default_cache_dir, write_text
+from nemo_tropd.files import write_text
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
-from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.roll_call import PeerLost, collective_timeout_s, named_peers
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.prompts import PromptError, PromptOrder
+from nemo_tropd.prompts import PromptError
+from nemo_tropd.rollout.collective import Rollouts
 from nemo_tropd.rollout.engine import EngineError
-from nemo_tropd.rollout.guidance import Guidance, max_prefix_length
-from nemo_tropd.rollout.supervisor import Rollouts
-from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
+from nemo_tropd.rollout.guidance import guided_prompts, make_guidance
+from nemo_tropd.rollout.placement import EngineFactory, Engines, placement_of, rollouts_of
+from nemo_tropd.rollout.teacher_responses import TeacherResponses, generate_teacher_responses
 from nemo_tropd.teacher.fp8 import check_hardware
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, RunState, checkpoint_name
-from nemo_tropd.training.engines import EngineMaker, engine_maker, placement, rollouts_of, sampling_of
 from nemo_tropd.training.metrics import MetricsLog
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
@@ -38,12 +37,10 @@ from nemo_tropd.training.summary import print_summary, write_summary
 from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer
 from nemo_tropd.training.validation import Validator
 
-TEACHER_BATCH = 64  # prompts written to the cache at a time
-
 EXPECTED = (ConfigError, ConversionError, PromptError, EngineError, CheckpointError, TrainingError)
 
 
-def main(cfg: DictConfig, engines: EngineMaker | None = None) -> None:
+def main(cfg: DictConfig, engines: EngineFactory | None = None) -> None:
     """What ``examples/train_tropd.py`` calls. Expected errors end the process with code 2 and one readable message."""
     try:
         train(resolve(cfg), engines)
@@ -54,7 +51,7 @@ def main(cfg: DictConfig, engines: EngineMaker | None = None) -> None:
         os._exit(1)
 
 
-def train(cfg: TropdConfig, engines: EngineMaker | None = None) -> Outcome | None:
+def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | None:
     """Run ``cfg`` from its last checkpoint, or from the start, to its end or a signal.
 
     ``engines`` makes rollout engines (default: vLLM). Returns None with ``check_only`` and where the run directory
@@ -65,7 +62,7 @@ def train(cfg: TropdConfig, engines: EngineMaker | None = None) -> Outcome | Non
         EngineError, CheckpointError, TrainingError, PeerLost: later; whole checkpoints stay.
     """
     plan = make_plan(cfg)
-    placement(cfg)  # refused here where the machine cannot serve it
+    placement_of(cfg)  # refused here where the machine cannot serve it
     if not cfg.check_only and already_finished(cfg, plan):
         return None
     if os.environ.get("RANK", "0") == "0":
@@ -85,7 +82,7 @@ def train(cfg: TropdConfig, engines: EngineMaker | None = None) -> Outcome | Non
     )
     try:
         with named_peers(topology, cfg.trainer.distributed_timeout_s):
-            outcome = _train(cfg, plan, topology, engines or engine_maker(plan.vocab_size))
+            outcome = _train(cfg, plan, topology, engines or Engines(plan.vocab_size))
     except PeerLost:
         raise  # the groups are broken: nobody would come to take them down
     except BaseException:
@@ -96,9 +93,10 @@ def train(cfg: TropdConfig, engines: EngineMaker | None = None) -> Outcome | Non
     return outcome
 
 
-def _train(cfg: TropdConfig, plan: Plan, topology: Topology, engines: EngineMaker) -> Outcome:
+def _train(cfg: TropdConfig, plan: Plan, topology: Topology, engines: EngineFactory) -> Outcome:
     lightning = make_lightning_trainer(cfg, plan.run_dir)
-    responses = write_teacher_responses(cfg, plan, topology, engines)
+    prompts = [*plan.prompts.held_out, *(plan.prompts.train[i] for i in guided_prompts(cfg, len(plan.prompts.train)))]
+    responses = generate_teacher_responses(cfg, [p.token_ids for p in prompts], topology, engines)
     model = MegatronTrOPDModel(
         OmegaConf.structured(cfg.model),
         lightning,
@@ -212,70 +210,6 @@ def finish(cfg: TropdConfig, plan: Plan, topology: Topology, model: MegatronTrOP
         write_summary(plan.run_dir, cfg, outcome)
         report = write_report(plan.run_dir)
         Console().print(f"student  {exported}\nreport   {report}", highlight=False)
-
-
-def write_teacher_responses(
-    cfg: TropdConfig, plan: Plan, topology: Topology, engines: EngineMaker
-) -> TeacherResponses | None:
-    """Have the teacher write what prefixes and validation will need, where the cache lacks it (collective).
-
-    Happens before any model is built, so that the teacher's engine has the machine to itself. The leader gets the
-    responses, the other ranks None.
-    """
-
-    def write() -> TeacherResponses:
-        teacher = Path(cfg.model.teacher.path)
-        responses = TeacherResponses(
-            Path(cfg.model.teacher.cache_dir or default_cache_dir() / "teacher_responses"),
-            teacher=checkpoint_fingerprint(teacher),
-            sampling=sampling_of(cfg),
-            max_new_tokens=cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens,
-            seed=cfg.model.seed,
-        )
-        needed = [list(p.token_ids) for p in plan.prompts.held_out]
-        needed += [list(plan.prompts.train[i].token_ids) for i in guided_prompts(cfg, len(plan.prompts.train))]
-        missing = sum(ids not in responses for ids in needed)
-        if missing:
-            print(f"the teacher writes up to {missing} responses into {responses.folder}", flush=True)
-        responses.ensure(
-            needed,
-            engines(cfg, teacher, False),
-            batch=TEACHER_BATCH,
-            progress=lambda done, of: print(f"teacher responses {done}/{of}", flush=True),
-        )
-        return responses
-
-    box: list[TeacherResponses] = []
-    on_rank_zero(topology, lambda: box.append(write()))
-    return box[0] if box else None
-
-
-def guided_prompts(cfg: TropdConfig, train_prompts: int) -> list[int]:
-    """Indices of the training prompts that meet guidance in some step of the run."""
-    guidance, m = cfg.model.tropd.guidance, cfg.model
-    if not guidance.enabled or guidance.max_prefix_tokens == 0:
-        return []
-    order = PromptOrder(train_prompts, m.seed)
-    total = anneal_steps(cfg)
-    seen: dict[int, None] = {}
-    for step in range(min(total, cfg.trainer.tropd.max_steps)):
-        if max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens):
-            seen.update(dict.fromkeys(order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)))
-    return list(seen)
-
-
-def make_guidance(cfg: TropdConfig, responses: TeacherResponses | None) -> Guidance:
-    """The planner of requests; without guidance it plans ordinary rollouts."""
-    guidance = cfg.model.tropd.guidance
-    return Guidance(
-        seed=cfg.model.seed,
-        total_steps=anneal_steps(cfg),
-        max_new_tokens=cfg.model.rollout.max_new_tokens,
-        samples_per_prompt=cfg.model.rollout.samples_per_prompt,
-        longest=guidance.max_prefix_tokens if guidance.enabled else 0,
-        prefix_draw=guidance.prefix_draw,  # type: ignore[arg-type]
-        responses=responses,
-    )
 
 
 def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:

@@ -23,9 +23,9 @@ from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptOrder, PromptSet
+from nemo_tropd.rollout.collective import Rollouts
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.rollout.guidance import Guidance
-from nemo_tropd.rollout.supervisor import Rollouts
 from nemo_tropd.training.metrics import PhaseTimer
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
 from nemo_tropd.training.packing import pack_micro_batches

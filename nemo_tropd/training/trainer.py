@@ -12,8 +12,8 @@ from nemo_tropd.files import write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptSet
+from nemo_tropd.rollout.collective import Rollouts
 from nemo_tropd.rollout.guidance import Guidance
-from nemo_tropd.rollout.supervisor import Rollouts
 from nemo_tropd.training.checkpoint import Checkpoints, RunState, check_resumable
 from nemo_tropd.training.metrics import MetricsLog
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer

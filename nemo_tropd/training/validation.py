@@ -131,11 +131,7 @@ class Validator:
 
     def _teacher_written(self) -> list[Rollout]:
         """The teacher's answers as prefixes: every token of them is scored, none is the student's."""
-        written = []
-        if self.responses is not None:
-            for i, prompt in enumerate(self.prompts):
-                answer = self.responses.lookup(prompt.token_ids).response_ids
-                written.append(Rollout(list(prompt.token_ids), answer, [], [], 0, i, i, True))
+        written = self.responses.rollouts(p.token_ids for p in self.prompts) if self.responses is not None else []
         return self.topology.broadcast_object(written)
 
     def _divergences(self, rollouts: Sequence[Rollout]) -> MetricSums:

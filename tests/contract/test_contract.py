@@ -28,15 +28,15 @@ CONFIG_FIELDS = {
 }
 # Those that end as keywords of vllm.LLM, which hands what it does not name to EngineArgs.
 ENGINE_ARGUMENTS = {
-    ("rollout/engine_settings.py", "_FIXED_ARGUMENTS"): set(),
-    ("rollout/engine_settings.py", "llm_arguments"): {"mode", "cudagraph_mode"},
-    ("rollout/colocated.py", "start"): {"weights", "kv_cache"},
+    ("rollout/vllm/settings.py", "_FIXED_ARGUMENTS"): set(),
+    ("rollout/vllm/settings.py", "llm_arguments"): {"mode", "cudagraph_mode"},
+    ("rollout/vllm/in_process.py", "start"): {"weights", "kv_cache"},
 }
 # Variables, attributes and methods of ours that hold a vllm.LLM.
 ENGINES = {
-    "rollout/vllm_calls.py": ("llm",),
-    "rollout/vllm_server.py": ("_llm",),
-    "rollout/colocated.py": ("llm", "_llm", "_running"),
+    "rollout/vllm/generate.py": ("llm",),
+    "rollout/vllm/server.py": ("_llm",),
+    "rollout/vllm/in_process.py": ("llm", "_llm", "_running"),
 }
 # Attributes and methods of their objects that we use: class -> names.
 MEMBERS = {

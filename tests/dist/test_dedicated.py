@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.dedicated import DedicatedEngines
+from nemo_tropd.rollout.vllm.dedicated import DedicatedEngines
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
@@ -32,9 +32,9 @@ from nemo_tropd.rollout.engine import (
     WeightStreamError,
 )
 from nemo_tropd.rollout.engine_host import serve
-from nemo_tropd.rollout.engine_settings import EngineSettings
-from nemo_tropd.rollout.host_link import pack_settings, unpack_settings
-from nemo_tropd.rollout.supervisor import RolloutSupervisor
+from nemo_tropd.rollout.vllm.settings import EngineSettings
+from nemo_tropd.rollout.vllm.host_link import pack_settings, unpack_settings
+from nemo_tropd.rollout.collective import RankZeroRollouts
 from tests.doubles import ReplayEngine
 from tests.tiny_models import make_tiny
 
@@ -247,7 +247,7 @@ def test_a_host_killed_in_the_stream_of_weights_is_waited_for_once(hosts: Hosts)
                 hosts.start(1)  # as a scheduler would
             yield name, tensor
 
-    supervisor = RolloutSupervisor(OneRank(), hosts.engines, stream)
+    supervisor = RankZeroRollouts(OneRank(), hosts.engines, stream)
     wanted = requests(6)
     assert supervisor.generate(wanted, 5) == written(wanted, 5)
     assert supervisor.restarts == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import RefreshStats, RolloutRequest
 from tests.dist.run_distributed import DistributedFailure, run_distributed
-from tests.doubles import ReplayEngine
+from tests.doubles import GivenEngines, ReplayEngine
 from tests.e2e.tiny_run import TinyRun, train_lines
 from tests.tiny_models import make_tiny
 
@@ -79,7 +80,7 @@ def run_here(rank: int, world_size: int, root: str, runs: list[tuple[str, int | 
         events.clear()
         keys = {**KEYS, "model.teacher.offload": True, "model.tropd.guidance.enabled": False}
         cfg = compose_config(tiny.overrides(Path(root) / name, **keys))
-        train(cfg, lambda cfg, path, fresh, at=kill_at: lambda: RecordingEngine(events, at))  # type: ignore[misc]
+        train(cfg, GivenEngines(partial(RecordingEngine, events, kill_at)))
         seen.append(list(events))
     return seen
 
@@ -120,7 +121,8 @@ def every_rank(rank: int, world_size: int, root: str) -> list[str]:
     from nemo_tropd.convert.hf_import import load_hf
     from nemo_tropd.gpt.build import build_gpt
     from nemo_tropd.parallel.topology import Topology
-    from nemo_tropd.training import engines, run
+    from nemo_tropd.rollout import placement
+    from nemo_tropd.training import run
     from tests.e2e.compose import compose_config
 
     wrong = []
@@ -142,13 +144,13 @@ def every_rank(rank: int, world_size: int, root: str) -> list[str]:
     os.environ["WORLD_SIZE"] = str(world_size)
     tiny = TinyRun.at(Path(root))
     for name, place in (("one", "process"), ("each", "colocated")):
-        for module in (engines, run):
-            module.placement = lambda cfg, on_cuda=None, place=place: place  # type: ignore[attr-defined]
+        for module in (placement, run):
+            module.placement_of = lambda cfg, place=place: place  # type: ignore[attr-defined]
         keys = {**KEYS, "trainer.tropd.max_steps": 2, "model.tropd.guidance.enabled": False}
         keys["+model.tropd.params.importance_cap"] = 0.5
         cfg = compose_config(tiny.overrides(Path(root) / name, data=2, **keys))
         events: list[str] = []
-        run.train(cfg, lambda cfg, path, fresh, events=events: lambda: RecordingEngine(events))  # type: ignore[misc]
+        run.train(cfg, GivenEngines(partial(RecordingEngine, events)))
         expected = ["refresh 0", "generate 0", "sleep", "refresh 1", "generate 1", "sleep", "refresh 2"]
         if events != (expected if place == "colocated" or rank == 0 else []):
             wrong.append(f"{name}: {events}")

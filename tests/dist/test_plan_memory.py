@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.dist.run_distributed import run_distributed
-from tests.doubles import ReplayEngine
+from tests.doubles import GivenEngines, ReplayEngine
 
 RESPONSE = 40
 
@@ -45,7 +45,7 @@ def peak_of_a_run(rank: int, world_size: int, overrides: list[str]) -> tuple[flo
     os.environ["WORLD_SIZE"] = str(world_size)
     cfg = compose_config(overrides, "smollm2_cpu")
     memory = make_plan(cfg).memory
-    outcome = train(cfg, lambda c, path, refreshable: lambda: LongestEngine(49000))
+    outcome = train(cfg, GivenEngines(lambda: LongestEngine(49000)))
     assert outcome is not None
     status = Path("/proc/self/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)

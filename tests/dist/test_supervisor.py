@@ -22,7 +22,7 @@ from nemo_tropd.rollout.engine import (
     RolloutRequest,
     WeightStreamError,
 )
-from nemo_tropd.rollout.supervisor import RolloutSupervisor
+from nemo_tropd.rollout.collective import RankZeroRollouts
 from tests.dist.run_distributed import run_distributed
 
 
@@ -115,14 +115,14 @@ def requests(rank: int) -> list[RolloutRequest] | None:
     return [RolloutRequest([1, 2], [], 1000 + i, i, i, 4) for i in range(3)] if rank == 0 else None
 
 
-def supervisor_of(rank: int, fail: dict[str, Exception]) -> tuple[RolloutSupervisor, Model, Script]:
+def supervisor_of(rank: int, fail: dict[str, Exception]) -> tuple[RankZeroRollouts, Model, Script]:
     script, model = Script(dict(fail)), Model(rank)
 
     def make() -> ScriptedEngine:
         assert rank == 0, "only the leader owns an engine"
         return ScriptedEngine(script)
 
-    return RolloutSupervisor(GlooRanks(rank), make, model.stream), model, script
+    return RankZeroRollouts(GlooRanks(rank), make, model.stream), model, script
 
 
 def two_steps(rank: int, world_size: int, fail: dict[str, Exception]) -> dict:
@@ -181,7 +181,7 @@ def torn_stream(rank: int, world_size: int) -> str:
             if self.rank == 1:
                 raise RuntimeError("rank 1 has no memory left")
 
-    supervisor = RolloutSupervisor(GlooRanks(rank), lambda: ScriptedEngine(Script()), Torn(rank).stream)
+    supervisor = RankZeroRollouts(GlooRanks(rank), lambda: ScriptedEngine(Script()), Torn(rank).stream)
     with pytest.raises(EngineError) as raised:
         supervisor.generate(requests(rank), 0)
     return str(raised.value)

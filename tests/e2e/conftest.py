@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 from torch import Tensor
@@ -13,6 +12,7 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.quiet import quiet_libraries
 from nemo_tropd.rollout.engine import RefreshStats, RolloutEngine, RolloutRequest
+from nemo_tropd.rollout.placement import Engines
 from tests.e2e.tiny_run import TinyRun
 
 TINY_VOCABULARY = 131  # of tests.tiny_models
@@ -46,6 +46,18 @@ class SharedEngine:
         return self.engine.update_weights(stream, version)
 
 
+class SharedEngines(Engines):
+    """The shared engine for students; a teacher gets an engine of its own."""
+
+    def __init__(self, shared: SharedEngine) -> None:
+        super().__init__(TINY_VOCABULARY)
+        self.shared = shared
+
+    def student(self, cfg: TropdConfig) -> RolloutEngine:
+        """The shared engine."""
+        return self.shared
+
+
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:
     """A run's process groups hang in reference cycles, each with sockets and threads of its own."""
@@ -62,24 +74,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 @pytest.fixture(scope="session")
 def shared_engine(tiny: TinyRun) -> Iterator[SharedEngine]:
     """A vLLM engine on the tiny student."""
-    from nemo_tropd.training.engines import engine_maker
     from tests.e2e.compose import compose_config
 
     quiet_libraries()
     cfg = compose_config(tiny.overrides(tiny.root / "engine"))
-    engine = engine_maker(TINY_VOCABULARY)(cfg, tiny.student, True)()
+    engine = Engines(TINY_VOCABULARY).student(cfg)
     engine.start()
     yield SharedEngine(engine)
     engine.close()
 
 
 @pytest.fixture
-def engines(shared_engine: SharedEngine) -> Iterator[Callable[[TropdConfig, Path, bool], Callable[[], RolloutEngine]]]:
-    """An engine maker: the shared engine for students, a new one for a teacher that has to write."""
-    from nemo_tropd.training.engines import engine_maker
-
-    def make(cfg: TropdConfig, path: Path, refreshable: bool) -> Callable[[], RolloutEngine]:
-        return (lambda: shared_engine) if refreshable else engine_maker(TINY_VOCABULARY)(cfg, path, False)
-
-    yield make
+def engines(shared_engine: SharedEngine) -> Iterator[SharedEngines]:
+    """An engine factory: the shared engine for students, a new one for a teacher that has to generate."""
+    yield SharedEngines(shared_engine)
     shared_engine.before_generate = None

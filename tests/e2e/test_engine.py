@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout.collective import RankZeroRollouts
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
@@ -33,10 +34,9 @@ from nemo_tropd.rollout.engine import (
     WeightStreamError,
     request_seed,
 )
-from nemo_tropd.rollout.engine_settings import EngineSettings
-from nemo_tropd.rollout.supervisor import RolloutSupervisor
 from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
-from nemo_tropd.rollout.vllm_engine import VllmEngine
+from nemo_tropd.rollout.vllm.remote import VllmEngine
+from nemo_tropd.rollout.vllm.settings import EngineSettings
 from tests.tiny_models import make_tiny
 
 pytestmark = pytest.mark.timeout(240)
@@ -277,7 +277,7 @@ def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(sh
             engines.append(engine_of(shared.model_dir, shared.exchange))
         return engines[-1]
 
-    supervisor = RolloutSupervisor(OneRank(), make, shared.weights)
+    supervisor = RankZeroRollouts(OneRank(), make, shared.weights)
     try:
         again = supervisor.generate(shared.requests, 7)
         assert supervisor.restarts == 1 and len(engines) == 2

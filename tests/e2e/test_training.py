@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.rollout.placement import Engines
 from nemo_tropd.training.checkpoint import CheckpointError
 from nemo_tropd.training.run import train
 from tests.e2e.compose import compose_config
-from tests.e2e.conftest import SharedEngine
+from tests.e2e.conftest import SharedEngine, SharedEngines
 from tests.e2e.tiny_run import TinyRun, train_lines
 
 STEPS = 4
@@ -34,12 +35,10 @@ def figures(run_dir: Path) -> list[tuple[float, ...]]:
 @pytest.fixture(scope="module")
 def straight(tiny: TinyRun, shared_engine: SharedEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without interruption."""
-    from nemo_tropd.training.engines import engine_maker
-
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     keys = {"trainer.tropd.max_steps": STEPS, "trainer.tropd.keep_checkpoints": STEPS}
     cfg = compose_config(tiny.overrides(run_dir, **keys))
-    outcome = train(cfg, lambda c, p, fresh: (lambda: shared_engine) if fresh else engine_maker(131)(c, p, False))
+    outcome = train(cfg, SharedEngines(shared_engine))
     assert outcome is not None and outcome.step == STEPS and not outcome.stopped_by_signal
     return run_dir
 
@@ -249,15 +248,11 @@ def test_padding_ids_are_never_drawn(tiny: TinyRun, engines, shared_engine: Shar
 def test_engine_killed_in_the_middle_is_restarted_and_draws_the_same(
     tiny: TinyRun, engines, straight: Path, tmp_path: Path
 ) -> None:
-    from nemo_tropd.training.engines import engine_maker
-
     undisturbed, started, calls = engines, [], []
 
-    def mortal(cfg, path, refreshable):
-        make = engine_maker(131)(cfg, path, refreshable)
-
-        def tracked():
-            engine = make()
+    class Mortal(Engines):
+        def student(self, cfg):
+            engine = super().student(cfg)
             generate = engine.generate
             started.append(engine)
 
@@ -270,13 +265,11 @@ def test_engine_killed_in_the_middle_is_restarted_and_draws_the_same(
             engine.generate = interfered
             return engine
 
-        return tracked
-
     run_dir = tmp_path / "run"
     keys = {"trainer.tropd.max_steps": 3, "trainer.tropd.save_interval": 10}
     reference = tmp_path / "reference"
     train(compose_config(tiny.overrides(reference, **keys)), undisturbed)
-    outcome = train(compose_config(tiny.overrides(run_dir, **keys)), mortal)
+    outcome = train(compose_config(tiny.overrides(run_dir, **keys)), Mortal(131))
     assert outcome is not None and outcome.step == 3 and len(started) == 2
     assert figures(run_dir) == figures(reference)
 

@@ -14,7 +14,7 @@ quiet_libraries()
 from nemo_tropd.config_checks import check_command_line  # noqa: E402
 from nemo_tropd.launch.__main__ import ROOT  # noqa: E402
 from nemo_tropd.training import run  # noqa: E402
-from tests.doubles import ReplayEngine  # noqa: E402
+from tests.doubles import GivenEngines, ReplayEngine  # noqa: E402
 
 VOCABULARY = 131  # of the tiny tokenizer
 
@@ -31,5 +31,5 @@ class SlowEngine(ReplayEngine):
 if __name__ == "__main__":
     run.main(
         check_command_line(sys.argv[1:], ROOT / "conf"),
-        lambda cfg, path, refreshable: lambda: SlowEngine(VOCABULARY),
+        GivenEngines(lambda: SlowEngine(VOCABULARY)),
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_tropd.config import ConfigError
-from nemo_tropd.rollout.colocated import ColocatedEngine, environment
+from nemo_tropd.rollout.collective import EveryRankRollouts
 from nemo_tropd.rollout.engine import (
     EngineError,
     RefreshStats,
@@ -24,8 +24,8 @@ from nemo_tropd.rollout.engine import (
     RolloutRequest,
     WeightStreamError,
 )
-from nemo_tropd.rollout.engine_settings import EngineSettings
-from nemo_tropd.rollout.every_rank import EveryRankRollouts
+from nemo_tropd.rollout.vllm.in_process import ColocatedEngine, environment
+from nemo_tropd.rollout.vllm.settings import EngineSettings
 from tests.doubles import ReplayEngine
 from tests.tiny_models import make_tiny
 
@@ -344,7 +344,7 @@ def test_an_error_of_one_group_is_raised_on_every_rank() -> None:
 
 
 def test_placement_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
-    from nemo_tropd.training.engines import placement
+    from nemo_tropd.rollout.placement import placement_of
     from tests.e2e.compose import compose_config
     from tests.e2e.tiny_run import TinyRun
 
@@ -353,13 +353,13 @@ def test_placement_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
     def config(**keys: object) -> Any:
         return compose_config(tiny.overrides(tmp_path / "run", **keys))  # type: ignore[arg-type]
 
-    assert placement(config(), on_cuda=False) == "process" and placement(config(), on_cuda=True) == "colocated"
-    assert placement(config(pipeline=2), on_cuda=True) == "process"
+    assert placement_of(config(), on_gpu=False) == "process" and placement_of(config(), on_gpu=True) == "colocated"
+    assert placement_of(config(pipeline=2), on_gpu=True) == "process"
     asked = {"model.rollout.placement": "colocated"}
-    assert placement(config(**asked), on_cuda=True) == "colocated"
+    assert placement_of(config(**asked), on_gpu=True) == "colocated"
     with pytest.raises(ConfigError, match=r"placement = 'colocated': there is no GPU here"):
-        placement(config(**asked), on_cuda=False)
+        placement_of(config(**asked), on_gpu=False)
     with pytest.raises(ConfigError, match=r"placement = 'colocated': .*pipeline_model_parallel_size is 2"):
-        placement(config(pipeline=2, **asked), on_cuda=True)
+        placement_of(config(pipeline=2, **asked), on_gpu=True)
     with pytest.raises(ConfigError, match=r"model.rollout.placement = 'gpu': choose one of 'auto'"):
         config(**{"model.rollout.placement": "gpu"})

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "nemo_tropd"
 ALLOWED = {
     "config": set(),
     "config_checks": {"config"},
-    "planner": {"config", "config_checks", "convert", "files", "parallel"},
+    "planner": {"config", "config_checks", "convert", "files", "parallel", "rollout"},
     "launch": {"config", "config_checks"},
     "doctor": set(),
     "batch": set(),
@@ -23,7 +23,7 @@ ALLOWED = {
     "objectives": {"batch"},
     "loss": {"batch", "parallel", "objectives"},
     "convert": {"files", "parallel"},
-    "rollout": {"batch", "config", "files", "parallel"},
+    "rollout": {"batch", "config", "files", "parallel", "prompts"},
     "report": {"files"},
     "gpt": {"batch", "config", "parallel", "convert"},
     "teacher": {"batch", "config", "parallel", "objectives", "loss", "convert", "gpt"},

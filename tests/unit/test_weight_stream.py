@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_tropd.rollout.channel import ChannelClosed, receive_frame, send_frame
 from nemo_tropd.rollout.engine import (
     EngineError,
     RequestError,
@@ -24,9 +23,10 @@ from nemo_tropd.rollout.engine import (
     check_requests,
     request_seed,
 )
-from nemo_tropd.rollout.engine_settings import EngineSettings
-from nemo_tropd.rollout.vllm_engine import VllmEngine
-from nemo_tropd.rollout.weight_sync import BucketFiles, buckets, checked_stream, checkpoint_shapes
+from nemo_tropd.rollout.vllm.channel import ChannelClosed, receive_frame, send_frame
+from nemo_tropd.rollout.vllm.remote import VllmEngine
+from nemo_tropd.rollout.vllm.settings import EngineSettings
+from nemo_tropd.rollout.weights.stream import BucketFiles, buckets, checked_stream, checkpoint_shapes
 
 SHAPES = {"a": (2, 3), "b": (4,), "lm_head.weight": (2, 3)}
 TIED = frozenset({"lm_head.weight"})
@@ -204,7 +204,7 @@ def test_the_engines_process_ends_when_the_trainer_is_gone() -> None:
     request_read, request_write = os.pipe()
     reply_read, reply_write = os.pipe()
     server = subprocess.Popen(
-        [sys.executable, "-m", "nemo_tropd.rollout.vllm_server", str(request_read), str(reply_write)],
+        [sys.executable, "-m", "nemo_tropd.rollout.vllm.server", str(request_read), str(reply_write)],
         pass_fds=(request_read, reply_write),
         start_new_session=True,
         cwd=Path(__file__).parents[2],

@@ -89,8 +89,8 @@ def measure(case: LoopCase, folder: str) -> tuple[LoopCost, LoopCost]:
     import torch
 
     from nemo_tropd.parallel.topology import Topology
-    from nemo_tropd.rollout.colocated import ColocatedEngine
-    from nemo_tropd.rollout.engine_settings import EngineSettings
+    from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
+    from nemo_tropd.rollout.vllm.settings import EngineSettings
 
     topology = Topology.start(seed=1)
     loop = OurLoop(case, Path(folder), topology)
@@ -133,7 +133,7 @@ def _rollout_speed(engine: Any, loop: OurLoop, case: LoopCase) -> dict[str, floa
     import torch
 
     from nemo_tropd.rollout.engine import RolloutRequest
-    from nemo_tropd.rollout.vllm_calls import write_plainly
+    from nemo_tropd.rollout.vllm.generate import write_plainly
 
     prompts = case.prompts()
     requests = [RolloutRequest(p, [], i, i, i, case.new_tokens) for i, p in enumerate(prompts)]

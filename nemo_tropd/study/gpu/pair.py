@@ -75,7 +75,7 @@ def train_one(objective: str, seed: int, out: str) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from nemo_tropd.config_checks import resolve
-    from nemo_tropd.training.engines import engine_maker
+    from nemo_tropd.rollout.placement import Engines
     from nemo_tropd.training.run import train
 
     overrides = _OVERRIDES | {
@@ -86,7 +86,7 @@ def train_one(objective: str, seed: int, out: str) -> dict[str, Any]:
     }
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         composed = compose("smollm2_1gpu", overrides=[f"{k}={v}" for k, v in overrides.items()])
-    outcome = train(resolve(composed), engine_maker(VOCABULARY, kv_cache_gib=2.0))
+    outcome = train(resolve(composed), Engines(VOCABULARY, kv_cache_gib=2.0))
     assert outcome is not None and outcome.before is not None and outcome.after is not None
     lines = [json.loads(line) for line in Path(f"{out}/run/metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]

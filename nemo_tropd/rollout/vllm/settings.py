@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nemo_tropd.rollout.engine import EngineError, Sampling
-from nemo_tropd.rollout.weight_sync import checkpoint_shapes
+from nemo_tropd.rollout.weights.stream import checkpoint_shapes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FIXED_ARGUMENTS: dict[str, Any] = {
@@ -20,7 +20,7 @@ _FIXED_ARGUMENTS: dict[str, Any] = {
     "generation_config": "vllm",  # no sampling defaults from the checkpoint
     "logprobs_mode": "raw_logprobs",
     "load_format": "safetensors",
-    "worker_extension_cls": "nemo_tropd.rollout.weight_receiver.WorkerExtension",
+    "worker_extension_cls": "nemo_tropd.rollout.weights.vllm_worker.WorkerExtension",
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.channel import ChannelClosed
+from nemo_tropd.rollout.collective import rebuild
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
@@ -25,8 +25,8 @@ from nemo_tropd.rollout.engine import (
     RolloutRequest,
     check_requests,
 )
-from nemo_tropd.rollout.engine_settings import DTYPES, EngineSettings
-from nemo_tropd.rollout.host_link import (
+from nemo_tropd.rollout.vllm.channel import ChannelClosed
+from nemo_tropd.rollout.vllm.host_link import (
     HELLO_BYTES,
     PROTOCOL,
     Link,
@@ -34,9 +34,9 @@ from nemo_tropd.rollout.host_link import (
     pack_settings,
     unpack_rollouts,
 )
-from nemo_tropd.rollout.supervisor import rebuild
-from nemo_tropd.rollout.weight_group import WeightGroup, describe_bucket, flatten, open_store
-from nemo_tropd.rollout.weight_sync import buckets, checked_stream
+from nemo_tropd.rollout.vllm.settings import DTYPES, EngineSettings
+from nemo_tropd.rollout.weights.broadcast import WeightGroup, describe_bucket, flatten, open_store
+from nemo_tropd.rollout.weights.stream import buckets, checked_stream
 
 _HELLO_TIMEOUT_S = 5.0
 _ACCEPT_POLL_S = 0.2

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import EngineError, RefreshStats, RolloutRequest, WeightStreamError, check_requests
-from nemo_tropd.rollout.engine_settings import EngineSettings
-from nemo_tropd.rollout.vllm_calls import write
-from nemo_tropd.rollout.weight_sync import checked_stream
+from nemo_tropd.rollout.vllm.generate import write
+from nemo_tropd.rollout.vllm.settings import EngineSettings
+from nemo_tropd.rollout.weights.stream import checked_stream
 
 _DISCARD_ALL = 2  # vLLM's sleep level that keeps nothing
 _KEEP_WEIGHTS = 1  # and the one that moves weights to pinned memory of the host

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from nemo_tropd.rollout.channel import ChannelClosed, receive_frame, send_frame
 from nemo_tropd.rollout.engine import Sampling
-from nemo_tropd.rollout.vllm_calls import write
+from nemo_tropd.rollout.vllm.channel import ChannelClosed, receive_frame, send_frame
+from nemo_tropd.rollout.vllm.generate import write
 
 
 class VllmServer:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tropd.rollout.engine import WeightStreamError
-from nemo_tropd.rollout.engine_settings import DTYPES
+from nemo_tropd.rollout.vllm.settings import DTYPES
 
 _CLOSE_TIMEOUT_S = 2.0
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.channel import ChannelClosed, receive_frame, send_frame
 from nemo_tropd.rollout.engine import RolloutRequest, Sampling
-from nemo_tropd.rollout.engine_settings import EngineSettings
+from nemo_tropd.rollout.vllm.channel import ChannelClosed, receive_frame, send_frame
+from nemo_tropd.rollout.vllm.settings import EngineSettings
 
 PROTOCOL = 1  # of the messages; leader and hosts must run the same
 HELLO_BYTES = 1 << 16  # no first message is longer: whatever is, comes from a stranger

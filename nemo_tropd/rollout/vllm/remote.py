@@ -18,11 +18,11 @@ import numpy as np
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.channel import ChannelClosed, receive_frame, send_frame
 from nemo_tropd.rollout.engine import EngineDied, EngineError, RefreshStats, RolloutRequest, check_requests
-from nemo_tropd.rollout.engine_settings import DTYPES, EngineSettings
-from nemo_tropd.rollout.host_link import unpack_rollouts
-from nemo_tropd.rollout.weight_sync import BucketFiles, buckets, checked_stream
+from nemo_tropd.rollout.vllm.channel import ChannelClosed, receive_frame, send_frame
+from nemo_tropd.rollout.vllm.host_link import unpack_rollouts
+from nemo_tropd.rollout.vllm.settings import DTYPES, EngineSettings
+from nemo_tropd.rollout.weights.stream import BucketFiles, buckets, checked_stream
 
 _CLOSE_TIMEOUT_S = 10.0
 _LOG_LINES_SHOWN = 12
@@ -105,7 +105,7 @@ class VllmEngine:
         reply_read, reply_write = os.pipe()
         log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process; it has no name, so nothing can be left
         popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "nemo_tropd.rollout.vllm_server", str(request_read), str(reply_write)],
+            [sys.executable, "-P", "-m", "nemo_tropd.rollout.vllm.server", str(request_read), str(reply_write)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -137,7 +137,7 @@ class VllmEngine:
         # interpreted Triton kernels are for the trainer's tests.
         for name in ("PYTHONDONTWRITEBYTECODE", "VLLM_CPU_KVCACHE_SPACE", "TRITON_INTERPRET"):
             env.pop(name, None)
-        roots = [str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])]
+        roots = [str(Path(__file__).parents[3]), *filter(None, [env.get("PYTHONPATH")])]
         env.update(
             PYTHONPATH=os.pathsep.join(roots),
             OMP_NUM_THREADS=str(self._threads),

@@ -1,0 +1,164 @@
+"""What ``model.rollout.placement`` means on this machine, and the engines it asks for.
+
+``placement_of`` decides; ``Engines`` makes the engines of the student and of the teacher; ``rollouts_of`` gives the
+trainer its collective view of the student's. Imports no torch before it is called: the planner reads it, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from nemo_tropd.config import ConfigError, TropdConfig, host_and_port
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nemo_tropd.rollout.collective import EngineRanks, Rollouts
+    from nemo_tropd.rollout.engine import RolloutEngine, Sampling
+    from nemo_tropd.rollout.vllm.settings import EngineSettings
+
+
+def placement_of(cfg: TropdConfig, *, on_gpu: bool | None = None) -> str:
+    """``process``, ``colocated`` or ``dedicated``; ``auto`` is colocated if there is a GPU and a rank has whole layers.
+
+    ``on_gpu``: whether the ranks have GPUs; None asks torch.
+
+    Raises:
+        ConfigError: colocated without a GPU, or with pipeline parallelism.
+    """
+    asked, pipeline = cfg.model.rollout.placement, cfg.model.pipeline_model_parallel_size
+    if on_gpu is None:
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+    if asked == "auto":
+        return "colocated" if on_gpu and pipeline == 1 else "process"
+    if asked == "colocated" and not on_gpu:
+        raise ConfigError(
+            "model.rollout.placement",
+            asked,
+            "there is no GPU here, and on CPU vLLM would take over the trainer's threads; choose process or auto",
+        )
+    if asked == "colocated" and pipeline > 1:
+        raise ConfigError(
+            "model.rollout.placement",
+            asked,
+            f"the engine's tensor-parallel groups need complete layers, but model.pipeline_model_parallel_size is "
+            f"{pipeline}; set that to 1, or choose process",
+        )
+    return asked
+
+
+def sampling_of(cfg: TropdConfig) -> Sampling:
+    """How the engine samples tokens."""
+    from nemo_tropd.rollout.engine import Sampling
+
+    r = cfg.model.rollout
+    return Sampling(temperature=r.temperature, top_p=r.top_p, top_k=r.top_k)
+
+
+class EngineFactory(Protocol):
+    """Makes the engines of a run; they are not started. Tests put doubles in the place of ``Engines``."""
+
+    def student(self, cfg: TropdConfig) -> RolloutEngine: ...
+
+    def teacher(self, cfg: TropdConfig) -> RolloutEngine: ...
+
+
+class Engines:
+    """vLLM engines that never sample an id from ``vocab_size`` (the tokenizer's true size) on."""
+
+    def __init__(self, vocab_size: int, kv_cache_gib: float | None = None) -> None:
+        """``kv_cache_gib``: on a GPU, the key-value cache's memory; None leaves it to
+        model.rollout.gpu_memory_utilization, which several runs on one GPU cannot share."""
+        self._vocab_size, self._kv_cache_gib = vocab_size, kv_cache_gib
+
+    def student(self, cfg: TropdConfig) -> RolloutEngine:
+        """The engine whose weights are the trainer's, placed as ``placement_of`` says; with colocated each rank's."""
+        import torch
+
+        from nemo_tropd.rollout.vllm.dedicated import DedicatedEngines
+        from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
+        from nemo_tropd.rollout.vllm.remote import VllmEngine
+
+        r, place = cfg.model.rollout, placement_of(cfg)
+        settings = self._settings(cfg, Path(cfg.pretrained_checkpoint.restore_from_path), place, refreshable=True)
+        if place == "colocated":
+            world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+            return ColocatedEngine(settings, world_size=world, sleeps=r.sleep)
+        if place == "dedicated":
+            assert r.dedicated.address is not None and r.dedicated.engines is not None  # config_checks has seen to it
+            return DedicatedEngines(
+                settings,
+                address=host_and_port("model.rollout.dedicated.address", r.dedicated.address),
+                engines=r.dedicated.engines,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                threads=r.omp_threads,
+                timeout_s=r.dedicated.timeout_s,
+                answer_timeout_s=r.request_timeout_s,
+            )
+        return VllmEngine(settings, threads=r.omp_threads, answer_timeout_s=r.request_timeout_s)
+
+    def teacher(self, cfg: TropdConfig) -> RolloutEngine:
+        """The engine that generates the teacher's responses before training: a child process of rank 0, wherever the
+        student's is, with the checkpoint's own weights."""
+        from nemo_tropd.rollout.vllm.remote import VllmEngine
+
+        r = cfg.model.rollout
+        settings = self._settings(cfg, Path(cfg.model.teacher.path), "process", refreshable=False)
+        return VllmEngine(settings, threads=r.omp_threads, answer_timeout_s=r.request_timeout_s)
+
+    def _settings(self, cfg: TropdConfig, model_dir: Path, place: str, *, refreshable: bool) -> EngineSettings:
+        import torch
+
+        from nemo_tropd.rollout.vllm.settings import EngineSettings
+
+        r, on_gpu = cfg.model.rollout, torch.cuda.is_available()
+        return EngineSettings(
+            model_dir,
+            dtype=r.dtype,
+            max_model_len=cfg.model.encoder_seq_length,
+            max_num_seqs=r.max_num_seqs,
+            seed=cfg.model.seed,
+            sampling=sampling_of(cfg),
+            true_vocab_size=self._vocab_size,
+            refreshable=refreshable,
+            kv_cache_gib=self._kv_cache_gib if on_gpu else r.kv_cache_gib,
+            gpu_memory_utilization=r.gpu_memory_utilization,
+            tensor_parallel=cfg.model.tensor_model_parallel_size if place == "colocated" else 1,
+            # A teacher generates once: graphs would take longer to make than they save.
+            enforce_eager=not (on_gpu and refreshable),
+            torch_compile=r.torch_compile,
+        )
+
+
+class StudentWeights(Protocol):
+    """What is needed of the run's model: streams of (Hugging Face name, full tensor)."""
+
+    def export_stream(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def device_stream(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@contextmanager
+def rollouts_of(
+    cfg: TropdConfig, topology: EngineRanks, model: StudentWeights, engines: EngineFactory
+) -> Iterator[Rollouts]:
+    """The trainer's view of the student's engine or engines, closed at the end whatever happens."""
+    from nemo_tropd.rollout.collective import EveryRankRollouts, RankZeroRollouts
+
+    def make() -> RolloutEngine:
+        return engines.student(cfg)
+
+    rollouts: Rollouts = (
+        EveryRankRollouts(topology, make, model.device_stream)
+        if placement_of(cfg) == "colocated"
+        else RankZeroRollouts(topology, make, model.export_stream)
+    )
+    try:
+        yield rollouts
+    finally:
+        rollouts.close()

@@ -1,0 +1,1 @@
+"""How the student's weights reach an engine."""
