@@ -38,25 +38,25 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python examples/bench_loss.py $(ARGS)
+	$(BIN)/python examples/benchmarks/head.py $(ARGS)
 
 bench-loop: setup
-	$(BIN)/python examples/bench_loop.py $(ARGS)
+	$(BIN)/python examples/benchmarks/loop.py $(ARGS)
 
 # What the loss costs on a GPU at least, by a model: make roofline GPU=h100|h200|b200
 GPU ?= h100
 roofline: setup
-	$(BIN)/python examples/roofline.py --gpu $(GPU) $(ARGS)
+	$(BIN)/python examples/benchmarks/roofline.py --gpu $(GPU) $(ARGS)
 
 compare: setup
-	$(BIN)/python examples/compare_objectives.py $(ARGS)
+	$(BIN)/python examples/benchmarks/objectives/compare.py $(ARGS)
 
 scaling: setup
-	$(BIN)/python examples/scaling.py $(ARGS)
+	$(BIN)/python examples/benchmarks/scaling.py $(ARGS)
 
 # On a machine with a GPU, in the container or any environment that holds the gpu extra: every GPU point, one table.
 gpu-check:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m nemo_tropd.study.gpu.check --tests $(ARGS)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) examples/benchmarks/gpu_check/check.py --tests $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2] / "nemo_tropd"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "nemo_tropd"
+# A path of ours is relative to the package, or to the repository if it starts with "examples/".
+SOURCES = {"": PACKAGE, "examples/": ROOT / "examples"}
 LIBRARIES = ("megatron", "vllm", "transformer_engine")
 # Replaces what megatron-core hard-codes for CUDA where there is none, so nothing of it runs on a GPU.
 CPU_ONLY = ("parallel/cpu.py",)
@@ -30,14 +33,21 @@ class Use:
         return f"{self.where}: {'.'.join(x for x in (self.module, self.name, self.member) if x)}"
 
 
-def gather(package: Path = PACKAGE, skip: tuple[str, ...] = CPU_ONLY) -> list[Use]:
+def gather(sources: Mapping[str, Path] = SOURCES, skip: tuple[str, ...] = CPU_ONLY) -> list[Use]:
     """Every import of the libraries, every attribute of an imported module or class, every call and override of one."""
     uses: list[Use] = []
-    for file in sorted(package.rglob("*.py")):
-        path = file.relative_to(package).as_posix()
-        if path not in skip:
-            uses += uses_of(ast.parse(file.read_text(encoding="utf-8")), path)
+    for prefix, folder in sources.items():
+        for file in sorted(folder.rglob("*.py")):
+            path = prefix + file.relative_to(folder).as_posix()
+            if path not in skip:
+                uses += uses_of(ast.parse(file.read_text(encoding="utf-8")), path)
     return uses
+
+
+def parsed(path: str) -> ast.Module:
+    """The syntax tree of a file of ours."""
+    file = ROOT / path if path.startswith("examples/") else PACKAGE / path
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def uses_of(tree: ast.Module, path: str) -> Iterator[Use]:
@@ -69,10 +79,9 @@ def uses_of(tree: ast.Module, path: str) -> Iterator[Use]:
                             yield Use(f"{path}:{method.lineno}", target[0], target[1], method.name, overrides=taken)
 
 
-def string_keys(path: str, name: str, package: Path = PACKAGE) -> set[str]:
+def string_keys(path: str, name: str) -> set[str]:
     """Identifiers used as keys of a dictionary in a function, or in the value of a variable, of a file of ours."""
-    tree = ast.parse((package / path).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    for node in ast.walk(parsed(path)):
         mine = isinstance(node, ast.FunctionDef) and node.name == name
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -86,11 +95,9 @@ def string_keys(path: str, name: str, package: Path = PACKAGE) -> set[str]:
     raise LookupError(f"{path} has no {name}")
 
 
-def method_calls(
-    path: str, receivers: tuple[str, ...], package: Path = PACKAGE
-) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def method_calls(path: str, receivers: tuple[str, ...]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(place, method, keywords) of calls on a variable, an attribute or a call's result that bears one of the names."""
-    for node in ast.walk(ast.parse((package / path).read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value.func if isinstance(node.func.value, ast.Call) else node.func.value
             if getattr(owner, "id", getattr(owner, "attr", "")) in receivers:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.benchmarks.fp8.emulation import EmulatedScorer, cast_input, cast_weight, emulate_fp8
 from nemo_tropd.batch import Rollout, TokenBatch, TokenScores
 from nemo_tropd.config import AdmissionConfig, ConfigError
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.study.fp8_emulation import EmulatedScorer, cast_input, cast_weight, emulate_fp8
 from nemo_tropd.teacher.admission import Admission, admit, measure
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.teacher.scorer import TeacherScorer

@@ -9,12 +9,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from examples.benchmarks.fp8.emulation import EmulatedScorer
 from nemo_tropd import objectives
 from nemo_tropd.config import ConfigError, ModelConfig
 from nemo_tropd.model import tropd_model
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import Prompt, PromptSet
-from nemo_tropd.study.fp8_emulation import EmulatedScorer
 from nemo_tropd.teacher.scorer import TeacherScorer
 from nemo_tropd.training.calibration import calibration_batches
 from tests.tiny_models import make_tiny

@@ -252,7 +252,7 @@ def test_a_recipe_fits_its_gpus_and_says_so(path: Path) -> None:
     recipe = plan_recipe(path, CHUNK_BYTES["cuda"])
     assert recipe.machine.bytes == 79 * GIB and recipe.memory.total <= recipe.machine.bytes
     said = [line for line in path.read_text().splitlines() if line.startswith(MARK)]
-    assert said == [recipe.line], "python examples/scaling.py writes these lines anew"
+    assert said == [recipe.line], "make scaling writes these lines anew"
     assert recipe.cfg.name == path.stem
     ranks, devices = layout(recipe.cfg), recipe.cfg.trainer.devices
     groups = [ranks.tensor_group(r) for r in range(ranks.world_size)] + list(ranks.teacher_groups())

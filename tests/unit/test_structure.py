@@ -33,7 +33,7 @@ ALLOWED = {
 ONE_PLACE = {
     "vllm": {"rollout"},
     "transformer_engine": {"gpt/specs.py", "teacher/fp8.py"},
-    "triton": {"loss/kernels.py", "study/kernel_report.py"},
+    "triton": {"loss/kernels.py"},
     "nemo": {"model/tropd_model.py", "training/run.py", "quiet.py"},
 }
 # what NeMo-RL, Megatron-Bridge or any trainer can use with torch alone
@@ -78,11 +78,21 @@ def test_rooms_import_only_what_they_may() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_nobody_imports_training_but_examples_and_studies() -> None:
+def test_the_package_imports_neither_examples_nor_tests() -> None:
+    wrong = [
+        f"{file.relative_to(PACKAGE)} imports {module}"
+        for file, modules in imports().items()
+        for module in modules
+        if module.split(".")[0] in ("examples", "benchmarks", "tests")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nobody_imports_training_but_examples() -> None:
     wrong = [
         str(file.relative_to(PACKAGE))
         for file, modules in imports().items()
-        if room(file) not in ("training", "study") and any(m.startswith("nemo_tropd.training") for m in modules)
+        if room(file) != "training" and any(m.startswith("nemo_tropd.training") for m in modules)
     ]
     assert not wrong, wrong
 

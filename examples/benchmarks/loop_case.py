@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.rollout.engine import RefreshStats, RolloutRequest
 
@@ -128,6 +129,26 @@ def write_config(shape: ModelShape, folder: Path, dtype: str) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def config_of(case: LoopCase, folder: Path) -> TropdConfig:
+    """A run's configuration for ``case``; model directories are made under ``folder``."""
+    dtype = "bfloat16" if case.precision == "bf16" else "float32"
+    cfg = TropdConfig()
+    cfg.trainer.precision = case.precision
+    cfg.pretrained_checkpoint.restore_from_path = str(write_config(SHAPES[case.student], folder / "student", dtype))
+    m = cfg.model
+    m.global_batch_size, m.encoder_seq_length = case.sequences, case.length
+    m.tokens_per_micro_batch = case.tokens_per_micro_batch
+    m.optim.lr = 1e-6
+    m.tropd.top_k = min(case.top_k, SHAPES[case.student].vocab_size)
+    m.tropd.guidance.enabled = False
+    m.teacher.path = str(write_config(SHAPES[case.teacher], folder / "teacher", dtype))
+    m.teacher.fp8 = case.teacher_fp8
+    m.teacher.admission.prompts = 0  # random weights have nothing to admit
+    m.rollout.samples_per_prompt, m.rollout.max_new_tokens = 1, case.new_tokens
+    m.rollout.dtype, m.data.path = dtype, str(folder)
+    return cfg
 
 
 class FixedRollouts:

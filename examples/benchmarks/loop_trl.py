@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from nemo_tropd.study.loop_case import LoopCase, LoopCost, ideal_seconds, peak, synchronize
+from examples.benchmarks.loop_case import LoopCase, LoopCost, config_of, ideal_seconds, peak, synchronize
 
 
 def measure(case: LoopCase, folder: Path) -> LoopCost:
     """The fastest timed step; TRL's phases cannot be told apart, so only the whole is given."""
-    from nemo_tropd.study.loop_bench import config_of
-
     config_of(case, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = case.precision == "bf16"

@@ -21,6 +21,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from examples.benchmarks.gpu_check.rows import Row
+from examples.benchmarks.random_weights import random_weights
 from nemo_tropd import objectives
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import OptimConfig
@@ -31,8 +33,6 @@ from nemo_tropd.loss.head import head_loss, score_tokens
 from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.planner.shapes import SHAPES
-from nemo_tropd.study.gpu.rows import Row
-from nemo_tropd.study.gpu.teacher import random_weights
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.packing import pack_micro_batches
 

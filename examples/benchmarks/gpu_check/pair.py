@@ -1,7 +1,7 @@
 """The SmolLM2 pair through the real trainer on one GPU: OPD against TrOPD, three seeds each, before and after.
 
 Needs the two models (examples/make_smollm2.py) in the folder that NEMO_TROPD_CACHE names. The runs share the GPU, each
-in a process of its own, so their seconds say nothing; ``nemo_tropd.study.gpu.loop`` times the step.
+in a process of its own, so their seconds say nothing; ``examples.benchmarks.gpu_check.loop`` times the step.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_tropd.study.gpu.rows import Row
-from nemo_tropd.study.loop_bench import Apart, apart
+from examples.benchmarks.gpu_check.rows import Row
+from examples.benchmarks.loop import Apart, apart
 
 ROOT = Path(__file__).resolve().parents[3]
 OBJECTIVES, SEEDS, STEPS = ("opd", "tropd"), (1, 2, 3), 24

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .running_sums import Curve
+from examples.benchmarks.objectives.running_sums import Curve
 
 # TrOPD stands in every row, in black; the others in the colors of Okabe and Ito, which the color-blind tell apart.
 FAMILIES = {

@@ -1,4 +1,6 @@
-"""What FP8 does to a real teacher's scores: SmolLM2-135M-Instruct on real prompts, FP8 emulated on a CPU.
+"""What FP8 would do to a real teacher's scores: SmolLM2-135M-Instruct on real prompts, FP8 emulated on a CPU.
+
+    python examples/benchmarks/fp8/teacher.py         # 24 prompts; writes examples/figures/fp8_teacher.md
 
 The tokens are answers to the first prompts of examples/prompts/instructions.jsonl, sampled at temperature 1: the
 teacher's own, on which a run admits its teacher, and those of the 24-layer student, on which it scores. Every figure is
@@ -7,7 +9,9 @@ against the same teacher in bf16. The row "fp32" is no FP8 at all: it shows how 
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,11 +23,15 @@ from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.config import AdmissionConfig
 from nemo_tropd.convert.smollm2 import build_smollm2, build_student
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.study.fp8_emulation import EmulatedScorer
 from nemo_tropd.teacher.admission import TOP_K, Admission, measure
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.teacher.scorer import TeacherScorer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run, its siblings are imported
+
+from examples.benchmarks.fp8.emulation import EmulatedScorer
+
+EXAMPLES = Path(__file__).resolve().parents[2]
 VARIANTS = [
     Fp8Settings("tensorwise"),
     Fp8Settings("tensorwise", first_last_bf16=1),
@@ -119,7 +127,7 @@ def table(rows: Sequence[tuple[str, str, Admission]], prompts: int) -> str:
         f"SmolLM2-135M-Instruct against itself in bf16, on sampled answers to {prompts} real prompts.",
         "**Emulation on a CPU** with torch's float8 types (e4m3, current scaling), not Transformer Engine: it rounds",
         "as the recipes do and multiplies exactly. Head, embedding and norms in bf16. Made by",
-        "`python examples/emulate_fp8.py`.",
+        "`python examples/benchmarks/fp8/teacher.py`.",
         "",
         "| text | teacher | tokens | top-64 KL, nats | gate flips | error of R, nats |",
         "|---|---|---|---|---|---|",
@@ -146,3 +154,18 @@ def table(rows: Sequence[tuple[str, str, Admission]], prompts: int) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--new-tokens", type=int, default=48, help="of each answer, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=EXAMPLES / "figures" / "fp8_teacher.md")
+    options = parser.parse_args()
+    prompts = EXAMPLES / "prompts" / "instructions.jsonl"
+    study(prompts, options.out, prompts=options.prompts, new_tokens=options.new_tokens, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()

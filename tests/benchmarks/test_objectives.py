@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_tropd.study import compare as module
-from nemo_tropd.study.bench import Cost, Shape, measure
-from nemo_tropd.study.running_sums import (
+from examples.benchmarks.head import Cost, Shape, measure
+from examples.benchmarks.objectives import compare as module
+from examples.benchmarks.objectives.running_sums import (
     DIGITS,
     OBJECTIVE_NAMES,
     PROMPT,

@@ -1,7 +1,7 @@
 """What the compiler makes of the head's kernels for a GPU that need not be there: registers, spills, width of accesses.
 
 Triton's package carries the assembler and the disassembler. The bytes a row follow from the loads and stores that stand
-in the streaming loops; ``study.head_model`` states what they should be.
+in the streaming loops; ``examples.benchmarks.roofline`` states what they should be.
 """
 
 from __future__ import annotations

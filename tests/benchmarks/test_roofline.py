@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nemo_tropd.study.head_model import GPUS, Head
+from examples.benchmarks.roofline import GPUS, Head
 
 # Measured on one H100, T 8192, V 151,936, student 1536, teacher 3584, bf16: what the model must reproduce.
 MEASURED_LIMIT_MS = (25.8, 28.6)
@@ -23,7 +23,7 @@ MEASURED_PASSES_MS = {
 def test_no_spills_and_wide_accesses(capability: int) -> None:
     """In a process of its own: another test may have had Triton interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.unit.test_kernels_compiled", str(capability)]
+    command = [sys.executable, "-m", "tests.benchmarks.test_roofline", str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,7 +31,7 @@ def test_no_spills_and_wide_accesses(capability: int) -> None:
 
 def check(capability: int) -> None:
     """Compile every case; the streaming loops must load and store what the model says, 128 bits at a time."""
-    from nemo_tropd.study.kernel_report import cases, compile_case
+    from tests.benchmarks.kernel_report import cases, compile_case
 
     found = cases()
     assert len(found) == 10

@@ -1,4 +1,4 @@
-"""Every GPU point in one command and one table: ``python -m nemo_tropd.study.gpu.check [subject ...]``.
+"""Every GPU point in one command and one table: ``python examples/benchmarks/gpu_check/check.py [subject ...]``.
 
 Each subject runs in a process of its own, so that one's memory or failure is not the next one's; its rows are shown as
 they come, and all of them once more in one table at the end. Exit code 0: every point held, 1: one did not or failed,
@@ -24,15 +24,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nemo_tropd.study.gpu.rows import Row
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run, its siblings are imported
+
+from examples.benchmarks.gpu_check.rows import Row
 
 # Subject -> (module with ``check()``, seconds it may take). In the order in which they run.
 SUBJECTS: dict[str, tuple[str, float]] = {
-    "head": ("nemo_tropd.study.gpu.head", 150),
-    "teacher": ("nemo_tropd.study.gpu.teacher", 120),
-    "loop": ("nemo_tropd.study.gpu.loop", 225),
-    "pair": ("nemo_tropd.study.gpu.pair", 200),
-    "student": ("nemo_tropd.study.gpu.student", 90),
+    "head": ("examples.benchmarks.gpu_check.head", 150),
+    "teacher": ("examples.benchmarks.gpu_check.teacher", 120),
+    "loop": ("examples.benchmarks.gpu_check.loop", 225),
+    "pair": ("examples.benchmarks.gpu_check.pair", 200),
+    "student": ("examples.benchmarks.gpu_check.student", 90),
 }
 TOTAL_S = 480.0  # what a subject may take ends where this is used up
 MARK = {True: "[green]held[/]", False: "[red]not held[/]", None: ""}

@@ -1,11 +1,18 @@
-"""What a step of distillation costs, by phase: ours, and TRL's DistillationTrainer on the same models and rollouts.
+"""Seconds, memory and matrix products of a step, by phase: ours and TRL's DistillationTrainer side by side.
+
+    python examples/benchmarks/loop.py                # the SmolLM2 pair and a tiny one; on a GPU also 1.5B from 7B
+    python examples/benchmarks/loop.py --only tiny --out table.md
 
 Each is measured in a process of its own. Weights are random, so times and memory are those of real models and nothing
-is learnt. The rollouts are written beforehand and the same for both; with ``engine`` ours draws its own with vLLM.
+is learned. Rollouts are made beforehand and the same for both. TRL is not among this project's pins:
+
+    pip install --target /tmp/peers --no-deps trl==1.16.0 accelerate
+    PYTHONPATH=/tmp/peers python examples/benchmarks/loop.py
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import multiprocessing
 import sys
@@ -21,17 +28,22 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from nemo_tropd.config import TropdConfig
-from nemo_tropd.study.loop_case import (
+from nemo_tropd.files import write_text
+from nemo_tropd.quiet import quiet_libraries
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
+
+from examples.benchmarks.loop_case import (
     PHASES,
     SHAPES,
     FixedRollouts,
     LoopCase,
     LoopCost,
+    config_of,
     ideal_seconds,
     peak,
-    write_config,
 )
+from examples.benchmarks.random_weights import random_weights
 
 CPU_CASES = {
     "tiny": LoopCase("tiny", "tiny", 8, 16, 48, 256, timed=3),
@@ -77,30 +89,8 @@ def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any,
         pipe.send(("error", f"{type(error).__name__}: {error}"[:300]))
 
 
-def config_of(case: LoopCase, folder: Path) -> TropdConfig:
-    """A run's configuration for ``case``; model directories are made under ``folder``."""
-    dtype = "bfloat16" if case.precision == "bf16" else "float32"
-    cfg = TropdConfig()
-    cfg.trainer.precision = case.precision
-    cfg.pretrained_checkpoint.restore_from_path = str(write_config(SHAPES[case.student], folder / "student", dtype))
-    m = cfg.model
-    m.global_batch_size, m.encoder_seq_length = case.sequences, case.length
-    m.tokens_per_micro_batch = case.tokens_per_micro_batch
-    m.optim.lr = 1e-6
-    m.tropd.top_k = min(case.top_k, SHAPES[case.student].vocab_size)
-    m.tropd.guidance.enabled = False
-    m.teacher.path = str(write_config(SHAPES[case.teacher], folder / "teacher", dtype))
-    m.teacher.fp8 = case.teacher_fp8
-    m.teacher.admission.prompts = 0  # random weights have nothing to admit
-    m.rollout.samples_per_prompt, m.rollout.max_new_tokens = 1, case.new_tokens
-    m.rollout.dtype, m.data.path = dtype, str(folder)
-    return cfg
-
-
 def fill_random(model: Any) -> None:
     """Every parameter, in place, as a fresh model has it."""
-    from nemo_tropd.study.gpu.teacher import random_weights
-
     random_weights(1, len(model.decoder.layers))(model)
 
 
@@ -188,7 +178,7 @@ def measure_ours(case: LoopCase, folder: str) -> LoopCost:
 
 def measure_trl(case: LoopCase, folder: str) -> LoopCost:
     """TRL's step on the same rollouts (see ``loop_trl``)."""
-    from nemo_tropd.study.loop_trl import measure
+    from examples.benchmarks.loop_trl import measure
 
     return measure(case, Path(folder))
 
@@ -235,3 +225,20 @@ def _show(lines: Sequence[str]) -> None:
     for row in rows:
         table.add_row(*(cell.replace("**", "") for cell in row))
     Console(width=170).print(table)
+
+
+def main() -> None:
+    quiet_libraries()
+    cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(cases), default=list(cases), metavar="PAIR")
+    parser.add_argument("--no-trl", action="store_true", help="measure ours alone")
+    parser.add_argument("--out", type=Path, help="write the table there, as Markdown")
+    options = parser.parse_args()
+    table = bench({name: cases[name] for name in options.only}, trl=not options.no_trl)
+    if options.out:
+        write_text(options.out, table)
+
+
+if __name__ == "__main__":
+    main()

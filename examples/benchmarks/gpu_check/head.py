@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from nemo_tropd.loss import kernels
-from nemo_tropd.study.gpu.rows import Row
-from nemo_tropd.study.head_peers import (
+from examples.benchmarks.gpu_check.rows import Row
+from examples.benchmarks.head_peers import (
     PAIRS,
     PEERS,
     TOP_K,
@@ -24,6 +23,7 @@ from nemo_tropd.study.head_peers import (
     median_ms,
     ours,
 )
+from nemo_tropd.loss import kernels
 
 MOST = 1.15  # times the limit
 MOST_GIB = 1.3

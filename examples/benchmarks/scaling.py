@@ -1,30 +1,111 @@
-"""The scaling page: a table, a plot, and what would break first."""
+"""Memory and bytes on the wire of every recipe, from its own GPUs to 512: a table, a plot, and what would break first.
+
+    python examples/benchmarks/scaling.py [--out DIR]
+
+Works from the planner alone, in seconds. Also writes the line in each recipe that states its plan. The global batch
+stays the paper's (512 rollouts), so data parallelism divides the same work over more ranks. Times are lower bounds from
+sizes and peak rates of a DGX H100, not measurements.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nemo_tropd.loss.inputs import CHUNK_BYTES
+from nemo_tropd.planner.memory import layout, positions
+from nemo_tropd.planner.recipes import Recipe, gpu_recipes, plan_recipe, write_lines
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN
-from nemo_tropd.study.scaling import INSIDE, MEMORY, OPERATIONS, OUTSIDE, Point, crossing
 
-if TYPE_CHECKING:
-    Curves = Mapping[str, Sequence[Point]]
+ROOT = Path(__file__).resolve().parents[2]
+MOST = 512
+NODE = 8
+# Peak rates of one H100 in a DGX: dense bf16 operations, and bytes a second each way inside a node and out of it.
+OPERATIONS = 989e12
+INSIDE = 450e9
+OUTSIDE = 50e9
+# Bytes a second of an H100's own memory.
+MEMORY = 3.35e12
 
 # The colors of Okabe and Ito, which the color-blind tell apart.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def table(curves: Curves) -> str:
+@dataclass(frozen=True)
+class Point:
+    """One recipe on one number of GPUs."""
+
+    gpus: int
+    memory: float  # bytes a GPU
+    kinds: dict[str, float]  # bytes a GPU sends in a step, by kind
+    compute_s: float  # products of student and teacher at peak rate
+    inside_s: float  # tensor-parallel traffic at peak rate
+    outside_s: float  # all other traffic, where there are several nodes
+    writing_s: float  # the longest response: every token reads the student's weights once, on each GPU its shard
+
+    @property
+    def wire(self) -> float:
+        """Bytes a GPU sends in a step."""
+        return sum(self.kinds.values())
+
+
+def point(recipe: Recipe) -> Point:
+    """The figures of a planned recipe.
+
+    A multiply-add is two operations: two for a parameter and token forward, four backward, and recomputation forward
+    once more. Attention's own products, which grow with length, are left out.
+    """
+    cfg, ranks = recipe.cfg, layout(recipe.cfg)
+    forward = {None: 1.0, "selective": 1.5, "full": 2.0}[cfg.model.recompute]
+    student = (2 * forward + 4) * recipe.student.parameters()
+    operations = positions(cfg) * (student + 2 * recipe.teacher.parameters()) / ranks.world_size
+    wire = recipe.wire
+    inside = sum(wire.kinds[kind] for kind in wire.within_node)
+    outside = wire.total - inside
+    several = cfg.trainer.num_nodes > 1
+    return Point(
+        gpus=ranks.world_size,
+        memory=recipe.memory.total,
+        kinds=dict(wire.kinds),
+        compute_s=operations / OPERATIONS,
+        inside_s=(inside + (0 if several else outside)) / INSIDE,
+        outside_s=outside / OUTSIDE if several else 0.0,
+        writing_s=cfg.model.rollout.max_new_tokens * 2 * recipe.student.parameters() / ranks.tensor / MEMORY,
+    )
+
+
+def scale(path: Path) -> list[Point]:
+    """A recipe on its own GPUs, then on whole nodes, doubled up to 512 GPUs or to one rollout a data-parallel rank."""
+    chunk = CHUNK_BYTES["cuda"]
+    recipe = plan_recipe(path, chunk)
+    cfg, points = recipe.cfg, [point(recipe)]
+    ranks = layout(cfg)
+    if ranks.world_size < NODE:
+        return points
+    nodes = 2 * cfg.trainer.num_nodes
+    while nodes * NODE <= MOST and cfg.model.global_batch_size % (nodes * NODE // (ranks.tensor * ranks.pipeline)) == 0:
+        points.append(point(plan_recipe(path, chunk, {"trainer.num_nodes": nodes})))
+        nodes *= 2
+    return points
+
+
+def crossing(points: Sequence[Point], quantity: str) -> int | None:
+    """The first number of GPUs at which ``quantity`` takes longer than the products; None where none does."""
+    return next((p.gpus for p in points if getattr(p, quantity) > p.compute_s), None)
+
+
+def table(curves: Mapping[str, Sequence[Point]]) -> str:
     """The page in Markdown."""
     lines = [
         "# Memory and bytes on the wire of the recipes, up to 512 GPUs",
         "",
-        "`python examples/scaling.py` (or `make scaling`) writes this page from the planner alone; no figure here was "
-        "measured. The batch is the recipe's whatever the number of GPUs, so data parallelism divides the same work, "
-        "and all responses have the greatest length. GB are 10^9 bytes a GPU; wire is what one GPU sends in a step.",
+        "`python examples/benchmarks/scaling.py` (or `make scaling`) writes this page from the planner alone; no "
+        "figure here was measured. The batch is the recipe's whatever the number of GPUs, so data parallelism divides "
+        "the same work, and all responses have the greatest length. GB are 10^9 bytes a GPU; wire is what one GPU sends in a step.",
         "",
         "| recipe | GPUs | memory GB | tensor parallel GB | gradients GB | weights to engines GB | other GB |",
         "|---|---|---|---|---|---|---|",
@@ -39,7 +120,7 @@ def table(curves: Curves) -> str:
     return "\n".join([*lines, "", *_breaks_first(curves)]) + "\n"
 
 
-def _breaks_first(curves: Curves) -> list[str]:
+def _breaks_first(curves: Mapping[str, Sequence[Point]]) -> list[str]:
     lines = [
         "## What would break first",
         "",
@@ -91,7 +172,7 @@ def _breaks_first(curves: Curves) -> list[str]:
     return lines
 
 
-def draw(curves: Curves, path: Path) -> None:
+def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
     """A PNG at ``path``: memory, bytes and the ratio of waiting to work over the number of GPUs."""
     import matplotlib
 
@@ -139,3 +220,29 @@ def _dress(axis: Any, title: str) -> None:
     axis.set_xlabel("GPUs")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+
+
+def run(conf: Path, out: Path) -> list[Path]:
+    """Write each recipe's plan line, the table and the plot; returns the recipes whose line changed."""
+    changed = write_lines(conf, CHUNK_BYTES["cuda"])
+    curves = {path.stem: scale(path) for path in gpu_recipes(conf)}
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "scaling.md"
+    partial = page.with_suffix(".md.tmp")
+    partial.write_text(table(curves), encoding="utf-8")
+    partial.replace(page)
+    draw(curves, out / "scaling.png")
+    return changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "examples" / "figures", help="folder of scaling.md and .png")
+    out = parser.parse_args().out
+    for path in run(ROOT / "conf", out):
+        print(f"{path.relative_to(ROOT)} states a new plan")
+    print(f"{out / 'scaling.md'}\n{out / 'scaling.png'}")
+
+
+if __name__ == "__main__":
+    main()

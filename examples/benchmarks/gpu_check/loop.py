@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_tropd.study.gpu.rows import Row
-from nemo_tropd.study.loop_bench import GPU_CASES, Apart, OurLoop, apart, measure_trl, missing_for_trl
-from nemo_tropd.study.loop_case import SHAPES, FixedRollouts, LoopCase, LoopCost, ideal_seconds
+from examples.benchmarks.gpu_check.rows import Row
+from examples.benchmarks.loop import GPU_CASES, Apart, OurLoop, apart, measure_trl, missing_for_trl
+from examples.benchmarks.loop_case import SHAPES, FixedRollouts, LoopCase, LoopCost, ideal_seconds
 
 CASE = GPU_CASES["1.5B from 7B"]
 OVERHEAD, REFRESH_S, SPEEDUP, ROLLOUT_SHARE = 0.05, 0.1, 1.5, 0.95

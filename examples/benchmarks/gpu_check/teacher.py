@@ -14,16 +14,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
+from examples.benchmarks.gpu_check.rows import Row
+from examples.benchmarks.head_peers import median_ms
+from examples.benchmarks.random_weights import random_weights
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import check as check_config
 from nemo_tropd.objectives.terms import forward_kl
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.planner.shapes import SHAPES
-from nemo_tropd.study.gpu.rows import Row
-from nemo_tropd.study.head_peers import median_ms
 from nemo_tropd.teacher.admission import TOP_K
 from nemo_tropd.teacher.fp8 import Fp8Settings, check_hardware
 from nemo_tropd.teacher.offload import WeightHome, weight_bytes
@@ -39,30 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attention in FP8, too": {"fp8_dot_product_attention": True},
 }
 SPEEDUP, BYTES_SHARE, KL = 1.45, 0.60, 0.01
-
-
-def random_weights(seed: int, layers: int, std: float = 0.02) -> Callable[[GPTModel], None]:
-    """A filler that draws every parameter in place, the same bf16 values whatever the model stores them in.
-
-    Norms are 1, biases 0, matrices normal with Megatron's spread: ``std``, for projections into the residual stream
-    divided by sqrt(2 layers).
-    """
-
-    @torch.no_grad()
-    def fill(model: GPTModel) -> None:
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            if "norm" in name:
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                into_residual = "linear_proj" in name or "linear_fc2" in name
-                spread = std / (2 * layers) ** 0.5 if into_residual else std
-                generator = torch.Generator(parameter.device).manual_seed(seed + number)
-                drawn = torch.randn(parameter.shape, generator=generator, device=parameter.device, dtype=torch.bfloat16)
-                parameter.copy_(drawn.mul_(spread))
-
-    return fill
 
 
 def check() -> Iterator[Row]:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from examples.benchmarks.loop import Apart, apart
+from examples.benchmarks.loop_case import SHAPES, FixedRollouts, LoopCase, operations, write_config
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.rollout.engine import RolloutRequest
-from nemo_tropd.study.loop_bench import Apart, apart
-from nemo_tropd.study.loop_case import SHAPES, FixedRollouts, LoopCase, operations, write_config
 
 CASE = LoopCase("tiny", "tiny", 3, 5, 11, 64)
 

@@ -1,0 +1,1 @@
+"""FP8 emulated on a CPU, and what it does to a real teacher."""

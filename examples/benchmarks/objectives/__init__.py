@@ -1,0 +1,1 @@
+"""Every objective on a small task: a table and a figure."""
