@@ -1,7 +1,7 @@
-"""Prompts: read from JSONL, Parquet or a Hugging Face data set, put through the chat template, split, ordered.
+"""Prompts: read from JSONL, Parquet or a Hugging Face data set, formatted by the chat template, split, ordered.
 
 A record has ``prompt`` (a string, or a list of chat messages) or ``messages`` (a list of ``{"role", "content"}``), and
-may have ``answer`` and ``id``. Key names can be changed, and may be dotted to reach into nested records
+may have ``answer`` and ``id``. All keys but ``id`` can be renamed, and may be dotted to reach into nested records
 (``reward_model.ground_truth``). Needs no torch.
 """
 
@@ -22,25 +22,24 @@ _FILE_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parque
 
 
 class PromptError(ValueError):
-    """Prompts that cannot be used: names the file, the line or row, and what to change."""
+    """Unusable prompts: names the file, the line or row, and what to change."""
 
 
 @dataclass(frozen=True)
 class PromptKeys:
-    """Names of a record's fields. Where a record has both, the prompt wins over the messages."""
+    """Keys of a record's fields. If a record has both, the prompt wins over the messages."""
 
     prompt: str = "prompt"
     messages: str = "messages"
     answer: str = "answer"
-    id: str = "id"
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One prompt, ready for the model.
 
-    ``token_ids`` is the whole chat prompt up to and including the opening of the assistant's turn. ``text`` is what
-    people read: the last user turn. ``where`` names the file and line, or row, that it came from.
+    ``token_ids`` is the complete chat prompt up to and including the opening of the assistant's turn; ``text`` is the
+    last user turn, for display. ``where`` names the file and line, or row, that it came from.
     """
 
     id: str
@@ -78,7 +77,7 @@ class PromptSet(Sequence[Prompt]):
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """What :func:`load_prompts` gives: disjoint sets, and how many prompts were dropped as too long."""
+    """Result of :func:`load_prompts`: disjoint sets, and how many prompts were dropped as too long."""
 
     train: PromptSet
     held_out: PromptSet
@@ -90,7 +89,6 @@ class _Record:
     """A validated record before the chat template."""
 
     messages: tuple[Mapping[str, str], ...]
-    plain: str | None  # the prompt where it was a string
     answer: str | None
     id: str | None
     where: str
@@ -102,10 +100,10 @@ class _Record:
 
 @dataclass
 class PromptOrder:
-    """In which order ``n`` prompts are taken: a seeded permutation for every epoch.
+    """The order in which ``n`` prompts are used: one seeded permutation per epoch.
 
-    ``batch(step, size)`` is a pure function of (n, seed, step, size): nothing is consumed, so a resumed run goes on
-    exactly. Batches run on over the end of an epoch; inside an epoch no index comes twice.
+    ``batch(step, size)`` is a pure function of (n, seed, step, size): there is no state to save, so a resumed run sees
+    the same prompts. A batch may span two epochs; within an epoch no index repeats.
     """
 
     n: int
@@ -114,19 +112,15 @@ class PromptOrder:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise PromptError(f"an order of {self.n} prompts: at least one is needed")
+            raise PromptError(f"cannot order {self.n} prompts: at least one is needed")
         self._permutation = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int, size: int) -> list[int]:
-        """Indices in 0 .. n - 1 of step ``step`` (from 0), ``size`` of them."""
+        """The ``size`` prompt indices (0 .. n - 1) of step ``step`` (from 0)."""
         if step < 0 or size < 1:
             raise PromptError(f"no batch at step {step} of size {size}: step must be >= 0 and size >= 1")
         first = step * size
         return [int(self._permutation(i // self.n)[i % self.n]) for i in range(first, first + size)]
-
-    def epoch(self, step: int, size: int) -> float:
-        """Passes over the prompts that are complete before step ``step``."""
-        return step * size / self.n
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         # Sorting the raw counter-based stream: unlike numpy's own shuffles, it cannot change with numpy's version.
@@ -134,28 +128,16 @@ class PromptOrder:
         raw = np.random.Philox(key=key).random_raw(self.n)
         return np.argsort(raw, kind="stable")
 
-    def state_dict(self) -> dict[str, int]:
-        return {"n": self.n, "seed": self.seed}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Check that the saved order is this one; there is nothing else to restore. Raises PromptError."""
-        if dict(state) != self.state_dict():
-            raise PromptError(
-                f"the checkpoint's prompt order is {dict(state)}, this run's is {self.state_dict()}: resume with the "
-                "same prompts, held-out split and seed, or start a new run directory"
-            )
-
 
 def load_prompts(
     path: str | Path,
     tokenizer: Any,
     *,
     max_prompt_tokens: int,
-    held_out: int | float = 0,
+    held_out: int = 0,
     overlong: str = "error",
     keys: PromptKeys | None = None,
     split: str = "train",
-    chat_template: bool = True,
 ) -> PromptSplit:
     """Read prompts, apply the chat template and split off the held-out ones.
 
@@ -164,10 +146,9 @@ def load_prompts(
             (``owner/name`` or ``owner/name:config``).
         tokenizer: a Hugging Face tokenizer.
         max_prompt_tokens: longest prompt in tokens, chat template included.
-        held_out: an int is a number of prompts, a float a fraction. See :func:`split_held_out`.
-        overlong: ``error`` or ``drop``.
+        held_out: number of prompts to hold out. See :func:`split_held_out`.
+        overlong: what to do with a longer prompt, ``error`` or ``drop``.
         split: split of a Hugging Face data set.
-        chat_template: False encodes the prompt's text as it is, for models that have no template.
 
     Raises:
         PromptError: no such file, nothing in it, a malformed or incomplete record (its line named), a prompt that is
@@ -175,17 +156,15 @@ def load_prompts(
     """
     if overlong not in ("error", "drop"):
         raise PromptError(f"overlong={overlong!r}: must be 'error' or 'drop'")
-    if chat_template and not getattr(tokenizer, "chat_template", None):
-        raise PromptError(
-            "the tokenizer has no chat template: use an instruction-tuned model, or set chat_template=False"
-        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError("the tokenizer has no chat template: use an instruction-tuned model")
     records = [_checked(raw, where, keys or PromptKeys()) for raw, where in read_records(path, split=split)]
     if not records:
-        raise PromptError(f"{path} holds no prompt")
+        raise PromptError(f"{path} has no prompts")
     prompts, dropped = [], 0
     for start in range(0, len(records), _TOKENIZE_AT_ONCE):
         part = records[start : start + _TOKENIZE_AT_ONCE]
-        for record, ids in zip(part, _encode(part, tokenizer, chat_template), strict=True):
+        for record, ids in zip(part, _encode(part, tokenizer), strict=True):
             if len(ids) > max_prompt_tokens:
                 if overlong == "error":
                     raise PromptError(
@@ -202,30 +181,24 @@ def load_prompts(
     return PromptSplit(PromptSet(train), PromptSet(kept_out), dropped)
 
 
-def split_held_out(prompts: Sequence[Prompt], held_out: int | float) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Split into (train, held out) by a hash of each conversation's text, whitespace aside.
+def split_held_out(prompts: Sequence[Prompt], held_out: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """Split into (train, held out) by a hash of each conversation's text, ignoring whitespace.
 
     The choice does not depend on the order of ``prompts``. All copies of a held-out text leave the training set, and
-    one of them is kept. With a fraction, a text's side depends on that text alone, so it never changes as data are
-    added. Training prompts keep their order; held-out prompts are ordered by their hash.
+    one of them is kept. Training prompts keep their order; held-out prompts are ordered by their hash.
 
-    Raises PromptError when ``held_out`` is negative, or leaves nothing to train on.
+    Raises PromptError if ``held_out`` is negative or leaves nothing to train on.
     """
     by_digest: dict[bytes, list[Prompt]] = {}
     for p in prompts:
         by_digest.setdefault(_digest(p.messages), []).append(p)
     ranked = sorted(by_digest)
-    if isinstance(held_out, float):
-        if not 0.0 <= held_out < 1.0:
-            raise PromptError(f"held_out={held_out}: a fraction must lie in [0, 1)")
-        chosen = [d for d in ranked if int.from_bytes(d[:8], "big") < held_out * 2.0**64]
-    else:
-        if held_out < 0:
-            raise PromptError(f"held_out={held_out}: must not be negative")
-        chosen = ranked[:held_out]
+    if held_out < 0:
+        raise PromptError(f"held_out={held_out}: must not be negative")
+    chosen = ranked[:held_out]
     if held_out and len(chosen) >= len(ranked):
         raise PromptError(
-            f"held_out={held_out} takes all {len(ranked)} different prompts and leaves none for training: lower it"
+            f"held_out={held_out} takes all {len(ranked)} distinct prompts and leaves none for training: lower it"
         )
     out = set(chosen)
     train = tuple(p for p in prompts if _digest(p.messages) not in out)
@@ -234,7 +207,7 @@ def split_held_out(prompts: Sequence[Prompt], held_out: int | float) -> tuple[tu
 
 
 def read_records(path: str | Path, *, split: str = "train") -> Iterator[tuple[dict[str, Any], str]]:
-    """Raw records of a file or data set, each with the name of its place. Raises PromptError; see load_prompts."""
+    """Raw records of a file or data set, each with its origin (file and line, or row). Raises PromptError."""
     given = str(path)
     local = Path(given).expanduser()
     if local.is_dir():
@@ -242,7 +215,7 @@ def read_records(path: str | Path, *, split: str = "train") -> Iterator[tuple[di
     kind = _FILE_KINDS.get(local.suffix.lower())
     if local.is_file():
         if kind is None:
-            raise PromptError(f"{local}: unknown kind of file {local.suffix!r}; give one of {', '.join(_FILE_KINDS)}")
+            raise PromptError(f"{local}: unsupported file type {local.suffix!r}; supported: {', '.join(_FILE_KINDS)}")
         return _read_jsonl(local) if kind == "jsonl" else _read_parquet(local)
     if kind or local.is_absolute() or given.startswith((".", "~")) or given.count("/") > 1:
         raise PromptError(f"no prompt file at {local.absolute()}")
@@ -267,7 +240,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 shown = line.decode("utf-8", "replace").strip()[:80]
                 raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown}") from error
             if not isinstance(record, dict):
-                raise PromptError(f"{where}: a line must be a JSON object, this is a {type(record).__name__}")
+                raise PromptError(f"{where}: a line must be a JSON object, got {type(record).__name__}")
             yield record, where
 
 
@@ -293,7 +266,7 @@ def _read_saved_dataset(path: Path, split: str) -> Iterator[tuple[dict[str, Any]
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         raise PromptError(
-            f"{path} is a directory, but not a data set written by datasets.save_to_disk ({error}): name a file"
+            f"{path} is a directory, but not a data set written by datasets.save_to_disk ({error}): give a file"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
@@ -310,7 +283,7 @@ def _read_hub_dataset(name: str, split: str) -> Iterator[tuple[dict[str, Any], s
         loaded = datasets.load_dataset(repository, config or None, split=split)
     except Exception as error:  # the hub client raises its own, network and file-system errors alike
         raise PromptError(
-            f"{name!r} is no local file, and could not be loaded as a data set (split {split!r}): "
+            f"{name!r} is not a local file, and could not be loaded as a data set (split {split!r}): "
             f"{type(error).__name__}: {error}. Check the path, or save the data set with datasets.save_to_disk"
         ) from error
     return _rows(loaded, name)
@@ -322,7 +295,7 @@ def _rows(dataset: Any, name: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _lookup(record: Mapping[str, Any], key: str) -> Any:
-    """The value at a possibly dotted key; None if it is not there."""
+    """The value at a possibly dotted key; None if there is none."""
     if key in record:
         return record[key]
     value: Any = record
@@ -334,26 +307,25 @@ def _lookup(record: Mapping[str, Any], key: str) -> Any:
 
 
 def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys) -> _Record:
-    """The record with every field checked. Raises PromptError naming ``where``."""
+    """The record with every field validated. Raises PromptError naming ``where``."""
     prompt, messages = _lookup(record, keys.prompt), _lookup(record, keys.messages)
     if prompt is None and messages is None:
         raise PromptError(
             f"{where}: neither {keys.prompt!r} nor {keys.messages!r}; the record's keys are {sorted(record)}. "
-            "Rename them, or set prompt_key or messages_key"
+            "Rename them, or set model.data.prompt_key or model.data.messages_key"
         )
-    key, plain = (keys.prompt, prompt) if prompt is not None else (keys.messages, None)
+    key = keys.prompt if prompt is not None else keys.messages
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif prompt is not None:
-        messages, plain = prompt, None
+        messages = prompt
     turns = _checked_messages(messages, where, key)
-    answer, name = _lookup(record, keys.answer), _lookup(record, keys.id)
-    for label, value in ((keys.answer, answer), (keys.id, name)):
+    answer, name = _lookup(record, keys.answer), _lookup(record, "id")
+    for label, value in ((keys.answer, answer), ("id", name)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
-            raise PromptError(f"{where}: {label!r} must be a string or a number, this is a {type(value).__name__}")
+            raise PromptError(f"{where}: {label!r} must be a string or a number, got {type(value).__name__}")
     return _Record(
         messages=turns,
-        plain=plain,
         answer=None if answer is None else str(answer),
         id=None if name is None else str(name),
         where=where,
@@ -363,35 +335,32 @@ def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys) -> _Record
 def _checked_messages(messages: Any, where: str, key: str) -> tuple[Mapping[str, str], ...]:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise PromptError(
-            f"{where}: {key!r} must be a string or a list of messages, this is {type(messages).__name__} {messages!r}"
+            f"{where}: {key!r} must be a string or a list of messages, got {type(messages).__name__} {messages!r}"
         )
     turns = []
     for i, turn in enumerate(messages):
         good = isinstance(turn, Mapping) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
         if not good:
-            raise PromptError(f"{where}: {key!r}[{i}] must have 'role' and 'content', both strings; this is {turn!r}")
+            raise PromptError(f"{where}: {key!r}[{i}] must have 'role' and 'content', both strings; got {turn!r}")
         turns.append({"role": turn["role"], "content": turn["content"]})
     if turns[-1]["role"] == "assistant":
-        raise PromptError(f"{where}: {key!r} ends with the assistant's turn; the model has nothing to answer")
+        raise PromptError(
+            f"{where}: {key!r} ends with the assistant's turn: there is nothing to answer; end with a user turn"
+        )
     if not turns[-1]["content"].strip():
         raise PromptError(f"{where}: {key!r} is empty")
     return tuple(turns)
 
 
-def _encode(records: Sequence[_Record], tokenizer: Any, chat_template: bool) -> list[list[int]]:
+def _encode(records: Sequence[_Record], tokenizer: Any) -> list[list[int]]:
     """Token ids of each prompt, chat template included."""
-    if chat_template:
-        conversations = [[dict(turn) for turn in r.messages] for r in records]
-        try:
-            encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # a template is a program of the model's authors, and raises what it likes
-            first, last = records[0].where, records[-1].where
-            raise PromptError(f"the chat template refused a prompt between {first} and {last}: {error}") from error
-        return [list(ids) for ids in encoded["input_ids"]]
-    for r in records:
-        if r.plain is None:
-            raise PromptError(f"{r.where}: messages need a chat template, and chat_template is False")
-    return [list(ids) for ids in tokenizer([r.plain for r in records])["input_ids"]]
+    conversations = [[dict(turn) for turn in r.messages] for r in records]
+    try:
+        encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template is code from the model's authors, and raises anything
+        first, last = records[0].where, records[-1].where
+        raise PromptError(f"the chat template rejected a prompt between {first} and {last}: {error}") from error
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _digest(messages: Sequence[Mapping[str, str]]) -> bytes:

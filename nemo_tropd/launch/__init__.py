@@ -1,1 +1,1 @@
-"""From a scheduler's variables and a configuration to torchrun on this node; needs no torch."""
+"""Starts torchrun on this node, from a scheduler's variables and a configuration. Needs no torch."""

@@ -1,8 +1,8 @@
 """Start this node's part of a run: ``python -m nemo_tropd.launch [--script FILE] [--print] ARGUMENTS OF THE SCRIPT``.
 
-docker/launch.sh calls it. The arguments are those of examples/train_tropd.py: ``--config-name RECIPE key=value ...``;
-trainer.num_nodes, trainer.devices, trainer.max_restarts and trainer.rendezvous among them. ``--print`` shows torchrun's
-command and ends.
+docker/launch.sh calls it. The arguments are those of examples/train_tropd.py: ``--config-name RECIPE key=value ...``,
+among them trainer.num_nodes, trainer.devices, trainer.max_restarts and trainer.rendezvous. ``--print`` prints the
+torchrun command and exits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from nemo_tropd.config import ConfigError, fail
 from nemo_tropd.config_checks import check_command_line, resolve
 from nemo_tropd.launch.command import plan_launch
-from nemo_tropd.launch.scheduler import CONSUMED, read_placement
+from nemo_tropd.launch.scheduler import CONSUMED, read_allocation
 from nemo_tropd.launch.supervise import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ TRAIN = ROOT / "examples" / "train_tropd.py"
 
 
 def main(argv: list[str]) -> int:
-    """See the module's text; returns the exit code."""
+    """See the module docstring; returns the exit code."""
     arguments, script, show = list(argv), TRAIN, False
     while arguments[:1] and arguments[0] in ("--script", "--print"):
         if arguments.pop(0) == "--print":
@@ -31,16 +31,16 @@ def main(argv: list[str]) -> int:
         elif arguments:
             script = Path(arguments.pop(0)).absolute()
     if not script.is_file():
-        raise ConfigError("--script", str(script), "no such file")
-    placement = read_placement(os.environ)
-    if placement.is_worker:
+        raise ConfigError("--script", str(script), "no such file; give a Python script")
+    allocation = read_allocation(os.environ)
+    if allocation.is_worker:
         os.execv(sys.executable, [sys.executable, str(script), *arguments])
-    # These describe the scheduler's processes, not the run's: the checks must not take them for ranks.
+    # These describe the scheduler's processes, not the run's ranks: hide them from the configuration checks.
     env = dict(os.environ)
     for name in CONSUMED:
         os.environ.pop(name, None)
     cfg = resolve(check_command_line(arguments, ROOT / "conf"))
-    launch = plan_launch(cfg, placement, script, arguments, env)
+    launch = plan_launch(cfg, allocation, script, arguments, env)
     child = {k: v for k, v in env.items() if k not in launch.drop} | launch.environment
     if show:
         print(shlex.join(["torchrun", *launch.arguments]))
@@ -55,5 +55,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
-        os.environ.pop("RANK", None)  # PyTorchJob's is the node's; every node says what is wrong
+        os.environ.pop("RANK", None)  # under PyTorchJob this is the node's number, and every node must report the error
         fail(error)

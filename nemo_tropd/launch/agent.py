@@ -1,23 +1,22 @@
-"""torchrun in a process of its own, whose exit code says whether another try can help.
+"""Runs torchrun in a process of its own; the exit code says whether a restart can help.
 
-0     the run ended well (or was stopped by a signal and saved)
-1     a rank failed and trainer.max_restarts is used up, or torchrun refused
-75    the launchers lost each other: another try can find them again (sysexits' EX_TEMPFAIL)
-128+n torchrun was told to stop by signal n
+0     the run finished (or was stopped by a signal and saved)
+1     a rank failed and trainer.max_restarts is exhausted, or torchrun rejected its arguments
+75    lost the rendezvous with the other nodes: a restart may find them again (EX_TEMPFAIL of sysexits.h)
+128+n torchrun was stopped by signal n
 """
 
 from __future__ import annotations
 
 import sys
 
-MEETING_LOST = 75
-# Seconds the ranks have after SIGTERM: they finish the step and write a checkpoint. A torch without this option
-# leaves them 30.
+RENDEZVOUS_LOST = 75
+# Seconds the ranks get after SIGTERM to finish the step and write a checkpoint; torch's own default is 30.
 SHUTDOWN_S = 120
 
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun's own main with ``arguments``; returns the exit code."""
+    """Run torchrun's ``main`` with ``arguments``; returns the exit code."""
     from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,8 +34,8 @@ def main(arguments: list[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     except (RendezvousError, DistNetworkError, DistStoreError, ConnectionError) as error:
-        print(f"the launchers of the nodes lost each other ({type(error).__name__}: {error})", file=sys.stderr)
-        return MEETING_LOST
+        print(f"lost the rendezvous with the other nodes ({type(error).__name__}: {error})", file=sys.stderr)
+        return RENDEZVOUS_LOST
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The torchrun command of this node, made of a configuration and a placement; every knob is a key of the schema."""
+"""Builds this node's torchrun command from a configuration and the scheduler's allocation."""
 
 from __future__ import annotations
 
@@ -12,42 +12,45 @@ from pathlib import Path
 import psutil
 
 from nemo_tropd.config import ConfigError, TropdConfig
-from nemo_tropd.launch.scheduler import CONSUMED, DEFAULT_PORT, Placement
+from nemo_tropd.launch.scheduler import CONSUMED, DEFAULT_PORT, Allocation
+from nemo_tropd.parallel.addresses import addresses_of, own_addresses
 
-# Seconds after which a node whose launcher gives no sign counts as gone from the rendezvous: attempts x interval.
+# A node whose launcher misses this many keep-alives counts as gone from the rendezvous.
 _KEEP_ALIVE_ATTEMPTS = 3
-_GRACE_S = 15  # beyond what torchrun may wait for the other nodes
+_GRACE_S = 15  # on top of the time torchrun may wait for the other nodes
 
 
 @dataclass(frozen=True)
 class Launch:
     """What to run on this node."""
 
-    arguments: list[str]  # of torchrun
-    environment: dict[str, str]  # to add
-    drop: tuple[str, ...]  # names to take out
+    arguments: list[str]  # torchrun's
+    environment: dict[str, str]  # variables to set
+    drop: tuple[str, ...]  # variables to remove
     restarts: int
-    patience_s: float  # how long torchrun may be without ranks
+    patience_s: float  # how long torchrun may have no live rank
     summary: str
 
 
 def plan_launch(
-    cfg: TropdConfig, placement: Placement, script: Path, arguments: Sequence[str], env: Mapping[str, str]
+    cfg: TropdConfig, allocation: Allocation, script: Path, arguments: Sequence[str], env: Mapping[str, str]
 ) -> Launch:
     """Torchrun's arguments and environment for ``script arguments`` on this node.
 
     Raises:
-        ConfigError: configuration and scheduler disagree, or several nodes have no place to meet.
+        ConfigError: configuration and scheduler disagree, or a multi-node run has no rendezvous endpoint.
     """
     nodes, ranks = cfg.trainer.num_nodes, cfg.trainer.devices
-    _agree("trainer.num_nodes", nodes, placement.nodes, placement.scheduler, "node(s)")
-    if placement.scheduler == "Slurm":
-        if placement.processes is not None and placement.processes < ranks:
+    _agree("trainer.num_nodes", nodes, allocation.nodes, allocation.scheduler, "node(s)")
+    if allocation.scheduler == "Slurm":
+        if allocation.processes is not None and allocation.processes < ranks:
             raise ConfigError(
-                "trainer.devices", ranks, f"Slurm gave this node {placement.processes} GPU(s): sbatch --gpus-per-node"
+                "trainer.devices",
+                ranks,
+                f"Slurm gave this node {allocation.processes} GPU(s): change sbatch --gpus-per-node, or lower the key",
             )
     else:
-        _agree("trainer.devices", ranks, placement.processes, placement.scheduler, "process(es) a node")
+        _agree("trainer.devices", ranks, allocation.processes, allocation.scheduler, "process(es) a node")
     common = [
         f"--nnodes={nodes}",
         f"--nproc-per-node={ranks}",
@@ -55,43 +58,43 @@ def plan_launch(
         f"--max-restarts={cfg.trainer.max_restarts}",
     ]
     if nodes == 1 and cfg.trainer.rendezvous is None:
-        meeting, environment = ["--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"], {}
+        rendezvous, environment = ["--rdzv-endpoint=localhost:0", "--local-addr=127.0.0.1"], {}
         where = "on this node"
     else:
-        endpoint = cfg.trainer.rendezvous or placement.rendezvous
+        endpoint = cfg.trainer.rendezvous or allocation.rendezvous
         if endpoint is None:
             raise ConfigError(
-                "trainer.rendezvous", None, f"{nodes} nodes need a place to meet: host:port of one of them"
+                "trainer.rendezvous",
+                None,
+                f"a run on {nodes} nodes needs a rendezvous endpoint: host:port on one of them",
             )
         host, port = split_endpoint(endpoint)
         local, interface = local_address(host, port)
-        meeting = [
+        rendezvous = [
             f"--rdzv-endpoint={host}:{port}",
-            f"--rdzv-id={placement.run_id or cfg.name}",
+            f"--rdzv-id={allocation.run_id or cfg.name}",
             f"--rdzv-conf={_rendezvous_conf(cfg, is_host=_is_host(host))}",
             f"--local-addr={local}",
         ]
-        # Otherwise each library resolves the host's name for itself, and finds the loopback on many a machine.
+        # Otherwise gloo and NCCL resolve the host name themselves, and on many machines get the loopback.
         wanted = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
         environment = {k: v for k, v in wanted.items() if k not in env}
-        where = f"meeting at {host}:{port}, here {local} on {interface}"
-    # A launcher that comes back after its node died can only join where every attempt has a store of its own.
+        where = f"rendezvous at {host}:{port}, this node is {local} on {interface}"
+    # A launcher that returns after its node died can only join if every attempt has a store of its own.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return Launch(
-        arguments=[*common, *meeting, str(script), *arguments],
+        arguments=[*common, *rendezvous, str(script), *arguments],
         environment=environment,
         drop=tuple(k for k in env if k in CONSUMED or k.startswith("PET_")),
         restarts=cfg.trainer.max_restarts,
         patience_s=_join_timeout_s(cfg) + _GRACE_S,
-        summary=f"{placement.scheduler}: {nodes} node(s) x {ranks} rank(s), {where}",
+        summary=f"{allocation.scheduler}: {nodes} node(s) x {ranks} rank(s), {where}",
     )
 
 
 def _agree(key: str, ours: int, theirs: int | None, scheduler: str, what: str) -> None:
     if theirs is not None and ours != theirs:
-        raise ConfigError(
-            key, ours, f"{scheduler} gives {theirs} {what}: change the key, or ask the scheduler for more"
-        )
+        raise ConfigError(key, ours, f"{scheduler} allocated {theirs} {what}: change the key, or the allocation")
 
 
 def _join_timeout_s(cfg: TropdConfig) -> int:
@@ -99,7 +102,7 @@ def _join_timeout_s(cfg: TropdConfig) -> int:
 
 
 def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool | None) -> str:
-    """How long the launchers wait: as long as a collective may, so that one key says when a node is given up."""
+    """Timeouts of the rendezvous, derived from a collective's, so that one key decides when a node is given up."""
     patience = cfg.trainer.distributed_timeout_s
     interval = max(1, min(5, patience // (2 * _KEEP_ALIVE_ATTEMPTS)))
     settings = {
@@ -116,7 +119,7 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     """Host and port of ``host``, ``host:port`` or ``[v6]:port``.
 
     Raises:
-        ConfigError: no host, or a port that is none.
+        ConfigError: no host, or an invalid port.
     """
     found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::([0-9]+))?", endpoint)
     port = int(found.group(2)) if found and found.group(2) else DEFAULT_PORT
@@ -126,10 +129,10 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
 
 
 def local_address(host: str, port: int) -> tuple[str, str]:
-    """The address and interface of this machine from which ``host`` is reached; sends nothing.
+    """The address and interface of this machine that routes to ``host``; sends nothing.
 
     Raises:
-        ConfigError: the name cannot be resolved, or no route leads there.
+        ConfigError: the name cannot be resolved, or there is no route to it.
     """
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
@@ -137,9 +140,7 @@ def local_address(host: str, port: int) -> tuple[str, str]:
             probe.connect(target)
             address = str(probe.getsockname()[0])
     except OSError as error:
-        raise ConfigError(
-            "trainer.rendezvous", f"{host}:{port}", f"cannot be reached from this node: {error}"
-        ) from error
+        raise ConfigError("trainer.rendezvous", f"{host}:{port}", f"unreachable from this node: {error}") from error
     for interface, addresses in psutil.net_if_addrs().items():
         if any(a.address.partition("%")[0] == address for a in addresses):
             return address, interface
@@ -147,12 +148,11 @@ def local_address(host: str, port: int) -> tuple[str, str]:
 
 
 def _is_host(host: str) -> bool | None:
-    """Whether this machine keeps the meeting place, by its interfaces and not by its name.
+    """Whether this machine hosts the rendezvous store, judged by its addresses and not by its name.
 
-    None on the loopback, where several nodes may be one machine: torchrun then lets the first to come keep it.
+    None on the loopback, where several nodes may share one machine: torchrun then lets the first to arrive host it.
     """
-    found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    found = addresses_of(host)
     if any(ipaddress.ip_address(a).is_loopback for a in found):
         return None
-    own = {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
-    return bool(found & own)
+    return bool(found & own_addresses())

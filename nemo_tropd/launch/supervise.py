@@ -1,6 +1,7 @@
-"""Keeps torchrun running on this node: starts it again when it was killed or lost the other nodes.
+"""Keeps torchrun running on this node: restarts it if it was killed or lost the rendezvous.
 
-torchrun starts dead ranks again; nothing would start a dead torchrun again, and its orphaned ranks would keep the GPUs.
+torchrun restarts dead ranks; without this, nothing would restart a dead torchrun, and its orphaned ranks would keep the
+GPUs.
 """
 
 from __future__ import annotations
@@ -16,59 +17,63 @@ from types import FrameType
 
 import psutil
 
-from nemo_tropd.launch.agent import MEETING_LOST
+from nemo_tropd.launch.agent import RENDEZVOUS_LOST
 
 _PR_SET_CHILD_SUBREAPER = 36
-_LOOK_S = 1.0
-_PAUSE_S = 2.0  # before another try: the other nodes need a moment to notice
+_POLL_S = 1.0
+_PAUSE_S = 2.0  # before a restart: the other nodes need a moment to notice
 
 
 class Supervisor:
-    """Runs one agent at a time, passes signals on to it, and removes what it leaves behind."""
+    """Runs one agent at a time, forwards signals to it, and kills the orphans it leaves behind."""
 
     def __init__(self, command: list[str], env: Mapping[str, str], restarts: int, patience_s: float) -> None:
-        """``patience_s``: how long torchrun may be without a living rank; longer than it may wait for other nodes."""
+        """``patience_s``: seconds torchrun may have no live rank; must exceed the time it may wait for other nodes."""
         self.command, self.env, self.restarts, self.patience_s = command, dict(env), restarts, patience_s
         self._agent: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
     def run(self) -> int:
-        """The exit code of the last agent."""
-        # Ranks that lose their torchrun become children of this process, where they can be found.
+        """Run until no restart is due; returns the exit code of the last agent."""
+        # Ranks that lose their torchrun become children of this process, so that they can be found and killed.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._forward)
         left = self.restarts
         while True:
-            # A session of its own: Ctrl-C in a terminal reaches the ranks once, through torchrun, and not twice.
+            # A new session, so that Ctrl-C in a terminal reaches the ranks once, through torchrun, and not twice.
             self._agent = subprocess.Popen(self.command, env=self.env, start_new_session=True)
             code = self._wait(self._agent)
             self._remove_orphans()
             killed = code < 0
-            if self._stopping or left == 0 or not (killed or code == MEETING_LOST):
+            if self._stopping or left == 0 or not (killed or code == RENDEZVOUS_LOST):
                 return 128 - code if killed else code
             left -= 1
-            why = f"was killed by {signal.Signals(-code).name}" if killed else "lost the other nodes"
-            print(f"torchrun {why}: starting it again, {left} more time(s) if need be", file=sys.stderr, flush=True)
+            why = f"was killed by {signal.Signals(-code).name}" if killed else "lost the rendezvous"
+            print(f"torchrun {why}; restarting it ({left} restart(s) left)", file=sys.stderr, flush=True)
             time.sleep(_PAUSE_S)
 
     def _wait(self, agent: subprocess.Popen[bytes]) -> int:
-        """The agent's exit code. Behind a cut link torchrun waits for its store without end, though its ranks are gone
-        and their failure is known: then it is ended here, as one that lost the others."""
+        """The agent's exit code. Behind a cut link torchrun waits for its store forever although its ranks are gone;
+        it is then killed here, and counts as one that lost the rendezvous."""
         alive = time.monotonic()
         while True:
             try:
-                return agent.wait(_LOOK_S)
+                return agent.wait(_POLL_S)
             except subprocess.TimeoutExpired:
-                if _has_living_child(agent.pid):
+                if _has_live_child(agent.pid):
                     alive = time.monotonic()
             if time.monotonic() - alive > self.patience_s:
-                print(f"torchrun has had no rank for {self.patience_s:.0f} s: ending it", file=sys.stderr, flush=True)
+                print(
+                    f"torchrun has had no live rank for {self.patience_s:.0f} s; killing it",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 agent.kill()
                 agent.wait()
-                return MEETING_LOST
+                return RENDEZVOUS_LOST
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _forward(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
         if self._agent is not None and self._agent.poll() is None:
             self._agent.send_signal(number)
@@ -81,7 +86,7 @@ class Supervisor:
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(orphans, timeout=10)
-        while True:  # reap what was never ours to wait for
+        while True:  # reap adopted orphans
             try:
                 if os.waitpid(-1, os.WNOHANG)[0] == 0:
                     return
@@ -89,8 +94,8 @@ class Supervisor:
                 return
 
 
-def _has_living_child(pid: int) -> bool:
+def _has_live_child(pid: int) -> bool:
     try:
         return any(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(pid).children())
-    except psutil.NoSuchProcess:  # it, or a child, just ended: the next look tells
+    except psutil.NoSuchProcess:  # it or a child exited between the two calls: the next poll tells
         return True

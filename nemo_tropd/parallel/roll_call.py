@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import psutil
 import torch.distributed as dist
 
+from nemo_tropd.parallel.addresses import addresses_of, own_addresses
 from nemo_tropd.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class RollCall:
         if topology.world_size == 1 or "MASTER_ADDR" not in os.environ:
             return None
         address = os.environ["MASTER_ADDR"]
-        own = Member(topology.rank, _host_name(), _is_own_address(address))
+        own = Member(topology.rank, _host_name(), _is_this_machine(address))
         members: list[Any] = [None] * topology.world_size
         dist.all_gather_object(members, own, group=topology.control_group)
         prefix = topology.broadcast_object(f"nemo_tropd/roll_call/{uuid.uuid4().hex}")
@@ -249,9 +250,8 @@ def _host_name() -> str:
     return f"{socket.gethostname()} ({address})" if address else socket.gethostname()
 
 
-def _is_own_address(host: str) -> bool:
-    own = {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
+def _is_this_machine(host: str) -> bool:
     try:
-        return bool({str(info[4][0]) for info in socket.getaddrinfo(host, None)} & own)
+        return bool(addresses_of(host) & own_addresses())
     except OSError:
         return False

@@ -88,7 +88,7 @@ def test_two_hosts_take_the_steps_of_one_to_the_bit_though_one_of_them_is_killed
     assert len(before) >= SAVE_EVERY and before == pair.expected[: len(before)]  # two hosts, undisturbed
     assert figures(run_dir) == pair.expected
     first, second = (pair.log(run_dir, i).read_text() for i in (0, 1))
-    assert "torchrun was killed by SIGKILL: starting it again" in second
+    assert "torchrun was killed by SIGKILL; restarting it" in second
     assert f"going on after step {SAVE_EVERY} from" in first
     assert "PeerLost: rank 0" in first and "ranks 2, 3 on " in first
     for host, text in zip(pair.hosts, (first, second), strict=True):

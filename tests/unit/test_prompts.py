@@ -29,9 +29,6 @@ class WordTokenizer:
         turns = [" ".join(f"<{t['role']}> {t['content']}" for t in c) + " <assistant>" for c in conversations]
         return {"input_ids": [self._ids(t) for t in turns]}
 
-    def __call__(self, texts):
-        return {"input_ids": [self._ids(t) for t in texts]}
-
     def text(self, ids) -> str:
         words = list(self.vocabulary)
         return " ".join(words[i] for i in ids)
@@ -97,14 +94,14 @@ def test_keys_can_be_renamed_and_nested(tmp_path):
     ("line", "message"),
     [
         ('{"prompt": "a"', r"line 3: not JSON .*column"),
-        ('["a"]', r"line 3: a line must be a JSON object, this is a list"),
+        ('["a"]', r"line 3: a line must be a JSON object, got list"),
         ('{"question": "a", "x": 1}', r"line 3: neither 'prompt' nor 'messages'; .*\['question', 'x'\]"),
         ('{"prompt": ""}', r"line 3: 'prompt' is empty"),
-        ('{"prompt": 5}', r"line 3: 'prompt' must be a string or a list of messages, this is int 5"),
+        ('{"prompt": 5}', r"line 3: 'prompt' must be a string or a list of messages, got int 5"),
         ('{"messages": []}', r"line 3: 'messages' must be a string or a list"),
         ('{"messages": [{"role": "user"}]}', r"line 3: 'messages'\[0\] must have 'role' and 'content'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', r"line 3: .*ends with the assistant's turn"),
-        ('{"prompt": "a", "answer": [1]}', r"line 3: 'answer' must be a string or a number, this is a list"),
+        ('{"prompt": "a", "answer": [1]}', r"line 3: 'answer' must be a string or a number, got list"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -127,8 +124,8 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
     (tmp_path / "folder").mkdir()
     for name, message in {
-        "empty.jsonl": "holds no prompt",
-        "notes.txt": "unknown kind of file '.txt'",
+        "empty.jsonl": "has no prompts",
+        "notes.txt": "unsupported file type '.txt'",
         "bad.parquet": "is not a readable Parquet file",
         "folder": "not a data set written by",
         "absent.jsonl": "no prompt file at",
@@ -145,7 +142,7 @@ def test_an_unknown_data_set_names_itself(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(PromptError, match=r"'someone/things:main' is no local file.*offline"):
+    with pytest.raises(PromptError, match=r"'someone/things:main' is not a local file.*offline"):
         load("someone/things:main")
 
 
@@ -162,46 +159,34 @@ def test_an_overlong_prompt_is_named_with_both_lengths_or_dropped(tmp_path):
         load(path, overlong="cut")
 
 
-def test_a_tokenizer_without_template_is_refused_or_left_plain(tmp_path):
+def test_a_tokenizer_without_template_is_refused(tmp_path):
     tokenizer = WordTokenizer()
     tokenizer.chat_template = None
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a b"}])
     with pytest.raises(PromptError, match="no chat template"):
         load(path, tokenizer)
-    assert tokenizer.text(load(path, tokenizer, chat_template=False).train[0].token_ids) == "a b"
 
 
-@pytest.mark.parametrize("held_out", [5, 0.25])
-def test_held_out_is_disjoint_and_independent_of_order(tmp_path, held_out):
+def test_held_out_is_disjoint_and_independent_of_order(tmp_path):
     prompts = random_prompts(60)
     copies = [p.replace(" ", "  ") + " " for p in prompts]  # the same prompts but for whitespace
     records = [{"prompt": p} for p in prompts + copies]
     shuffled = random.sample(records, len(records))
-    one = load(write_jsonl(tmp_path / "a.jsonl", records), held_out=held_out)
-    two = load(write_jsonl(tmp_path / "b.jsonl", shuffled), held_out=held_out)
+    one = load(write_jsonl(tmp_path / "a.jsonl", records), held_out=5)
+    two = load(write_jsonl(tmp_path / "b.jsonl", shuffled), held_out=5)
 
     def plain(prompts):
         return [" ".join(p.text.split()) for p in prompts]
 
     assert plain(one.held_out) == plain(two.held_out)
     assert not set(plain(one.train)) & set(plain(one.held_out))
-    assert len(set(plain(one.held_out))) == len(one.held_out) > 0
-    assert len(one.train) == 2 * (60 - len(one.held_out))
-    if held_out == 5:
-        assert len(one.held_out) == 5
-
-
-def test_a_fraction_keeps_each_prompt_on_its_side_as_data_grow(tmp_path):
-    prompts = random_prompts(80)
-    small = load(write_jsonl(tmp_path / "a.jsonl", [{"prompt": p} for p in prompts[:40]]), held_out=0.3)
-    large = load(write_jsonl(tmp_path / "b.jsonl", [{"prompt": p} for p in prompts]), held_out=0.3)
-    assert {p.text for p in small.train} <= {p.text for p in large.train}
-    assert {p.text for p in small.held_out} <= {p.text for p in large.held_out}
+    assert len(set(plain(one.held_out))) == len(one.held_out) == 5
+    assert len(one.train) == 2 * (60 - 5)
 
 
 def test_impossible_splits(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "b"}])
-    for value, message in ((2, "leaves none for training"), (-1, "negative"), (1.0, r"must lie in \[0, 1\)")):
+    for value, message in ((2, "leaves none for training"), (-1, "negative")):
         with pytest.raises(PromptError, match=message):
             load(path, held_out=value)
 
@@ -226,15 +211,11 @@ def test_the_order_does_not_change_between_releases():
     assert PromptOrder(10, 1234).batch(0, 12) == [8, 9, 7, 3, 0, 1, 4, 2, 5, 6, 0, 9]
 
 
-def test_an_order_of_other_prompts_or_none_is_refused():
-    order = PromptOrder(10, 1)
-    order.load_state_dict(order.state_dict())
-    with pytest.raises(PromptError, match=r"'n': 11"):
-        order.load_state_dict({"n": 11, "seed": 1})
+def test_an_order_of_no_prompts_and_empty_batches_are_refused():
     with pytest.raises(PromptError, match="at least one"):
         PromptOrder(0, 1)
     with pytest.raises(PromptError, match="size 0"):
-        order.batch(0, 0)
+        PromptOrder(10, 1).batch(0, 0)
 
 
 def test_the_fingerprint_follows_content_and_order(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.launch.command import Launch, local_address, plan_launch, split_endpoint
-from nemo_tropd.launch.scheduler import first_host, read_placement
+from nemo_tropd.launch.scheduler import first_host, read_allocation
 from tests.e2e.tiny_run import ROOT, TinyRun, environment
 
 SLURM = {
@@ -44,7 +44,7 @@ def config(nodes: int = 2, devices: int = 8, rendezvous: str | None = None) -> T
 
 
 def plan(env: dict[str, str], cfg: TropdConfig) -> Launch:
-    return plan_launch(cfg, read_placement(env), Path("train.py"), ["name=x"], env)
+    return plan_launch(cfg, read_allocation(env), Path("train.py"), ["name=x"], env)
 
 
 def endpoint(launch: Launch) -> str:
@@ -93,8 +93,8 @@ def test_the_users_interface_is_kept() -> None:
     [
         ({}, config(), ["trainer.rendezvous", "2 nodes"]),
         ({}, config(rendezvous="127.0.0.1:70000"), ["trainer.rendezvous", "1 to 65535"]),
-        ({}, config(rendezvous="no-such-host.invalid:1"), ["trainer.rendezvous", "cannot be reached"]),
-        (SLURM, config(nodes=4), ["trainer.num_nodes = 4", "Slurm gives 2"]),
+        ({}, config(rendezvous="no-such-host.invalid:1"), ["trainer.rendezvous", "unreachable"]),
+        (SLURM, config(nodes=4), ["trainer.num_nodes = 4", "Slurm allocated 2"]),
         ({**SLURM, "SLURM_GPUS_ON_NODE": "4"}, config(), ["trainer.devices = 8", "4 GPU(s)"]),
         (
             {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
@@ -102,9 +102,9 @@ def test_the_users_interface_is_kept() -> None:
             ["SLURM_STEP_TASKS_PER_NODE", "--ntasks-per-node=1"],
         ),
         ({k: v for k, v in SLURM.items() if "STEP" not in k}, config(), ["SLURM_STEP_NUM_NODES", "srun"]),
-        (PYTORCHJOB, config(devices=4), ["trainer.devices = 4", "PyTorchJob gives 8"]),
+        (PYTORCHJOB, config(devices=4), ["trainer.devices = 4", "PyTorchJob allocated 8"]),
         ({**PYTORCHJOB, "PET_NNODES": "1:4"}, config(), ["PET_NNODES = '1:4'", "fixed"]),
-        ({**CUSTOMARY, "NNODES": "two"}, config(), ["NNODES = 'two'", "whole number"]),
+        ({**CUSTOMARY, "NNODES": "two"}, config(), ["NNODES = 'two'", "an integer"]),
     ],
 )
 def test_disagreement_is_named(env: dict[str, str], cfg: TropdConfig, words: list[str]) -> None:

@@ -13,7 +13,7 @@ ALLOWED = {
     "config": set(),
     "config_checks": {"config"},
     "planner": {"config", "config_checks", "convert", "files", "parallel", "rollout"},
-    "launch": {"config", "config_checks"},
+    "launch": {"config", "config_checks", "parallel"},
     "doctor": set(),
     "batch": set(),
     "files": set(),

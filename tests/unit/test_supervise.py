@@ -1,4 +1,4 @@
-"""The supervisor of torchrun: starts it again when killed, ends it when it hangs without ranks, leaves no orphans."""
+"""The supervisor of torchrun: restarts it when killed, kills it when it hangs without ranks, leaves no orphans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_tropd.launch.agent import MEETING_LOST
+from nemo_tropd.launch.agent import RENDEZVOUS_LOST
 from nemo_tropd.launch.supervise import Supervisor
 from tests.dist.run_distributed import run_distributed
 
@@ -17,7 +17,7 @@ KILL_SELF = "import os, signal, pathlib; p = pathlib.Path({path!r}); first = not
 
 
 def supervised(rank: int, world_size: int, code: str, restarts: int, patience_s: float) -> tuple[int, int]:
-    """In a process of its own, since it takes signals over and adopts orphans: exit code, and children left."""
+    """In a process of its own, since it handles signals and adopts orphans: exit code, and children left."""
     exit_code = Supervisor([sys.executable, "-c", code], {}, restarts, patience_s).run()
     return exit_code, len(psutil.Process().children(recursive=True))
 
@@ -27,7 +27,7 @@ def run(code: str, restarts: int, patience_s: float = 60) -> tuple[int, int]:
     return result
 
 
-def test_a_killed_agent_is_started_again_and_its_orphans_go(tmp_path: Path) -> None:
+def test_a_killed_agent_is_restarted_and_its_orphans_are_killed(tmp_path: Path) -> None:
     path = str(tmp_path / "once")
     code = KILL_SELF.format(path=path) + (
         "import subprocess; first and subprocess.Popen(['sleep', '600'], start_new_session=True);"
@@ -37,7 +37,7 @@ def test_a_killed_agent_is_started_again_and_its_orphans_go(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("code", "expected"), [("exit(0)", 0), ("exit(3)", 3)])
-def test_other_ends_are_final(code: str, expected: int) -> None:
+def test_other_exit_codes_are_final(code: str, expected: int) -> None:
     assert run(code, restarts=5) == (expected, 0)
 
 
@@ -45,7 +45,7 @@ def test_restarts_are_counted() -> None:
     assert run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", restarts=1) == (128 + 9, 0)
 
 
-def test_an_agent_that_hangs_without_ranks_is_ended() -> None:
+def test_an_agent_that_hangs_without_ranks_is_killed() -> None:
     began = time.monotonic()
-    assert run("import time; time.sleep(600)", restarts=0, patience_s=2) == (MEETING_LOST, 0)
+    assert run("import time; time.sleep(600)", restarts=0, patience_s=2) == (RENDEZVOUS_LOST, 0)
     assert time.monotonic() - began < 90
