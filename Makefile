@@ -1,16 +1,16 @@
-# Two commands do everything on a fresh machine with Python 3.11 and a package index:
+# On a fresh machine with Python 3.11 and a package index:
 #   make demo   set up, then distill a real model on two CPU cores
-#   make test   set up, then run every test
+#   make test   set up, then run all tests
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PINS   := docker/requirements-cpu.txt
 
-# The CPU build of torch comes from a folder of wheels where pip is told of one, else from PyTorch's own CPU index.
+# The CPU build of torch comes from a folder of wheels if PIP_FIND_LINKS names one, else from PyTorch's CPU index.
 export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),,--torch-backend cpu)
-# Byte code is kept, wherever the environment says otherwise: the rollout engine's three processes would each compile vLLM anew.
+# Byte code is always cached: otherwise each of the rollout engine's three processes would compile all of vLLM.
 unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
@@ -43,7 +43,7 @@ bench: setup
 bench-loop: setup
 	$(BIN)/python examples/benchmarks/loop.py $(ARGS)
 
-# What the loss costs on a GPU at least, by a model: make roofline GPU=h100|h200|b200
+# A lower bound of the loss's time on a GPU, from a model: make roofline GPU=h100|h200|b200
 GPU ?= h100
 roofline: setup
 	$(BIN)/python examples/benchmarks/roofline.py --gpu $(GPU) $(ARGS)
@@ -54,7 +54,7 @@ compare: setup
 scaling: setup
 	$(BIN)/python examples/benchmarks/scaling.py $(ARGS)
 
-# On a machine with a GPU, in the container or any environment that holds the gpu extra: every GPU point, one table.
+# On a machine with a GPU, in the container or any environment with the gpu extra: all GPU checks, one table.
 gpu-check:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) examples/benchmarks/gpu_check/check.py --tests $(ARGS)
 

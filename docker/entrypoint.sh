@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What the containers run.
+# The containers' entrypoint.
 #
-#   train ARGS     this node's part of a run; scheduler variables become torchrun's arguments (docker/launch.sh)
-#   doctor ARGS    what this container and machine have, what is wrong, and how to mend it
-#   demo ARGS      the demo on two CPU cores (the CPU image)
-#   anything else  is run as it stands
+#   train ARGS     start this node's part of a run; scheduler variables become torchrun's arguments (docker/launch.sh)
+#   doctor ARGS    check this container and machine: what is wrong, and how to fix it
+#   demo ARGS      run the demo on two CPU cores (the CPU image)
+#   anything else  is run as a command
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${NEMO_TROPD_PYTHON:-python3}

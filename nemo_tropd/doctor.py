@@ -1,10 +1,10 @@
-"""What this machine and environment have for a role, what is wrong, and how to mend it.
+"""Checks whether this machine and environment can play a role, and says how to fix what is wrong.
 
     python -m nemo_tropd.doctor [--role cpu|gpu] [--brief] [--port N] [--runs DIR]
 
-Exit code 0: nothing is wrong (notices aside), 1: something is. Loads no framework and touches no GPU's memory, so that
-it can run beside a training run, as the containers' health check does. Without ``--role``: NEMO_TROPD_ROLE, else gpu
-where a driver answers, else cpu.
+Exit code 0: no problems (notices do not count), 1: at least one. Imports no framework and allocates no GPU memory, so
+that it can run next to a training run, as the containers' health check does. Without ``--role``: NEMO_TROPD_ROLE, else
+gpu if a driver responds, else cpu.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import resource
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from rich.table import Table
 GIB = 2**30
 OK, NOTICE, WRONG = "ok", "notice", "wrong"
 _COLOURS = {OK: "[green]ok[/]", NOTICE: "[yellow]notice[/]", WRONG: "[red]wrong[/]"}
-# Compute capability from which tensor cores take FP8: 8.9 has it, and Transformer Engine's recipes start with 9.0.
+# First compute capability with FP8 tensor cores that Transformer Engine's recipes support (8.9 has them, without).
 _FP8_CAPABILITY = (9, 0)
-_LEAST = {  # GiB
+_MINIMUM = {  # GiB
     "cpu": {"memory": 10.0, "shared": 0.06, "disk": 10.0},
     "gpu": {"memory": 64.0, "shared": 8.0, "disk": 100.0},
 }
@@ -44,7 +44,7 @@ PIN_FILE = "docker/requirements-gpu.in"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table."""
+    """One row of the table."""
 
     what: str
     found: str
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--role", choices=("cpu", "gpu"), default=os.environ.get("NEMO_TROPD_ROLE"))
-    parser.add_argument("--brief", action="store_true", help="print what is wrong alone")
+    parser.add_argument("--brief", action="store_true", help="print only what is wrong")
     parser.add_argument("--port", type=int, default=29400, help="the port of trainer.rendezvous")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are written")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the directory runs are written to")
     options = parser.parse_args(argv)
     role = options.role or ("gpu" if read_gpus().devices else "cpu")
     findings = list(examine(role, options.port, options.runs))
@@ -66,11 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     shown = wrong if options.brief else findings
     console = Console(width=max(shutil.get_terminal_size((140, 40)).columns, 110))
     if shown:
-        table = Table("", "found", "", "how to mend it", title=f"nemo_tropd, role {role}", title_justify="left")
+        table = Table("", "found", "", "fix", title=f"nemo_tropd, role {role}", title_justify="left")
         for f in shown:
             table.add_row(escape(f.what), escape(f.found), _COLOURS[f.state], escape(f.remedy))
         console.print(table)
-    console.print(f"{len(wrong)} thing(s) wrong for the role {role}" if wrong else f"nothing wrong for the role {role}")
+    console.print(f"role {role}: {len(wrong)} problem(s)" if wrong else f"role {role}: no problems found")
     return 1 if wrong else 0
 
 
@@ -98,11 +98,8 @@ def _python() -> Finding:
     return Finding("Python", version, OK if fits else WRONG, "" if fits else f"use Python {wanted}")
 
 
-# ------------------------------------------------------------------------------------------------------- packages
-
-
 def packages(role: str) -> Iterator[Finding]:
-    """The package's requirements, its own and those of the extra ``role``; the extra's pins are advice."""
+    """The package's requirements and those of the extra ``role``; deviating from the extra's pins is only a notice."""
     pinned = {r.name: r for r in _requirements(role)}
     for name, wanted in ({r.name: r for r in _requirements(None)} | pinned).items():
         version = installed(name)
@@ -135,7 +132,7 @@ def installed(name: str) -> str | None:
 
 
 def source_builds() -> Iterator[Finding]:
-    """What the GPU image builds itself."""
+    """Packages that the GPU image builds from source."""
     version, module = installed("transformer-engine-torch"), _has_module("transformer_engine_torch")
     if version and module:
         yield Finding("Transformer Engine's torch extension", version)
@@ -144,30 +141,33 @@ def source_builds() -> Iterator[Finding]:
             "Transformer Engine's torch extension",
             "missing",
             WRONG,
-            "pip install --no-build-isolation transformer-engine-torch with the version of transformer-engine, beside "
-            "a CUDA torch; or the image",
+            "pip install --no-build-isolation transformer-engine-torch in the version of transformer-engine, with a "
+            "CUDA build of torch installed; or use the image",
         )
 
 
 def nemo_apex(*, wanted: bool) -> Finding:
-    """NVIDIA's apex has fused kernels (amp_C, multi_tensor_apply); PyPI's package of that name is another thing."""
+    """NVIDIA's apex has fused kernels (amp_C, multi_tensor_apply); PyPI's package of that name is unrelated."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         state = WRONG if wanted else OK
         remedy = f"build NVIDIA's apex from its commit in {PIN_FILE} (never `pip install apex`), or use the image"
-        return Finding("apex", "missing" if wanted else "none, none needed", state, remedy if wanted else "")
+        return Finding("apex", "missing" if wanted else "not installed, not needed", state, remedy if wanted else "")
     folders = [Path(p) for p in spec.submodule_search_locations or []]
     if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
         return Finding(
-            "apex", "PyPI's, an unrelated web toolkit", WRONG, "pip uninstall apex: it hides NVIDIA's, which is meant"
+            "apex",
+            "PyPI's, an unrelated web toolkit",
+            WRONG,
+            "pip uninstall apex: it shadows NVIDIA's apex, which is required",
         )
     missing = [m for m in ("amp_C", "fused_weight_gradient_mlp_cuda") if not _has_module(m)]
     if missing:
         return Finding(
             "apex",
-            f"NVIDIA's, without {', '.join(missing)}",
+            f"NVIDIA's, built without {', '.join(missing)}",
             WRONG if wanted else NOTICE,
-            "build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, as docker/Dockerfile does",
+            "rebuild it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, as docker/Dockerfile does",
         )
     return Finding("apex", f"NVIDIA's {installed('apex') or ''}, with its kernels")
 
@@ -176,12 +176,9 @@ def _has_module(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-# ----------------------------------------------------------------------------------------------------------- GPUs
-
-
 @dataclass(frozen=True)
 class Gpu:
-    """One device, as the driver describes it."""
+    """One device, as reported by the driver."""
 
     name: str
     capability: tuple[int, int]
@@ -191,16 +188,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What the driver says; ``problem`` where it says nothing."""
+    """What the driver reports; ``problem`` says why if it reports nothing."""
 
     devices: list[Gpu]
     driver: str = ""
-    cuda: int = 0  # of the driver: 13000 is 13.0
+    cuda: int = 0  # the highest version the driver supports: 13000 is 13.0
     problem: str = ""
 
 
 def read_gpus() -> Gpus:
-    """Ask the driver through NVML, which makes no CUDA context."""
+    """Query the driver through NVML, which creates no CUDA context."""
     try:
         import pynvml as nvml
     except ImportError:
@@ -208,7 +205,7 @@ def read_gpus() -> Gpus:
     try:
         nvml.nvmlInit()
     except Exception as error:
-        return Gpus([], problem=f"no driver answers ({error})")
+        return Gpus([], problem=f"no driver responds ({error})")
     try:
         devices = []
         for i in range(nvml.nvmlDeviceGetCount()):
@@ -234,13 +231,16 @@ def read_gpus() -> Gpus:
 
 
 def gpu_findings(gpus: Gpus) -> Iterator[Finding]:
-    """Devices, FP8, the driver against torch's CUDA, NCCL."""
+    """Devices, FP8 support, NCCL, and whether the driver supports torch's CUDA version."""
     if not gpus.devices:
-        text = gpus.problem or "the driver sees none"
+        text = gpus.problem or "the driver reports no devices"
         yield Finding(
-            "GPU", f"none: {text}", WRONG, "install the driver, and start the container with --gpus all (nvidia-smi)"
+            "GPU",
+            f"none: {text}",
+            WRONG,
+            "install the driver and check it with nvidia-smi; start the container with --gpus all",
         )
-        yield Finding("FP8", "no GPU", WRONG, "Hopper or later")
+        yield Finding("FP8", "no GPU", WRONG, "needs a GPU of the Hopper generation or later")
     else:
         names = ", ".join(sorted({f"{g.name}, {g.memory / GIB:.0f} GiB" for g in gpus.devices}))
         yield Finding("GPU", f"{len(gpus.devices)} x {names}; driver {gpus.driver}")
@@ -257,10 +257,10 @@ def gpu_findings(gpus: Gpus) -> Iterator[Finding]:
 
 
 def _torch_cuda(gpus: Gpus) -> Finding:
-    """The CUDA torch was built for, read from its version file: importing torch takes seconds."""
+    """The CUDA version torch was built for, read from its version file, since importing torch takes seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        return Finding("torch's CUDA", "no torch", WRONG, "see torch above")
+        return Finding("torch's CUDA", "torch is not installed", WRONG, "install torch, see its row above")
     file = Path(spec.origin).with_name("version.py")
     found = re.search(r"^cuda(?:: [^=]+)? = '([\d.]+)'", file.read_text() if file.is_file() else "", re.MULTILINE)
     if not found:
@@ -272,7 +272,7 @@ def _torch_cuda(gpus: Gpus) -> Finding:
     if gpus.cuda and gpus.cuda // 1000 < major:
         return Finding(
             "torch's CUDA",
-            f"{version}, the driver's {gpus.cuda // 1000}.{gpus.cuda % 1000 // 10}",
+            f"{version}; the driver supports {gpus.cuda // 1000}.{gpus.cuda % 1000 // 10}",
             WRONG,
             f"the driver is too old for CUDA {major}: update it",
         )
@@ -283,100 +283,102 @@ def _nccl() -> Finding:
     names = [d for d in ("nvidia-nccl-cu13", "nvidia-nccl-cu12") if installed(d)]
     if names:
         return Finding("NCCL", ", ".join(f"{installed(n)} ({n})" for n in names))
-    return Finding("NCCL", "missing", WRONG, "comes with a CUDA build of torch (nvidia-nccl-cu13)")
-
-
-# -------------------------------------------------------------------------------------------------------- machine
+    return Finding("NCCL", "missing", WRONG, "install a CUDA build of torch, which brings it (nvidia-nccl-cu13)")
 
 
 def machine(role: str, runs: Path) -> Iterator[Finding]:
-    """Memory, shared memory, disk, limits."""
-    least = _LEAST[role]
-    # Totals: a run that uses its memory is not ill, and the health check sees it at work.
+    """Memory, shared memory, disk space and limits."""
+    minimum = _MINIMUM[role]
+    # Totals, not free memory: the health check runs next to a healthy run that uses it.
     yield _enough(
-        "memory", psutil.virtual_memory().total / GIB, least["memory"], "in all", "a machine or a limit with more"
+        "memory",
+        psutil.virtual_memory().total / GIB,
+        minimum["memory"],
+        "in total",
+        "use a machine, or a container limit, with more",
     )
     shared = Path("/dev/shm")
     if shared.is_dir():
         yield _enough(
             "shared memory",
             shutil.disk_usage(shared).total / GIB,
-            least["shared"],
+            minimum["shared"],
             "in /dev/shm",
-            "docker run --ipc host, or --shm-size (compose: shm_size; Kubernetes: an emptyDir of medium Memory)",
+            "use docker run --ipc host, or --shm-size (compose: shm_size; Kubernetes: an emptyDir of medium Memory)",
         )
-    place = runs.absolute()
-    while not place.exists():
-        place = place.parent
-    if os.access(place, os.W_OK):
-        free = shutil.disk_usage(place).free / GIB
+    folder = runs.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if os.access(folder, os.W_OK):
+        free = shutil.disk_usage(folder).free / GIB
         yield _enough(
-            "disk for runs", free, least["disk"], f"free in {place}", "a larger volume: exp_manager.exp_dir", NOTICE
+            "disk for runs",
+            free,
+            minimum["disk"],
+            f"free in {folder}",
+            "set exp_manager.exp_dir to a larger volume",
+            NOTICE,
         )
     else:
         yield Finding(
-            "disk for runs", f"{place} cannot be written", WRONG, "mount a writable volume, or set exp_manager.exp_dir"
+            "disk for runs", f"{folder} is not writable", WRONG, "mount a writable volume, or set exp_manager.exp_dir"
         )
     if role == "gpu":
         locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        free_lock = locked == resource.RLIM_INFINITY
+        unlimited = locked == resource.RLIM_INFINITY
         yield Finding(
             "locked memory",
-            "unlimited" if free_lock else f"{locked // 1024} KiB",
-            OK if free_lock else NOTICE,
-            "" if free_lock else "InfiniBand registers pinned memory: --ulimit memlock=-1",
+            "unlimited" if unlimited else f"{locked // 1024} KiB",
+            OK if unlimited else NOTICE,
+            "" if unlimited else "InfiniBand registers pinned memory: start the container with --ulimit memlock=-1",
         )
 
 
-def _enough(what: str, have: float, least: float, where: str, remedy: str, state: str = WRONG) -> Finding:
-    enough = have >= least
+def _enough(what: str, have: float, minimum: float, where: str, remedy: str, state: str = WRONG) -> Finding:
+    enough = have >= minimum
     return Finding(
         what,
         f"{have:.1f} GiB {where}",
         OK if enough else state,
-        "" if enough else f"wants {least:g} GiB: {remedy}",
+        "" if enough else f"needs {minimum:g} GiB: {remedy}",
     )
 
 
-def free_port(port: int, bind: Callable[[int], None] | None = None) -> Finding:
-    """Whether the launchers could meet here."""
+def free_port(port: int) -> Finding:
+    """Whether this machine can host the rendezvous on ``port``."""
     try:
-        (bind or _bind)(port)
+        with socket.socket() as probe:
+            probe.bind(("", port))
     except OSError as error:
         return Finding(
             "rendezvous port",
             f"{port}: {error.strerror}",
             NOTICE,
-            "a run may hold it; else choose another in trainer.rendezvous",
+            "in use, possibly by a running job; otherwise choose another port in trainer.rendezvous",
         )
     return Finding("rendezvous port", f"{port} is free")
 
 
-def _bind(port: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("", port))
-
-
 def own_name() -> Finding:
-    """Other nodes are reached by name; a name that means the loopback is worth knowing."""
+    """Whether other nodes can reach this one by its name: it must not resolve to the loopback."""
     name = socket.gethostname()
     try:
         addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
     except OSError:
         return Finding(
             "host name",
-            f"{name} cannot be resolved",
+            f"{name} does not resolve",
             NOTICE,
-            "give addresses in trainer.rendezvous where nodes are many",
+            "for multi-node runs, give an address in trainer.rendezvous",
         )
     if all(a.startswith("127.") or a == "::1" for a in addresses):
         return Finding(
             "host name",
-            f"{name} is {', '.join(addresses)}",
+            f"{name} resolves to {', '.join(addresses)}",
             NOTICE,
-            "for several nodes, give an address in trainer.rendezvous",
+            "for multi-node runs, give an address in trainer.rendezvous",
         )
-    return Finding("host name", f"{name} is {', '.join(addresses)}")
+    return Finding("host name", f"{name} resolves to {', '.join(addresses)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Keeps libraries' notices off the screen, so that a run's own lines can be read; errors still show."""
+"""Silences libraries' notices, so that a run's own output stays readable; errors are still shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VERBOSE = "NEMO_TROPD_VERBOSE"
 def quiet_libraries() -> None:
     """Silence notices about optional packages and INFO lines of NeMo, Lightning and Megatron.
 
-    Call before importing them. NEMO_TROPD_VERBOSE=1 leaves everything as it is.
+    Call before importing them. NEMO_TROPD_VERBOSE=1 leaves all logging as it is.
     """
     if os.environ.get(VERBOSE) == "1":
         return
@@ -22,6 +22,6 @@ def quiet_libraries() -> None:
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.ERROR)
-    # After that import: Lightning sets its own level when it is imported.
+    # After importing NeMo, since Lightning sets its level on import.
     for name in ("lightning.pytorch", "lightning.fabric", "megatron", "nv_one_logger", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,1 +1,1 @@
-"""What a run needs, worked out before it starts: bytes a GPU, bytes on the wire, roles of ranks. Imports no torch."""
+"""Predicts what a run needs before it starts: memory per GPU, bytes on the wire, roles of ranks. Imports no torch."""

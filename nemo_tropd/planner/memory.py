@@ -1,8 +1,8 @@
-"""Bytes of one rank: what it always holds, and what each phase of a step adds.
+"""Memory of one rank in bytes: what is resident all through a run, and what each phase of a step adds.
 
 Activations are counted tensor by tensor as Megatron's layers keep them for the backward pass (no attention scores,
 except by the local attention on CPU, for padded rows); Korthikanti et al. 2022 (arXiv 2205.05198) count the same way.
-A plan is for the worst case of its settings: full rows, responses of the greatest length.
+A plan assumes the worst case of its settings: full rows and responses of maximum length.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from nemo_tropd.rollout.placement import placement_of
 
 BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 FP32 = 4
-# Bytes of a position of a micro-batch's tensors: ids, positions and labels in int64, three masks, two floats.
+# Bytes per position of a micro-batch's tensors: ids, positions and labels in int64, three masks, two floats.
 BATCH_POSITION = 35
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes of the rank that needs most.
+    """Estimated bytes of the rank that needs the most.
 
-    ``resident`` is held all through a run; of ``phases`` one is held at a time, each by its parts. ``engine`` is the
-    rollout engine's own process, on the leader's GPU or host, all through a run; an engine in the ranks' processes is
-    among the parts.
+    ``resident`` is allocated all through a run; of ``phases`` one is active at a time; both by part. ``engine`` is the
+    rollout engine's own process on rank 0's GPU or host, all through a run; an engine inside the ranks' processes is
+    among the parts instead.
     """
 
     resident: Mapping[str, float]
@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """The phase that needs the most."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
@@ -48,21 +48,21 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """The peak of the rank beside the engine."""
+        """The peak of a rank, plus the engine next to it."""
         return self.rank + self.engine
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """How one model is split."""
+    """Parallel degrees of one model."""
 
     tensor: int
     pipeline: int
-    sequence: int  # what divides the hidden states between the layers' products: tensor under sequence parallelism
+    sequence: int  # divisor of the hidden states between matrix products: ``tensor`` under sequence parallelism, else 1
 
 
 def layout(cfg: TropdConfig) -> RankLayout:
-    """The ranks of a checked configuration."""
+    """The rank layout of a checked configuration."""
     m, t = cfg.model, cfg.trainer
     return RankLayout(
         t.num_nodes * t.devices,
@@ -73,37 +73,37 @@ def layout(cfg: TropdConfig) -> RankLayout:
 
 
 def student_degrees(cfg: TropdConfig) -> Degrees:
-    """The student's."""
+    """The student's degrees."""
     m = cfg.model
     tensor = m.tensor_model_parallel_size
     return Degrees(tensor, m.pipeline_model_parallel_size, tensor if m.sequence_parallel else 1)
 
 
 def teacher_degrees(cfg: TropdConfig) -> Degrees:
-    """The teacher's: the student's, or its own degree, which knows no pipeline and no sequence parallelism."""
+    """The teacher's degrees: the student's, or its own tensor degree without pipeline and sequence parallelism."""
     ranks = layout(cfg)
     return student_degrees(cfg) if ranks.teacher_tensor is None else Degrees(ranks.teacher_degree, 1, 1)
 
 
 def row_tokens(cfg: TropdConfig) -> int:
-    """Positions of the largest micro-batch."""
+    """Positions in the largest micro-batch."""
     m = cfg.model
     return m.tokens_per_micro_batch or m.micro_batch_size * m.encoder_seq_length
 
 
 def loss_tokens(cfg: TropdConfig) -> int:
-    """The most tokens that can enter the loss of one step; a teacher prefix counts among max_new_tokens."""
+    """Upper bound on the tokens in the loss of one step; a teacher prefix counts towards max_new_tokens."""
     return cfg.model.global_batch_size * cfg.model.rollout.max_new_tokens
 
 
 def positions(cfg: TropdConfig) -> int:
-    """The most positions of one step, over all data-parallel ranks, prompts included."""
+    """Upper bound on the positions of one step over all data-parallel ranks, prompts included."""
     m = cfg.model
     return m.global_batch_size * min(m.encoder_seq_length, m.data.max_prompt_tokens + m.rollout.max_new_tokens)
 
 
 def stage_parameters(shape: ModelShape, degrees: Degrees) -> tuple[float, float]:
-    """(numbers in the layers, numbers in embedding and head) of the fullest rank, the vocabulary padded."""
+    """(parameters in layers, parameters in embedding and head) of the fullest rank, with the padded vocabulary."""
     layers = [0.0] * degrees.pipeline
     ends = [0.0] * degrees.pipeline
     vocabulary = shape.padded_vocab(degrees.tensor) / degrees.tensor * shape.hidden
@@ -123,8 +123,8 @@ def stage_parameters(shape: ModelShape, degrees: Degrees) -> tuple[float, float]
 def teacher_weights(cfg: TropdConfig, teacher: ModelShape) -> float:
     """Bytes of the teacher's weights on the fullest rank.
 
-    In FP8 a number of a layer takes one byte, and a 128 x 128 block (or a tensor) a scale of four; mxfp8 a byte for
-    each 32. Embedding and head stay in bf16, and so do as many layers at each end as the settings say.
+    In FP8 a layer's parameter takes one byte, plus a 4-byte scale per 128 x 128 block (or per tensor), or in mxfp8 a
+    byte per 32. Embedding and head stay in bf16, and so do model.teacher.fp8_first_last_bf16 layers at each end.
     """
     t = cfg.model.teacher
     width = BYTES[t.precision or cfg.trainer.precision]
@@ -138,13 +138,13 @@ def teacher_weights(cfg: TropdConfig, teacher: ModelShape) -> float:
 
 
 def layer_activations(shape: ModelShape, degrees: Degrees, width: int, *, fused: bool) -> tuple[float, float, float]:
-    """Bytes a position of one layer: (kept outside the feed-forward part, kept in it, the input alone).
+    """Bytes per position of one layer: (kept outside the feed-forward part, kept in it, its input alone).
 
-    Where layers are not ``fused``, torch keeps the gate's output, too, and of both norms the normalised value and its
-    input, in fp32.
+    If layers are not ``fused``, torch also keeps the gate's output, and for both norms the normalised value and its
+    input in fp32.
     """
     h, f, q, kv = (shape.size(d) for d in ("hidden", "ffn", "q", "kv"))
-    # Two residuals and two norms' outputs; queries, keys, values after rotation and before their norms; the context.
+    # Two residuals and two norm outputs; queries, keys, values after RoPE and before their norms; attention's output.
     attention = 4 * h / degrees.sequence + (2 * q + 2 * kv + (q + kv if shape.qk_norm else 0)) / degrees.tensor
     feed_forward = (3 if fused else 4) * f / degrees.tensor
     statistics = FP32 * (shape.heads / degrees.tensor + 2)
@@ -154,14 +154,14 @@ def layer_activations(shape: ModelShape, degrees: Degrees, width: int, *, fused:
 
 
 def padded_attention(shape: ModelShape, degrees: Degrees, width: int, length: int) -> float:
-    """Bytes a position that Megatron's local attention keeps of a padded row: probabilities in fp32 and in the layers'
-    own type, and keys and values repeated for every query head."""
+    """Bytes per position that Megatron's local attention keeps of a padded row: probabilities in fp32 and in the
+    layers' dtype, and keys and values repeated for every query head."""
     probabilities = shape.heads / degrees.tensor * length * (FP32 + (width if width < FP32 else 0))
     return probabilities + 2 * width * shape.size("q") / degrees.tensor
 
 
 def student_activations(cfg: TropdConfig, shape: ModelShape, machine: Machine) -> dict[str, float]:
-    """Kept for the backward pass by all micro-batches in flight, and what one layer's passes need besides."""
+    """Bytes kept for the backward pass by all micro-batches in flight, and the working memory of one layer's passes."""
     degrees, width, rows = student_degrees(cfg), BYTES[cfg.trainer.precision], row_tokens(cfg)
     attention, feed_forward, entry = layer_activations(shape, degrees, width, fused=machine.kind == "gpu")
     if machine.kind == "cpu" and cfg.model.tokens_per_micro_batch is None:
@@ -170,10 +170,10 @@ def student_activations(cfg: TropdConfig, shape: ModelShape, machine: Machine) -
     kept = {None: attention + feed_forward, "selective": attention, "full": entry}[mode]
     again = {None: 0.0, "selective": feed_forward, "full": attention + feed_forward}[mode]
     in_flight = min(degrees.pipeline, micro_batches(cfg))
-    # Backward holds the gradients of a layer's widest tensors, and of the hidden states, at once.
+    # Backward needs the gradients of a layer's widest tensors and of the hidden states at the same time.
     h, f = shape.hidden, shape.ffn
     working = again + width * (3 * f / degrees.tensor + 3 * h)
-    # The embedding's output, the last norm's input and output.
+    # The embedding's output, the final norm's input and output.
     ends = 3 * width * h / degrees.sequence
     return {
         "activations": rows * (kept * shape.layers / degrees.pipeline * in_flight + ends),
@@ -182,7 +182,7 @@ def student_activations(cfg: TropdConfig, shape: ModelShape, machine: Machine) -
 
 
 def micro_batches(cfg: TropdConfig) -> int:
-    """Micro-batches of one data-parallel rank and step where all responses have the greatest length."""
+    """Micro-batches of one data-parallel rank and step if all responses have maximum length."""
     data = layout(cfg).data
     if cfg.model.tokens_per_micro_batch is None:
         return math.ceil(cfg.model.global_batch_size / data / cfg.model.micro_batch_size)
@@ -190,7 +190,7 @@ def micro_batches(cfg: TropdConfig) -> int:
 
 
 def head(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine, *, gradient: bool) -> float:
-    """The chunked head: logits of the chunks in flight, and for the student both gradients."""
+    """Bytes of the chunked head: logits of the chunks in flight, and with ``gradient`` (the student) both gradients."""
     width, rows = BYTES[cfg.trainer.precision], row_tokens(cfg)
     columns = shape.padded_vocab(degrees.tensor) / degrees.tensor
     copies = 2 * width if machine.kind == "gpu" else width + (FP32 if width < FP32 else 0)
@@ -198,14 +198,14 @@ def head(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine
     logits = min(columns * copies * (chunk or rows), math.inf if chunk else machine.chunk_bytes)
     if not gradient:
         return logits
-    # The weight's gradient is summed in fp32, and given to autograd once more in the weight's own type.
+    # The weight's gradient is accumulated in fp32, and returned to autograd in the weight's own dtype.
     weight = columns * shape.hidden * (FP32 + width)
     hidden = rows * shape.hidden * width * (1 if degrees.sequence == 1 else 2)
     return logits + weight + hidden
 
 
 def optimizer_bytes(cfg: TropdConfig, numbers: float) -> float:
-    """Master weights where the model's are not fp32, and the optimizer's moments, all in fp32."""
+    """Bytes of fp32 master weights (unless the model's are fp32) and of the optimizer's fp32 moments."""
     moments = {"adam": 2, "sgd": 1}[cfg.model.optim.name]
     master = 1 if cfg.trainer.precision == "bf16" else 0
     return FP32 * (moments + master) * numbers / (layout(cfg).data if cfg.model.optim.distributed else 1)
@@ -217,7 +217,7 @@ def placement(cfg: TropdConfig, machine: Machine) -> str:
 
 
 def engine_bytes(cfg: TropdConfig, student: ModelShape, machine: Machine) -> float:
-    """The rollout engine: on a GPU the share of it that vLLM is given, on CPU weights, cache and processes."""
+    """Bytes of the rollout engine: vLLM's share of a GPU, or on CPU its weights, cache and processes."""
     r = cfg.model.rollout
     if machine.kind == "gpu":
         return r.gpu_memory_utilization * machine.bytes
@@ -274,5 +274,5 @@ def estimate(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine
 
 
 def _largest(shape: ModelShape, degrees: Degrees) -> float:
-    """Numbers of a rank's largest parameter."""
+    """Elements of a rank's largest parameter."""
     return max(shape.padded_vocab(degrees.tensor) * shape.hidden, 2 * shape.ffn * shape.hidden) / degrees.tensor

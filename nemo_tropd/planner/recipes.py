@@ -1,4 +1,4 @@
-"""The recipes in ``conf/`` for GPUs: composed, planned, and the line that each of them carries about itself."""
+"""Composes and plans the GPU recipes in ``conf/``, and maintains the plan line in each of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARK = "# Plan: "
 
 @dataclass(frozen=True)
 class Recipe:
-    """One file, planned for the GPU it names in ``trainer.gpu_memory_gib``."""
+    """One recipe, planned for the GPU memory it states in ``trainer.gpu_memory_gib``."""
 
     path: Path
     cfg: TropdConfig
@@ -39,7 +39,7 @@ class Recipe:
 
     @property
     def line(self) -> str:
-        """Layout, tokens a step and memory a GPU, as the file must state them."""
+        """Layout, tokens per step and memory per GPU, as the file must state them."""
         ranks, m = layout(self.cfg), self.cfg.model
         own = f", teacher tensor {ranks.teacher_tensor}" if ranks.teacher_tensor is not None else ""
         sequence = " with sequence parallel" if m.sequence_parallel else ""
@@ -51,16 +51,20 @@ class Recipe:
 
 
 def plan_recipe(path: Path, chunk_bytes: float, overrides: Mapping[str, object] | None = None) -> Recipe:
-    """Compose ``path`` with ``overrides`` and plan it, from the public shapes; no GPU and no checkpoint is needed.
+    """Compose ``path`` with ``overrides`` and plan it from the public shapes; needs neither GPU nor checkpoint.
 
     Raises:
-        ConfigError: a setting that cannot work, a layout that the models do not split into, or too little memory.
+        ConfigError: an invalid setting, a layout that the models cannot be split into, or too little memory.
     """
     given = [f"{key}={value}" for key, value in (overrides or {}).items()]
     with _no_launcher():
         cfg = resolve(check_command_line([f"--config-name={path.stem}", *given], path.parent.absolute()))
     if cfg.trainer.gpu_memory_gib is None:
-        raise ConfigError("trainer.gpu_memory_gib", None, f"{path.name} is no recipe for a GPU: it names none")
+        raise ConfigError(
+            "trainer.gpu_memory_gib",
+            None,
+            f"{path.name} is not a GPU recipe; set the memory of the GPU it is for, in GiB",
+        )
     machine = Machine("gpu", cfg.trainer.gpu_memory_gib * GIB, chunk_bytes, "trainer.gpu_memory_gib")
     student = _shape("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path)
     teacher = _shape("model.teacher.path", cfg.model.teacher.path)
@@ -73,12 +77,12 @@ def plan_recipe(path: Path, chunk_bytes: float, overrides: Mapping[str, object] 
 
 
 def gpu_recipes(conf: Path) -> list[Path]:
-    """The files that are runs on GPUs: those over ``gpu.yaml``."""
+    """The recipes for GPUs: the files based on ``gpu.yaml``."""
     return [p for p in sorted(conf.glob("*.yaml")) if "\n  - gpu\n" in p.read_text(encoding="utf-8")]
 
 
 def write_lines(conf: Path, chunk_bytes: float) -> list[Path]:
-    """Put each recipe's line into its file, in place of the one there; returns the files that changed."""
+    """Rewrite the plan line of every recipe; returns the files that changed."""
     changed = []
     for path in gpu_recipes(conf):
         text = path.read_text(encoding="utf-8")
@@ -94,13 +98,13 @@ def write_lines(conf: Path, chunk_bytes: float) -> list[Path]:
 def _shape(key: str, path: str) -> ModelShape:
     shape = known_shape(path)
     if shape is None:
-        raise ConfigError(key, path, "is not among the architectures of nemo_tropd/planner/shapes.py; add it there")
+        raise ConfigError(key, path, "unknown architecture; add it to nemo_tropd/planner/shapes.py")
     return shape
 
 
 @contextmanager
 def _no_launcher() -> Iterator[None]:
-    """A recipe is planned for the world it names, whatever world torchrun has started here."""
+    """Hides torchrun's WORLD_SIZE: a recipe is planned for the number of ranks it states."""
     world = os.environ.pop("WORLD_SIZE", None)
     try:
         yield

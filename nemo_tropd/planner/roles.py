@@ -1,4 +1,4 @@
-"""Which rank does what, as a few lines for a person."""
+"""Which rank does what, as a few human-readable lines."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nemo_tropd.planner.memory import layout, placement
 
 
 def engine_groups(cfg: TropdConfig, machine: Machine) -> list[tuple[int, ...]]:
-    """The ranks that hold each rollout engine: the leader alone beside its engine's process, or in each tensor-parallel
-    group one engine in the ranks' own processes; none where engines have hosts of their own."""
+    """The ranks of each rollout engine: rank 0 if the engine is its child process, one engine per tensor-parallel group
+    if it lives in the ranks' own processes, none if engines have hosts of their own."""
     ranks, where = layout(cfg), placement(cfg, machine)
     if where != "colocated":
         return [(0,)] if where == "process" else []
@@ -18,19 +18,19 @@ def engine_groups(cfg: TropdConfig, machine: Machine) -> list[tuple[int, ...]]:
 
 
 def roles(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
-    """(role, which ranks) of a run, one line a role; says where a tensor-parallel group lies on several nodes."""
+    """(role, ranks) of a run, one line per role; says which tensor-parallel groups span several nodes."""
     ranks, devices = layout(cfg), cfg.trainer.devices
     student = [ranks.tensor_group(first) for first in range(0, ranks.world_size, ranks.tensor)]
     lines = [
-        ("leader", "rank 0: prompts, metrics, checkpoints' order, report"),
+        ("rank 0", "prompts, metrics, checkpoints, report"),
         ("student", _groups(student, "tensor group", devices) + _pipeline(ranks)),
         ("teacher", _teacher(ranks, devices)),
     ]
     if placement(cfg, machine) == "process":
-        return [*lines, ("rollouts", "one engine, a process beside rank 0")]
+        return [*lines, ("rollouts", "one engine, a child process of rank 0")]
     if placement(cfg, machine) == "dedicated":
         d = cfg.model.rollout.dedicated
-        return [*lines, ("rollouts", f"{d.engines} engine host(s) that join rank 0 at {d.address}; no rank holds one")]
+        return [*lines, ("rollouts", f"{d.engines} engine host(s) that join rank 0 at {d.address}; none on the ranks")]
     asleep = ", asleep while they train" if cfg.model.rollout.sleep else ""
     where = f"{_groups(engine_groups(cfg, machine), 'engine', devices)}, in the ranks' own processes{asleep}"
     return [*lines, ("rollouts", where)]
@@ -45,15 +45,15 @@ def _pipeline(ranks: RankLayout) -> str:
 
 def _teacher(ranks: RankLayout, devices: int) -> str:
     if ranks.teacher_tensor is None:
-        return "split as the student is, on the same ranks"
+        return "split like the student, on the same ranks"
     text = _groups(list(ranks.teacher_groups()), "group", devices)
     if ranks.owners > 1:
-        return f"{text}, each for {ranks.owners} data ranks"
-    return f"{text}, {ranks.replicas} of them share a data rank's micro-batches"
+        return f"{text}, each serves {ranks.owners} data-parallel ranks"
+    return f"{text}, {ranks.replicas} of them share a data-parallel rank's micro-batches"
 
 
 def _groups(groups: list[tuple[int, ...]], what: str, devices: int) -> str:
-    """The first two groups and the last; how many cross a node's border."""
+    """The first two groups and the last; how many span nodes."""
     shown = groups if len(groups) <= 3 else [groups[0], groups[1], groups[-1]]
     names = [f"{g[0]}-{g[-1]}" if len(g) > 1 else str(g[0]) for g in shown]
     if len(groups) > 3:

@@ -1,7 +1,7 @@
-"""Architectures of public checkpoints, so that a recipe can be planned on a machine that does not hold them.
+"""Architectures of public checkpoints, so that a recipe can be planned on a machine that does not have them.
 
-The numbers are those of each checkpoint's ``config.json`` on the Hugging Face hub; a test holds them against the
-published counts of parameters. A plan of a real run reads the checkpoint itself.
+The numbers are those of each checkpoint's ``config.json`` on the Hugging Face hub; a test compares them with the
+published parameter counts. The plan of a real run reads the checkpoint itself.
 """
 
 from __future__ import annotations
@@ -60,6 +60,6 @@ SHAPES: dict[str, ModelShape] = {
 
 
 def known_shape(path: str) -> ModelShape | None:
-    """The shape of a checkpoint folder by its last name, whatever its case; None for a name that is not listed."""
+    """The shape of a checkpoint folder by the last part of its path, ignoring case; None if it is not listed."""
     name = path.rstrip("/").rsplit("/", 1)[-1].lower()
     return next((shape for known, shape in SHAPES.items() if known.lower() == name), None)

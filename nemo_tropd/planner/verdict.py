@@ -1,4 +1,4 @@
-"""Does the plan fit the machine? As lines of a table, and as a refusal that says what to change."""
+"""Does the plan fit the machine? As rows of a table, and as an error that says what to change."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ REMEDIES: dict[str, tuple[str, str]] = {
 
 
 def gib(size: float) -> str:
-    """``size`` bytes for a person."""
+    """``size`` bytes, human-readable."""
     return f"{size / GIB:.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:.2f} MiB"
 
 
 def needed(cfg: TropdConfig, memory: Memory, machine: Machine) -> float:
-    """Bytes to hold against ``machine.bytes``: a rank and the engine on a GPU, all ranks of a node and it on a host."""
+    """Bytes to compare with ``machine.bytes``: one rank and the engine on a GPU, all ranks and the engine on a host."""
     return memory.total if machine.kind == "gpu" else cfg.trainer.devices * memory.rank + memory.engine
 
 
 def memory_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
-    """(part, size) of a rank: what it always holds, then every phase with its parts."""
+    """(part, size) of a rank: the resident parts, then every phase with its parts."""
     lines = [(f"memory: {part}", gib(size)) for part, size in memory.resident.items()]
     for phase, parts in memory.phases.items():
         sizes = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())
@@ -44,15 +44,15 @@ def memory_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
         lines.append((f"memory: during {phase}", f"{gib(sum(parts.values()))}{mark}: {sizes}"))
     lines.append(("memory of a rank", f"{gib(memory.rank)} at its peak"))
     if memory.engine:
-        lines.append(("memory of the engine", f"{gib(memory.engine)} beside rank 0"))
-    return [*lines, ("memory there is", f"{gib(machine.bytes)}, {machine.where}")]
+        lines.append(("memory of the engine", f"{gib(memory.engine)} next to rank 0"))
+    return [*lines, ("memory available", f"{gib(machine.bytes)}, {machine.where}")]
 
 
 def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
-    """Refuse a plan that does not fit.
+    """Reject a plan that does not fit.
 
     Raises:
-        ConfigError: names the key that changes the largest part, all numbers, and what to do.
+        ConfigError: names the key that affects the largest part, all sizes, and what to change.
     """
     need = needed(cfg, memory, machine)
     if need <= machine.bytes:
@@ -62,17 +62,20 @@ def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
         parts["engine"] = memory.engine
     largest = max((part for part in parts if part in REMEDIES), key=lambda part: parts[part])
     key, remedy = REMEDIES[largest]
-    advice = f"Largest that a key changes is {largest}: {remedy}"
+    advice = f"The largest part that a key can change is {largest}: {remedy}"
     if parts[largest] < need - machine.bytes:
-        key, advice = "trainer.devices", "No one part is as large as what is missing: more devices, or larger ones"
+        key, advice = (
+            "trainer.devices",
+            "No single part is as large as what is missing: use more devices, or devices with more memory",
+        )
     node: object = cfg
     for name in key.split("."):
         node = getattr(node, name)
     numbers = ", ".join(f"{part} {gib(size)}" for part, size in sorted(parts.items(), key=lambda p: -p[1]) if size)
-    each = "" if machine.kind == "gpu" else f" ({cfg.trainer.devices} ranks of {gib(memory.rank)} on a host)"
+    each = "" if machine.kind == "gpu" else f" ({cfg.trainer.devices} ranks of {gib(memory.rank)} per host)"
     raise ConfigError(
         key,
         node,
-        f"the plan needs {gib(need)}{each} during {memory.peak_phase}, and there are {gib(machine.bytes)} "
+        f"the plan needs {gib(need)}{each} during {memory.peak_phase}, but only {gib(machine.bytes)} are available "
         f"({machine.where}): {numbers}. {advice}",
     )

@@ -1,5 +1,5 @@
-"""Bytes that a GPU sends in one step, by kind. Ring collectives: an all-reduce of N bytes over p ranks sends
-2 N (p - 1) / p from each, a gather or a reduce-scatter N (p - 1) / p. Worst case, as in ``planner.memory``.
+"""Bytes that a GPU sends per step, by kind. Ring collectives: in an all-reduce of N bytes over p ranks each rank sends
+2 N (p - 1) / p, in a gather or a reduce-scatter N (p - 1) / p. Worst case, as in ``planner.memory``.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from nemo_tropd.planner.memory import (
     teacher_degrees,
 )
 
-# A rollout's token as the leader sends it to every rank: id, log-probability, pickled.
+# Bytes of a rollout's token as rank 0 sends it to every rank: id and log-probability, pickled.
 ROLLOUT_TOKEN = 13
 
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes sent by one rank in a step, by kind, and which kinds stay within a node where tensor groups do."""
+    """Bytes sent by one rank per step, by kind, and which kinds stay within a node if tensor-parallel groups do."""
 
     kinds: Mapping[str, float]
     within_node: tuple[str, ...]
 
     @property
     def total(self) -> float:
-        """All kinds."""
+        """The sum over all kinds."""
         return sum(self.kinds.values())
 
 
@@ -47,22 +47,22 @@ def ring(size: float, ranks: int, *, reduce: bool = False) -> float:
 
 
 def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> Wire:
-    """The bytes of a checked configuration's step."""
+    """Bytes of one step of a checked configuration."""
     ranks, own, theirs = layout(cfg), student_degrees(cfg), teacher_degrees(cfg)
     m, width = cfg.model, BYTES[cfg.trainer.precision]
     teacher_width = BYTES[m.teacher.precision or cfg.trainer.precision]
     mine = positions(cfg) / ranks.data
     scored = loss_tokens(cfg) / ranks.data
     numbers = sum(stage_parameters(student, own))
-    # A layer's two blocks each reduce the hidden states, forward and backward; recomputation goes forward once more.
+    # A layer's two blocks each reduce the hidden states, forward and backward; recomputation adds a forward pass.
     passes = {None: 2, "selective": 2.5, "full": 3}[m.recompute]
     hidden = ring(mine * student.hidden * width, own.tensor)
     reduces = 2 * passes * 2
-    again = 2 if own.sequence > 1 else 0  # backward gathers each block's input once more, for the weights' gradients
+    again = 2 if own.sequence > 1 else 0  # backward gathers each block's input again, for the weights' gradients
     student_tensor = hidden * (reduces + again) * student.layers / own.pipeline
     student_head = ring(mine * student.hidden * width, own.tensor, reduce=True)
     columns = ring(scored * (m.tropd.top_k + 4) * FP32, own.tensor, reduce=True)
-    # A teacher group sees the rows of several data ranks, or a share of one's.
+    # A teacher group scores the rows of several data-parallel ranks, or a share of one's.
     seen = mine * ranks.owners / ranks.replicas
     teacher_hidden = ring(seen * teacher.hidden * teacher_width, theirs.tensor, reduce=True)
     candidates = scored * ranks.owners / ranks.replicas * (m.tropd.top_k * (FP32 + 8) + 3 * FP32) * (theirs.tensor - 1)
@@ -83,7 +83,7 @@ def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, ma
 
 
 def _data_parallel(cfg: TropdConfig, numbers: float, width: int) -> float:
-    """Sum of the gradients; with the distributed optimizer, scattered, and the weights gathered again."""
+    """All-reduce of the gradients; with the distributed optimizer, reduce-scatter, and all-gather of the weights."""
     data = layout(cfg).data
     if not cfg.model.optim.distributed:
         return ring(numbers * FP32, data, reduce=True)
@@ -91,16 +91,16 @@ def _data_parallel(cfg: TropdConfig, numbers: float, width: int) -> float:
 
 
 def _scores(cfg: TropdConfig, scored: float) -> float:
-    """What a teacher of its own degree adds: scores passed on in a model group, micro-batches shown to other owners."""
+    """What a teacher with its own tensor degree adds: scores sent within a model group, micro-batches to owners."""
     ranks = layout(cfg)
     passed = scored * (1 + 2 * cfg.model.tropd.top_k) * FP32 if ranks.replicas > 1 else 0.0
     return passed + (ranks.owners - 1) * positions(cfg) / ranks.data * BATCH_POSITION
 
 
 def _refresh(cfg: TropdConfig, student: ModelShape, own: Degrees, machine: Machine) -> float:
-    """The student's weights, tensor by tensor, to where an engine takes them: its own shard from every rank of a model
-    group. An engine beside the ranks is served by the leader's group; one in every group's own processes by all; to
-    hosts of their own the leader broadcasts once, by NCCL's ring."""
+    """The student's weights, tensor by tensor, gathered from all ranks of a model group for its engine: by rank 0's
+    group for a child-process engine, by every group for colocated engines; to dedicated hosts rank 0 also broadcasts
+    them once, by NCCL's ring."""
     group = own.tensor * own.pipeline
     bytes_ = student.parameters() * BYTES[cfg.model.rollout.dtype]
     sent = ring(bytes_, group)

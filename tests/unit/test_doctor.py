@@ -1,4 +1,4 @@
-"""The doctor: right exit codes here, and a remedy for everything that is wrong."""
+"""The doctor: correct exit codes on this machine, and a fix for every problem."""
 
 from __future__ import annotations
 

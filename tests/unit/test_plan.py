@@ -61,7 +61,7 @@ def test_a_plan_for_a_gpu_that_is_not_here(
 def test_more_than_the_host_has_is_refused(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("nemo_tropd.training.plan.host_bytes", lambda: 2.0 * 2**30)
-    with pytest.raises(ConfigError, match=r"the plan needs .* \(2 ranks of .* on a host\) .* there are 2\.00 GiB"):
+    with pytest.raises(ConfigError, match=r"the plan needs .* \(2 ranks of .* per host\) .* only 2\.00 GiB"):
         plan(tiny, tmp_path / "run", data=2)
 
 

@@ -61,9 +61,6 @@ def test_the_planner_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent, timeout=60)
 
 
-# ------------------------------------------------------------------------------------------------------------- ranks
-
-
 @pytest.mark.parametrize(("tensor", "data", "pipeline"), [(1, 1, 1), (2, 3, 1), (4, 2, 2), (1, 4, 3), (8, 8, 8)])
 def test_groups_are_megatrons(tensor: int, data: int, pipeline: int) -> None:
     from megatron.core.parallel_state import RankGenerator
@@ -134,9 +131,6 @@ def test_the_teachers_degree_is_checked_with_the_keys(monkeypatch: pytest.Monkey
     assert layout(compose_config([*base, f"{key}=6"])).owners == 3
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
-
-
 @pytest.mark.parametrize("name", ["Qwen3-4B", "Qwen3-8B", "Qwen2.5-7B-Instruct"])
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
 def test_parameters_of_the_stages_add_up(name: str, pipeline: int) -> None:
@@ -198,7 +192,7 @@ def test_engines_on_hosts_of_their_own_take_nothing_of_the_ranks() -> None:
     beside = compose_config([*base, "model.rollout.placement=process"])
     assert engine_groups(apart, machine) == [] and engine_groups(beside, machine) == [(0,)]
     said = dict(roles(apart, machine))["rollouts"]
-    assert said == "3 engine host(s) that join rank 0 at node1:29600; no rank holds one"
+    assert said == "3 engine host(s) that join rank 0 at node1:29600; none on the ranks"
     ours, theirs = (estimate(cfg, student, teacher, machine) for cfg in (apart, beside))
     assert ours.engine == 0 and "rollouts" not in ours.phases and ours.resident == theirs.resident
     sent, less = (
@@ -218,11 +212,11 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
         check_memory(cfg, memory, gpu(79))
     text = str(raised.value)
     assert raised.value.key == "model.optim.distributed" and raised.value.value is False
-    assert re.search(r"needs \d+\.\d\d GiB during student passes, and there are 79\.00 GiB", text)
-    assert "teacher 27.5" in text and "Largest that a key changes is optimizer: set it to true" in text
+    assert re.search(r"needs \d+\.\d\d GiB during student passes, but only 79\.00 GiB", text)
+    assert "teacher 27.5" in text and "The largest part that a key can change is optimizer: set it to true" in text
     cpu = Machine("cpu", 8 * GIB, CHUNK_BYTES["cpu"], "this host")
     small = compose_config([*base, "trainer.devices=2", "model.encoder_seq_length=9216"])
-    with pytest.raises(ConfigError, match=r"\(2 ranks of \d+\.\d+ GiB on a host\)"):
+    with pytest.raises(ConfigError, match=r"\(2 ranks of \d+\.\d+ GiB per host\)"):
         check_memory(small, estimate(small, SHAPES["smollm2-student-24l"], SHAPES["Qwen3-1.7B"], cpu), cpu)
 
 
@@ -240,9 +234,6 @@ def test_ring_volumes() -> None:
     assert ring(80.0, 1) == 0 and ring(80.0, 4) == 60 and ring(80.0, 4, reduce=True) == 120
 
 
-# ----------------------------------------------------------------------------------------------------------- recipes
-
-
 def test_there_are_recipes() -> None:
     assert len(RECIPES) >= 8 and all(len(p.read_text().splitlines()) < 40 for p in RECIPES)
 
@@ -258,7 +249,7 @@ def test_a_recipe_fits_its_gpus_and_says_so(path: Path) -> None:
     groups = [ranks.tensor_group(r) for r in range(ranks.world_size)] + list(ranks.teacher_groups())
     groups += engine_groups(recipe.cfg, recipe.machine)
     assert all(nodes_of(group, devices) == 1 for group in groups), "no tensor-parallel group leaves its node"
-    assert dict(roles(recipe.cfg, recipe.machine)).keys() == {"leader", "student", "teacher", "rollouts"}
+    assert dict(roles(recipe.cfg, recipe.machine)).keys() == {"rank 0", "student", "teacher", "rollouts"}
     match = re.fullmatch(r".*-from-.*-(\d+)n(\d+)g(-fp8)?", path.stem)
     if match:
         assert (int(match[1]), int(match[2])) == (recipe.cfg.trainer.num_nodes, devices)
