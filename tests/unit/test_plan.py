@@ -54,7 +54,9 @@ def test_a_plan_for_a_gpu_that_is_not_here(
     print_plan(cfg, made)
     shown = capsys.readouterr().out
     assert made.machine.kind == "gpu" and "40.00 GiB, trainer.gpu_memory_gib" in shown and "2 engines" in shown
-    with pytest.raises(ConfigError, match=r"trainer\.devices = 1: the plan needs 3\.\d+ GiB .*No one part is as large"):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.devices = 1: the plan needs 3\.\d+ GiB .*No single part is as large"
+    ):
         plan(tiny, tmp_path / "run", **{"trainer.gpu_memory_gib": 3}, check_only=True)
 
 
@@ -107,7 +109,7 @@ def test_unknown_objective_and_parameter(tiny: TinyRun, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "holds no prompt"), ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"), ('{"text": "a"}\n', "'text'")],
+    [("", "has no prompts"), ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"), ('{"text": "a"}\n', "'text'")],
 )
 def test_bad_prompt_files(tiny: TinyRun, tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "prompts.jsonl"
