@@ -1,36 +1,43 @@
-"""Files and folders that appear complete or not at all, after a crash of the machine too.
+"""Files and folders that appear complete or not at all, even if the machine crashes.
 
 Everything is written under a temporary name in the same folder, flushed to the disk (fsync), renamed, and the rename
-itself flushed (fsync of the folder). Imports nothing of ours.
+itself flushed (fsync of the folder). What processes that were killed left under temporary names is removed by the next
+process that writes to the same folder. Imports nothing of ours.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+_MACHINE = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<machine>[A-Za-z0-9._]*)-[0-9a-f]{8}-(?P<pid>\d+)")
+_STALE_AFTER_S = 24 * 3600.0
+_in_use: set[Path] = set()
+_cleaned: set[tuple[int, Path]] = set()  # (process, folder): a forked child cleans for itself
+
 
 @contextmanager
 def complete_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: what the block writes there becomes ``path`` when it ends without an exception.
+    """A temporary path beside ``path``: what the block writes there becomes ``path`` if it ends without an exception.
 
-    After an exception ``path`` is as it was and the temporary file is gone. A reader sees the old file or the new one.
+    After an exception ``path`` is unchanged and the temporary file is gone. A reader sees the old file or the new one.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with _temporary(path) as temporary:
         yield temporary
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -46,35 +53,42 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def complete_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``, renamed to ``path`` when the block ends without an exception.
+    """A temporary folder beside ``path``, renamed to ``path`` if the block ends without an exception.
 
-    A folder that was at ``path`` stays until the new one is complete. After an exception the temporary folder is gone.
+    An existing folder at ``path`` stays until the new one is complete. After an exception the temporary folder is gone.
     """
     path = Path(path)
+    missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    for folder in reversed(missing):
+        sync(folder.parent)
+    with _temporary(path) as temporary:
+        temporary.mkdir()
         yield temporary
         finish_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def finish_folder(temporary: Path, path: Path) -> None:
-    """Flush the folder ``temporary`` and its files to the disk and rename it to ``path``, in place of an old one."""
+    """Flush the folder ``temporary`` and its files to the disk and rename it to ``path``, replacing an old one.
+
+    If the rename fails, the old folder is back in its place.
+    """
     for folder, _, names in os.walk(temporary):
         for name in names:
             sync(Path(folder) / name)
         sync(Path(folder))
-    if path.exists():
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if not path.exists():
+        temporary.rename(path)
+        sync(path.parent)
+        return
+    with _temporary(path, "old") as old:
         path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(path)
-    sync(path.parent)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -84,6 +98,58 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
+    """An unused name beside ``path`` for a file or folder, which is removed afterwards if it still exists."""
+    _remove_stale(path.parent)
+    temporary = path.with_name(f".{path.name}.{kind}-{_MACHINE}-{secrets.token_hex(4)}-{os.getpid()}")
+    _in_use.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        _in_use.discard(temporary)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove temporary files and folders of dead processes, once per process and folder.
+
+    A folder moved aside by a process that died before the new one was in its place is moved back. Names from another
+    machine, whose processes are not visible here, are removed once they are a day old.
+    """
+    mark = (os.getpid(), folder.absolute())
+    if mark in _cleaned or not folder.is_dir():
+        return
+    _cleaned.add(mark)
+    for left_over in list(folder.iterdir()):
+        match = _TEMPORARY.fullmatch(left_over.name)
+        if match is None or left_over in _in_use or not _is_stale(left_over, match["machine"], int(match["pid"])):
+            continue
+        target = folder / match["name"]
+        with suppress(FileNotFoundError):  # another process may remove it at the same time
+            if match["kind"] == "old" and not target.exists():
+                left_over.rename(target)
+            else:
+                _remove(left_over)
+
+
+def _is_stale(path: Path, machine: str, pid: int) -> bool:
+    if machine == _MACHINE:
+        # Not in use by us, so a name with our process id is from a process that had the id before.
+        return pid == os.getpid() or not Path(f"/proc/{pid}").exists()
+    try:
+        return time.time() - path.stat().st_mtime > _STALE_AFTER_S
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def default_cache_dir() -> Path:

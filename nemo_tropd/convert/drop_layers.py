@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.folders import copy_sidecar, new_folder
+from nemo_tropd.convert.hf_files import INDEX, open_safetensors, save_weights
 from nemo_tropd.files import write_json
 
 
@@ -22,13 +21,13 @@ def drop_layers(
     out_dir: str | os.PathLike[str],
     layers_to_drop: Sequence[int],
 ) -> Path:
-    """Copy a Hugging Face checkpoint without some of its layers; the others close ranks. Deterministic.
+    """Copy a Hugging Face checkpoint without some of its layers and renumber the others. Deterministic.
 
-    Weights go one safetensors file at a time, so no more than one is in memory. ``config.json`` gets the new
-    ``num_hidden_layers`` (and ``layer_types`` where it has them); other files are copied. ``out_dir`` is replaced as a
-    whole, and appears only once complete. Returns ``out_dir``.
+    Weights are copied one safetensors file at a time, so at most one is in memory. ``config.json`` gets the new
+    ``num_hidden_layers`` (and ``layer_types`` if present); other files are copied. ``out_dir`` is replaced once the new
+    folder is complete. Returns ``out_dir``.
 
-    Raises ConversionError when the source is no checkpoint, or the layers are out of range, repeated, or all of them.
+    Raises ConversionError if the source is not a checkpoint, or the layers are out of range, repeated, or all of them.
     """
     source, target = Path(source_dir), Path(out_dir)
     config = read_config(source)
@@ -36,8 +35,8 @@ def drop_layers(
     dropped = sorted(layers_to_drop)
     if len(set(dropped)) != len(dropped) or any(not 0 <= i < layers for i in dropped) or len(dropped) >= layers:
         raise ConversionError(
-            f"layers_to_drop={list(layers_to_drop)}: must be different numbers from 0 to {layers - 1}, and leave a "
-            f"layer ({source} has {layers})"
+            f"layers_to_drop={list(layers_to_drop)}: must be different numbers from 0 to {layers - 1} and keep a layer "
+            f"({source} has {layers})"
         )
     kept = [i for i in range(layers) if i not in dropped]
     if config.get("layer_types"):
@@ -45,7 +44,7 @@ def drop_layers(
     config["num_hidden_layers"] = len(kept)
     files = sorted(source.glob("*.safetensors"))
     if not files:
-        raise ConversionError(f"{source} holds no .safetensors file")
+        raise ConversionError(f"{source} has no .safetensors file: convert the checkpoint to safetensors first")
 
     size = sum(f.stat().st_size for f in files)
     with new_folder(target, overwrite=True, needed_bytes=size) as part:
@@ -60,7 +59,7 @@ def drop_layers(
                 save_weights(state, part / file.name)
         if len(files) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(part / "model.safetensors.index.json", index)
+            write_json(part / INDEX, index)
         write_json(part / "config.json", config)
     return target
 
@@ -68,36 +67,25 @@ def drop_layers(
 def _read_kept(file: Path, new_index: dict[int, int]) -> dict[str, torch.Tensor]:
     """Tensors of one file that stay, under their new names."""
     state: dict[str, torch.Tensor] = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping: it only offers keys())
-                head, dot, rest = name.partition(".layers.")
-                if dot:
-                    number, _, leaf = rest.partition(".")
-                    if int(number) not in new_index:
-                        continue
-                    state[f"{head}.layers.{new_index[int(number)]}.{leaf}"] = tensors.get_tensor(name)
-                else:
-                    state[name] = tensors.get_tensor(name)
-    except SafetensorError as error:
-        raise ConversionError(f"{file} is corrupt or cut short ({error}): build or download it again") from error
+    with open_safetensors(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (no mapping: it only offers keys())
+            head, dot, rest = name.partition(".layers.")
+            number, _, leaf = rest.partition(".")
+            if not dot:
+                state[name] = tensors.get_tensor(name)
+            elif int(number) in new_index:
+                state[f"{head}.layers.{new_index[int(number)]}.{leaf}"] = tensors.get_tensor(name)
     return state
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json; ConversionError where it is missing, damaged or names no layers."""
+    """A checkpoint's config.json; ConversionError if it is missing, damaged or has no num_hidden_layers."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         int(config["num_hidden_layers"])
     except FileNotFoundError:
-        raise ConversionError(f"{folder} is no Hugging Face checkpoint: it has no config.json") from None
+        raise ConversionError(f"{folder} is not a Hugging Face checkpoint: it has no config.json") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{path} is malformed: {error!r}") from error
     return config
-
-
-def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Save as safetensors, readable by others as any file is: the library makes its files private."""
-    save_file(state, path, metadata={"format": "pt"})
-    path.chmod(0o644)

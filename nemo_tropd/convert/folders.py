@@ -1,4 +1,4 @@
-"""Output folders that appear only when complete, and the files that travel with the weights unchanged."""
+"""Output folders that appear only once complete, and the files that are copied unchanged beside the weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nemo_tropd.convert.families import ConversionError
-from nemo_tropd.files import complete_folder
+from nemo_tropd.files import complete_folder, write_json
 
 _WEIGHTS = (
     ".safetensors",
@@ -32,8 +32,8 @@ SIDECAR = "hf"
 def new_folder(path: str | Path, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
     """A folder that appears as ``path`` once complete, see :func:`nemo_tropd.files.complete_folder`.
 
-    Raises ConversionError before anything is written where ``path`` exists and ``overwrite`` is off, or where the
-    disk has less than ``needed_bytes`` left. An old folder stays until the new one is complete.
+    Raises ConversionError before anything is written if ``path`` exists and ``overwrite`` is off, or if the disk has
+    less than ``needed_bytes`` free. An old folder stays until the new one is complete.
     """
     check_free_to_write(Path(path), overwrite, needed_bytes)
     with complete_folder(path) as folder:
@@ -41,15 +41,15 @@ def new_folder(path: str | Path, overwrite: bool = False, needed_bytes: int = 0)
 
 
 def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
-    """Raise ConversionError where ``path`` is taken, or its disk has no room for ``needed_bytes``."""
+    """Raise ConversionError if ``path`` exists, or its disk has no room for ``needed_bytes``."""
     if path.exists() and not overwrite:
-        raise ConversionError(f"{path} exists: choose another folder, or ask to overwrite it")
+        raise ConversionError(f"{path} exists: choose another folder, or pass --overwrite (overwrite=True)")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes + _SPARE_BYTES * bool(needed_bytes):
         raise ConversionError(
-            f"{existing} has {free / 1e9:.2f} GB free where {needed_bytes / 1e9:.2f} GB are to be written: "
-            "free some space"
+            f"{existing} has {free / 1e9:.2f} GB free, but {needed_bytes / 1e9:.2f} GB are needed: free disk space or "
+            "choose another disk"
         )
 
 
@@ -57,7 +57,7 @@ def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = Non
     """Copy every file of a Hugging Face folder that is not weights: config, generation config, tokenizer, chat
     template.
 
-    All stay as they are, byte for byte, but for the dtype field of config.json where ``dtype`` is given and differs.
+    They stay the same byte for byte, except the dtype field of config.json if ``dtype`` is given and differs.
     """
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source_dir.iterdir()):
@@ -66,18 +66,18 @@ def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = Non
     if dtype is None:
         return
     config_path = target / "config.json"
-    config = json.loads(config_path.read_text())
+    config = json.loads(config_path.read_text(encoding="utf-8"))
     field = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     name = str(dtype).removeprefix("torch.")
     if config.get(field) != name:
         config[field] = name
-        config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_json(config_path, config)
 
 
 def write_hf_sidecar(checkpoint_dir: str | Path, source_dir: str | Path) -> None:
-    """Put config and tokenizer of ``source_dir`` under ``checkpoint_dir/hf``, so that export needs no other folder.
+    """Copy config and tokenizer of ``source_dir`` to ``checkpoint_dir/hf``, so that export needs no other folder.
 
-    ``source_dir`` is a Hugging Face folder, or a checkpoint that has a sidecar itself.
+    ``source_dir`` is a Hugging Face folder, or a checkpoint that has such a folder itself.
     """
     source = Path(source_dir)
     if not (source / "config.json").is_file() and (source / SIDECAR / "config.json").is_file():

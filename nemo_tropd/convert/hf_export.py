@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,25 +12,23 @@ from torch.nn import Module
 
 from nemo_tropd.convert.families import ConversionError, ModelShape, Row, read_shape
 from nemo_tropd.convert.folders import copy_sidecar, new_folder
-from nemo_tropd.convert.hf_files import SafetensorsWriter
+from nemo_tropd.convert.hf_files import MAX_SHARD_BYTES, write_weights
 from nemo_tropd.convert.hf_import import local_rows, unwrap
 from nemo_tropd.convert.layouts import split, unshard, whole_shape
 from nemo_tropd.parallel.agreement import World, on_stream
 from nemo_tropd.parallel.topology import Topology
 
 
-def hf_stream(
-    model: Module, shape: ModelShape, topology: Topology, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """The model as (HF name, full CPU tensor) pairs, in the order of the forward pass, on the leader.
+def hf_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    """The model as (HF name, full CPU tensor) pairs, in the order of the forward pass, on rank 0.
 
     **Every rank must exhaust it**: other ranks get nothing but take part in the collectives of the model's data rank 0.
-    One parameter is in flight at a time; tensors are cast to ``dtype`` (default: the model's), cut to the true
-    vocabulary, contiguous, and the caller's to keep. A tied head is not repeated.
+    One parameter is in flight at a time; tensors have the model's dtype, are cut to the true vocabulary, contiguous,
+    and belong to the caller. A tied head is not repeated.
     """
     if topology.data_rank != 0:
         return
-    dtype = dtype or unwrap(model).config.params_dtype  # type: ignore[union-attr, assignment]
+    dtype: torch.dtype = unwrap(model).config.params_dtype  # type: ignore[union-attr, assignment]
     mine = {row.megatron: parameter for parameter, row in local_rows(model, shape)}
     for row in shape.rows():
         owner = row.stage(shape, topology.pipeline_size)
@@ -54,7 +51,7 @@ def device_stream(model: Module, shape: ModelShape, topology: Topology) -> Itera
     step, and never written to. A tied head is not repeated. Raises ConversionError under pipeline parallelism.
     """
     if topology.pipeline_size > 1:
-        raise ConversionError("weights are streamed on the device only where one rank holds every layer's shard")
+        raise ConversionError("device_stream needs pipeline parallel 1: a rank must hold a shard of every layer")
     mine = {row.megatron: parameter for parameter, row in local_rows(model, shape)}
     for row in shape.rows():
         part = mine[row.megatron].detach()
@@ -76,7 +73,7 @@ def _gather_shards(part: Tensor, row: Row, shape: ModelShape, topology: Topology
 
 
 def _send_to_leader(
-    whole: Tensor | None, row: Row, shape: ModelShape, topology: Topology, owner: int, dtype: torch.dtype | None
+    whole: Tensor | None, row: Row, shape: ModelShape, topology: Topology, owner: int, dtype: torch.dtype
 ) -> Tensor | None:
     """From tensor rank 0 of stage ``owner`` to tensor rank 0 of the first stage."""
     if topology.tensor_rank != 0 or topology.pipeline_rank not in (0, owner):
@@ -98,15 +95,15 @@ def save_hf(
     source_dir: str | Path,
     dtype: torch.dtype,
     overwrite: bool = False,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write ``stream`` as a Hugging Face folder that transformers and vLLM load as it is.
+    """Write ``stream`` as a Hugging Face folder that transformers and vLLM load without changes.
 
-    Every rank of the default process group calls it and exhausts its stream; the leader (rank 0, or the only process)
-    writes. Weights are sharded safetensors in ``dtype``; ``config.json`` is the source's with its dtype field set,
-    every other file of ``source_dir`` that is not weights (generation config, tokenizer, chat template) is carried over
-    unchanged. The folder appears under its name only once complete. Raises ConversionError, on every rank, where the
-    folder exists and ``overwrite`` is off, the disk is too small, or the leader fails to write.
+    Every rank of the default process group calls it and exhausts its stream; rank 0 (or the only process) writes.
+    Weights are sharded safetensors in ``dtype``, one shard in memory at a time; ``config.json`` is the source's with
+    its dtype field set, every other file of ``source_dir`` that is not weights (generation config, tokenizer, chat
+    template) is copied unchanged. The folder appears under its name only once complete. Raises ConversionError, on
+    every rank, if the folder exists and ``overwrite`` is off, the disk is too small, or rank 0 fails to write.
     """
     out_dir = Path(out_dir)
 
@@ -127,11 +124,7 @@ def _write_folder(
     overwrite: bool,
     max_shard_bytes: int,
 ) -> None:
-    tensors = list(read_shape(source_dir).hf_tensors())
-    needed = sum(math.prod(size) for _, size in tensors) * dtype.itemsize
-    with new_folder(out_dir, overwrite, needed) as folder:
-        writer = SafetensorsWriter(folder, tensors, dtype, max_shard_bytes)
-        for name, tensor in stream:
-            writer.write(name, tensor)
-        writer.close()
+    shape = read_shape(source_dir)
+    with new_folder(out_dir, overwrite, shape.parameters() * dtype.itemsize) as folder:
+        write_weights(folder, stream, dict(shape.hf_tensors()), dtype, max_shard_bytes)
         copy_sidecar(source_dir, folder, dtype)

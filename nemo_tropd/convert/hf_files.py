@@ -1,218 +1,173 @@
-"""Safetensors files, read and written one tensor at a time, and the folder of a Hugging Face checkpoint.
-
-Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the bytes.
-Reading and writing by hand keeps memory at one tensor: the library maps whole files, and writes a file from tensors
-all in memory.
-"""
+"""The safetensors files of a Hugging Face checkpoint: checked, read by ranges of a tensor, written file by file."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_tropd.convert.families import ConversionError, ModelShape
+from nemo_tropd.files import write_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-class SafetensorsFile:
-    """One file's header, checked against the file's length when opened. Raises ConversionError for a damaged file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            length = path.stat().st_size
-        except FileNotFoundError:
-            raise ConversionError(f"{path} does not exist, though the checkpoint's index names it") from None
-        with path.open("rb") as file:
-            start = file.read(8)
-            header_length = int.from_bytes(start, "little")
-            if len(start) < 8 or header_length > length - 8:
-                raise ConversionError(f"{path} is truncated: {length} bytes do not hold its header; fetch it again")
-            try:
-                header = json.loads(file.read(header_length))
-            except ValueError as error:
-                raise ConversionError(f"{path} is not a safetensors file: its header is not JSON ({error})") from None
-        header.pop("__metadata__", None)
-        self.entries: dict[str, dict[str, Any]] = header
-        self.data_start = 8 + header_length
-        expected = self.data_start + max((e["data_offsets"][1] for e in header.values()), default=0)
-        if expected > length:
-            raise ConversionError(f"{path} is truncated: {length} bytes where its header promises {expected}")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.entries[name]["shape"])
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor, or a range of its rows, in its own dtype."""
-        entry = self.entries[name]
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise ConversionError(f"{self.path}: {name} is {entry['dtype']}; understood are {', '.join(DTYPES)}")
-        shape = self.shape(name)
-        begin, end = entry["data_offsets"]
-        if rows is not None:
-            first, last, _ = rows.indices(shape[0])
-            shape = (max(0, last - first), *shape[1:])
-            begin += first * math.prod(shape[1:]) * dtype.itemsize
-            end = begin + math.prod(shape) * dtype.itemsize
-        buffer = torch.empty(end - begin, dtype=torch.uint8)
-        with self.path.open("rb") as file:
-            file.seek(self.data_start + begin)
-            got = file.readinto(buffer.numpy()) if end > begin else 0  # type: ignore[arg-type]
-        if got != end - begin:
-            raise ConversionError(f"{self.path} is truncated: {name} ended after {got} of {end - begin} bytes")
-        return buffer.view(dtype).view(shape)
+MAX_SHARD_BYTES = 10**9
 
 
 class HfCheckpoint:
-    """The weights of a Hugging Face folder, checked on opening against the names and shapes ``shape`` asks for.
+    """The weights of a Hugging Face folder, checked on opening against the names and shapes of ``shape``.
 
-    Raises ConversionError naming a missing file or tensor, a tensor nobody asks for, both shapes where they differ,
-    and a truncated file.
+    A tensor is mapped from its file, which is open only until the tensor is freed: what is read once does not stay in
+    memory. Raises ConversionError naming a missing, damaged or truncated file, a tensor that is missing, duplicated,
+    unexpected or of an unsupported dtype, and both shapes if they differ.
     """
 
     def __init__(self, directory: str | Path, shape: ModelShape) -> None:
         self.directory = Path(directory)
-        self._files: dict[str, SafetensorsFile] = {}
+        self._files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
         for path in _weight_files(self.directory):
-            file = SafetensorsFile(path)
-            self._files.update(dict.fromkeys(file.entries, file))
-        wanted = dict(shape.hf_tensors())
-        missing = [name for name in wanted if name not in self._files]
+            with open_safetensors(path) as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping: it only offers keys())
+                    if name in self._files:
+                        raise ConversionError(
+                            f"{self.directory}: {name} is stored twice, in {self._files[name].name} and in {path.name}"
+                        )
+                    self._files[name] = path
+                    entry = file.get_slice(name)
+                    shapes[name], dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
+        wanted, optional = dict(shape.hf_tensors()), shape.hf_optional_tensors()
+        missing = [name for name in wanted if name not in shapes]
         if missing:
             raise ConversionError(f"{self.directory} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
         for name, expected in wanted.items():
-            found = self._files[name].shape(name)
-            if found != expected:
+            if shapes[name] != expected:
                 raise ConversionError(
-                    f"{self.directory}: {name} has shape {list(found)} where config.json asks for {list(expected)}"
+                    f"{self.directory}: {name} has shape {list(shapes[name])}, but config.json asks for "
+                    f"{list(expected)}"
                 )
-        # A tied head is stored by some writers; rotary buffers are computed anew.
-        extra = [n for n in self._files if n not in wanted and n != "lm_head.weight" and "rotary_emb" not in n]
+            if dtypes[name] not in DTYPES:
+                raise ConversionError(
+                    f"{self._files[name]}: {name} has dtype {dtypes[name]}; supported dtypes: {', '.join(DTYPES)}"
+                )
+        extra = [name for name in shapes if name not in wanted and name not in optional]
         if extra:
             raise ConversionError(
-                f"{self.directory} holds {len(extra)} tensors that a {shape.family} model has no place for: "
+                f"{self.directory} has {len(extra)} tensors that a {shape.family} model has no place for: "
                 f"{_some(extra)}"
             )
+        self._dtypes = {name: DTYPES[dtypes[name]] for name in wanted}
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor, or a range of its rows, in the dtype it is stored in."""
-        return self._files[name].read(name, rows)
+    def read(self, name: str, *ranges: slice) -> Tensor:
+        """The tensor, or a range of each of its first dimensions, in its stored dtype; a view of the mapped file."""
+        with open_safetensors(self._files[name]) as file:
+            return file.get_slice(name)[ranges] if ranges else file.get_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._files[name].entries[name]["dtype"]]
+        """The stored dtype of a tensor."""
+        return self._dtypes[name]
 
 
-class SafetensorsWriter:
-    """A set of files laid out in advance, so that tensors can arrive one at a time and in any order.
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """``safetensors.safe_open`` for torch. Raises ConversionError for a missing, damaged or truncated file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist, but the checkpoint's index names it") from None
+    except (SafetensorError, OSError) as error:
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"
+        raise ConversionError(
+            f"{path} is damaged or truncated ({size}; {error}): download or build it again"
+        ) from error
 
-    ``tensors`` gives name and shape of all of them; files hold at most ``max_shard_bytes`` each (a larger tensor has a
-    file alone). ``close`` writes the index and raises ConversionError where a tensor never came.
+
+def write_weights(
+    directory: Path,
+    stream: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write ``stream`` to safetensors files in ``directory``, cast to ``dtype``, and the index of more than one file.
+
+    The tensors of one file are in memory at a time: at most ``max_shard_bytes``, or one tensor if it is larger. A
+    tensor of the stream must stay unchanged until its file is written. ``tensors`` gives the names and shapes that the
+    stream must have, in any order. Raises ConversionError for a tensor that is unexpected, repeated, missing or of
+    another shape, and for a failed write.
     """
+    missing = dict(tensors)
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
 
-    def __init__(
-        self,
-        directory: Path,
-        tensors: Iterable[tuple[str, tuple[int, ...]]],
-        dtype: torch.dtype,
-        max_shard_bytes: int = 5 * 10**9,
-    ) -> None:
-        self.directory = directory
-        self.dtype = dtype
-        self._shards: list[dict[str, tuple[int, ...]]] = []
-        self._places: dict[str, tuple[Path, int, tuple[int, ...]]] = {}
-        used = max_shard_bytes
-        for name, shape in tensors:
-            size = math.prod(shape) * dtype.itemsize
-            if not self._shards or used + size > max_shard_bytes:
-                self._shards.append({})
-                used = 0
-            self._shards[-1][name] = shape
-            used += size
-        for number, shard in enumerate(self._shards, 1):
-            name = SINGLE if len(self._shards) == 1 else f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            self._start_file(directory / name, shard)
-        self._waiting = set(self._places)
-        self._open: tuple[Path, BinaryIO] | None = None
+    def flush() -> None:
+        save_weights(shard, directory / f"part-{len(shards)}.safetensors")
+        shards.append(list(shard))
+        shard.clear()
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(math.prod(shape) * self.dtype.itemsize for _, _, shape in self._places.values())
+    for name, tensor in stream:
+        if name not in missing:
+            known = "the stream has it twice" if name in tensors else "it is not a tensor of this checkpoint"
+            raise ConversionError(f"cannot write {name}: {known}")
+        expected = missing.pop(name)
+        if tuple(tensor.shape) != expected:
+            raise ConversionError(f"cannot write {name}: it has shape {list(tensor.shape)}, not {list(expected)}")
+        needed = tensor.numel() * dtype.itemsize
+        if shard and size + needed > max_shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor.detach().to("cpu", dtype).contiguous()
+        size, total = size + needed, total + needed
+    if missing:
+        raise ConversionError(f"the stream ended without {len(missing)} tensors: {_some(list(missing))}")
+    flush()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"part-{number}.safetensors").rename(directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / INDEX, index)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put the tensor, cast to the writer's dtype, at its place."""
-        if name not in self._places:
-            raise ConversionError(f"{name} is not a tensor of this checkpoint")
-        path, offset, shape = self._places[name]
-        if tuple(tensor.shape) != shape:
-            raise ConversionError(f"{name} came with shape {list(tensor.shape)} where {list(shape)} was expected")
-        if name not in self._waiting:
-            raise ConversionError(f"{name} came twice")
-        if self._open is None or self._open[0] != path:
-            self._close_file()
-            self._open = (path, path.open("r+b"))
-        raw = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
-        self._open[1].seek(offset)
-        self._open[1].write(raw.numpy().data)
-        self._waiting.discard(name)
 
-    def close(self) -> None:
-        """Flush, write the index of more than one file, and check that every tensor came."""
-        self._close_file()
-        if self._waiting:
-            raise ConversionError(f"{len(self._waiting)} tensors never came: {_some(sorted(self._waiting))}")
-        if len(self._shards) > 1:
-            weight_map = {name: path.name for name, (path, _, _) in self._places.items()}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Save as safetensors, with the permissions of any file: the library makes its files private.
 
-    def _start_file(self, path: Path, shard: Mapping[str, tuple[int, ...]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, shape in shard.items():
-            end = offset + math.prod(shape) * self.dtype.itemsize
-            header[name] = {"dtype": DTYPE_NAMES[self.dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-        for name, shape in shard.items():
-            self._places[name] = (path, 8 + len(text) + header[name]["data_offsets"][0], shape)
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + offset)
-
-    def _close_file(self) -> None:
-        if self._open is not None:
-            self._open[1].flush()
-            os.fsync(self._open[1].fileno())
-            self._open[1].close()
-            self._open = None
+    Raises ConversionError if the file cannot be written.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"cannot write {path}: {error}") from error
 
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise ConversionError(f"{index} cannot be read: {error!r}") from None
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(f"{index} is malformed ({error!r}): download it again") from None
+        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        if outside or not names:
+            raise ConversionError(f"{index} must name files of its own folder in weight_map, not {outside or 'none'}")
         return [directory / name for name in names]
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
-    raise ConversionError(
-        f"{directory} holds neither {SINGLE} nor {INDEX}: only safetensors checkpoints are read, convert others first"
-    )
+    raise ConversionError(f"{directory} has neither {SINGLE} nor {INDEX}: convert the checkpoint to safetensors first")
 
 
 def _some(names: list[str], count: int = 3) -> str:

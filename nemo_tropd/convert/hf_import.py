@@ -22,7 +22,7 @@ FUSED_NORMS = {
 
 
 class Place(Protocol):
-    """What this room needs to know of the topology to fill a shard."""
+    """The part of the topology that filling a shard needs."""
 
     @property
     def tensor_rank(self) -> int: ...
@@ -31,13 +31,13 @@ class Place(Protocol):
 
 
 class WeightSource(Protocol):
-    """Anything that can give a block of a whole Megatron parameter."""
+    """Anything that can read a block of a full Megatron parameter."""
 
     def read(self, row: Row, region: Region) -> Tensor: ...
 
 
 class HfSource:
-    """The Megatron parameters of a Hugging Face folder, made block by block as they are asked for.
+    """The Megatron parameters of a Hugging Face folder, built block by block on request.
 
     Raises ConversionError as ``HfCheckpoint`` does.
     """
@@ -48,31 +48,27 @@ class HfSource:
 
     def read(self, row: Row, region: Region) -> Tensor:
         """The block, in the dtype of the files."""
-        if row.layout in ("vocabulary", "gate_up"):  # whole rows of one tensor: nothing else is read
-            rows_each = self.shape.size(row.hf[0][1][0])
-            index, first = divmod(region.offsets[0], rows_each) if region.sizes[0] else (0, 0)
-            return self.checkpoint.read(row.hf[index][0], slice(first, first + region.sizes[0]))
-        whole = merge(row, [self.checkpoint.read(name) for name, _ in row.hf], self.shape)
-        for dimension, (start, length) in enumerate(zip(*region, strict=True)):
-            whole = whole.narrow(dimension, start, length)
-        return whole
+        ranges = [slice(start, start + length) for start, length in zip(*region, strict=True)]
+        if row.layout == "query_key_value":  # its rows are spread over three tensors
+            return merge(row, [self.checkpoint.read(name) for name, _ in row.hf], self.shape)[tuple(ranges)]
+        index, first = 0, region.offsets[0]
+        if row.layout == "gate_up":  # a block never has rows of both
+            index, first = divmod(first, self.shape.ffn)
+        ranges[0] = slice(first, first + region.sizes[0])
+        return self.checkpoint.read(row.hf[index][0], *ranges)
 
 
-def load_hf(
-    model: Module, hf_dir: str | Path, shape: ModelShape, topology: Place, dtype: torch.dtype | None = None
-) -> None:
+def load_hf(model: Module, hf_dir: str | Path, shape: ModelShape, topology: Place) -> None:
     """Fill every parameter of ``model`` on this rank from the safetensors files in ``hf_dir``, one at a time.
 
-    Values are cast to the parameter's dtype, by way of ``dtype`` where given. Rows past the vocabulary become zero. No
-    collective is involved. Raises ConversionError as ``HfCheckpoint`` does, before anything is written.
+    Values are cast to the parameter's dtype. Rows past the vocabulary become zero. No collective is involved. Raises
+    ConversionError as ``HfCheckpoint`` does, before anything is written.
     """
-    fill_model(model, HfSource(hf_dir, shape), shape, topology, dtype)
+    fill_model(model, HfSource(hf_dir, shape), shape, topology)
 
 
 @torch.no_grad()
-def fill_model(
-    model: Module, source: WeightSource, shape: ModelShape, topology: Place, dtype: torch.dtype | None = None
-) -> None:
+def fill_model(model: Module, source: WeightSource, shape: ModelShape, topology: Place) -> None:
     """``load_hf`` from any source."""
     for parameter, row in local_rows(model, shape):
         blocks = regions(row, topology.tensor_rank, topology.tensor_size, shape)
@@ -80,19 +76,18 @@ def fill_model(
         padding = parameter.size(0) - part.size(0) if row.layout == "vocabulary" else 0
         if (part.size(0) + padding, *part.shape[1:]) != parameter.shape:
             raise ConversionError(f"{row.megatron}: shard {list(part.shape)} does not fit {list(parameter.shape)}")
-        part = part if dtype is None else part.to(dtype)
         if padding:
             parameter[: part.size(0)].copy_(part)
             parameter[part.size(0) :].zero_()
         else:
-            parameter.copy_(part)  # whole: a quantized parameter takes its scales from what it is given
+            parameter.copy_(part)  # at once: a quantized parameter computes its scales from its source
 
 
 def local_rows(model: Module, shape: ModelShape) -> Iterator[tuple[Parameter, Row]]:
-    """Each parameter of this rank with the table row it belongs to; layers are numbered over the whole model.
+    """Each parameter of this rank with its row of the table; layers are numbered over the full model.
 
-    The last stage's copy of a tied embedding comes with the embedding's row. Raises ConversionError for a parameter
-    that the family's table does not know.
+    The last stage's copy of a tied embedding has the embedding's row. Raises ConversionError for a parameter that the
+    family's table lacks.
     """
     inner = unwrap(model)
     rows = {row.megatron: row for row in shape.rows()}
@@ -100,7 +95,7 @@ def local_rows(model: Module, shape: ModelShape) -> Iterator[tuple[Parameter, Ro
     for name, parameter in inner.named_parameters():
         row = rows.get(_global_name(name, numbers, shape.tied))
         if row is None:
-            raise ConversionError(f"{name} is a parameter that the {shape.family} table does not know")
+            raise ConversionError(f"parameter {name} is not in the {shape.family} table")
         yield parameter, row
 
 

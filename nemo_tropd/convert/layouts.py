@@ -1,4 +1,4 @@
-"""How a Megatron parameter is laid out over its Hugging Face tensors and over tensor-parallel ranks (see ``Row``)."""
+"""The layout of a Megatron parameter over its Hugging Face tensors and over tensor-parallel ranks (see ``Row``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_tropd.convert.families import ModelShape, Row
 
 
 def merge(row: Row, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """HF tensors, in the row's order -> the whole Megatron parameter, without vocabulary padding."""
+    """HF tensors, in the row's order -> the full Megatron parameter, without vocabulary padding."""
     if row.layout == "query_key_value":
         groups = [t.reshape(shape.kv_heads, -1, *t.shape[1:]) for t in tensors]
         return torch.cat(groups, dim=1).flatten(0, 1)
@@ -22,7 +22,7 @@ def merge(row: Row, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
 
 
 def split(row: Row, whole: Tensor, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """The whole Megatron parameter -> (HF name, tensor); the inverse of ``merge``."""
+    """The full Megatron parameter -> (HF name, tensor); the inverse of ``merge``."""
     names = [name for name, _ in row.hf]
     if row.layout == "query_key_value":
         rows = [shape.size(dimensions[0]) // shape.kv_heads for _, dimensions in row.hf]
@@ -36,16 +36,17 @@ def split(row: Row, whole: Tensor, shape: ModelShape) -> Iterator[tuple[str, Ten
 
 
 class Region(NamedTuple):
-    """A block of the whole parameter: where it starts and how long it is in each dimension."""
+    """A block of the full parameter: its offset and length in each dimension."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
 
 def regions(row: Row, rank: int, size: int, shape: ModelShape) -> list[Region]:
-    """The blocks of the whole parameter that tensor rank ``rank`` of ``size`` holds, stacked along the first dimension.
+    """The blocks of the full parameter that make up the shard of tensor rank ``rank`` of ``size``, stacked along the
+    first dimension.
 
-    Vocabulary padding is not part of the whole parameter: the last ranks may hold less than their shard, or nothing.
+    Vocabulary padding is not part of the full parameter: the last ranks may get less than their shard, or nothing.
     """
     whole = whole_shape(row, shape)
     dimension = row.split_dimension
@@ -69,7 +70,7 @@ def _block(whole: tuple[int, ...], dimension: int, start: int, length: int) -> R
 
 
 def unshard(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
-    """The whole parameter of all ranks' parts, padding cut."""
+    """The full parameter from the shards of all ranks, without vocabulary padding."""
     dimension = row.split_dimension
     if dimension is None:
         return shards[0]
@@ -82,6 +83,6 @@ def unshard(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
 
 
 def whole_shape(row: Row, shape: ModelShape) -> tuple[int, ...]:
-    """The shape of the whole parameter, without vocabulary padding."""
+    """The shape of the full parameter, without vocabulary padding."""
     first = sum(shape.size(dimensions[0]) for _, dimensions in row.hf)
     return (first, *(shape.size(d) for d in row.hf[0][1][1:]))

@@ -5,19 +5,18 @@ Layout of a checkpoint folder, the same for a converted one and for one that tra
     .metadata, __R_N.distcp     torch.distributed.checkpoint: every weight under ``model.`` + Megatron's sharded
     key, e.g.
                                 ``model.decoder.layers.mlp.linear_fc1.weight`` [layers, 2 * ffn, hidden]; training adds
-                                optimizer state beside it, which export leaves alone
-    common.pt, metadata.json    what Megatron's dist_checkpointing wants to see
+                                optimizer state beside it, which export ignores
+    common.pt, metadata.json    required by Megatron's dist_checkpointing
     hf/                         config, generation config, tokenizer and chat template of the Hugging Face folder
-                                (``folders.write_hf_sidecar``): export needs no other source
+                                (``folders.write_hf_sidecar``), so that export needs no other source
 
 A trainer writes it with ``dist_checkpointing.save(model.sharded_state_dict(prefix="model."), folder)`` and
-``write_hf_sidecar``. The weights carry no trace of the degrees they were saved at.
+``write_hf_sidecar``. The weights do not depend on the degrees they were saved at.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,6 +53,7 @@ from nemo_tropd.convert.families import ConversionError, ModelShape, Row, read_s
 from nemo_tropd.convert.folders import SIDECAR
 from nemo_tropd.convert.hf_import import FUSED_NORMS, Place, WeightSource, fill_model
 from nemo_tropd.convert.layouts import Region, regions, whole_shape
+from nemo_tropd.files import write_json
 
 PREFIX = "model."
 _SEPARATE_NORMS = {plain: fused for fused, plain in FUSED_NORMS.items()}
@@ -71,10 +71,10 @@ def stored_key(row: Row) -> tuple[str, tuple[int, ...]]:
 
 
 class MegatronSource:
-    """The weights of a checkpoint folder, whatever degrees wrote them; only the blocks asked for are read.
+    """The weights of a checkpoint folder saved at any degrees; only requested blocks are read.
 
-    Raises ConversionError for a folder that is none, a missing or truncated file, a missing parameter and a shape that
-    does not fit.
+    Raises ConversionError for a folder that is not a distributed checkpoint, a missing or truncated file, a missing
+    parameter and a shape that differs from the config's.
     """
 
     def __init__(self, directory: str | Path, shape: ModelShape | None = None) -> None:
@@ -102,7 +102,7 @@ class MegatronSource:
         )
         items = create_read_items_for_chunk_list(key, stored, [block])
         if sum(math.prod(item.lengths) for item in items) != math.prod(block.sizes):
-            raise ConversionError(f"{self.directory}: {key} is stored with holes")
+            raise ConversionError(f"{self.directory}: {key} is incomplete: parts of it are not stored")
         target = torch.empty(block.sizes, dtype=stored.properties.dtype)
         try:
             self._reader.read_data(LoadPlan(items), _ReadInto(target)).wait()
@@ -111,7 +111,7 @@ class MegatronSource:
         return target.view(region.sizes)
 
     def read_whole(self, row: Row) -> Tensor:
-        """The whole parameter, without vocabulary padding."""
+        """The full parameter, without vocabulary padding."""
         size = whole_shape(row, self.shape)
         return self.read(row, Region((0,) * len(size), size))
 
@@ -129,8 +129,7 @@ class MegatronSource:
             padded = row.layout == "vocabulary" and found[0] >= expected[0] and found[1:] == expected[1:]
             if found != wanted and not padded:
                 raise ConversionError(
-                    f"{self.directory}: {PREFIX + key} has shape {list(found)} "
-                    f"where config.json asks for {list(wanted)}"
+                    f"{self.directory}: {PREFIX + key} has shape {list(found)}, but config.json asks for {list(wanted)}"
                 )
             return PREFIX + key, stored, leading
         raise ConversionError(f"{self.directory} lacks {PREFIX + stacked}")
@@ -142,26 +141,20 @@ class MegatronSource:
         for name, end in ends.items():
             path = self.directory / name
             if not path.is_file():
-                raise ConversionError(f"{path} does not exist, though the checkpoint's .metadata names it")
+                raise ConversionError(f"{path} does not exist, but the checkpoint's .metadata names it")
             if path.stat().st_size < end:
-                raise ConversionError(f"{path} is truncated: {path.stat().st_size} bytes where {end} were written")
+                raise ConversionError(f"{path} is truncated: {path.stat().st_size} bytes instead of {end}")
 
 
-def load_megatron(
-    model: Module,
-    directory: str | Path,
-    shape: ModelShape,
-    topology: Place,
-    dtype: torch.dtype | None = None,
-) -> None:
+def load_megatron(model: Module, directory: str | Path, shape: ModelShape, topology: Place) -> None:
     """Fill every parameter of ``model`` on this rank from a checkpoint folder saved at any degrees.
 
     As ``hf_import.load_hf`` in every other way; raises ConversionError as ``MegatronSource`` does.
     """
-    fill_model(model, MegatronSource(directory, shape), shape, topology, dtype)
+    fill_model(model, MegatronSource(directory, shape), shape, topology)
 
 
-def write_weights(
+def write_checkpoint(
     directory: Path,
     source: WeightSource,
     shape: ModelShape,
@@ -172,8 +165,8 @@ def write_weights(
 ) -> None:
     """Write the weights of ``source`` as a distributed checkpoint, one block in memory at a time.
 
-    Blocks are those ranks of ``tensor_parallel`` hold, so that loading at that degree reads nothing twice; any other
-    degree loads as well. ``progress`` is told the bytes of each block. The vocabulary is stored without padding.
+    Blocks are the shards of ``tensor_parallel`` ranks, so that loading at that degree reads nothing twice; it loads at
+    any other degree too. ``progress`` is called with the bytes of each block. The vocabulary is stored without padding.
     """
     planner = _StreamingPlanner(list(_blocks(shape, dtype, tensor_parallel)), source, dtype, progress)
     writer = dcp.FileSystemWriter(directory, thread_count=1)
@@ -183,7 +176,7 @@ def write_weights(
         cause, _ = next(iter(error.failures.values()))
         raise cause from None
     torch.save({}, directory / "common.pt")
-    (directory / "metadata.json").write_text(json.dumps({**_FORMAT, **_COMMON_FORMAT}))
+    write_json(directory / "metadata.json", {**_FORMAT, **_COMMON_FORMAT})
 
 
 @dataclass(frozen=True)
@@ -212,7 +205,7 @@ def _blocks(shape: ModelShape, dtype: torch.dtype, tensor_parallel: int) -> Iter
 
 
 def _pieces(region: Region, dtype: torch.dtype) -> Iterator[Region]:
-    """The region in runs of rows of at most ``_BLOCK_BYTES``; nothing where it is empty."""
+    """The region in runs of rows of at most ``_BLOCK_BYTES``; nothing if it is empty."""
     rows = max(1, _BLOCK_BYTES // (math.prod(region.sizes[1:]) * dtype.itemsize))
     for first in range(0, region.sizes[0], rows):
         yield Region(
@@ -222,7 +215,7 @@ def _pieces(region: Region, dtype: torch.dtype) -> Iterator[Region]:
 
 
 class _StreamingPlanner(SavePlanner):
-    """Plans blocks it does not hold, and fetches each when the writer asks for its bytes."""
+    """Plans blocks without having them; reads each when the writer asks for its bytes."""
 
     def __init__(
         self, blocks: list[_Block], source: WeightSource, dtype: torch.dtype, progress: Callable[[int], None] | None
@@ -253,7 +246,7 @@ class _StreamingPlanner(SavePlanner):
 
 
 class _ReadInto(LoadPlanner):
-    """Delivers what the reader finds into one tensor."""
+    """Copies everything the reader delivers into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         self.target = target
@@ -272,7 +265,7 @@ class _ReadInto(LoadPlanner):
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise ConversionError(f"{read_item.storage_index.fqn} holds an object, not a tensor")
+        raise ConversionError(f"{read_item.storage_index.fqn} is an object, not a tensor")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         view = self.target

