@@ -105,7 +105,8 @@ def table(curves: Mapping[str, Sequence[Point]]) -> str:
         "",
         "`python examples/benchmarks/scaling.py` (or `make scaling`) writes this page from the planner alone; no "
         "figure here was measured. The batch is the recipe's whatever the number of GPUs, so data parallelism divides "
-        "the same work, and all responses have the greatest length. GB are 10^9 bytes a GPU; wire is what one GPU sends in a step.",
+        "the same work, and all responses have the greatest length. GB are 10^9 bytes a GPU; wire is what one GPU "
+        "sends in a step.",
         "",
         "| recipe | GPUs | memory GB | tensor parallel GB | gradients GB | weights to engines GB | other GB |",
         "|---|---|---|---|---|---|---|",
