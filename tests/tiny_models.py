@@ -35,11 +35,14 @@ def make_tiny(
     head_dim: int = 16,
     dtype: torch.dtype = torch.float32,
     files: int = 1,
+    spread: float | None = None,
 ) -> Path:
     """Write config, tokenizer and random weights; returns the folder. ``vocab`` counts the tokenizer's tokens (at least
     104: 4 special tokens, newline and printable ASCII) and the embedding's rows.
 
-    Weights are drawn so that logits spread over several nats, and norms and biases are not trivial.
+    Weights are drawn so that logits spread over several nats, and norms and biases are not trivial. A model drawn like
+    that may all but always say the same; with ``spread`` its logits have about that standard deviation instead, in
+    nats, whatever the seed: an entropy of log(vocab) - spread^2 / 2, since its final states have a known length.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -58,6 +61,11 @@ def make_tiny(
             weights[name] = 0.3 * noise
         else:
             weights[name] = noise * (0.3 if "embed_tokens" in name else 1.5 / size[-1] ** 0.5)
+    if spread is not None:
+        # Final states have length sqrt(hidden) before the final norm's weight, and each logit is one's product with a
+        # row of the head.
+        row = 0.3 if tied else 1.5 / hidden**0.5
+        weights["model.norm.weight"] = torch.full((hidden,), spread / (row * hidden**0.5))
     _write_weights(directory, {name: w.to(dtype).contiguous() for name, w in weights.items()}, files)
     return directory
 

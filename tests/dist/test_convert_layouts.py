@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.dist.run_distributed import run_distributed
 from tests.tiny_models import make_tiny
+
+pytestmark = pytest.mark.random
 
 VOCAB = 131  # pads to 256 at tensor parallel 1 and 2, to 512 at 4
 SHAPE = {"heads": 8, "kv_heads": 4, "layers": 4, "hidden": 64, "vocab": VOCAB}

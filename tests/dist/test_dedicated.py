@@ -38,6 +38,8 @@ from nemo_tropd.rollout.collective import RankZeroRollouts
 from tests.doubles import ReplayEngine
 from tests.tiny_models import make_tiny
 
+pytestmark = pytest.mark.random
+
 VOCABULARY = 131
 
 
@@ -129,7 +131,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 def requests(count: int) -> list[RolloutRequest]:
-    draw = random.Random()
+    draw = random.Random(random.random())
 
     def ids(least: int) -> list[int]:
         return [draw.randrange(VOCABULARY) for _ in range(draw.randint(least, 9))]

@@ -6,11 +6,14 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.dist.checks import Checks
 from tests.dist.run_distributed import run_distributed
 from tests.tiny_models import make_tiny
+
+pytestmark = pytest.mark.random
 
 VOCABULARY = 131
 # (tensor, pipeline, sequence parallel)

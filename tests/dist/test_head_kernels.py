@@ -5,6 +5,7 @@ Triton reads TRITON_INTERPRET when it is first imported, so every case runs in a
 
 from __future__ import annotations
 
+import random
 import math
 import time
 from dataclasses import replace
@@ -30,6 +31,8 @@ from tests.dist.test_head_parallel import (
     shard,
 )
 from tests.oracles.micro_batch import VARIANTS, make, objective_and_loss
+
+pytestmark = pytest.mark.random
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Gradients are rounded to the logits' dtype once, when they are written (the interpreter cuts bf16 off).
@@ -253,7 +256,7 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_kernels(world_size: int) -> None:
-    seed = time.time_ns() % 10**6
+    seed = random.randrange(10**6)
     print(f"seed {seed}")
     with environment({"TRITON_INTERPRET": "1"}):
         results = run_distributed(work, world_size, seed, timeout_s=270)

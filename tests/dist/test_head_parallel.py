@@ -5,6 +5,7 @@ One group of processes a degree runs every case: starting processes costs more t
 
 from __future__ import annotations
 
+import random
 import time
 from dataclasses import replace
 from itertools import product
@@ -23,6 +24,8 @@ from tests.dist.checks import Checks, counted
 from tests.dist.run_distributed import run_distributed
 from tests.dist.test_vocab_parallel import check_vocabulary
 from tests.oracles.micro_batch import POISON, VARIANTS, MicroBatch, make, objective_and_loss
+
+pytestmark = pytest.mark.random
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # padding 5: an uneven true vocabulary; 40 + 24: the last of four shards (and half of the third) is padding only.
@@ -270,7 +273,7 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_head_on_shards(world_size: int) -> None:
-    seed = int(torch.randint(0, 10**6, (1,), generator=torch.Generator().manual_seed(time.time_ns())))
+    seed = random.randrange(10**6)
     print(f"seed {seed}")
     for rank, (failures, count, seconds) in enumerate(run_distributed(work, world_size, seed, timeout_s=240)):
         print(f"rank {rank}: {count} checks in {seconds:.1f} s")

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from tests.dist.run_distributed import run_distributed
 from tests.tiny_models import FAMILIES, make_tiny
 
+pytestmark = pytest.mark.random
+
 TOLERANCE = 1e-4
 LENGTHS = (14, 38)  # two micro-batches of different lengths, the second beyond Llama 3's original 32 positions
 

@@ -23,6 +23,8 @@ from nemo_tropd.parallel.roll_call import (
 )
 from tests.dist.run_distributed import run_distributed
 
+pytestmark = pytest.mark.random
+
 
 def start(timeout_s: float) -> Any:
     from nemo_tropd.parallel.topology import Topology

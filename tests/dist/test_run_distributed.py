@@ -8,6 +8,8 @@ import torch
 
 from tests.dist.run_distributed import DistributedFailure, run_distributed
 
+pytestmark = pytest.mark.random
+
 
 def _sum(rank: int, world_size: int, base: torch.Tensor) -> tuple[int, torch.Tensor]:
     total = base + rank

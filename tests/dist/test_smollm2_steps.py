@@ -10,6 +10,8 @@ import torch
 
 from tests.dist.run_distributed import run_distributed
 
+pytestmark = pytest.mark.random
+
 VOCABULARY, STEPS = 49_152, 3
 TEXT = (
     "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\nSunlight is scattered by the molecules "

@@ -17,6 +17,8 @@ from torch import Tensor
 from tests.dist.run_distributed import run_distributed
 from tests.tiny_models import make_tiny
 
+pytestmark = pytest.mark.random
+
 VOCABULARY, STEPS = 131, 3
 
 

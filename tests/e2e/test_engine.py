@@ -39,7 +39,7 @@ from nemo_tropd.rollout.vllm.remote import VllmEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from tests.tiny_models import make_tiny
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.random]
 CONTEXT = 96
 EOS = 3
 SEED = random.randrange(1 << 30)
@@ -99,7 +99,7 @@ def contents(rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[float]]]
     return [(r.response_ids, r.response_log_probs) for r in rollouts]
 
 
-def gone(pids: Sequence[int], within_s: float = 5.0) -> bool:
+def gone(pids: Sequence[int], within_s: float = 30.0) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         left = [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
@@ -113,7 +113,9 @@ class Served:
     """A tiny model's engine, which starts in the background, and the transformers model it should agree with."""
 
     def __init__(self, folder: Path, family: str, tied: bool, **settings: Any) -> None:
-        self.model_dir = make_tiny(folder / "model", family, tied=tied, layers=2, hidden=128, head_dim=32, seed=SEED)
+        # Logits of one nat: no token is near certain and none near impossible, whatever the seed.
+        shape: dict[str, Any] = {"layers": 2, "hidden": 128, "head_dim": 32, "spread": 1.0}
+        self.model_dir = make_tiny(folder / "model", family, tied=tied, seed=SEED, **shape)
         self.exchange = folder / "exchange"
         self.exchange.mkdir()
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32).eval()
@@ -206,8 +208,11 @@ def test_a_refresh_brings_the_trainers_weights_under_their_version(shared: Serve
 def test_the_same_list_gives_the_same_bits_and_seeds_matter(shared: Served) -> None:
     shared.engine.generate(some_requests(3, new_tokens=30))  # leaves other prompts in the cache
     assert contents(shared.engine.generate(shared.requests)) == contents(shared.last)
-    same_prompt = [RolloutRequest([9, 8, 7], [], request_seed(SEED, 0, 0, s), s, 0, 12) for s in range(4)]
-    assert len({tuple(r.response_ids) for r in shared.engine.generate(same_prompt)}) == 4
+    # Of eight prompts, since a single response may be the end of sequence alone, twice over.
+    answers = shared.engine.generate(
+        [RolloutRequest([9, 8, 10 + p], [], request_seed(SEED, 0, p, s), s, p, 12) for s in range(4) for p in range(8)]
+    )
+    assert len({str([r.response_ids for r in answers if r.sequence_id == s]) for s in range(4)}) == 4
 
 
 def test_a_bad_request_is_named_and_harms_nothing(shared: Served) -> None:
@@ -259,7 +264,7 @@ def test_killed_while_it_writes_it_is_noticed_within_seconds(shared: Served) -> 
     began = time.monotonic()
     with pytest.raises(EngineDied, match="exit status -9"):
         shared.engine.generate(long)
-    assert 0.3 < time.monotonic() - began < 8 and gone([pid])
+    assert 0.3 < time.monotonic() - began < 60 and gone([pid])  # by its end, not by the 100 s an answer may take
     killer.join()
     with pytest.raises(EngineDied, match="not running"):
         shared.engine.generate(shared.requests)
@@ -288,7 +293,7 @@ def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(sh
         began = time.monotonic()
         with pytest.raises(EngineError, match="died twice under the weights of version 7"):
             supervisor.generate(shared.requests, 7)
-        assert time.monotonic() - began < 8 and gone([pid]) and len(engines) == 2
+        assert time.monotonic() - began < 60 and gone([pid]) and len(engines) == 2
     finally:
         supervisor.close()
     assert list(shared.exchange.iterdir()) == []

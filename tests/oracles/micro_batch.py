@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -72,7 +73,35 @@ class MicroBatch:
         )  # fmt: skip
 
 
-def make(
+# Where some variant's equation jumps or has a kink: values of R, of the teacher's entropy and of pi_S / behavior.
+JUMPS_OF_RATIO = (0.0, -0.5, -3.0, math.log(0.3) / 0.7, math.log(0.3 / 0.7))
+JUMPS_OF_ENTROPY = (0.8, 1.5)
+JUMPS_OF_IMPORTANCE = (0.8, 1.2, 0.95, 1.05)
+# What fp32 may move a value by stays well below these, so fp32 and fp64 fall on the same side.
+MARGIN, ENTROPY_GAP = 5e-5, 5e-6
+
+
+def make(seed: int, **shape: Any) -> MicroBatch:
+    """A micro-batch as ``_draw`` draws it, no token of which lies on a jump of an equation."""
+    drawn = (_draw(seed + 10**7 * attempt, **shape) for attempt in count())
+    return next(mb for mb in drawn if not _on_a_jump(mb))
+
+
+def _on_a_jump(mb: MicroBatch) -> bool:
+    world = mb.world(mb.hidden, mb.weight)
+    importance = (world.likelihood - world.behavior).exp()
+    student = entropy(world.student).sort().values
+    near = [
+        *((world.ratio - at).abs() < MARGIN for at in JUMPS_OF_RATIO),
+        *((entropy(world.teacher) - at).abs() < MARGIN for at in JUMPS_OF_ENTROPY),
+        *((importance - at).abs() < MARGIN for at in JUMPS_OF_IMPORTANCE),
+        (world.u - world.ratio.exp()).abs() < MARGIN,
+        student.diff() < ENTROPY_GAP,
+    ]
+    return any(bool(n.any()) for n in near)
+
+
+def _draw(
     seed: int,
     *,
     batch: int = 3,
@@ -91,7 +120,7 @@ def make(
 
     chosen = torch.rand(batch * length, generator=g) < fill
     rows = chosen.nonzero(as_tuple=True)[0]
-    count = rows.numel()
+    tokens_drawn = rows.numel()
     states, weight = normal(batch, length, hidden), normal(vocab_size + padding, hidden) * 0.5
     teacher_states, teacher_weight = normal(batch, length, hidden + 4), normal(vocab_size + padding, hidden + 4) * 0.5
     states.view(-1, hidden)[~chosen] = POISON
@@ -100,15 +129,15 @@ def make(
     student = (states.flatten(0, 1)[rows] @ weight[:vocab_size].t()).log_softmax(-1)
     teacher = (teacher_states.flatten(0, 1)[rows] @ teacher_weight[:vocab_size].t()).log_softmax(-1)
     # Half sampled from the student, half the teacher's favourite: trusted tokens, outliers and tokens in the top k.
-    sampled = torch.multinomial(student.exp(), 1, generator=g)[:, 0] if count else rows
-    x = torch.where(torch.rand(count, generator=g) < 0.5, sampled, teacher.argmax(-1))
-    if count:
+    sampled = torch.multinomial(student.exp(), 1, generator=g)[:, 0] if tokens_drawn else rows
+    x = torch.where(torch.rand(tokens_drawn, generator=g) < 0.5, sampled, teacher.argmax(-1))
+    if tokens_drawn:
         x[0] = vocab_size - 1
-    guided = torch.rand(count, generator=g) < 0.25
+    guided = torch.rand(tokens_drawn, generator=g) < 0.25
     own = student.gather(1, x[:, None])[:, 0]
-    behavior = torch.where(guided, math.nan, own + 0.3 * normal(count))
-    tokens = LossTokens(rows, x, guided, torch.rand(count, generator=g), behavior.float(), rows // length)
-    reference = normal(count, vocab_size).log_softmax(-1)
+    behavior = torch.where(guided, math.nan, own + 0.3 * normal(tokens_drawn))
+    tokens = LossTokens(rows, x, guided, torch.rand(tokens_drawn, generator=g), behavior.float(), rows // length)
+    reference = normal(tokens_drawn, vocab_size).log_softmax(-1)
     return MicroBatch(states, weight, teacher_states, teacher_weight, reference, tokens, vocab_size, k)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from nemo_tropd.batch import Rollout, TokenBatch, gate_uniforms
+from tests.oracles import philox
+
+pytestmark = pytest.mark.random
 
 
 def rollout(rng: random.Random, sequence_id: int) -> Rollout:
@@ -17,7 +21,7 @@ def rollout(rng: random.Random, sequence_id: int) -> Rollout:
 
 @pytest.fixture
 def rollouts() -> list[Rollout]:
-    rng = random.Random()
+    rng = random.Random(random.random())
     return [rollout(rng, i) for i in range(7)]
 
 
@@ -62,6 +66,32 @@ def test_draws_are_uniform_and_differ_by_seed_step_and_sequence() -> None:
     assert torch.equal(gate_uniforms(1, 2, 3, 10), base[:10])
     for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
         assert abs(torch.corrcoef(torch.stack([base, gate_uniforms(*other, 4000)]))[0, 1]) < 0.1
+
+
+def gate_draws(seed: int, step: int, sequence_id: int, count: int) -> list[float]:
+    """The upper 24 bits of each word, as a fraction."""
+    return [(word >> 40) / 2**24 for word in philox.stream((seed, step), count, word_2=sequence_id)]
+
+
+def test_draws_are_philox_words_of_their_key_and_sequence() -> None:
+    wide = 2**64 - 1 - random.getrandbits(9)  # a float64 cannot tell it from its neighbours
+    for seed, step, sequence in ((wide, 3, 5), (random.getrandbits(40), wide, 0), (-1, 0, random.getrandbits(50))):
+        assert gate_uniforms(seed, step, sequence, 23).tolist() == gate_draws(seed, step, sequence, 23)
+
+
+@pytest.mark.parametrize("layout", [TokenBatch.pack, TokenBatch.concatenate])
+def test_the_draws_of_a_batch_are_those_of_seed_step_sequence_and_position(layout: Any) -> None:
+    seed, step = random.getrandbits(62), random.randrange(1, 10**6)
+    rng = random.Random(random.random())
+    rollouts = [rollout(rng, sequence) for sequence in (41, 1000 + random.randrange(1000), 0)]
+    rollouts.insert(1, Rollout([4, 5], [6], [7, 8], [-1.0, -2.0], 3, 7, 7, True))  # these draws enter the loss
+    batch = layout(rollouts, pad_id=0, seed=seed, step=step)
+    wanted = [
+        draw
+        for r in rollouts
+        for draw in gate_draws(seed, step, r.sequence_id, len(r.token_ids) - 1)[len(r.prompt_ids) - 1 :]
+    ]
+    assert batch.loss_tokens().uniforms.tolist() == wanted
 
 
 def test_empty_micro_batch_has_no_loss_tokens() -> None:

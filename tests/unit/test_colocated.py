@@ -29,6 +29,8 @@ from nemo_tropd.rollout.vllm.settings import EngineSettings
 from tests.doubles import ReplayEngine
 from tests.tiny_models import make_tiny
 
+pytestmark = pytest.mark.random
+
 EOS, ROWS, TOKENS = 3, 131, 120
 
 
@@ -122,7 +124,7 @@ class Colocated:
 
 
 def requests(count: int = 5) -> list[RolloutRequest]:
-    draw = random.Random()
+    draw = random.Random(random.random())
     return [
         RolloutRequest(
             [draw.randrange(TOKENS) for _ in range(4)], [7] * (i % 2), draw.getrandbits(60), 10 + i, i, 3 + i

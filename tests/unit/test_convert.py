@@ -22,6 +22,8 @@ from nemo_tropd.convert.families import ConversionError, read_shape, shape_of_co
 from nemo_tropd.convert.hf_files import INDEX, SINGLE, write_weights
 from tests.tiny_models import FAMILIES, make_tiny
 
+pytestmark = pytest.mark.random
+
 CARRIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 

@@ -15,6 +15,8 @@ from nemo_tropd import doctor
 from nemo_tropd.doctor import NOTICE, OK, WRONG, Gpu, Gpus
 from tests.e2e.tiny_run import ROOT, environment
 
+pytestmark = pytest.mark.random
+
 GIB = 2**30
 
 

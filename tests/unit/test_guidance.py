@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling
+from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling, request_seed
 from nemo_tropd.rollout.guidance import Guidance, draw_prefix_length, max_prefix_length
-from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
+from nemo_tropd.rollout.teacher_responses import TeacherResponse, TeacherResponses, checkpoint_fingerprint
+from tests.oracles import philox
+
+pytestmark = pytest.mark.random
 
 EOS = 2
 
@@ -58,9 +61,10 @@ def cache(folder: Path, **changes: object) -> TeacherResponses:
     return TeacherResponses(folder, **settings)
 
 
-def some_prompts(count: int) -> list[list[int]]:
-    rnd = random.Random()
-    return [[rnd.randrange(3, 1000) for _ in range(rnd.randrange(1, 9))] + [5000 + i] for i in range(count)]
+def some_prompts(count: int, first: int = 5000) -> list[list[int]]:
+    """Random prompts that end in first, first + 1, ...: no two are alike."""
+    rnd = random.Random(random.random())
+    return [[rnd.randrange(3, 1000) for _ in range(rnd.randrange(1, 9))] + [first + i] for i in range(count)]
 
 
 def test_annealing_follows_the_cosine_and_ends_at_nothing() -> None:
@@ -68,6 +72,7 @@ def test_annealing_follows_the_cosine_and_ends_at_nothing() -> None:
     lengths = [max_prefix_length(s, total_steps=total, longest=longest) for s in range(total + 3)]
     assert lengths[0] == longest
     assert lengths[total:] == [0, 0, 0]
+    assert max_prefix_length(2 * total, total_steps=total, longest=longest) == 0  # where the cosine is 1 again
     assert lengths == sorted(lengths, reverse=True)
     quarter = total // 4
     assert lengths[quarter] == math.floor(longest * (1 + math.cos(math.pi * quarter / total)) / 2)
@@ -94,6 +99,57 @@ def test_uniform_draw_covers_the_range_evenly_and_depends_on_its_names_alone() -
     assert other != drawn[:100]
     assert draw_prefix_length(limit, draw="cap", seed=seed, step=0, sequence_id=0) == limit
     assert draw_prefix_length(0, draw="uniform", seed=seed, step=0, sequence_id=0) == 0
+
+
+def test_a_length_is_the_philox_word_of_its_seed_step_and_sequence() -> None:
+    wide = 2**64 - 1 - random.getrandbits(9)  # a float64 cannot tell it from its neighbours
+    limit = 2**30 - 1  # two draws are hardly ever alike, and the product is exact
+    for seed, step, sequence in ((wide, 3, 8), (random.getrandbits(40), wide, 0), (5, 6, random.getrandbits(50))):
+        (word,) = philox.stream((seed, step), 1, word_2=sequence, word_3=1)
+        length = draw_prefix_length(limit, draw="uniform", seed=seed, step=step, sequence_id=sequence)
+        assert length == (word >> 11) * (limit + 1) >> 53
+
+
+class Written(TeacherResponses):
+    """Responses that are known beforehand."""
+
+    def __init__(self, *responses: TeacherResponse) -> None:
+        self.responses = responses
+
+    def lookup(self, prompt_ids: Sequence[int]) -> TeacherResponse:
+        return self.responses[prompt_ids[0]]
+
+
+def test_a_prefix_stops_before_the_end_and_leaves_room_for_a_token() -> None:
+    ids = [11, 12, 13, 14, 15]
+    written = Written(TeacherResponse([*ids, EOS], [-1.0] * 6, True), TeacherResponse([*ids, 16], [-1.0] * 6, False))
+
+    def prefixes(longest: int, room: int) -> list[list[int]]:
+        guidance = Guidance(
+            seed=1, total_steps=10, max_new_tokens=room, longest=longest, prefix_draw="cap", responses=written
+        )
+        return [r.prefix_ids for r in guidance.plan([[0], [1]], 0)]
+
+    assert prefixes(9, 20) == [ids, [*ids, 16]]
+    assert prefixes(9, 6) == [ids, ids]
+    assert prefixes(3, 20) == [ids[:3]] * 2
+    assert prefixes(9, 1) == [[], []]
+
+
+def test_a_plan_is_a_function_of_seed_step_prompt_and_sample() -> None:
+    long = [random.randrange(3, 100) for _ in range(500)]
+    written = Written(*[TeacherResponse(long, [-1.0] * 500, False)] * 3)
+    seed, step, places = random.getrandbits(60), random.randrange(1, 50), [700, 3, 41]
+    guidance = Guidance(
+        seed=seed, total_steps=10**6, max_new_tokens=400, samples_per_prompt=2, longest=300, responses=written
+    )
+    requests = guidance.plan([[0], [1], [2]], step, prompt_indices=places)
+    limit = max_prefix_length(step, total_steps=10**6, longest=300)
+    for i, r in enumerate(requests):
+        assert (r.sequence_id, r.prompt_index) == (i, places[i // 2])
+        assert r.seed == request_seed(seed, step, places[i // 2], i)
+        length = draw_prefix_length(limit, draw="uniform", seed=seed, step=step, sequence_id=i)
+        assert r.prefix_ids == long[:length] and r.max_new_tokens == 400 - length
 
 
 @pytest.mark.parametrize("draw", ["uniform", "cap"])
@@ -151,7 +207,7 @@ def test_responses_are_written_once_and_read_back(tmp_path: Path) -> None:
     log.clear()
     second = cache(tmp_path)
     assert second.ensure(prompts[::-1], lambda: ScribeEngine(log)) == 0 and log == []
-    extra = some_prompts(2)
+    extra = some_prompts(2, first=6000)
     assert second.ensure(prompts + extra, lambda: ScribeEngine(log)) == 2
     assert log == ["start", "generate 2", "close"]
     third = cache(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from nemo_tropd import objectives
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.objectives.entropy_opd import quantile
+
+pytestmark = pytest.mark.random
 
 V, K = 9, 4
 
@@ -82,7 +85,7 @@ class State:
 
 @pytest.fixture
 def state() -> State:
-    return State(time.time_ns() % 10**6)
+    return State(random.randrange(10**6))
 
 
 def same(got: Tensor, want: Tensor) -> None:
@@ -168,7 +171,7 @@ def test_topd_moves_towards_a_proximal_teacher(state: State, alpha: float) -> No
 
 @pytest.mark.parametrize("beta", [0.5, 0.2])
 def test_jsd_detached_is_exact_and_the_literal_form_counts_twice(beta: float) -> None:
-    state = State(time.time_ns() % 10**6, k=V)
+    state = State(random.randrange(10**6), k=V)
 
     def first_and_whole() -> tuple[Tensor, Tensor]:
         log_s = state.log_s
@@ -207,7 +210,7 @@ def test_guidance_pulls_towards_the_teacher(state: State) -> None:
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_teacher_equals_student(name: str) -> None:
-    state = State(time.time_ns() % 10**6, k=V)
+    state = State(random.randrange(10**6), k=V)
     state.log_t = state.log_s.detach()
     state.log_r = state.log_t
     objective = bound(objectives.build(name), state)
@@ -224,7 +227,7 @@ def test_teacher_equals_student(name: str) -> None:
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_gradient_flows_through_the_student_alone(name: str) -> None:
     """R, M, pi_T, thresholds and entropies are constants: no gradient reaches the tensors they are made of."""
-    state = State(time.time_ns() % 10**6)
+    state = State(random.randrange(10**6))
     objective = bound(objectives.build(name), state)
     base = state.scores(0.5)
     fields = ("teacher_log_probs", "teacher_top_k_log_probs", "student_entropy", "teacher_entropy", "uniforms",
@@ -301,6 +304,38 @@ def test_two_stages() -> None:
         objective.bind(torch.zeros(3))
     with pytest.raises(ValueError, match="needs no first pass"):
         objectives.build("opd").bind(torch.zeros(3))
+
+
+def tokens(*pairs: tuple[float, float]) -> TokenScores:
+    """Tokens of given (teacher, student) log-probabilities; two candidates each, on which the models differ."""
+    teacher, student = torch.tensor(pairs).double().unbind(1)
+    top = torch.tensor([[-0.5, -1.5]]).double().expand(len(pairs), 2)
+    nothing = torch.zeros(len(pairs)).double()
+    return TokenScores(student, top.flip(1), teacher, top, nothing.bool(), nothing)
+
+
+def test_ties_fall_as_the_equations_say() -> None:
+    """R = 0 to the bit while the distributions differ: trusted by the threshold, an outlier to AOPD."""
+    scores = tokens((-1.25, -1.25), (-1.0, -1.25), (-1.5, -1.25))
+    kl = math.exp(-0.5) - math.exp(-1.5)  # sum of pi_T (log pi_T - log pi_S), the gaps being 1 and -1
+    assert objectives.build("tropd", gate="threshold")(scores)[1]["trust"].tolist() == [1, 1, 0]
+    loss, metrics = objectives.build("aopd")(scores)
+    same(loss, torch.tensor([kl, 0.25 * 1.25, kl], dtype=torch.float64))
+    assert metrics["trust"].tolist() == [0, 1, 0]
+
+
+def test_outliers_are_clipped_or_masked_at_tau() -> None:
+    scores = tokens((-6.0, -1.0), (-4.0, -1.0), (-2.0, -1.0), (-0.5, -1.0))  # R = -5, -3, -1, 0.5
+    clipped, masked = (objectives.build(name, tau=-3.0)(scores)[0] for name in ("clip_outlier", "mask_outlier"))
+    assert clipped.tolist() == [-3, -3, -1, 0.5] and masked.tolist() == [0, 0, -1, 0.5]
+
+
+@pytest.mark.parametrize("count", [1, 2, 24, 101])
+def test_the_quantile_is_torchs(count: int) -> None:
+    values = torch.randn(count).double()
+    for q in (0.0, 0.2, 0.77, 1.0):
+        torch.testing.assert_close(quantile(values, q), float(torch.quantile(values, q)), rtol=1e-12, atol=1e-12)
+    assert quantile(values[:0], 0.5) == math.inf
 
 
 def test_reopold_floors() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_tropd.batch import Rollout, TokenBatch
+from nemo_tropd.batch import Rollout, TokenBatch, gate_uniforms
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import check
 from nemo_tropd.training.packing import even_bins, pack_micro_batches
 from tests.unit.test_batch import rollout
+
+pytestmark = pytest.mark.random
 
 
 def topology(rank: int = 0, ranks: int = 1, tensor: int = 1, sequence: bool = False) -> Any:
@@ -23,7 +25,7 @@ def topology(rank: int = 0, ranks: int = 1, tensor: int = 1, sequence: bool = Fa
 
 
 def several(count: int) -> list[Rollout]:
-    rng = random.Random()
+    rng = random.Random(random.random())
     return [rollout(rng, i) for i in range(count)]
 
 
@@ -34,7 +36,7 @@ def pack(rollouts: list[Rollout], place: Any, tokens: int | None) -> list[TokenB
 
 
 def test_bins_hold_everything_once_within_capacity_and_few() -> None:
-    rng = random.Random()
+    rng = random.Random(random.random())
     for _ in range(200):
         capacity, multiple = rng.randint(10, 60), rng.randint(1, 4)
         lengths = [rng.randint(1, capacity) for _ in range(rng.randint(0, 30))]
@@ -50,6 +52,12 @@ def test_bins_hold_everything_once_within_capacity_and_few() -> None:
 def test_bins_are_evenly_filled() -> None:
     assert [sorted(b) for b in even_bins([5, 5, 5, 5, 5, 5], 20)] == [[0, 2, 4], [1, 3, 5]]
     assert even_bins([4], 9, multiple_of=3) == [[0], [], []]
+    assert even_bins([7, 2], 7) == [[0], [1]]  # a full row is a row
+
+
+def test_bins_that_cannot_be_even_stay_within_capacity() -> None:
+    # Longest first into the emptiest would make 7 and 5; first fit makes 6 and 6.
+    assert [sorted(b) for b in even_bins([3, 3, 2, 2, 2], 6)] == [[0, 1], [2, 3, 4]]
 
 
 def test_a_sequence_longer_than_a_row_is_refused() -> None:
@@ -94,6 +102,44 @@ def test_a_row_holds_what_its_sequences_hold_alone() -> None:
         assert tokens.sequence[here].tolist() == [i] * len(own)
     assert seen == len(tokens)  # the tail is not scored
     assert not row.loss_mask[0, sum(len(r.token_ids) for r in rollouts) :].any()
+
+
+def of_lengths(*lengths: tuple[int, int]) -> list[Rollout]:
+    """Rollouts of (prompt, response) tokens each, no two tokens alike."""
+    fresh = iter(range(5, 10**6))
+    return [
+        Rollout([next(fresh) for _ in range(p)], [], [next(fresh) for _ in range(n)], [-1.0] * n, 0, i, i, True)
+        for i, (p, n) in enumerate(lengths)
+    ]
+
+
+def test_the_first_position_of_a_sequence_is_its_own() -> None:
+    """After a prompt of one token, the first position already scores: it lies on the bound between two sequences."""
+    row = TokenBatch.concatenate(of_lengths((1, 2), (1, 3), (1, 1)), pad_id=0, seed=5, step=2)
+    assert row.loss_tokens().rows.tolist() == [0, 1, 3, 4, 5, 7]
+    assert row.loss_tokens().sequence.tolist() == [0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("tokens", [None, 24])
+def test_every_micro_batch_has_the_draws_of_its_seed_and_step(tokens: int | None) -> None:
+    rollouts, seed, step, pad = several(9), random.getrandbits(60), random.randrange(1, 10**6), 91
+    batches = pack_micro_batches(
+        rollouts, topology(tensor=8, sequence=True), micro_batch_size=2, pad_id=pad, seed=seed, step=step,
+        tokens_per_micro_batch=tokens,
+    )  # fmt: skip
+    for batch in batches:
+        draws = [gate_uniforms(seed, step, r.sequence_id, len(r.token_ids) - 1) for r in batch.rollouts]
+        scored = [u[len(r.prompt_ids) - 1 :] for u, r in zip(draws, batch.rollouts, strict=True)]
+        assert torch.equal(batch.loss_tokens().uniforms, torch.cat(scored))
+        assert (batch.input_ids == pad).sum() == batch.input_ids.numel() - sum(len(r.token_ids) for r in batch.rollouts)
+
+
+@pytest.mark.parametrize("tokens", [None, 7])
+def test_widths_divide_under_sequence_parallelism_alone(tokens: int | None) -> None:
+    rollouts = of_lengths((3, 4), (2, 5))
+    for tensor, sequence, width in ((2, True, 8), (4, True, 8), (3, True, 9), (2, False, 7), (1, False, 7)):
+        batches = pack(rollouts, topology(tensor=tensor, sequence=sequence), tokens)
+        assert [b.input_ids.size(1) for b in batches] == [width] * (1 if tokens is None else 2)
 
 
 def test_moving_a_batch_keeps_its_loss_tokens() -> None:

@@ -3,11 +3,15 @@
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nemo_tropd.prompts import PromptError, PromptKeys, PromptOrder, PromptSplit, load_prompts
+from nemo_tropd.prompts import Prompt, PromptError, PromptKeys, PromptOrder, PromptSet, PromptSplit, load_prompts
+from tests.oracles import philox
+
+pytestmark = pytest.mark.random
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = REPOSITORY / "examples" / "prompts" / "instructions.jsonl"
@@ -206,6 +210,19 @@ def test_the_order_is_a_permutation_of_every_epoch_and_resumes():
     assert PromptOrder(n, -1).batch(0, n) != PromptOrder(n, -2).batch(0, n)
 
 
+def test_the_order_is_the_sorted_philox_stream_of_seed_and_epoch():
+    wide = 2**64 - 1 - random.getrandbits(9)  # a float64 cannot tell it from its neighbours
+    n, size = random.randint(5, 30), 4
+    for seed in (wide, random.getrandbits(40), -3):
+        order = PromptOrder(n, seed)
+        flat = []
+        for epoch in range(4):
+            words = philox.stream((seed, epoch), n)
+            flat += sorted(range(n), key=words.__getitem__)
+        for step in range(len(flat) // size):
+            assert order.batch(step, size) == flat[step * size : (step + 1) * size]
+
+
 def test_the_order_does_not_change_between_releases():
     # Written down once: a resumed run must see the order it began with, whatever numpy it now has.
     assert PromptOrder(10, 1234).batch(0, 12) == [8, 9, 7, 3, 0, 1, 4, 2, 5, 6, 0, 9]
@@ -226,6 +243,14 @@ def test_the_fingerprint_follows_content_and_order(tmp_path):
         load(write_jsonl(tmp_path / "warm.jsonl", [a, b]), tokenizer)
         digests.add(load(write_jsonl(tmp_path / f"{i}.jsonl", records), tokenizer).train.fingerprint())
     assert len(digests) == 3
+
+
+@pytest.mark.parametrize("part", ["id", "answer", "token_ids"])
+def test_the_fingerprint_notices_each_part_of_a_prompt(part):
+    prompts = [Prompt(f"p{i}", "text", (), "4", (5, 6, i), "here") for i in range(3)]
+    changed = {"id": "other", "answer": "5", "token_ids": (5, 7, 1)}[part]
+    other = [prompts[0], replace(prompts[1], **{part: changed}), prompts[2]]
+    assert PromptSet(tuple(other)).fingerprint() != PromptSet(tuple(prompts)).fingerprint()
 
 
 def test_the_shipped_prompts_are_right():

@@ -13,6 +13,8 @@ from nemo_tropd.report import ReportError, write_figure, write_report
 from nemo_tropd.report.charts import Line, line_chart, number, stacked_chart
 from nemo_tropd.report.records import read_run, smooth, thin
 
+pytestmark = pytest.mark.random
+
 VOID = {"meta", "br", "hr", "img", "line", "path", "circle"}
 
 

@@ -14,6 +14,8 @@ from nemo_tropd.launch.command import Launch, local_address, plan_launch, split_
 from nemo_tropd.launch.scheduler import first_host, read_allocation
 from tests.e2e.tiny_run import ROOT, TinyRun, environment
 
+pytestmark = pytest.mark.random
+
 SLURM = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_NUM_NODES": "2",

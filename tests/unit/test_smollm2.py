@@ -17,6 +17,8 @@ from nemo_tropd.convert.drop_layers import drop_layers
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.smollm2 import build_smollm2, build_student, convert_gguf
 
+pytestmark = pytest.mark.random
+
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN = 3, 24, 3, 1, 40
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
@@ -53,7 +55,7 @@ def write_gguf(
         "attn_norm": ("input_layernorm", (HIDDEN,)),
         "ffn_norm": ("post_attention_layernorm", (HIDDEN,)),
     }
-    random = np.random.default_rng()
+    random = np.random.default_rng(np.random.randint(2**31))
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)

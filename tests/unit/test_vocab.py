@@ -7,6 +7,8 @@ import torch
 
 from nemo_tropd.parallel.vocab import NonFiniteLogits, largest, vocab_parallel_log_probs, vocab_parallel_top_k
 
+pytestmark = pytest.mark.random
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab_size", [None, 37, 1])

@@ -28,6 +28,8 @@ from nemo_tropd.rollout.vllm.remote import VllmEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.weights.stream import BucketFiles, buckets, checked_stream, checkpoint_shapes
 
+pytestmark = pytest.mark.random
+
 SHAPES = {"a": (2, 3), "b": (4,), "lm_head.weight": (2, 3)}
 TIED = frozenset({"lm_head.weight"})
 

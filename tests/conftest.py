@@ -1,0 +1,68 @@
+"""Fresh random inputs in every run, that can be drawn again: each test's generators start from one printed number."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("random inputs")
+    group.addoption(
+        "--draws", type=int, default=1, metavar="N",
+        help="run every test marked 'random' N times, each time with other random inputs; -m random runs those alone",
+    )  # fmt: skip
+    group.addoption(
+        "--seed", type=int, default=None, metavar="S",
+        help="draw the random inputs of the run that printed 'random inputs: --seed S' (a test's inputs depend on S "
+        "and its own name alone, so one failed test can be run by itself)",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "random: the inputs differ in every run; see --draws and --seed")
+    if config.option.seed is None:
+        config.option.seed = int.from_bytes(os.urandom(4), "little")
+    start_generators(config.option.seed, "")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed {config.option.seed}"
+
+
+def pytest_pycollect_makemodule(module_path: object, parent: pytest.Collector) -> None:
+    """Numbers drawn while a module is imported."""
+    start_generators(parent.config.option.seed, str(module_path).rpartition("tests")[2])
+
+
+@pytest.fixture(autouse=True)
+def repetition(request: pytest.FixtureRequest) -> int:
+    """Which of ``--draws`` repetitions this is."""
+    return getattr(request, "param", 0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    draws = metafunc.config.option.draws
+    if draws > 1 and metafunc.definition.get_closest_marker("random"):
+        metafunc.parametrize("repetition", range(draws), indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    start_generators(item.config.option.seed, item.nodeid)
+
+
+def start_generators(seed: int, name: str) -> None:
+    """Start the generators of random, numpy and torch from ``seed`` and ``name``.
+
+    torch's would else start from a number of its own, the same in every run.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    random.seed(digest)
+    np.random.seed(int.from_bytes(digest[:4], "little"))
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))
