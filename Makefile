@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
 
-.PHONY: setup demo test lint bench bench-loop roofline compare scaling gpu-check clean
+.PHONY: setup demo test mutants lint bench bench-loop roofline compare scaling gpu-check clean
 
 setup: $(READY)
 
@@ -29,8 +29,13 @@ $(READY): $(PINS) pyproject.toml
 demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# Every run draws other random inputs; ARGS="-m random --draws 30" repeats the tests that draw any, 30 times.
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# Plants single faults in a copy, each of which a test must notice; ARGS="--only loss" for one room.
+mutants: setup
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,884 @@
+"""The faults: one line of the program each, what it becomes, and the tests that must notice.
+
+``line`` must be found exactly once in its file, indentation aside; ``becomes`` takes its place. Whoever changes such a
+line changes it here (tests/unit/test_mutants.py says which), and asks whether the fault still means the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line that is wrong. At least one of ``tests`` must fail while it is in place."""
+
+    room: str
+    what: str
+    file: str
+    line: str
+    becomes: str
+    tests: tuple[str, ...]
+    slow: bool = False  # its tests start several processes or train
+
+    def planted(self, source: str) -> str:
+        """``source`` with the fault. Raises ValueError unless the line is there exactly once."""
+        lines = source.splitlines(keepends=True)
+        found = [i for i, text in enumerate(lines) if text.strip() == self.line]
+        if len(found) != 1:
+            raise ValueError(f"{self.file}: the line is there {len(found)} times: {self.line}")
+        text = lines[found[0]]
+        lines[found[0]] = text.replace(self.line, self.becomes)
+        return "".join(lines)
+
+
+_BATCH = "tests/unit/test_batch.py::"
+_PACKING = "tests/unit/test_packing.py::"
+_OBJECTIVES = "tests/unit/test_objectives.py::"
+_GUIDANCE = "tests/unit/test_guidance.py::"
+_PROMPTS = "tests/unit/test_prompts.py::"
+_VOCAB = "tests/unit/test_vocab.py::"
+_HEAD = "tests/unit/test_head.py::"
+_EQUATIONS = _HEAD + "test_value_and_gradients"
+_SHARDS = "tests/dist/test_head_parallel.py::test_head_on_shards"
+_OPTIMIZER = "tests/unit/test_optimizer.py::"
+_CHECKPOINT = "tests/unit/test_checkpoint.py::"
+_CONVERT = "tests/unit/test_convert.py::"
+_PARITY = "tests/dist/test_model_parity.py::test_logits_and_bytes[one-process]"
+_STREAM = "tests/unit/test_weight_stream.py::"
+_LAYOUTS = "tests/dist/test_training_layouts.py::"
+
+
+def _batch(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("batch", what, "nemo_tropd/batch.py", line, becomes, tests)
+
+
+def _objective(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("objectives", f"{file}: {what}", f"nemo_tropd/objectives/{file}.py", line, becomes, tests)
+
+
+def _packing(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("packing", what, "nemo_tropd/training/packing.py", line, becomes, tests)
+
+
+def _guidance(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("guidance", what, "nemo_tropd/rollout/guidance.py", line, becomes, tests)
+
+
+def _prompts(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("prompts", what, "nemo_tropd/prompts.py", line, becomes, tests)
+
+
+def _vocab(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("vocabulary", what, "nemo_tropd/parallel/vocab.py", line, becomes, tests)
+
+
+def _loss(file: str, what: str, line: str, becomes: str, *tests: str, slow: bool = False) -> Fault:
+    return Fault("loss", f"{file}: {what}", f"nemo_tropd/loss/{file}.py", line, becomes, tests, slow)
+
+
+def _convert(file: str, what: str, line: str, becomes: str, *tests: str, slow: bool = False) -> Fault:
+    return Fault("conversion", f"{file}: {what}", f"nemo_tropd/convert/{file}.py", line, becomes, tests, slow)
+
+
+def _optimizer(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("optimizer", what, "nemo_tropd/training/optimizer.py", line, becomes, tests)
+
+
+def _resume(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("resume", what, "nemo_tropd/training/checkpoint.py", line, becomes, tests)
+
+
+FAULTS: list[Fault] = [
+    # batch: alignment, masks, the gate's draws
+    _batch(
+        "the gate's draws forget the step",
+        "uniforms[row, begin:end] = gate_uniforms(seed, step, r.sequence_id, end - begin)",
+        "uniforms[row, begin:end] = gate_uniforms(seed, 0, r.sequence_id, end - begin)",
+        _BATCH + "test_the_draws_of_a_batch_are_those_of_seed_step_sequence_and_position",
+    ),
+    _batch(
+        "the gate's draws forget the run's seed",
+        "uniforms[row, begin:end] = gate_uniforms(seed, step, r.sequence_id, end - begin)",
+        "uniforms[row, begin:end] = gate_uniforms(0, step, r.sequence_id, end - begin)",
+        _BATCH + "test_the_draws_of_a_batch_are_those_of_seed_step_sequence_and_position",
+    ),
+    _batch(
+        "the gate's draws go by the row, not the sequence",
+        "uniforms[row, begin:end] = gate_uniforms(seed, step, r.sequence_id, end - begin)",
+        "uniforms[row, begin:end] = gate_uniforms(seed, step, row, end - begin)",
+        _BATCH + "test_the_draws_of_a_batch_are_those_of_seed_step_sequence_and_position",
+    ),
+    _batch(
+        "the gate's draws are off by one position",
+        "uniforms[row, begin:end] = gate_uniforms(seed, step, r.sequence_id, end - begin)",
+        "uniforms[row, begin:end] = gate_uniforms(seed, step, r.sequence_id, end - begin + 1)[1:]",
+        _BATCH + "test_the_draws_of_a_batch_are_those_of_seed_step_sequence_and_position",
+    ),
+    _batch(
+        "large seeds run together",
+        "key = np.array([seed & mask, step & mask], dtype=np.uint64)",
+        "key = [seed & mask, step & mask]",
+        _BATCH + "test_draws_are_philox_words_of_their_key_and_sequence",
+    ),
+    _batch(
+        "all sequences share their draws",
+        "counter = np.array([0, 0, sequence_id & mask, 0], dtype=np.uint64)",
+        "counter = np.array([0, 0, 0, 0], dtype=np.uint64)",
+        _BATCH + "test_draws_are_philox_words_of_their_key_and_sequence",
+    ),
+    _batch(
+        "draws reach half of [0, 1) only",
+        "return torch.from_numpy(raw * np.float32(2.0**-24))",
+        "return torch.from_numpy(raw * np.float32(2.0**-25))",
+        _BATCH + "test_draws_are_philox_words_of_their_key_and_sequence",
+    ),
+    _batch(
+        "labels are the input itself",
+        "labels[row, begin:end] = tokens[1:]",
+        "labels[row, begin:end] = tokens[:-1]",
+        _BATCH + "test_each_output_position_scores_the_next_token",
+    ),
+    _batch(
+        "scored outputs begin one position late",
+        "start = begin + len(r.prompt_ids) - 1  # the output that scores the first token after the prompt",
+        "start = begin + len(r.prompt_ids)",
+        _BATCH + "test_each_output_position_scores_the_next_token",
+    ),
+    _batch(
+        "the student's tokens count as guided",
+        "guided[row, start:middle] = True",
+        "guided[row, start:end] = True",
+        _BATCH + "test_each_output_position_scores_the_next_token",
+    ),
+    _batch(
+        "the teacher's prefix is left out of the loss",
+        "mask[row, start:end] = True",
+        "mask[row, middle:end] = True",
+        _BATCH + "test_each_output_position_scores_the_next_token",
+    ),
+    _batch(
+        "positions run on through a concatenated row",
+        "positions = torch.arange(width) - torch.repeat_interleave(bounds[:-1].long(), lengths)",
+        "positions = torch.arange(width)",
+        _PACKING + "test_a_row_holds_what_its_sequences_hold_alone",
+    ),
+    _batch(
+        "a sequence's first token belongs to the one before",
+        "sequence = torch.searchsorted(self.segments.bounds[1:], rows.to(torch.int32), right=True)",
+        "sequence = torch.searchsorted(self.segments.bounds[1:], rows.to(torch.int32), right=False)",
+        _PACKING + "test_the_first_position_of_a_sequence_is_its_own",
+    ),
+    # objectives: what every one of them shares
+    _objective(
+        "objective",
+        "the ratio has the wrong sign",
+        "return (scores.teacher_log_probs - scores.student_log_probs).detach()",
+        "return (scores.student_log_probs - scores.teacher_log_probs).detach()",
+        _OBJECTIVES + "test_k1_is_the_gradient_of_the_reverse_kl",
+    ),
+    _objective(
+        "objective",
+        "the ratio carries gradient",
+        "return (scores.teacher_log_probs - scores.student_log_probs).detach()",
+        "return scores.teacher_log_probs - scores.student_log_probs",
+        _OBJECTIVES + "test_gradient_flows_through_the_student_alone",
+    ),
+    _objective(
+        "objective",
+        "the trust is not clamped at 1",
+        "return ratio.clamp(max=0).exp()",
+        "return ratio.exp()",
+        _OBJECTIVES + "test_tropd_enumerated",
+    ),
+    _objective(
+        "objective",
+        "the importance weight has no cap",
+        "weight = importance_ratio(scores, what=self.name).clamp(max=self.importance_cap)",
+        "weight = importance_ratio(scores, what=self.name)",
+        _OBJECTIVES + "test_importance_weights_are_truncated_and_detached",
+    ),
+    _objective(
+        "objective",
+        "the importance weight is capped from below",
+        "weight = importance_ratio(scores, what=self.name).clamp(max=self.importance_cap)",
+        "weight = importance_ratio(scores, what=self.name).clamp(min=self.importance_cap)",
+        _OBJECTIVES + "test_importance_weights_are_truncated_and_detached",
+    ),
+    _objective(
+        "objective",
+        "the importance weight carries gradient",
+        "gap = scores.student_log_probs.detach() - scores.behavior_log_probs.detach()",
+        "gap = scores.student_log_probs - scores.behavior_log_probs.detach()",
+        _OBJECTIVES + "test_importance_weights_are_truncated_and_detached",
+    ),
+    _objective(
+        "objective",
+        "tokens without a behavior weigh NaN",
+        "return gap.nan_to_num(nan=0.0).exp()",
+        "return gap.exp()",
+        _OBJECTIVES + "test_importance_weights_are_truncated_and_detached",
+    ),
+    _objective(
+        "objective",
+        "guided tokens are pushed away",
+        "loss = torch.where(scores.guided, -self.guidance_weight * scores.student_log_probs, loss)",
+        "loss = torch.where(scores.guided, self.guidance_weight * scores.student_log_probs, loss)",
+        _OBJECTIVES + "test_guidance_pulls_towards_the_teacher",
+    ),
+    _objective(
+        "objective",
+        "the guidance weight is forgotten",
+        "loss = torch.where(scores.guided, -self.guidance_weight * scores.student_log_probs, loss)",
+        "loss = torch.where(scores.guided, -scores.student_log_probs, loss)",
+        _OBJECTIVES + "test_guidance_pulls_towards_the_teacher",
+    ),
+    _objective(
+        "objective",
+        "guidance takes the student's own tokens",
+        "loss = torch.where(scores.guided, -self.guidance_weight * scores.student_log_probs, loss)",
+        "loss = torch.where(~scores.guided, -self.guidance_weight * scores.student_log_probs, loss)",
+        _OBJECTIVES + "test_guidance_pulls_towards_the_teacher",
+    ),
+    _objective(
+        "terms",
+        "the reward is minimised",
+        "return -reward.detach() * scores.student_log_probs",
+        "return reward.detach() * scores.student_log_probs",
+        _OBJECTIVES + "test_k1_is_the_gradient_of_the_reverse_kl",
+    ),
+    _objective(
+        "terms",
+        "the reward is differentiated",
+        "return -reward.detach() * scores.student_log_probs",
+        "return -reward * scores.student_log_probs",
+        _OBJECTIVES + "test_gopd_goes_beyond_the_teacher",
+    ),
+    _objective(
+        "terms",
+        "the Bernoulli gate is turned round",
+        'return probability if gate == "soft" else (scores.uniforms < probability).to(ratio.dtype)',
+        'return probability if gate == "soft" else (scores.uniforms > probability).to(ratio.dtype)',
+        _OBJECTIVES + "test_tropd_enumerated",
+    ),
+    _objective(
+        "terms",
+        "the threshold gate does not trust a tie",
+        "return (ratio >= 0).to(ratio.dtype)",
+        "return (ratio > 0).to(ratio.dtype)",
+        _OBJECTIVES + "test_ties_fall_as_the_equations_say",
+    ),
+    _objective(
+        "terms",
+        "the forward KL's sign",
+        "value = (teacher.exp() * (teacher - student)).sum(-1)",
+        "value = (teacher.exp() * (student - teacher)).sum(-1)",
+        _OBJECTIVES + "test_raw_forward_kl",
+    ),
+    _objective(
+        "terms",
+        "the forward KL is clamped at 0",
+        "value = (teacher.exp() * (teacher - student)).sum(-1)",
+        "value = (teacher.exp() * (teacher - student)).sum(-1).clamp(min=0)",
+        _OBJECTIVES + "test_raw_forward_kl_may_be_negative_and_keeps_its_gradient",
+    ),
+    _objective(
+        "terms",
+        "the forward KL weighs by the student",
+        "value = (teacher.exp() * (teacher - student)).sum(-1)",
+        "value = (student.exp() * (teacher - student)).sum(-1)",
+        _OBJECTIVES + "test_raw_forward_kl",
+    ),
+    _objective(
+        "terms",
+        "the tail's mass is the student's",
+        "value = value + rest_teacher.exp() * (rest_teacher - rest_student)",
+        "value = value + rest_student.exp() * (rest_teacher - rest_student)",
+        _OBJECTIVES + "test_ghost_tail_is_the_coarsened_kl",
+    ),
+    # objectives: each one's equation
+    _objective(
+        "tropd",
+        "the forward KL applies to trusted tokens, too",
+        'metrics["outlier_loss"] = (1 - trust) * outlier',
+        'metrics["outlier_loss"] = outlier',
+        _OBJECTIVES + "test_tropd_enumerated",
+    ),
+    _objective(
+        "tropd",
+        "another guidance weight",
+        "guidance_weight: float | None = 0.001",
+        "guidance_weight: float | None = 0.01",
+        _OBJECTIVES + "test_guidance_pulls_towards_the_teacher",
+    ),
+    _objective(
+        "tropd",
+        "the floor of the clip is a ceiling",
+        "outlier = policy_gradient(scores, ratio.clamp(min=self.tau))",
+        "outlier = policy_gradient(scores, ratio.clamp(max=self.tau))",
+        _EQUATIONS,
+    ),
+    _objective(
+        "clip_outlier",
+        "the floor is forgotten",
+        'return policy_gradient(scores, ratio.clamp(min=self.tau)), {"clipped": (ratio < self.tau).to(ratio.dtype)}',
+        'return policy_gradient(scores, ratio), {"clipped": (ratio < self.tau).to(ratio.dtype)}',
+        _OBJECTIVES + "test_outliers_are_clipped_or_masked_at_tau",
+    ),
+    _objective(
+        "mask_outlier",
+        "a token at tau is kept",
+        "keep = (ratio > self.tau).to(ratio.dtype)",
+        "keep = (ratio >= self.tau).to(ratio.dtype)",
+        _OBJECTIVES + "test_outliers_are_clipped_or_masked_at_tau",
+    ),
+    _objective(
+        "aopd",
+        "a tie is no outlier",
+        "positive = (ratio > 0).to(ratio.dtype)",
+        "positive = (ratio >= 0).to(ratio.dtype)",
+        _OBJECTIVES + "test_ties_fall_as_the_equations_say",
+    ),
+    _objective(
+        "entropy_opd",
+        "the most certain tokens are kept",
+        "keep = (scores.student_entropy > self.tau).to(scores.student_log_probs.dtype)",
+        "keep = (scores.student_entropy < self.tau).to(scores.student_log_probs.dtype)",
+        _HEAD + "test_first_pass_gives_what_the_objective_sees",
+    ),
+    _objective(
+        "entropy_opd",
+        "the quantile is one place too high",
+        "place = q * (ordered.numel() - 1)",
+        "place = min(q * ordered.numel(), ordered.numel() - 1)",
+        _OBJECTIVES + "test_the_quantile_is_torchs",
+    ),
+    _objective(
+        "eopd",
+        "the ratio is not clipped",
+        "reverse = -torch.minimum(ratio * reward, ratio.clamp(1 - self.eps, 1 + self.eps) * reward)",
+        "reverse = -ratio * reward",
+        _OBJECTIVES + "test_eopd_clips_the_ratio",
+    ),
+    _objective(
+        "eopd",
+        "the teacher is not renormalised over its top k",
+        "q = scores.teacher_top_k_log_probs.detach().log_softmax(-1)",
+        "q = scores.teacher_top_k_log_probs.detach()",
+        _EQUATIONS,
+    ),
+    _objective(
+        "eopd",
+        "the forward KL applies where the teacher is certain",
+        "uncertain = (scores.teacher_entropy > self.tau).to(l.dtype)",
+        "uncertain = (scores.teacher_entropy < self.tau).to(l.dtype)",
+        _EQUATIONS,
+    ),
+    _objective(
+        "jsd",
+        "the mixture's weights are exchanged",
+        "return torch.logaddexp(teacher + math.log(self.beta), student + math.log1p(-self.beta))",
+        "return torch.logaddexp(teacher + math.log1p(-self.beta), student + math.log(self.beta))",
+        _OBJECTIVES + "test_jsd_detached_is_exact_and_the_literal_form_counts_twice",
+    ),
+    _objective(
+        "jsd",
+        "the first term always carries gradient",
+        'if self.teacher_term == "detached":',
+        'if self.teacher_term == "never":',
+        _OBJECTIVES + "test_jsd_detached_is_exact_and_the_literal_form_counts_twice",
+    ),
+    _objective(
+        "topd",
+        "the baseline is not subtracted",
+        "reward = self.statistic(scores) - (self.baseline_value or 0.0)",
+        "reward = self.statistic(scores)",
+        _EQUATIONS,
+    ),
+    _objective(
+        "topd",
+        "alpha weighs the student",
+        "stay = math.log1p(-self.alpha) if self.alpha < 1 else -math.inf",
+        "stay = 0.0",
+        _OBJECTIVES + "test_topd_moves_towards_a_proximal_teacher",
+    ),
+    _objective(
+        "gopd",
+        "the reward stops at the teacher",
+        "reward = self.lambda_ * (scores.teacher_log_probs - reference) - (scores.student_log_probs - reference)",
+        "reward = (scores.teacher_log_probs - reference) - (scores.student_log_probs - reference)",
+        _OBJECTIVES + "test_gopd_goes_beyond_the_teacher",
+    ),
+    _objective(
+        "reopold",
+        "the floor follows from another bound",
+        "return math.log(self.lambda_) / (1 - self.lambda_)",
+        "return math.log(self.lambda_)",
+        _OBJECTIVES + "test_reopold_floors",
+    ),
+    _objective(
+        "reopold_2stage",
+        "the second stage begins one step late",
+        "return self.step < self.switch_step",
+        "return self.step <= self.switch_step",
+        _OBJECTIVES + "test_two_stages",
+    ),
+    _objective(
+        "reopold_2stage",
+        "divided by all tokens, not by the mask",
+        "return self._bound(threshold=threshold, factor=statistics.numel() / kept if kept else 0.0)",
+        "return self._bound(threshold=threshold, factor=1.0 if kept else 0.0)",
+        _OBJECTIVES + "test_two_stages",
+    ),
+    _objective(
+        "tropd_aopd",
+        "negative tokens count twice",
+        "return loss + self.aopd_coef * policy_gradient(scores, log_ratio(scores).clamp(min=0)), metrics",
+        "return loss + self.aopd_coef * policy_gradient(scores, log_ratio(scores).clamp(max=0)), metrics",
+        _EQUATIONS,
+    ),
+    # packing: which rank gets what
+    _packing(
+        "every data-parallel rank takes the same sequences",
+        "own = sorted(rollouts[topology.data_rank :: topology.data_size], key=lambda r: -len(r.token_ids))",
+        "own = sorted(rollouts[0 :: topology.data_size], key=lambda r: -len(r.token_ids))",
+        _PACKING + "test_every_rank_has_as_many_and_together_they_have_all",
+    ),
+    _packing(
+        "ranks have different numbers of micro-batches",
+        "count = math.ceil(math.ceil(len(rollouts) / topology.data_size) / micro_batch_size)",
+        "count = math.ceil(len(own) / micro_batch_size)",
+        _PACKING + "test_every_rank_has_as_many_and_together_they_have_all",
+    ),
+    _packing(
+        "a micro-batch forgets its step",
+        "lay_out(part, pad_id=pad_id, seed=seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=pad_id, seed=seed, step=0, pad_to_multiple=multiple).to(topology.device)",
+        _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
+    ),
+    _packing(
+        "a micro-batch forgets the run's seed",
+        "lay_out(part, pad_id=pad_id, seed=seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=pad_id, seed=0, step=step, pad_to_multiple=multiple).to(topology.device)",
+        _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
+    ),
+    _packing(
+        "the padding id is 0 whatever was asked",
+        "lay_out(part, pad_id=pad_id, seed=seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=0, seed=seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
+    ),
+    _packing(
+        "widths do not divide under sequence parallelism",
+        "multiple = topology.tensor_size if topology.sequence_parallel else 1",
+        "multiple = 1",
+        _PACKING + "test_widths_divide_under_sequence_parallelism_alone",
+    ),
+    _packing(
+        "rows of other ranks",
+        "parts = [[rollouts[i] for i in b] for b in bins[topology.data_rank :: topology.data_size]]",
+        "parts = [[rollouts[i] for i in b] for b in bins[: len(bins) // topology.data_size]]",
+        _PACKING + "test_every_rank_has_as_many_and_together_they_have_all",
+    ),
+    _packing(
+        "a full row is refused",
+        "if order and lengths[order[0]] > capacity:",
+        "if order and lengths[order[0]] >= capacity:",
+        _PACKING + "test_bins_are_evenly_filled",
+    ),
+    _packing(
+        "rows overflow when spread evenly",
+        "if load + lengths[i] > capacity:",
+        "if load > capacity:",
+        _PACKING + "test_bins_that_cannot_be_even_stay_within_capacity",
+    ),
+    # guidance: prefixes and requests
+    _guidance(
+        "prefixes come back after the end of the annealing",
+        "if step >= total_steps:",
+        "if total_steps <= 0:",
+        _GUIDANCE + "test_annealing_follows_the_cosine_and_ends_at_nothing",
+    ),
+    _guidance(
+        "the annealing ends at half",
+        "return math.floor(longest * (1.0 + math.cos(math.pi * step / total_steps)) / 2.0)",
+        "return math.floor(longest * (1.0 + math.cos(math.pi * step / total_steps / 2)) / 2.0)",
+        _GUIDANCE + "test_annealing_follows_the_cosine_and_ends_at_nothing",
+    ),
+    _guidance(
+        "the length's draw forgets the step",
+        "key = np.array([seed & mask, step & mask], dtype=np.uint64)",
+        "key = np.array([seed & mask, 0], dtype=np.uint64)",
+        _GUIDANCE + "test_a_length_is_the_philox_word_of_its_seed_step_and_sequence",
+    ),
+    _guidance(
+        "the length's draw forgets the seed",
+        "key = np.array([seed & mask, step & mask], dtype=np.uint64)",
+        "key = np.array([0, step & mask], dtype=np.uint64)",
+        _GUIDANCE + "test_a_length_is_the_philox_word_of_its_seed_step_and_sequence",
+    ),
+    _guidance(
+        "the length's draw is the gate's",
+        "_STREAM = 1",
+        "_STREAM = 0",
+        _GUIDANCE + "test_a_length_is_the_philox_word_of_its_seed_step_and_sequence",
+    ),
+    _guidance(
+        "all sequences share a length",
+        "stream = np.random.Philox(key=key, counter=np.array([0, 0, sequence_id & mask, _STREAM], dtype=np.uint64))",
+        "stream = np.random.Philox(key=key, counter=np.array([0, 0, 0, _STREAM], dtype=np.uint64))",
+        _GUIDANCE + "test_a_length_is_the_philox_word_of_its_seed_step_and_sequence",
+    ),
+    _guidance(
+        "the longest prefix is never drawn",
+        "return int(uniform * (limit + 1))",
+        "return int(uniform * limit)",
+        _GUIDANCE + "test_uniform_draw_covers_the_range_evenly_and_depends_on_its_names_alone",
+    ),
+    _guidance(
+        "a prefix may hold the end of sequence",
+        "usable = len(response.response_ids) - int(response.finished)",
+        "usable = len(response.response_ids)",
+        _GUIDANCE + "test_a_prefix_stops_before_the_end_and_leaves_room_for_a_token",
+    ),
+    _guidance(
+        "a prefix may leave the student nothing to say",
+        "limit = min(longest, usable, self.max_new_tokens - 1)",
+        "limit = min(longest, usable, self.max_new_tokens)",
+        _GUIDANCE + "test_a_prefix_stops_before_the_end_and_leaves_room_for_a_token",
+    ),
+    _guidance(
+        "a plan draws lengths as at step 0",
+        "length = draw_prefix_length(limit, draw=self.prefix_draw, seed=self.seed, step=step, sequence_id=sequence_id)",
+        "length = draw_prefix_length(limit, draw=self.prefix_draw, seed=self.seed, step=0, sequence_id=sequence_id)",
+        _GUIDANCE + "test_a_plan_is_a_function_of_seed_step_prompt_and_sample",
+    ),
+    _guidance(
+        "samples of a prompt share their seed",
+        "seed=request_seed(self.seed, step, index, sequence_id),",
+        "seed=request_seed(self.seed, step, index, 0),",
+        _GUIDANCE + "test_a_plan_is_a_function_of_seed_step_prompt_and_sample",
+    ),
+    _guidance(
+        "a request's seed forgets the step",
+        "seed=request_seed(self.seed, step, index, sequence_id),",
+        "seed=request_seed(self.seed, 0, index, sequence_id),",
+        _GUIDANCE + "test_a_plan_is_a_function_of_seed_step_prompt_and_sample",
+    ),
+    _guidance(
+        "a request's seed forgets the run's seed",
+        "seed=request_seed(self.seed, step, index, sequence_id),",
+        "seed=request_seed(0, step, index, sequence_id),",
+        _GUIDANCE + "test_a_plan_is_a_function_of_seed_step_prompt_and_sample",
+    ),
+    _guidance(
+        "guided responses may be longer than free ones",
+        "max_new_tokens=self.max_new_tokens - len(prefix),",
+        "max_new_tokens=self.max_new_tokens,",
+        _GUIDANCE + "test_planned_prefixes_are_teacher_text_without_its_end",
+    ),
+    # prompts: order, resume, held-out ones
+    _prompts(
+        "every epoch has the first one's order",
+        "return [int(self._permutation(i // self.n)[i % self.n]) for i in range(first, first + size)]",
+        "return [int(self._permutation(0)[i % self.n]) for i in range(first, first + size)]",
+        _PROMPTS + "test_the_order_is_the_sorted_philox_stream_of_seed_and_epoch",
+    ),
+    _prompts(
+        "a batch begins one step late",
+        "first = step * size",
+        "first = (step + 1) * size",
+        _PROMPTS + "test_the_order_is_the_sorted_philox_stream_of_seed_and_epoch",
+    ),
+    _prompts(
+        "large seeds share an order",
+        "key = np.array([self.seed & (2**64 - 1), epoch], dtype=np.uint64)  # a list would pass through float64",
+        "key = [self.seed & (2**64 - 1), epoch]",
+        _PROMPTS + "test_the_order_is_the_sorted_philox_stream_of_seed_and_epoch",
+    ),
+    _prompts(
+        "a resumed run does not notice other tokens",
+        "digest.update(json.dumps([p.id, p.answer, p.token_ids]).encode())",
+        "digest.update(json.dumps([p.id, p.answer]).encode())",
+        _PROMPTS + "test_the_fingerprint_notices_each_part_of_a_prompt",
+    ),
+    _prompts(
+        "a resumed run does not notice other answers",
+        "digest.update(json.dumps([p.id, p.answer, p.token_ids]).encode())",
+        "digest.update(json.dumps([p.id, p.token_ids]).encode())",
+        _PROMPTS + "test_the_fingerprint_notices_each_part_of_a_prompt",
+    ),
+    # vocabulary: padding, shards
+    _vocab(
+        "padded columns take part",
+        "return cls(start, max(0, min(true - rank * columns, columns)), true, group if size > 1 else None, columns)",
+        "return cls(start, columns, true, group if size > 1 else None, columns)",
+        _VOCAB + "test_log_probs_and_gradient",
+    ),
+    _vocab(
+        "a repeated id gets one gradient only",
+        "slope.scatter_add_(1, local[block], torch.where(owned[block], grad[block], 0.0))",
+        "slope.scatter_(1, local[block], torch.where(owned[block], grad[block], 0.0))",
+        _VOCAB + "test_log_probs_and_gradient",
+    ),
+    _vocab(
+        "log-probabilities over the top k alone",
+        "return TopK((values - log_z[:, None]).float().view(*shape, k), ids.view(*shape, k), "
+        "log_z.float().view(shape))",
+        "return TopK(values.log_softmax(-1).float().view(*shape, k), ids.view(*shape, k), log_z.float().view(shape))",
+        _VOCAB + "test_top_k",
+    ),
+    _vocab(
+        "the block of a winning column is taken from another row",
+        "rows = winners + blocks * torch.arange(count, device=values.device)[:, None]",
+        "rows = winners",
+        _VOCAB + "test_the_fast_top_k_is_the_plain_one",
+    ),
+    # loss: the chunked head
+    _loss(
+        "chunks",
+        "the sampled token overwrites its place in the top k",
+        "slope.scatter_add_(1, self.local, torch.where(self.owned, grad, 0.0))",
+        "slope.scatter_(1, self.local, torch.where(self.owned, grad, 0.0))",
+        _EQUATIONS,
+    ),
+    _loss(
+        "chunks",
+        "the softmax's share of the gradient is left out",
+        "slope = self.exponentials.mul_((-grad.sum(-1) / self.denominator)[:, None])",
+        "slope = self.exponentials.mul_(0.0)",
+        _EQUATIONS,
+    ),
+    _loss(
+        "chunks",
+        "the student's entropy has the wrong sign",
+        "entropy=log_sum + packed[:, 1] / denominator if entropy else None,",
+        "entropy=log_sum - packed[:, 1] / denominator if entropy else None,",
+        _HEAD + "test_first_pass_gives_what_the_objective_sees",
+        _EQUATIONS,
+    ),
+    _loss(
+        "chunks",
+        "each shard has a maximum of its own",
+        "shard.reduce(top, ReduceOp.MAX)",
+        "shard.reduce(top.clone(), ReduceOp.MAX)",
+        _SHARDS,
+        slow=True,
+    ),
+    _loss(
+        "chunks",
+        "each shard has a sum of its own",
+        "shard.reduce(packed, ReduceOp.SUM)",
+        "shard.reduce(packed.clone(), ReduceOp.SUM)",
+        _SHARDS,
+        slow=True,
+    ),
+    _loss(
+        "chunks",
+        "a token of another shard counts as column 0",
+        "slope.scatter_add_(1, self.local, torch.where(self.owned, grad, 0.0))",
+        "slope.scatter_add_(1, self.local, grad)",
+        _SHARDS,
+        slow=True,
+    ),
+    _loss(
+        "inputs",
+        "the hidden gradient is not summed over shards",
+        "dist.all_reduce(grad, group=self.group)",
+        "pass",
+        _SHARDS,
+        slow=True,
+    ),
+    _loss(
+        "inputs",
+        "gathered hidden states are read in another order",
+        "index = (position // part) * (batch * part) + row * part + position % part",
+        "index = rows",
+        _SHARDS,
+        slow=True,
+    ),
+    _loss(
+        "weight_gradient",
+        "only the last chunk's weight gradient is kept",
+        "self._true.addmm_(slope.t(), states)",
+        "torch.mm(slope.t(), states, out=self._true)",
+        _EQUATIONS,
+    ),
+    _loss(
+        "head",
+        "the scale is left out of the gradient",
+        "(grad,) = torch.autograd.grad((loss * self.scale).sum(), columns)",
+        "(grad,) = torch.autograd.grad(loss.sum(), columns)",
+        _EQUATIONS,
+    ),
+    _loss(
+        "head",
+        "metrics count the teacher's tokens, too",
+        "self.sums = {name: torch.where(student, v, 0).double().sum() for name, v in self.per_token.items()}",
+        "self.sums = {name: v.double().sum() for name, v in self.per_token.items()}",
+        _HEAD + "test_metrics_are_sums_over_student_tokens",
+    ),
+    _loss(
+        "head",
+        "long sequences weigh more than short ones",
+        "return global_tokens / (global_sequences * lengths.double())",
+        "return global_tokens / (global_sequences * lengths.double().mean().expand(lengths.shape))",
+        _HEAD + "test_sequence_means",
+    ),
+    _loss(
+        "head",
+        "the outer gradient is forgotten",
+        "scale_in_place(grad_hidden, grad_output)",
+        "pass",
+        _HEAD + "test_outer_gradient_scales_both_and_is_used_once",
+    ),
+    _loss(
+        "divergence",
+        "the teacher's overlap is a union",
+        "torch.minimum(s, t).sum(-1),",
+        "torch.maximum(s, t).sum(-1),",
+        _HEAD + "test_exact_divergences",
+    ),
+    _loss(
+        "divergence",
+        "the reverse KL is weighed by the teacher",
+        "(s * (log_s - log_t)).sum(-1),",
+        "(t * (log_s - log_t)).sum(-1),",
+        _HEAD + "test_exact_divergences",
+    ),
+    # optimizer
+    _optimizer(
+        "gradients are never clipped",
+        "clip_grad=clip,",
+        "clip_grad=0.0,",
+        _OPTIMIZER + "test_steps_are_those_of_clipped_adamw",
+    ),
+    _optimizer(
+        "the decay is forgotten",
+        "start_wd=cfg.weight_decay,",
+        "start_wd=0.0,",
+        _OPTIMIZER + "test_steps_are_those_of_clipped_adamw",
+    ),
+    _optimizer(
+        "norms and biases decay, too",
+        "[model],",
+        "[model], config_overrides={},",
+        _OPTIMIZER + "test_steps_are_those_of_clipped_adamw",
+    ),
+    _optimizer(
+        "another first moment",
+        "adam_beta1=cfg.betas[0],",
+        "adam_beta1=cfg.betas[1],",
+        _OPTIMIZER + "test_steps_are_those_of_clipped_adamw",
+    ),
+    _optimizer(
+        "another epsilon", "adam_eps=cfg.eps,", "adam_eps=1e-2,", _OPTIMIZER + "test_steps_are_those_of_clipped_adamw"
+    ),
+    _optimizer(
+        "no warm-up",
+        "lr_warmup_steps=cfg.sched.warmup_steps,",
+        "lr_warmup_steps=0,",
+        _OPTIMIZER + "test_steps_are_those_of_clipped_adamw",
+    ),
+    _optimizer(
+        "the rate never falls to its least",
+        "lr_decay_steps=max(max_steps, cfg.sched.warmup_steps + 1),",
+        "lr_decay_steps=2 * max_steps,",
+        _OPTIMIZER + "test_steps_are_those_of_clipped_adamw",
+    ),
+    _optimizer(
+        "the schedule counts calls, not steps",
+        "self.schedule.num_steps = step",
+        "pass",
+        _OPTIMIZER + "test_a_resumed_schedule_goes_by_the_step",
+    ),
+    _optimizer(
+        "a gradient that is not finite is applied",
+        "if not math.isfinite(grad_norm):",
+        "if grad_norm < 0:",
+        _OPTIMIZER + "test_a_gradient_that_is_not_finite_changes_nothing",
+    ),
+    _optimizer(
+        "an infinite gradient is applied, only NaN is not",
+        "if not math.isfinite(grad_norm):",
+        "if math.isnan(grad_norm):",
+        _OPTIMIZER + "test_a_gradient_that_is_not_finite_changes_nothing",
+    ),
+    # resume: what a checkpoint restores and refuses
+    _resume(
+        "another seed is accepted",
+        '("seed", "model.seed"),',
+        "",
+        _CHECKPOINT + "test_a_run_of_other_settings_may_not_resume",
+    ),
+    _resume(
+        "other prompts are accepted",
+        '("prompts", "model.data.path"),',
+        "",
+        _CHECKPOINT + "test_a_run_of_other_settings_may_not_resume",
+    ),
+    _resume(
+        "another teacher is accepted",
+        '("teacher", "model.teacher.path"),',
+        "",
+        _CHECKPOINT + "test_a_run_of_other_settings_may_not_resume",
+    ),
+    _resume(
+        "another batch is accepted",
+        '("global_batch_size", "model.global_batch_size"),',
+        "",
+        _CHECKPOINT + "test_a_run_of_other_settings_may_not_resume",
+    ),
+    _resume(
+        "the oldest checkpoint is taken",
+        "return found[-1] if found else None",
+        "return found[0] if found else None",
+        _CHECKPOINT + "test_the_newest_complete_checkpoints_are_kept_and_the_rest_removed",
+    ),
+    _resume(
+        "moments start anew",
+        'optimizer.load_state_dict(loaded["optimizer"])',
+        "pass",
+        _CHECKPOINT + "test_a_resumed_student_takes_the_steps_of_one_that_went_on",
+    ),
+    _resume(
+        "weights start anew",
+        "model.load_state_dict(weights, strict=True)",
+        "pass",
+        _CHECKPOINT + "test_a_resumed_student_takes_the_steps_of_one_that_went_on",
+    ),
+    _resume(
+        "a resumed run repeats a step",
+        'return RunState(**loaded["run_state"])',
+        'return RunState(**{**loaded["run_state"], "step": loaded["run_state"]["step"] - 1})',
+        _CHECKPOINT + "test_a_resumed_student_takes_the_steps_of_one_that_went_on",
+    ),
+    _resume(
+        "what a killed run left is taken for complete",
+        '_NAME = re.compile(r"step_(\\d{8})")',
+        '_NAME = re.compile(r".*step_(\\d{8})")',
+        _CHECKPOINT + "test_the_newest_complete_checkpoints_are_kept_and_the_rest_removed",
+    ),
+    _resume(
+        "what a killed run left stays",
+        'for path in self.dir.glob(".tmp-*"):',
+        'for path in self.dir.glob("tmp-*"):',
+        _CHECKPOINT + "test_the_newest_complete_checkpoints_are_kept_and_the_rest_removed",
+    ),
+    # conversion: names, layouts, shards
+    _convert(
+        "layouts",
+        "queries, keys and values are not interleaved by group",
+        "groups = [t.reshape(shape.kv_heads, -1, *t.shape[1:]) for t in tensors]",
+        "groups = [t.reshape(1, -1, *t.shape[1:]) for t in tensors]",
+        _PARITY,
+        slow=True,
+    ),
+    _convert(
+        "layouts",
+        "gate and up are exchanged on the way back",
+        "yield from zip(names, whole.chunk(2), strict=True)",
+        "yield from zip(names, whole.chunk(2)[::-1], strict=True)",
+        _CONVERT + "test_round_trip_keeps_every_byte",
+    ),
+]
