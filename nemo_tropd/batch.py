@@ -178,15 +178,14 @@ class TokenBatch:
         seed: int,
         step: int,
         pad_to_multiple: int = 1,
-        width: int | None = None,
     ) -> TokenBatch:
-        """Pad ``rollouts`` to a common length (or to ``width``) and shift labels by one.
+        """Pad ``rollouts`` to a common length and shift labels by one.
 
         The draws in ``uniforms`` depend on (seed, step, sequence_id, position in the sequence) alone. An empty list
         gives one fully masked row of the smallest length, so that every rank can run the same number of micro-batches.
         """
         longest = max((len(r.token_ids) for r in rollouts), default=1)
-        width = _round_up(max(longest, 2, width or 0), pad_to_multiple)
+        width = _round_up(max(longest, 2), pad_to_multiple)
         places = [(b, 0) for b in range(len(rollouts))]
         return cls._filled(rollouts, places, (max(len(rollouts), 1), width), pad_id, seed, step)
 

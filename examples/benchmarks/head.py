@@ -32,6 +32,7 @@ from torch import Tensor
 from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens, TeacherScores
 from nemo_tropd.loss.head import head_loss, teacher_scores, token_scores
+from nemo_tropd.loss.inputs import HeadLayout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
@@ -92,14 +93,10 @@ class Inputs:
 
 def ours(x: Inputs) -> Tensor:
     """TrOPD on the chunked heads."""
-    vocabulary = x.weight.size(0)
-    scores = teacher_scores(
-        x.teacher_hidden, x.teacher_weight, x.tokens.rows, x.tokens.token_ids, TOP_K, vocab_size=vocabulary
-    )
+    layout = HeadLayout(x.weight.size(0))
+    scores = teacher_scores(x.teacher_hidden, x.teacher_weight, x.tokens.rows, x.tokens.token_ids, TOP_K, layout)
     objective = objectives.build("tropd")
-    return head_loss(
-        x.hidden, x.weight, x.tokens, scores, objective, vocab_size=vocabulary, scale=1 / len(x.tokens)
-    ).loss
+    return head_loss(x.hidden, x.weight, x.tokens, scores, objective, layout, scale=1 / len(x.tokens)).loss
 
 
 def plain(x: Inputs) -> Tensor:

@@ -20,6 +20,7 @@ from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens, TeacherScores
 from nemo_tropd.loss import inputs
 from nemo_tropd.loss.head import head_loss, teacher_scores, token_scores
+from nemo_tropd.loss.inputs import HeadLayout
 
 TOP_K = 64
 VOCABULARY = 151936
@@ -75,16 +76,14 @@ Step = Callable[[Problem], tuple[Tensor, Tensor] | None]
 def ours(chunk_tokens: int | None = None) -> Step:
     """TrOPD by the chunked head; gradients of hidden states and weight."""
 
+    layout = HeadLayout(VOCABULARY, chunk_tokens=chunk_tokens)
+
     def step(p: Problem) -> tuple[Tensor, Tensor]:
         h, w = p.leaves()
         scores = teacher_scores(
-            p.teacher_hidden[None], p.teacher_weight, p.tokens.rows, p.tokens.token_ids, TOP_K,
-            vocab_size=VOCABULARY, chunk_tokens=chunk_tokens,
-        )  # fmt: skip
-        out = head_loss(
-            h[None], w, p.tokens, scores, objectives.build("tropd"), vocab_size=VOCABULARY,
-            scale=1 / len(p.tokens), chunk_tokens=chunk_tokens,
-        )  # fmt: skip
+            p.teacher_hidden[None], p.teacher_weight, p.tokens.rows, p.tokens.token_ids, TOP_K, layout
+        )
+        out = head_loss(h[None], w, p.tokens, scores, objectives.build("tropd"), layout, scale=1 / len(p.tokens))
         out.loss.backward()
         assert h.grad is not None and w.grad is not None
         return h.grad, w.grad

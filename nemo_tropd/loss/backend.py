@@ -1,4 +1,4 @@
-"""Which implementation of the chunked head serves a weight, and how its tokens are cut."""
+"""Chooses the torch or the Triton backend for a head weight and splits tokens into chunks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def head_chunks(
     hidden: Tensor, weight: Tensor, shard: VocabShard, tokens: int, chunk_tokens: int | None
 ) -> tuple[TorchChunks | KernelChunks, list[slice], int]:
-    """The products of ``weight`` [V_local, H], the chunks of ``tokens`` tokens, and how many may be in flight."""
+    """The backend for ``weight`` [V_local, H], the chunks of ``tokens`` tokens, and how many may be in flight."""
     size = chunk_size(tokens, weight.size(0), hidden, chunk_tokens)
     chunks = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
     most = min(size, tokens)
     if kernels_serve(weight) and shard.width:
-        from .kernel_chunks import KernelChunks  # Triton is wanted here alone
+        from .kernel_chunks import KernelChunks  # imports Triton, which CPU installations lack
 
         slots = min(2, max(1, len(chunks)))
         return KernelChunks(weight, shard, most, slots), chunks, slots

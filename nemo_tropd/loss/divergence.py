@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed import ReduceOp
 
-from nemo_tropd.parallel.vocab import VocabShard, check_finite
+from nemo_tropd.parallel.vocab import VocabShard, check_finite, softmax_columns
 
 from .chunks import TorchChunks
-from .inputs import HiddenRows, check_head, chunk_size
+from .inputs import HeadLayout, HiddenRows, check_head, chunk_size
 
 NAMES = ("reverse_kl", "forward_kl", "one_minus_tv", "student_entropy", "teacher_entropy")
 
@@ -21,38 +21,36 @@ def exact_divergences(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     rows: Tensor,
+    layout: HeadLayout,
     *,
-    student_group: ProcessGroup | None = None,
-    teacher_group: ProcessGroup | None = None,
-    vocab_size: int,
-    sequence_parallel: bool = False,
-    teacher_sequence_parallel: bool | None = None,
-    chunk_tokens: int | None = None,
+    teacher_layout: HeadLayout | None = None,
 ) -> dict[str, Tensor]:
     """KL(S || T), KL(T || S), 1 - TV = sum min(pi_S, pi_T), H_S and H_T at ``rows``: [T] each, nats, fp32, replicated.
 
-    Hidden states and weights as for ``head_loss``, each model with its own H. Where the two are not split alike (other
-    groups, or padded to other sizes), the teacher's logits are gathered over its group, a chunk at a time; leave out
-    the teacher's group and sequence parallelism where they are the student's. A rank that only holds part of the
-    teacher takes part in the gathers with ``student_hidden`` None, and gets an empty dictionary.
-    Raises ValueError for shapes that do not match and NonFiniteLogits for NaN.
+    Hidden states and weights as for ``head_loss``, each model with its own H; rows [T]. If the two are not split alike
+    (other groups, or padded to other sizes), the teacher's logits are gathered over its group, a chunk at a time.
+    ``teacher_layout`` None: the student's. The student's ``layout`` says how tokens are cut into chunks for both. A
+    rank that only has part of the teacher takes part in the gathers with ``student_hidden`` None, and gets an empty
+    dictionary. Raises ValueError for shapes or vocabularies that do not match and NonFiniteLogits for NaN.
     """
-    teacher_group = student_group if teacher_group is None else teacher_group
-    student = VocabShard.of(student_weight.size(0), student_group, vocab_size)
-    teacher = VocabShard.of(teacher_weight.size(0), teacher_group, vocab_size)
-    if teacher_sequence_parallel is None:
-        teacher_sequence_parallel = sequence_parallel
+    teacher_layout = teacher_layout or layout
+    if teacher_layout.vocab_size != layout.vocab_size:
+        raise ValueError(
+            f"the teacher's vocab_size is {teacher_layout.vocab_size}, the student's {layout.vocab_size}; "
+            "divergences need one vocabulary"
+        )
+    student, teacher = layout.shard(student_weight), teacher_layout.shard(teacher_weight)
     zeros = torch.zeros_like(rows)
-    check_head(teacher_hidden, teacher_weight, rows, zeros, teacher, teacher_sequence_parallel)
-    teacher_states = HiddenRows.of(teacher_hidden, rows, teacher, teacher_sequence_parallel)
+    check_head(teacher_hidden, teacher_weight, rows, zeros, teacher, teacher_layout.sequence_parallel)
+    teacher_states = HiddenRows.of(teacher_hidden, rows, teacher, teacher_layout.sequence_parallel)
     columns = max(student.columns, teacher.columns * (1 if _alike(teacher, student) else teacher.size))
     # Both models' logits live at once, with the temporaries of the sums: a quarter of what one model's chunk may have.
     # The size rests on what every rank that takes part in a gather knows.
-    size = chunk_size(rows.numel(), 4 * columns, teacher_hidden, chunk_tokens)
+    size = chunk_size(rows.numel(), 4 * columns, teacher_hidden, layout.chunk_tokens)
     states = None
     if student_hidden is not None:
-        check_head(student_hidden, student_weight, rows, zeros, student, sequence_parallel)
-        states = HiddenRows.of(student_hidden, rows, student, sequence_parallel)
+        check_head(student_hidden, student_weight, rows, zeros, student, layout.sequence_parallel)
+        states = HiddenRows.of(student_hidden, rows, student, layout.sequence_parallel)
         product = TorchChunks(student_weight, student, min(size, rows.numel()))
     teacher_product = TorchChunks(teacher_weight, teacher, min(size, rows.numel()))
     out = torch.empty(len(NAMES), rows.numel(), device=rows.device)
@@ -71,7 +69,7 @@ def _alike(shard: VocabShard, other: VocabShard) -> bool:
 
 
 def _align(logits: Tensor, shard: VocabShard, like: VocabShard) -> Tensor:
-    """The logits of ``like``'s columns; gathered where the two are not split alike."""
+    """The logits of ``like``'s columns; gathered if the two are not split alike."""
     if _alike(shard, like):
         return logits
     if shard.group is not None:
@@ -98,12 +96,9 @@ def _divergences(student: Tensor, teacher: Tensor, shard: VocabShard) -> Tensor:
 
 def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:
     """Over the full vocabulary; logits [2, C, width]."""
-    top = logits.new_full(logits.shape[:-1], float("-inf"))
-    if shard.width:
-        top = logits.amax(-1)
-        top = torch.where(top.isnan(), float("-inf"), top)
-    shard.reduce(top, ReduceOp.MAX)
-    log_z = shard.reduce((logits - top[..., None]).exp().sum(-1), ReduceOp.SUM).log() + top
+    rows = logits.flatten(0, 1)
+    no_ids = torch.empty(rows.size(0), 0, dtype=torch.int64, device=rows.device)
+    log_z = softmax_columns(rows, no_ids, shard).log_z.view(logits.shape[:-1])
     check_finite(log_z[0], "student logits")
     check_finite(log_z[1], "teacher logits")
     return logits - log_z[..., None]

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from nemo_tropd.batch import LossTokens, TeacherScores, TokenScores
-from nemo_tropd.parallel.vocab import VocabShard, check_finite, check_k
+from nemo_tropd.parallel.vocab import SoftmaxTopK, check_finite, check_k
 
 from .backend import head_chunks
-from .chunks import StudentChunk, TeacherChunk
-from .inputs import HiddenRows, check_head, check_tokens
+from .chunks import StudentChunk
+from .inputs import HeadLayout, HiddenRows, check_head, check_tokens
 from .overlap import run_chunks
 from .weight_gradient import WeightGradient, add_scaled, scale_in_place
 
@@ -43,11 +42,32 @@ class HeadLoss:
     """
 
     loss: Tensor  # scalar fp32, times ``scale``; carries the gradient of hidden and weight
-    metrics: dict[
-        str, Tensor
-    ]  # fp64 sums over student tokens; ``tokens``, ``guided_tokens``, ``loss``, ``guided_loss``
-    minima: dict[str, Tensor]  # over student tokens, +inf where there are none
-    per_token: dict[str, Tensor] | None  # [T]: every metric of the objective, on request
+    metrics: dict[str, Tensor]  # fp64 sums over student tokens; also tokens, guided_tokens, loss, guided_loss
+    minima: dict[str, Tensor]  # over student tokens, +inf if there are none
+    per_token: dict[str, Tensor]  # [T] each: every metric of the objective
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What only some calls of ``head_loss`` need.
+
+    token_weights         [T] factors of the tokens' losses, for other denominators (see ``sequence_mean_weights``).
+    reference_log_probs   [T] log-probabilities under a reference model, for objectives that need one.
+    accumulate_main_grad  backward adds the weight's gradient to ``weight.main_grad`` (Megatron's DDP buffer, usually
+                          fp32) and sets ``grad_added_to_main_grad``; autograd then gets zeros. Use it for every
+                          micro-batch or for none.
+    region_gradients      also sum the squared norms of the loss's hidden gradient over trusted, outlier and guided
+                          tokens, ``gradient_square_*`` (each token's share by its trust); under sequence parallelism
+                          one more collective.
+    """
+
+    token_weights: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+    accumulate_main_grad: bool = False
+    region_gradients: bool = False
+
+
+PLAIN = LossOptions()
 
 
 def head_loss(
@@ -56,51 +76,33 @@ def head_loss(
     tokens: LossTokens,
     teacher: TeacherScores,
     objective: ObjectiveFunction,
+    layout: HeadLayout,
     *,
-    group: ProcessGroup | None = None,
-    vocab_size: int,
     scale: float | Tensor,
-    sequence_parallel: bool = False,
-    chunk_tokens: int | None = None,
-    token_weights: Tensor | None = None,
-    reference_log_probs: Tensor | None = None,
-    accumulate_main_grad: bool = False,
-    keep_per_token: bool = False,
-    region_gradients: bool = False,
+    options: LossOptions = PLAIN,
 ) -> HeadLoss:
     """scale * sum over tokens of token_weights * objective, with gradients of ``hidden`` and ``weight``.
 
-    hidden [B, S, H], under ``sequence_parallel`` [B, S / P, H]; weight [V_local, H] of the same dtype (bf16, fp16, fp32
+    hidden [B, S, H], under sequence parallelism [B, S / P, H]; weight [V_local, H] of the same dtype (bf16, fp16, fp32
     or fp64): pass the model's own Parameter. ``scale`` is 1 / N, N the loss tokens of the global batch.
-    ``token_weights`` [T] serve other denominators (see ``sequence_mean_weights``). ``chunk_tokens`` None: as many as a
-    memory bound allows.
-
-    accumulate_main_grad  backward adds the weight's gradient to ``weight.main_grad`` (Megatron's DDP buffer, usually
-                          fp32) and sets ``grad_added_to_main_grad``; autograd then gets zeros. Use it for every
-                          micro-batch or for none.
-    region_gradients      also sum the squared norms of the loss's hidden gradient over trusted, outlier and guided
-                          tokens, ``gradient_square_*`` (each token's share by its trust); under sequence parallelism
-                          one more collective.
 
     A micro-batch without tokens costs nothing and gives zeros. Raises ValueError for shapes that do not match, ids or
     rows out of range, k above the vocabulary, and NonFiniteLogits where the head product is NaN or infinite.
     """
-    shard = VocabShard.of(weight.size(0), group, vocab_size)
-    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, sequence_parallel)
+    shard = layout.shard(weight)
+    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel)
     check_tokens(tokens, teacher, shard)
-    if accumulate_main_grad and weight.requires_grad and getattr(weight, "main_grad", None) is None:
+    if options.accumulate_main_grad and weight.requires_grad and getattr(weight, "main_grad", None) is None:
         raise ValueError(
             "accumulate_main_grad needs weight.main_grad; wrap the model in Megatron's DDP, or leave it off"
         )
-    for name, values in (("token_weights", token_weights), ("reference_log_probs", reference_log_probs)):
+    for name in ("token_weights", "reference_log_probs"):
+        values = getattr(options, name)
         if values is not None and values.shape != tokens.rows.shape:
             raise ValueError(f"{name} has shape {tuple(values.shape)}; the micro-batch has {len(tokens)} loss tokens")
-    run = _Run(
-        tokens, teacher, objective, shard, scale, sequence_parallel, chunk_tokens, token_weights, reference_log_probs,
-        accumulate_main_grad, region_gradients, torch.is_grad_enabled(),
-    )  # fmt: skip
+    run = _Run(tokens, teacher, objective, layout, scale, options, torch.is_grad_enabled())
     loss = _ChunkedHead.apply(hidden, weight, run)
-    return HeadLoss(loss, run.sums, run.minima, run.per_token if keep_per_token else None)
+    return HeadLoss(loss, run.sums, run.minima, run.per_token)
 
 
 @torch.no_grad()
@@ -110,30 +112,28 @@ def teacher_scores(
     rows: Tensor,
     token_ids: Tensor,
     k: int,
+    layout: HeadLayout,
     *,
-    group: ProcessGroup | None = None,
-    vocab_size: int,
-    sequence_parallel: bool = False,
-    chunk_tokens: int | None = None,
     entropy: bool = False,
 ) -> TeacherScores:
     """The frozen teacher's log pi_T(x), its top k and, if asked, its entropy, at ``rows`` of its hidden states.
 
     Shapes as for ``head_loss``; rows and token_ids [T]. Results are fp32 (fp64 for an fp64 model), replicated.
+    Raises ValueError and NonFiniteLogits as ``head_loss`` does.
     """
-    shard = VocabShard.of(weight.size(0), group, vocab_size)
-    check_head(hidden, weight, rows, token_ids, shard, sequence_parallel)
-    check_k(k, vocab_size)
-    states = HiddenRows.of(hidden, rows, shard, sequence_parallel)
-    product, chunks, slots = head_chunks(hidden, weight, shard, rows.numel(), chunk_tokens)
+    shard = layout.shard(weight)
+    check_head(hidden, weight, rows, token_ids, shard, layout.sequence_parallel)
+    check_k(k, layout.vocab_size)
+    states = HiddenRows.of(hidden, rows, shard, layout.sequence_parallel)
+    product, chunks, slots = head_chunks(hidden, weight, shard, rows.numel(), layout.chunk_tokens)
     wide = product.wide_dtype
     log_probs, log_z, entropies = (torch.empty(rows.shape, dtype=wide, device=rows.device) for _ in range(3))
     top = torch.empty(rows.numel(), k, dtype=wide, device=rows.device)
     ids = torch.empty(rows.numel(), k, dtype=torch.int64, device=rows.device)
 
-    def reduce(chunk: slice, logits: Tensor) -> TeacherChunk:
-        out = product.teacher(logits, token_ids[chunk], k, entropy=entropy)
-        log_probs[chunk], log_z[chunk] = out.log_probs, out.log_z
+    def reduce(chunk: slice, logits: Tensor) -> SoftmaxTopK:
+        out = product.teacher(logits, token_ids[chunk, None], k, entropy=entropy)
+        log_probs[chunk], log_z[chunk] = out.log_probs[:, 0], out.log_z
         top[chunk], ids[chunk] = out.top_k_log_probs, out.top_k_ids
         if out.entropy is not None:
             entropies[chunk] = out.entropy
@@ -157,20 +157,20 @@ def score_tokens(
     weight: Tensor,
     tokens: LossTokens,
     teacher: TeacherScores,
+    layout: HeadLayout,
     *,
-    group: ProcessGroup | None = None,
-    vocab_size: int,
-    sequence_parallel: bool = False,
-    chunk_tokens: int | None = None,
     entropy: bool = False,
     reference_log_probs: Tensor | None = None,
 ) -> TokenScores:
-    """All of a micro-batch's ``TokenScores`` without gradient: for a first pass over the global batch, for instance."""
-    shard = VocabShard.of(weight.size(0), group, vocab_size)
-    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, sequence_parallel)
+    """All of a micro-batch's ``TokenScores`` without gradient: for a first pass over the global batch, for instance.
+
+    Shapes and errors as for ``head_loss``. Results are fp32 (fp64 for an fp64 model), replicated.
+    """
+    shard = layout.shard(weight)
+    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel)
     check_tokens(tokens, teacher, shard)
-    states = HiddenRows.of(hidden, tokens.rows, shard, sequence_parallel)
-    product, chunks, _ = head_chunks(hidden, weight, shard, len(tokens), chunk_tokens)
+    states = HiddenRows.of(hidden, tokens.rows, shard, layout.sequence_parallel)
+    product, chunks, _ = head_chunks(hidden, weight, shard, len(tokens), layout.chunk_tokens)
     ids = _columns(tokens, teacher)
     log_probs = torch.empty(ids.shape, dtype=product.wide_dtype, device=ids.device)
     log_z, entropies = (torch.empty(len(tokens), dtype=product.wide_dtype, device=ids.device) for _ in range(2))
@@ -201,14 +201,9 @@ class _Run:
     tokens: LossTokens
     teacher: TeacherScores
     objective: ObjectiveFunction
-    shard: VocabShard
+    layout: HeadLayout
     scale: float | Tensor
-    sequence_parallel: bool
-    chunk_tokens: int | None
-    token_weights: Tensor | None
-    reference_log_probs: Tensor | None
-    accumulate_main_grad: bool
-    region_gradients: bool
+    options: LossOptions
     grad_enabled: bool
     sums: dict[str, Tensor] = field(default_factory=dict)
     minima: dict[str, Tensor] = field(default_factory=dict)
@@ -225,7 +220,7 @@ class _Run:
                 self.tokens,
                 self.teacher,
                 entropy=out.entropy,
-                reference_log_probs=self.reference_log_probs,
+                reference_log_probs=self.options.reference_log_probs,
                 chunk=chunk,
             )
             loss, metrics = self.objective(scores)
@@ -234,8 +229,8 @@ class _Run:
                     raise ValueError(
                         f"the objective's {name!r} has shape {tuple(values.shape)}; give one value a token"
                     )
-            if self.token_weights is not None:
-                loss = loss * self.token_weights[chunk].to(loss.dtype)
+            if self.options.token_weights is not None:
+                loss = loss * self.options.token_weights[chunk].to(loss.dtype)
             grad = torch.zeros_like(columns)
             if loss.requires_grad:
                 (grad,) = torch.autograd.grad((loss * self.scale).sum(), columns)
@@ -269,11 +264,9 @@ class _Pass:
     """All chunks of one micro-batch: their losses, and the gradients of the hidden states and the weight."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, run: _Run, *, want_hidden: bool, want_weight: bool) -> None:
-        self.run = run
-        self.states = HiddenRows.of(hidden, run.tokens.rows, run.shard, run.sequence_parallel)
-        self.product, self.chunks, self.slots = head_chunks(
-            hidden, weight, run.shard, len(run.tokens), run.chunk_tokens
-        )
+        self.run, shard, layout = run, run.layout.shard(weight), run.layout
+        self.states = HiddenRows.of(hidden, run.tokens.rows, shard, layout.sequence_parallel)
+        self.product, self.chunks, self.slots = head_chunks(hidden, weight, shard, len(run.tokens), layout.chunk_tokens)
         # An empty micro-batch goes through the objective once, for the names of its metrics.
         self.chunks = self.chunks or [slice(0, 0)]
         self.ids = _columns(run.tokens, run.teacher)
@@ -332,11 +325,11 @@ class _ChunkedHead(torch.autograd.Function):
         grad_hidden, squares = work.grad_hidden, None
         if grad_hidden is not None:
             grad_hidden = work.states.reduce_gradient(grad_hidden)
-            squares = work.states.row_squares(grad_hidden).double() if run.region_gradients else None
+            squares = work.states.row_squares(grad_hidden).double() if run.options.region_gradients else None
         run.close(work.losses, work.metrics, squares)
         # Neither is an input or an output of this function, so save_for_backward is not for them.
         ctx.grads = (grad_hidden, None if work.grad_weight is None else work.grad_weight.total)
-        ctx.weight, ctx.accumulate_main_grad = weight, run.accumulate_main_grad
+        ctx.weight, ctx.accumulate_main_grad = weight, run.options.accumulate_main_grad
         return (torch.cat(work.losses).double().sum() * run.scale).float()
 
     @staticmethod
@@ -372,7 +365,7 @@ def token_scores(
     chunk: slice = slice(None),
 ) -> TokenScores:
     """What an objective sees of the tokens in ``chunk``: ``columns`` [C, K + 1] and ``entropy`` [C] are that chunk's,
-    the other tensors the whole micro-batch's.
+    the other tensors the complete micro-batch's.
     """
     return TokenScores(
         student_log_probs=columns[:, 0],

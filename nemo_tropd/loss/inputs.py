@@ -21,6 +21,24 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
+class HeadLayout:
+    """How the head of one model is split over ranks, and how its tokens are cut into chunks.
+
+    ``vocab_size`` is the true size (the tokenizer's): columns past it are padding, which enters nothing. ``group`` is
+    the tensor-parallel group, None for one rank. ``chunk_tokens`` None: as many as a memory bound allows.
+    """
+
+    vocab_size: int
+    group: ProcessGroup | None = None
+    sequence_parallel: bool = False
+    chunk_tokens: int | None = None
+
+    def shard(self, weight: Tensor) -> VocabShard:
+        """The shard that ``weight`` [V_local, H] is; ValueError if all shards are too narrow for the vocabulary."""
+        return VocabShard.of(weight.size(0), self.group, self.vocab_size)
+
+
+@dataclass(frozen=True)
 class HiddenRows:
     """Hidden states as a matrix whose rows are picked by ``index``; under sequence parallelism, all ranks' states.
 

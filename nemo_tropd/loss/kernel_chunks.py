@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from nemo_tropd.parallel.vocab import VocabShard
+from nemo_tropd.parallel.vocab import SoftmaxTopK, VocabShard, merge_softmax_top_k
 
 from . import kernels
-from .chunks import TeacherChunk, merge_teacher
 
 
 class KernelChunks:
@@ -52,19 +51,19 @@ class KernelChunks:
             width=shard.width,
         )
 
-    def teacher(self, logits: Tensor, token_ids: Tensor, k: int, *, entropy: bool) -> TeacherChunk:
-        """token_ids [C] global -> top k, log-probability, entropy. One read and the winning blocks; one gather."""
+    def teacher(self, logits: Tensor, token_ids: Tensor, k: int, *, entropy: bool) -> SoftmaxTopK:
+        """token_ids [C, N] global -> top k, log-probabilities, entropy. One read and the winning blocks; one gather."""
         shard = self.shard
         own_k = min(k, shard.width)
         sub_block = kernels.sub_block_for(shard.width, own_k)
-        local = (token_ids - shard.start)[:, None]
+        local = token_ids - shard.start
         out = kernels.stream(logits, shard.width, local, entropy=entropy, sub_block=sub_block)
         assert out.block_maxima is not None
         values, ids = kernels.top_k(logits, shard.width, own_k, out.block_maxima, sub_block)
-        owned = (local[:, 0] >= 0) & (local[:, 0] < shard.width)
-        token = torch.where(owned, out.columns[:, 0] + out.top, 0.0)
-        parts = [out.top, out.sums, token, *([] if out.entropy is None else [out.entropy])]
-        return merge_teacher(values, ids + shard.start, torch.stack(parts, 1), k, shard, entropy=entropy)
+        owned = (local >= 0) & (local < shard.width)
+        fixed = [out.top, out.sums, *([] if out.entropy is None else [out.entropy])]
+        parts = torch.cat([torch.stack(fixed, 1), torch.where(owned, out.columns + out.top[:, None], 0.0)], 1)
+        return merge_softmax_top_k(values, ids + shard.start, parts, k, shard, entropy=entropy)
 
 
 @dataclass(frozen=True)

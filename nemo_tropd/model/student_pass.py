@@ -15,7 +15,8 @@ from torch import Tensor
 from nemo_tropd.batch import LossTokens, TeacherScores, TokenBatch
 from nemo_tropd.gpt.build import head_weight
 from nemo_tropd.gpt.forward import run_model
-from nemo_tropd.loss.head import HeadLoss, head_loss, sequence_mean_weights
+from nemo_tropd.loss.head import HeadLoss, LossOptions, head_loss, sequence_mean_weights
+from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.metric_sums import DeviceSums, MetricSums
 from nemo_tropd.parallel.topology import Topology
@@ -34,7 +35,7 @@ class StudentPass:
     objective: Objective
     loss_tokens: int
     sequences: int
-    head_options: dict[str, Any]  # of loss.head: group, vocab_size, sequence_parallel, chunk_tokens
+    layout: HeadLayout
     keep_tokens: bool = False  # keep each token's log-ratio and gate, for the report
 
     def run(
@@ -42,8 +43,6 @@ class StudentPass:
         batches: Sequence[TokenBatch],
         scores: Sequence[TeacherScores | None],
         reference: Sequence[Tensor | None],
-        *,
-        forward_only: bool = False,
     ) -> MetricSums:
         """Gradients into DDP's buffers; returns this rank's sums (empty but on the last stage with tensor rank 0).
 
@@ -63,7 +62,7 @@ class StudentPass:
             num_microbatches=len(batches),
             seq_length=width,
             micro_batch_size=rows,
-            forward_only=forward_only,
+            forward_only=False,
         )
         return sums.collect()
 
@@ -81,16 +80,17 @@ class StudentPass:
             tokens,
             teacher,
             self.objective,
+            self.layout,
             scale=1.0 / divisor,
-            token_weights=weights,
-            reference_log_probs=reference,
-            keep_per_token=True,
-            accumulate_main_grad=weight.dtype != weight.main_grad.dtype,
-            **self.head_options,
+            options=LossOptions(
+                token_weights=weights,
+                reference_log_probs=reference,
+                accumulate_main_grad=weight.dtype != weight.main_grad.dtype,
+            ),
         )
         if self.topology.tensor_rank == 0:
             _add_metrics(sums, tokens, teacher, result)
-            if self.keep_tokens and result.per_token is not None:
+            if self.keep_tokens:
                 sums.keep(batch, result.per_token)
         # The schedule divides what it is given in place; the count is unused, see student.data_parallel.
         return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}
@@ -102,7 +102,7 @@ def _add_metrics(sums: DeviceSums, tokens: LossTokens, teacher: TeacherScores, r
     sums.add({**metrics, "loss": result.loss, "student_tokens": result.metrics["tokens"]}, result.minima)
     sums.add({"tokens": tokens.rows.new_tensor(len(tokens))})
     student, per_token = ~tokens.guided, result.per_token
-    if per_token is None or not len(tokens):
+    if not len(tokens):
         return
     if "forward_kl" in per_token and "trust" in per_token:
         outlier = (1 - per_token["trust"]) * per_token["forward_kl"]

@@ -23,6 +23,7 @@ from nemo_tropd.gpt.build import build_gpt, head_weight
 from nemo_tropd.gpt.ddp import data_parallel, recompute_fields
 from nemo_tropd.gpt.forward import pipeline_forward
 from nemo_tropd.loss.head import score_tokens
+from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.metric_sums import DeviceSums, MetricSums
@@ -122,7 +123,7 @@ class MegatronTrOPDModel(ModelPT):
                 found.append(None)
                 continue
             tokens, weight = batch.loss_tokens(), head_weight(self.student)
-            found.append(score_tokens(hidden, weight, tokens, teacher, **self._head_options()))
+            found.append(score_tokens(hidden, weight, tokens, teacher, self._layout()))
         return found
 
     # ------------------------------------------------------------------------------------------------ rollouts
@@ -190,7 +191,6 @@ class MegatronTrOPDModel(ModelPT):
         step: int,
         loss_tokens: int,
         sequences: int,
-        forward_only: bool = False,
         keep_tokens: bool = False,
     ) -> tuple[float, MetricSums]:
         """Forward and backward passes of all micro-batches through Megatron's schedule.
@@ -217,19 +217,19 @@ class MegatronTrOPDModel(ModelPT):
             objective,
             loss_tokens=loss_tokens,
             sequences=sequences,
-            head_options=self._head_options(),
+            layout=self._layout(),
             keep_tokens=keep_tokens,
         )
-        sums = step_pass.run(batches, scores, reference, forward_only=forward_only)
+        sums = step_pass.run(batches, scores, reference)
         return sums.sums.get("loss", 0.0), sums
 
-    def _head_options(self) -> dict[str, Any]:
-        return {
-            "group": self.topology.tensor_group,
-            "vocab_size": self.vocab_size,
-            "sequence_parallel": self.topology.sequence_parallel,
-            "chunk_tokens": self.settings.tropd.chunk_tokens,
-        }
+    def _layout(self) -> HeadLayout:
+        return HeadLayout(
+            self.vocab_size,
+            self.topology.tensor_group,
+            self.topology.sequence_parallel,
+            chunk_tokens=self.settings.tropd.chunk_tokens,
+        )
 
     def _reference_scores(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:
         if self.reference is None:
@@ -255,9 +255,9 @@ class MegatronTrOPDModel(ModelPT):
                     head_weight(self.student),
                     batch.loss_tokens(),
                     teacher,
+                    self._layout(),
                     entropy=objective.needs_student_entropy,
                     reference_log_probs=ref,
-                    **self._head_options(),
                 )
                 own.append(objective.statistic(seen).cpu())
         mine = torch.cat(own).tolist() if own and self.topology.tensor_rank == 0 else []
@@ -283,7 +283,7 @@ class MegatronTrOPDModel(ModelPT):
             batches,
             pipeline_forward(self.student, batches, self.topology),
             head_weight(self.student) if self.topology.is_last_stage else None,
-            chunk_tokens=self.settings.tropd.chunk_tokens,
+            self._layout(),
         )
         for batch, values in zip(batches, found, strict=True):
             if values is None:

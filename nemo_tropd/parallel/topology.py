@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nemo_tropd.parallel.cpu import enable_cpu_megatron
@@ -146,13 +145,6 @@ class Topology:
             sequence_parallel=False,
             from_megatron=False,
         )
-
-    def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """The sum over data-parallel ranks, as a new tensor on ``tensor``'s device; ``tensor`` is left as it is."""
-        total = tensor.detach().to(self.device).clone(memory_format=torch.contiguous_format)
-        if self.data_size > 1:
-            dist.all_reduce(total, group=self.data_group)
-        return total.to(tensor.device)
 
     def broadcast_object(self, obj: T, src: int = 0) -> T:
         """Rank ``src``'s picklable object, on every rank. All ranks call it."""

@@ -37,7 +37,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, columns: int, group: ProcessGroup | None, vocab_size: int | None) -> VocabShard:
-        """The shard of a rank that holds ``columns`` columns, padding included; ValueError if they are too few."""
+        """The shard of a rank with ``columns`` columns, padding included; ValueError if the group has too few."""
         size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         total = columns * size
         true = total if vocab_size is None else vocab_size
@@ -80,6 +80,115 @@ class TopK:
     log_z: Tensor  # [...] fp32, log-sum-exp of the row's logits
 
 
+@dataclass(frozen=True)
+class SoftmaxColumns:
+    """The softmax of C rows over the full true vocabulary, at N columns of each, and what its gradient needs.
+
+    Replicated over the group, all but ``exponentials``, ``local`` and ``owned``, which are this shard's.
+    """
+
+    log_probs: Tensor  # [C, N] wide: fp32, or fp64 for fp64 logits
+    log_z: Tensor  # [C] wide, log-sum-exp of the row's logits; NaN or infinite if a logit is
+    entropy: Tensor | None  # [C] wide, nats
+    denominator: Tensor  # [C]: exponentials / denominator is the softmax
+    exponentials: Tensor | None  # [C, width] wide, exp(z - the row's maximum); None unless the logits were overwritten
+    local: Tensor  # [C, N], see VocabShard.locate
+    owned: Tensor  # [C, N] bool
+
+
+def softmax_columns(
+    logits: Tensor, token_ids: Tensor, shard: VocabShard, *, entropy: bool = False, overwrite: bool = False
+) -> SoftmaxColumns:
+    """The log-softmax that every loss and score goes through, unless a Triton kernel has streamed the logits.
+
+    logits [C, width], the shard's true columns; token_ids [C, N] global, the same on every rank. One MAX and one SUM
+    over the group. ``overwrite``: the exponentials replace the logits, which must be wide. Checks nothing: callers pass
+    ``log_z`` to ``check_finite``.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    top = logits.new_full((logits.size(0),), float("-inf"), dtype=wide)
+    if shard.width:
+        # A MAX over ranks need not carry a NaN to all of them; the SUM below does.
+        top = logits.amax(-1).to(wide)
+        top = torch.where(top.isnan(), float("-inf"), top)
+    shard.reduce(top, ReduceOp.MAX)
+    local, owned = shard.locate(token_ids)
+    fixed = 2 if entropy else 1
+    packed = top.new_zeros(logits.size(0), fixed + token_ids.size(1))
+    if shard.width:
+        packed[:, fixed:] = torch.where(owned, logits.gather(1, local).to(wide) - top[:, None], 0.0)
+    _sum_exponentials(logits, top, packed[:, :fixed], overwrite=overwrite)
+    shard.reduce(packed, ReduceOp.SUM)
+    denominator = packed[:, 0]
+    log_sum = denominator.log()
+    return SoftmaxColumns(
+        log_probs=packed[:, fixed:] - log_sum[:, None],
+        log_z=log_sum + top,
+        entropy=log_sum + packed[:, 1] / denominator if entropy else None,
+        denominator=denominator,
+        exponentials=logits if overwrite else None,
+        local=local,
+        owned=owned,
+    )
+
+
+@dataclass(frozen=True)
+class SoftmaxTopK:
+    """The k most probable tokens of C rows over the full true vocabulary, and what is asked of N columns of each.
+
+    Detached, wide (fp32, or fp64 for fp64 logits) and replicated over the group.
+    """
+
+    log_probs: Tensor  # [C, N]
+    top_k_log_probs: Tensor  # [C, K] descending
+    top_k_ids: Tensor  # [C, K] int64, global
+    log_z: Tensor  # [C]; NaN or infinite if a logit is
+    entropy: Tensor | None  # [C], nats
+
+
+def softmax_top_k(
+    logits: Tensor, token_ids: Tensor, k: int, shard: VocabShard, *, entropy: bool = False, overwrite: bool = False
+) -> SoftmaxTopK:
+    """Arguments as for :func:`softmax_columns`, without gradient. One gather over the group."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    values, columns = largest(logits, min(k, shard.width))
+    values, fixed = values.to(wide), 3 if entropy else 2
+    own = values.new_zeros(logits.size(0), fixed + token_ids.size(1))
+    own[:, 0] = values[:, 0] if shard.width else float("-inf")
+    if shard.width:
+        local, owned = shard.locate(token_ids)
+        own[:, fixed:] = torch.where(owned, logits.gather(1, local).to(wide), 0.0)
+        # A shard of -inf alone adds nothing, and -inf less itself would be NaN.
+        anchor = torch.where(own[:, 0] == float("-inf"), 0.0, own[:, 0])
+        _sum_exponentials(logits, anchor, own[:, 1:fixed], overwrite=overwrite)
+    return merge_softmax_top_k(values, columns + shard.start, own, k, shard, entropy=entropy)
+
+
+def merge_softmax_top_k(
+    values: Tensor, token_ids: Tensor, own: Tensor, k: int, shard: VocabShard, *, entropy: bool
+) -> SoftmaxTopK:
+    """All shards' top k and partial sums, merged by one gather.
+
+    values, token_ids (global) [C, <= k]; own [C, 2 or 3, + N]: the shard's maximum, its sum of exponentials relative to
+    it, with ``entropy`` the sum of -p log p of those exponentials, then N logits, 0 if another rank has them.
+    """
+    values, ids, parts = merge_top_k(values, token_ids, own, k, shard)
+    fixed = 3 if entropy else 2
+    top = parts[..., 0].amax(0)
+    shift = torch.where(parts[..., 1] > 0, parts[..., 0] - top, 0.0)  # an empty shard's maximum is -inf
+    sums = parts[..., 1] * shift.exp()
+    denominator = sums.sum(0)
+    log_sum = denominator.log()
+    return SoftmaxTopK(
+        # In the order of operations of softmax_columns: equal models then have R = 0 to the bit (on one rank).
+        log_probs=(parts[..., fixed:].sum(0) - top[:, None]) - log_sum[:, None],
+        top_k_log_probs=(values - top[:, None]) - log_sum[:, None],
+        top_k_ids=ids,
+        log_z=log_sum + top,
+        entropy=log_sum + (parts[..., 2] * shift.exp() - sums * shift).sum(0) / denominator if entropy else None,
+    )
+
+
 def vocab_parallel_log_probs(
     logits: Tensor, token_ids: Tensor, group: ProcessGroup | None = None, vocab_size: int | None = None
 ) -> Tensor:
@@ -111,17 +220,12 @@ def vocab_parallel_top_k(
     shard = VocabShard.of(logits.size(-1), group, vocab_size)
     check_k(k, shard.vocab_size)
     rows = logits.detach().reshape(-1, logits.size(-1))[:, : shard.width]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    values, columns = largest(rows, min(k, shard.width))
-    sums = torch.full((rows.size(0), 1), float("-inf"), dtype=wide, device=rows.device)
-    if shard.width:
-        for block in _row_blocks(rows):
-            sums[block, 0] = rows[block].to(wide).logsumexp(-1)
-    values, ids, gathered = merge_top_k(values.to(wide), columns + shard.start, sums, k, shard)
-    log_z = gathered[..., 0].logsumexp(0)
-    check_finite(log_z, "logits")
+    found = softmax_top_k(rows, rows.new_empty(rows.size(0), 0, dtype=torch.int64), k, shard)
+    check_finite(found.log_z, "logits")
     shape = logits.shape[:-1]
-    return TopK((values - log_z[:, None]).float().view(*shape, k), ids.view(*shape, k), log_z.float().view(shape))
+    return TopK(
+        found.top_k_log_probs.float().view(*shape, k), found.top_k_ids.view(*shape, k), found.log_z.float().view(shape)
+    )
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -148,8 +252,8 @@ def merge_top_k(
     """
     if shard.group is None:
         return values, token_ids, columns[None]
-    # Ids travel as floats: exact up to 2^24 in fp32, above that the whole parcel is fp64.
-    parcel = values.dtype if shard.vocab_size <= 1 << 24 else torch.float64
+    # Ids travel as floats: exact up to 2^24 in fp32, above that all of the packed tensor is fp64.
+    dtype = values.dtype if shard.vocab_size <= 1 << 24 else torch.float64
     missing = k - values.size(1)
     packed = torch.cat(
         [
@@ -158,7 +262,7 @@ def merge_top_k(
             columns,
         ],
         1,
-        out=torch.empty(values.size(0), 2 * k + columns.size(1), dtype=parcel, device=values.device),
+        out=torch.empty(values.size(0), 2 * k + columns.size(1), dtype=dtype, device=values.device),
     )
     gathered = shard.gather(packed)
     # Ranks hold ascending ids and each rank's equals come in order: a stable sort puts the lower id first.
@@ -168,7 +272,7 @@ def merge_top_k(
 
 
 def check_integers(token_ids: Tensor, what: str) -> None:
-    """ValueError for ids that are no integers."""
+    """ValueError unless the ids are integers."""
     if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
         raise ValueError(f"{what} has dtype {token_ids.dtype}; give integers")
 
@@ -199,6 +303,17 @@ def check_finite(log_z: Tensor, what: str) -> None:
         )
 
 
+def _sum_exponentials(logits: Tensor, top: Tensor, out: Tensor, *, overwrite: bool) -> None:
+    """``out`` [C, 1 or 2] = this shard's sums of exp(z - top), and of -p log p of these terms; ``overwrite``: the terms
+    replace the logits, else no wide copy of more than a block of rows is made."""
+    for block in [slice(None)] if overwrite else _row_blocks(logits):
+        shifted = logits.sub_(top[:, None]) if overwrite else logits[block] - top[block, None]
+        terms = shifted.exp_()
+        out[block, 0] = terms.sum(-1)
+        if out.size(1) == 2:
+            out[block, 1] = torch.special.entr(terms).sum(-1)
+
+
 def _row_blocks(rows: Tensor) -> list[slice]:
     step = max(1, _BLOCK_BYTES // max(1, 4 * rows.size(1)))
     return [slice(i, i + step) for i in range(0, rows.size(0), step)]
@@ -207,25 +322,11 @@ def _row_blocks(rows: Tensor) -> list[slice]:
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, token_ids: Tensor, shard: VocabShard) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        rows = logits[:, : shard.width]
-        top = rows.new_full((rows.size(0),), float("-inf"), dtype=wide)
-        if shard.width:
-            # A MAX over ranks need not carry a NaN to all of them; the SUM below does.
-            top = rows.amax(-1).to(wide).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-        shard.reduce(top, ReduceOp.MAX)
-        local, owned = shard.locate(token_ids)
-        packed = rows.new_zeros(rows.size(0), 1 + token_ids.size(1), dtype=wide)
-        if shard.width:
-            for block in _row_blocks(rows):
-                packed[block, 0] = (rows[block] - top[block, None]).exp_().sum(-1)
-            packed[:, 1:] = torch.where(owned, rows.gather(1, local).to(wide) - top[:, None], 0.0)
-        shard.reduce(packed, ReduceOp.SUM)
-        log_sum = packed[:, :1].log()
-        check_finite(log_sum + top[:, None], "logits")
-        ctx.save_for_backward(logits, local, owned, log_sum[:, 0] + top)
+        found = softmax_columns(logits[:, : shard.width], token_ids, shard)
+        check_finite(found.log_z, "logits")
+        ctx.save_for_backward(logits, found.local, found.owned, found.log_z)
         ctx.width = shard.width
-        return (packed[:, 1:] - log_sum).float()
+        return found.log_probs.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -17,6 +17,7 @@ from nemo_tropd.convert.hf_import import load_hf
 from nemo_tropd.gpt.build import build_gpt, head_weight
 from nemo_tropd.gpt.forward import pipeline_forward
 from nemo_tropd.loss.head import score_tokens, teacher_scores
+from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.fp8 import Fp8Settings, pad_tokens
 from nemo_tropd.teacher.offload import WeightHome
@@ -104,6 +105,12 @@ class TeacherScorer:
             raise RuntimeError("the teacher's weights are in host memory; use its head inside scoring()")
         return head_weight(self.model)
 
+    def layout(self, chunk_tokens: int | None) -> HeadLayout:
+        """How this rank's shard of the head is read."""
+        return HeadLayout(
+            self.vocab_size, self.topology.tensor_group, self.topology.sequence_parallel, chunk_tokens=chunk_tokens
+        )
+
     @torch.no_grad()
     def score(
         self, batches: Sequence[TokenBatch], *, top_k: int, entropy: bool, chunk_tokens: int | None
@@ -117,10 +124,7 @@ class TeacherScorer:
                 tokens.rows,
                 tokens.token_ids,
                 top_k,
-                group=self.topology.tensor_group,
-                vocab_size=self.vocab_size,
-                sequence_parallel=self.topology.sequence_parallel,
-                chunk_tokens=chunk_tokens,
+                self.layout(chunk_tokens),
                 entropy=entropy,
             )
 
@@ -136,16 +140,7 @@ class TeacherScorer:
         def reduce(hidden: Tensor, tokens: LossTokens, index: int) -> TokenScores:
             other = reference[index]
             assert other is not None
-            return score_tokens(
-                hidden,
-                self.head,
-                tokens,
-                other,
-                group=self.topology.tensor_group,
-                vocab_size=self.vocab_size,
-                sequence_parallel=self.topology.sequence_parallel,
-                chunk_tokens=chunk_tokens,
-            )
+            return score_tokens(hidden, self.head, tokens, other, self.layout(chunk_tokens))
 
         return self._reduced(batches, reduce)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_tropd.batch import TeacherScores, TokenBatch
 from nemo_tropd.loss.divergence import exact_divergences
+from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.scorer import TeacherScorer
 
@@ -64,12 +65,12 @@ class TeacherSharing:
         batches: Sequence[TokenBatch],
         student_hidden: Sequence[Tensor | None],
         student_head: Tensor | None,
-        *,
-        chunk_tokens: int | None,
+        layout: HeadLayout,
     ) -> list[dict[str, Tensor] | None]:
         """``exact_divergences`` at each micro-batch's loss tokens; None but on the last stage (collective).
 
-        ``student_hidden`` and ``student_head`` are as ``pipeline_forward`` and ``head_weight`` give them.
+        ``student_hidden`` and ``student_head`` are as ``pipeline_forward`` and ``head_weight`` give them; ``layout`` is
+        the student's.
         """
         if self.own_degree and not self.topology.is_last_stage:
             return [None] * len(batches)
@@ -87,12 +88,8 @@ class TeacherSharing:
                     hidden,
                     self.teacher.head,
                     batch.loss_tokens().rows,
-                    student_group=self.topology.tensor_group,
-                    teacher_group=self.teacher.topology.tensor_group,
-                    vocab_size=self.teacher.vocab_size,
-                    sequence_parallel=self.topology.sequence_parallel,
-                    teacher_sequence_parallel=self.teacher.topology.sequence_parallel,
-                    chunk_tokens=chunk_tokens,
+                    layout,
+                    teacher_layout=self.teacher.layout(layout.chunk_tokens),
                 )
                 if mine:
                     found[i] = values

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_tropd.loss import backend, inputs, weight_gradient
 from nemo_tropd.loss.head import head_loss, teacher_scores
+from nemo_tropd.loss.inputs import HeadLayout
 from tests.dist.checks import Checks
 from tests.dist.run_distributed import environment, run_distributed
 from tests.dist.test_head_parallel import (
@@ -204,11 +205,11 @@ def check_paths_agree(checks: Checks, seed: int) -> None:
         _kernels(serve)
         w, t = (shard(x, rank, ranks, torch.float32) for x in (mb.weight, mb.teacher_weight))
         h = mb.hidden.float().requires_grad_(True)
-        options = {"group": dist.group.WORLD, "vocab_size": mb.vocab_size, "chunk_tokens": 4}
+        layout = HeadLayout(mb.vocab_size, dist.group.WORLD, chunk_tokens=4)
         scores = teacher_scores(
-            mb.teacher_hidden.float(), t, mb.tokens.rows, mb.tokens.token_ids, 64, entropy=True, **options
+            mb.teacher_hidden.float(), t, mb.tokens.rows, mb.tokens.token_ids, 64, layout, entropy=True
         )
-        out = head_loss(h, w, mb.tokens, scores, objectives.build("tropd"), scale=0.1, **options)
+        out = head_loss(h, w, mb.tokens, scores, objectives.build("tropd"), layout, scale=0.1)
         out.loss.backward()
         results.append((scores, out.loss.detach(), h.grad, w.grad))
     _kernels(_every_dtype)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nemo_tropd import objectives
 from nemo_tropd.loss.divergence import exact_divergences
-from nemo_tropd.loss.head import head_loss, teacher_scores
+from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores
+from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.parallel.vocab import NonFiniteLogits
 from tests.dist.checks import Checks, counted
 from tests.dist.run_distributed import run_distributed
@@ -51,8 +52,8 @@ def run_head(
     w = shard(mb.weight, rank, size, dtype)
     reference = mb.reference.gather(1, mb.tokens.token_ids[:, None])[:, 0].float()
     out = head_loss(
-        h, w, mb.tokens, mb.teacher_scores(), objective, group=group, vocab_size=mb.vocab_size, scale=scale,
-        chunk_tokens=chunk, reference_log_probs=reference, sequence_parallel=parallel,
+        h, w, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size, group, parallel, chunk),
+        scale=scale, options=LossOptions(reference_log_probs=reference),
     )  # fmt: skip
     out.loss.backward()
     want_h = full_h.grad.chunk(size, 1)[rank] if parallel else full_h.grad
@@ -90,8 +91,7 @@ def check_collectives(checks: Checks, group: Any, seed: int) -> None:
             chunks = -(-len(mb.tokens) // 5)
             with counted() as forward:
                 out = head_loss(
-                    h, w, mb.tokens, scores, objective, group=group, vocab_size=mb.vocab_size, scale=0.1,
-                    chunk_tokens=5, sequence_parallel=parallel,
+                    h, w, mb.tokens, scores, objective, HeadLayout(mb.vocab_size, group, parallel, 5), scale=0.1
                 )  # fmt: skip
             with counted() as backward:
                 out.loss.backward()
@@ -102,7 +102,7 @@ def check_collectives(checks: Checks, group: Any, seed: int) -> None:
     with counted() as forward:
         teacher_scores(
             mb.teacher_hidden.float(), shard(mb.teacher_weight, rank, size, torch.float32), mb.tokens.rows,
-            mb.tokens.token_ids, 7, group=group, vocab_size=mb.vocab_size, chunk_tokens=5, entropy=True,
+            mb.tokens.token_ids, 7, HeadLayout(mb.vocab_size, group, chunk_tokens=5), entropy=True,
         )  # fmt: skip
     checks.true("collectives teacher", dict(forward) == {"all_gather_into_tensor": chunks}, forward)
 
@@ -123,8 +123,8 @@ def check_regions(checks: Checks, group: Any, seed: int) -> None:
     for parallel in (False, True):
         h = (mb.hidden.chunk(size, 1)[rank] if parallel else mb.hidden).float().clone().requires_grad_(True)
         out = head_loss(
-            h, shard(mb.weight, rank, size, torch.float32), mb.tokens, mb.teacher_scores(), objective, group=group,
-            vocab_size=mb.vocab_size, scale=0.1, sequence_parallel=parallel, region_gradients=True,
+            h, shard(mb.weight, rank, size, torch.float32), mb.tokens, mb.teacher_scores(), objective,
+            HeadLayout(mb.vocab_size, group, parallel), scale=0.1, options=LossOptions(region_gradients=True),
         )  # fmt: skip
         for name, value in want.items():
             checks.close(f"region {name} sp {parallel}", out.metrics[f"gradient_square_{name}"], value, 1e-4)
@@ -140,8 +140,7 @@ def check_teacher(checks: Checks, group: Any, seed: int) -> None:
                 h = mb.teacher_hidden.chunk(size, 1)[rank] if parallel else mb.teacher_hidden
                 got = teacher_scores(
                     h.float(), shard(mb.teacher_weight, rank, size, torch.float32), mb.tokens.rows,
-                    mb.tokens.token_ids, k, group=group, vocab_size=mb.vocab_size, sequence_parallel=parallel,
-                    chunk_tokens=chunk, entropy=True,
+                    mb.tokens.token_ids, k, HeadLayout(mb.vocab_size, group, parallel, chunk), entropy=True,
                 )  # fmt: skip
                 case = f"teacher {layout} k {k} sp {parallel}"
                 assert got.entropy is not None and want.entropy is not None
@@ -183,7 +182,8 @@ def check_micro_batches(checks: Checks, group: Any, data_group: Any, seed: int) 
         for mb in batches[2 * replica : 2 * replica + 2]:
             out = head_loss(
                 mb.hidden.float().requires_grad_(True), w, mb.tokens, mb.teacher_scores(), objectives.build("tropd"),
-                group=group, vocab_size=mb.vocab_size, scale=1 / total, chunk_tokens=5, accumulate_main_grad=True,
+                HeadLayout(mb.vocab_size, group, chunk_tokens=5), scale=1 / total,
+                options=LossOptions(accumulate_main_grad=True),
             )  # fmt: skip
             out.loss.backward()
             loss += out.loss.detach()
@@ -214,8 +214,7 @@ def check_divergences(checks: Checks, group: Any, seed: int) -> None:
             part = [h.chunk(size, 1)[rank] if parallel else h for h in (mb.hidden, mb.teacher_hidden)]
             got = exact_divergences(
                 part[0].float(), shard(mb.weight, rank, size, torch.float32), part[1].float(),
-                shard(teacher, rank, size, torch.float32), rows, student_group=group, vocab_size=vocab,
-                sequence_parallel=parallel, chunk_tokens=chunk,
+                shard(teacher, rank, size, torch.float32), rows, HeadLayout(vocab, group, parallel, chunk),
             )  # fmt: skip
             for name, values in want.items():
                 checks.close(f"divergence {name} {layout} extra {extra} sp {parallel}", got[name], values, 2e-5)
@@ -225,7 +224,7 @@ def check_errors(checks: Checks, group: Any) -> None:
     """Every rank raises, and afterwards the group still works: no rank was left inside a collective."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     mb = make(5)
-    scores = mb.teacher_scores()
+    scores, layout = mb.teacher_scores(), HeadLayout(mb.vocab_size, group)
     h, w = mb.hidden.float(), shard(mb.weight, rank, size, torch.float32)
     poisoned = w.detach().clone()
     if rank == 0:  # one column, on one rank only
@@ -240,14 +239,12 @@ def check_errors(checks: Checks, group: Any) -> None:
     for text, (weight, tokens, teacher) in cases.items():
         message = "nothing was raised"
         try:
-            head_loss(
-                h, weight, tokens, teacher, objectives.build("tropd"), group=group, vocab_size=mb.vocab_size, scale=1.0
-            )
+            head_loss(h, weight, tokens, teacher, objectives.build("tropd"), layout, scale=1.0)
         except ValueError as error:
             message = str(error)
         checks.true(f"error {text!r}", text in message, message)
     with pytest.raises(NonFiniteLogits, match="teacher logits: row 0"):
-        teacher_scores(h, poisoned, mb.tokens.rows, mb.tokens.token_ids, 3, group=group, vocab_size=mb.vocab_size)
+        teacher_scores(h, poisoned, mb.tokens.rows, mb.tokens.token_ids, 3, layout)
     alive = torch.ones(1)
     dist.all_reduce(alive, group=group)
     checks.true("group alive", alive.item() == size)

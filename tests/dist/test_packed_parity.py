@@ -54,18 +54,14 @@ class Side:
     def __init__(self, student: Any, teacher: Any, topology: Any, batches: list[Any], count: int) -> None:
         from nemo_tropd import objectives
         from nemo_tropd.loss.head import score_tokens
+        from nemo_tropd.loss.inputs import HeadLayout
         from nemo_tropd.gpt.build import head_weight
         from nemo_tropd.gpt.forward import pipeline_forward
         from nemo_tropd.model.student_pass import StudentPass
 
         model = student.module
         scores = teacher.score(batches, top_k=K, entropy=False, chunk_tokens=None)
-        options = {
-            "group": topology.tensor_group,
-            "vocab_size": VOCABULARY,
-            "sequence_parallel": topology.sequence_parallel,
-            "chunk_tokens": None,
-        }
+        layout = HeadLayout(VOCABULARY, topology.tensor_group, topology.sequence_parallel)
         self.values: dict[str, list[Tensor]] = {"student": [], "teacher": [], "top_k": []}
         order: list[tuple[int, int]] = []
         hidden = pipeline_forward(model, batches, topology)
@@ -73,7 +69,7 @@ class Side:
             if score is None or states is None:
                 continue
             tokens = batch.loss_tokens()
-            seen = score_tokens(states, head_weight(model), tokens, score, **options)
+            seen = score_tokens(states, head_weight(model), tokens, score, layout)
             self.values["student"].append(seen.student_log_probs)
             self.values["teacher"].append(score.log_probs)
             self.values["top_k"].append(score.top_k_log_probs)
@@ -87,7 +83,7 @@ class Side:
             objectives.build("tropd"),
             loss_tokens=count,
             sequences=len(LENGTHS),
-            head_options=options,
+            layout=layout,
         )
         self.sums = one_pass.run(batches, scores, [None] * len(batches))
         self.gradients = {name: p.main_grad.clone() for name, p in model.named_parameters()}

@@ -28,6 +28,7 @@ def _train(rank: int, world_size: int, student: str, ids: list[int], seed: int) 
     from nemo_tropd.convert.hf_import import load_hf
     from nemo_tropd.gpt.build import build_gpt
     from nemo_tropd.gpt.ddp import data_parallel
+    from nemo_tropd.loss.inputs import HeadLayout
     from nemo_tropd.model.student_pass import StudentPass
     from nemo_tropd.parallel.topology import Topology
     from nemo_tropd.teacher.scorer import TeacherScorer
@@ -46,7 +47,7 @@ def _train(rank: int, world_size: int, student: str, ids: list[int], seed: int) 
     )
     start = [p.detach().clone() for p in model.parameters()]
     draw, found = random.Random(seed), []
-    options = {"group": topology.tensor_group, "vocab_size": VOCABULARY}
+    layout = HeadLayout(VOCABULARY, topology.tensor_group)
     for step in range(STEPS):
         lengths = [draw.randint(12, 40) for _ in range(3)]
         rollouts = [Rollout(ids[:9], [], ids[9:n], [-1.0] * (n - 9), 0, i, i, True) for i, n in enumerate(lengths)]
@@ -56,9 +57,7 @@ def _train(rank: int, world_size: int, student: str, ids: list[int], seed: int) 
         scores = teacher.score(batches, top_k=64, entropy=False, chunk_tokens=None)
         optimizer.zero_grad()
         tokens = sum(r.loss_tokens for r in rollouts)
-        one_pass = StudentPass(
-            ddp, topology, objectives.build("tropd"), loss_tokens=tokens, sequences=3, head_options=options
-        )
+        one_pass = StudentPass(ddp, topology, objectives.build("tropd"), loss_tokens=tokens, sequences=3, layout=layout)
         sums = one_pass.run(batches, scores, [None] * len(batches)).gather()
         found.append({**sums.sums, "grad_norm": optimizer.step(step).grad_norm})
     moved = sum(float((p - q).detach().square().sum()) for p, q in zip(model.parameters(), start, strict=True))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def _train(topology: Any, folder: Path, *, dtype: torch.dtype, distributed: bool
     from nemo_tropd.convert.hf_import import load_hf
     from nemo_tropd.gpt.build import build_gpt, head_weight
     from nemo_tropd.gpt.ddp import data_parallel
+    from nemo_tropd.loss.inputs import HeadLayout
     from nemo_tropd.model.student_pass import StudentPass
     from nemo_tropd.teacher.scorer import TeacherScorer
     from nemo_tropd.training.optimizer import StudentOptimizer
@@ -69,7 +71,7 @@ def _train(topology: Any, folder: Path, *, dtype: torch.dtype, distributed: bool
             objectives.build("fkl"),
             loss_tokens=sum(r.loss_tokens for r in rollouts),
             sequences=len(rollouts),
-            head_options={"group": topology.tensor_group, "vocab_size": VOCABULARY},
+            layout=HeadLayout(VOCABULARY, topology.tensor_group),
         )
         if step == 0 and not distributed:
             with _head_through_autograd():
@@ -80,7 +82,7 @@ def _train(topology: Any, folder: Path, *, dtype: torch.dtype, distributed: bool
         sums = one_pass.run(batches, scores, [None] * len(batches))
         if step == 0 and not distributed:
             found["head"] = head_weight(model).main_grad.clone()
-        found["losses"].append(float(topology.sum_over_data(torch.tensor(sums.sums["loss"]))))
+        found["losses"].append(sums.gather().sums["loss"])
         result = optimizer.step(step)
         assert result.applied
         found["norms"].append(result.grad_norm)
@@ -98,8 +100,9 @@ def _head_through_autograd() -> Iterator[None]:
     original = student_pass.head_loss
 
     def without_buffer(*args: Any, **options: Any) -> Any:
-        assert options.pop("accumulate_main_grad") == (args[1].dtype == torch.bfloat16)
-        return original(*args, **options)
+        given = options.pop("options")
+        assert given.accumulate_main_grad == (args[1].dtype == torch.bfloat16)
+        return original(*args, options=replace(given, accumulate_main_grad=False), **options)
 
     student_pass.head_loss = without_buffer
     try:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nemo_tropd import objectives
-from nemo_tropd.loss.head import head_loss, teacher_scores
+from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores
+from nemo_tropd.loss.inputs import HeadLayout
 from tests.oracles.micro_batch import VARIANTS, MicroBatch, make, objective_and_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -34,8 +35,8 @@ def test_value_and_gradients(variant: str, dtype: torch.dtype) -> None:
     for chunk in (None, 5):  # one chunk; several on two streams
         h2, w2 = mb.hidden.to(dtype).requires_grad_(True), mb.weight.to(dtype).requires_grad_(True)
         out = head_loss(
-            h2, w2, mb.tokens, mb.teacher_scores(), objective, vocab_size=mb.vocab_size, scale=1 / 37,
-            chunk_tokens=chunk, reference_log_probs=reference,
+            h2, w2, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size, chunk_tokens=chunk),
+            scale=1 / 37, options=LossOptions(reference_log_probs=reference),
         )  # fmt: skip
         out.loss.backward()
         for got, want in ((h2.grad, h.grad), (w2.grad, w.grad)):
@@ -49,7 +50,7 @@ def test_two_streams_change_nothing() -> None:
     w = torch.randn(32064, 256, device="cuda", dtype=torch.bfloat16) * 0.1
     rows = torch.arange(3000, device="cuda")
     ids = torch.randint(32000, (3000,), device="cuda")
-    first = teacher_scores(h, w, rows, ids, 64, vocab_size=32000, chunk_tokens=256)
+    first = teacher_scores(h, w, rows, ids, 64, HeadLayout(32000, chunk_tokens=256))
     from nemo_tropd.batch import LossTokens
 
     tokens = LossTokens(
@@ -58,13 +59,12 @@ def test_two_streams_change_nothing() -> None:
     )  # fmt: skip
     grads = []
     for chunk in (256, 256, 256, 3000):
-        again = teacher_scores(h, w, rows, ids, 64, vocab_size=32000, chunk_tokens=chunk)
+        layout = HeadLayout(32000, chunk_tokens=chunk)
+        again = teacher_scores(h, w, rows, ids, 64, layout)
         if chunk == 256:  # products of another size may round otherwise
             assert torch.equal(again.top_k_ids, first.top_k_ids) and torch.equal(again.log_probs, first.log_probs)
         h2 = (h * 1.1).requires_grad_(True)
-        head_loss(
-            h2, w, tokens, first, objectives.build("tropd"), vocab_size=32000, scale=1e-3, chunk_tokens=chunk
-        ).loss.backward()
+        head_loss(h2, w, tokens, first, objectives.build("tropd"), layout, scale=1e-3).loss.backward()
         grads.append(h2.grad)
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
     assert (grads[0] - grads[3]).norm() < 1e-2 * grads[3].norm()

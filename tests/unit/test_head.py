@@ -13,8 +13,8 @@ from torch import Tensor
 from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens, Rollout, TeacherScores, TokenBatch
 from nemo_tropd.loss.divergence import exact_divergences
-from nemo_tropd.loss.head import HeadLoss, head_loss, score_tokens, sequence_mean_weights, teacher_scores
-from nemo_tropd.loss.inputs import CHUNK_BYTES, chunk_size
+from nemo_tropd.loss.head import HeadLoss, LossOptions, head_loss, score_tokens, sequence_mean_weights, teacher_scores
+from nemo_tropd.loss.inputs import CHUNK_BYTES, HeadLayout, chunk_size
 from nemo_tropd.parallel.vocab import NonFiniteLogits
 from tests.oracles.micro_batch import VARIANTS, MicroBatch, make, objective_and_loss
 
@@ -37,14 +37,19 @@ def relative(got: Tensor, want: Tensor, size: Tensor | None = None) -> float:
 
 
 def run(
-    mb: MicroBatch, objective: Any, dtype: torch.dtype = torch.float32, **options: Any
+    mb: MicroBatch,
+    objective: Any,
+    dtype: torch.dtype = torch.float32,
+    chunk_tokens: int | None = None,
+    scale: float = SCALE,
+    **options: Any,
 ) -> tuple[HeadLoss, Any, Any]:
     """(result, hidden gradient, weight gradient)."""
     h, w = (t.to(dtype).clone().requires_grad_(True) for t in (mb.hidden, mb.weight))
     reference = mb.reference.gather(1, mb.tokens.token_ids[:, None])[:, 0].float()
     out = head_loss(
-        h, w, mb.tokens, mb.teacher_scores(), objective,
-        **({"vocab_size": mb.vocab_size, "scale": SCALE, "reference_log_probs": reference} | options),
+        h, w, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size, chunk_tokens=chunk_tokens),
+        scale=scale, options=LossOptions(**({"reference_log_probs": reference} | options)),
     )  # fmt: skip
     out.loss.backward()
     return out, h.grad, w.grad
@@ -83,7 +88,7 @@ def test_outer_gradient_scales_both_and_is_used_once(seed: int) -> None:
     mb, objective = make(seed), objectives.build("tropd")
     _, grad_h, grad_w = run(mb, objective)
     h, w = (t.float().requires_grad_(True) for t in (mb.hidden, mb.weight))
-    out = head_loss(h, w, mb.tokens, mb.teacher_scores(), objective, vocab_size=mb.vocab_size, scale=SCALE)
+    out = head_loss(h, w, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size), scale=SCALE)
     (out.loss * -3).backward(retain_graph=True)
     assert relative(h.grad, -3 * grad_h) < 1e-6
     assert relative(w.grad, -3 * grad_w) < 1e-6
@@ -95,12 +100,12 @@ def test_only_what_needs_a_gradient_gets_one(seed: int) -> None:
     mb, objective = make(seed), objectives.build("tropd")
     want, grad_h, _ = run(mb, objective)
     h, w = mb.hidden.float().requires_grad_(True), mb.weight.float()
-    args = (mb.tokens, mb.teacher_scores(), objective)
-    frozen = head_loss(h, w, *args, vocab_size=mb.vocab_size, scale=SCALE)
+    args = (mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size))
+    frozen = head_loss(h, w, *args, scale=SCALE)
     frozen.loss.backward()
     assert w.grad is None and torch.equal(h.grad, grad_h)
     with torch.no_grad():
-        value = head_loss(h, w.requires_grad_(True), *args, vocab_size=mb.vocab_size, scale=SCALE)
+        value = head_loss(h, w.requires_grad_(True), *args, scale=SCALE)
     assert not value.loss.requires_grad and torch.equal(value.loss, want.loss)
 
 
@@ -110,11 +115,9 @@ def test_permuting_tokens_and_cutting_chunks_change_only_rounding(seed: int) -> 
     moved = LossTokens(**{name: value[order] for name, value in vars(mb.tokens).items()})
     shuffled = replace(mb, tokens=moved, reference=mb.reference[order])
     objective = objectives.build("tropd")
-    out, grad_h, grad_w = run(mb, objective, keep_per_token=True)
-    assert out.per_token is not None
+    out, grad_h, grad_w = run(mb, objective)
     for other, rows, chunk in (shuffled, order, None), (mb, slice(None), 7), (shuffled, order, 13):
-        again, again_h, again_w = run(other, objective, chunk_tokens=chunk, keep_per_token=True)
-        assert again.per_token is not None
+        again, again_h, again_w = run(other, objective, chunk_tokens=chunk)
         # The draw of a token never changes, so neither does its gate.
         assert torch.equal(again.per_token["trust"], out.per_token["trust"][rows])
         assert relative(again_h, grad_h) < 1e-6 and relative(again_w, grad_w) < 1e-6
@@ -172,15 +175,19 @@ def test_first_pass_gives_what_the_objective_sees(seed: int) -> None:
     assert objective.needs_first_pass and objective.needs_student_entropy
     seen = [
         score_tokens(
-            mb.hidden.float(), mb.weight.float(), mb.tokens, mb.teacher_scores(), vocab_size=mb.vocab_size, entropy=True
+            mb.hidden.float(),
+            mb.weight.float(),
+            mb.tokens,
+            mb.teacher_scores(),
+            HeadLayout(mb.vocab_size),
+            entropy=True,
         )
         for mb in batches
     ]
     statistics = torch.cat([objective.statistic(s) for s in seen])
     bound = objective.bind(statistics)
     for mb, scores in zip(batches, seen, strict=True):
-        out, *_ = run(mb, bound, keep_per_token=True)
-        assert out.per_token is not None
+        out, *_ = run(mb, bound)
         cut = torch.quantile(statistics.double(), 0.77)
         assert torch.equal(out.per_token["kept"], (scores.student_entropy > cut).float())
     with pytest.raises(ValueError, match="tau"):
@@ -195,10 +202,11 @@ def test_teacher_equals_student_gives_nothing_to_learn(seed: int) -> None:
     batch = TokenBatch.pack(rollouts, pad_id=0, seed=seed, step=3)
     tokens = batch.loss_tokens()
     hidden, weight = torch.randn(3, 9, 16, generator=generator), torch.randn(96, 16, generator=generator)
-    teacher = teacher_scores(hidden, weight, tokens.rows, tokens.token_ids, 91, vocab_size=91, entropy=True)
+    layout = HeadLayout(91)
+    teacher = teacher_scores(hidden, weight, tokens.rows, tokens.token_ids, 91, layout, entropy=True)
     for name in ("opd", "fkl", "jsd", "clip_outlier", "mask_outlier", "tropd", "reopold", "aopd", "topd"):
         h = hidden.clone().requires_grad_(True)
-        out = head_loss(h, weight, tokens, teacher, objectives.build(name), vocab_size=91, scale=1 / len(tokens))
+        out = head_loss(h, weight, tokens, teacher, objectives.build(name), layout, scale=1 / len(tokens))
         out.loss.backward()
         assert abs(out.loss.item()) < 1e-5 and h.grad.abs().max() < 1e-5, name
         assert out.minima["log_ratio"].item() == 0 and out.metrics["log_ratio"].item() == 0
@@ -208,7 +216,7 @@ def test_exact_divergences(seed: int) -> None:
     mb = make(seed)
     got = exact_divergences(
         mb.hidden.float(), mb.weight.float(), mb.teacher_hidden.float(), mb.teacher_weight.float(), mb.tokens.rows,
-        vocab_size=mb.vocab_size, chunk_tokens=5,
+        HeadLayout(mb.vocab_size, chunk_tokens=5),
     )  # fmt: skip
     world = mb.world(mb.hidden, mb.weight)
     s, t = world.student, world.teacher
@@ -240,14 +248,14 @@ def test_hidden_states_need_not_be_contiguous(seed: int) -> None:
         tokens = LossTokens(**{name: value[keep] for name, value in vars(tokens).items()})
         teacher = TeacherScores(**{name: value[keep] for name, value in vars(mb.teacher_scores()).items()})
         w = mb.weight.float().requires_grad_(True)
-        head_loss(first.transpose(0, 1), w, tokens, teacher, objective, vocab_size=91, scale=SCALE).loss.backward()
+        head_loss(first.transpose(0, 1), w, tokens, teacher, objective, HeadLayout(91), scale=SCALE).loss.backward()
         assert relative(first.grad.transpose(0, 1), grad_h[: batch.size(0)]) < 1e-6
     assert relative(w.grad, grad_w) > 1e-3  # the last run had one sequence only
 
 
 def broken(mb: MicroBatch, what: str) -> dict[str, Any]:
     t, s, h, w = mb.tokens, mb.teacher_scores(), mb.hidden.float(), mb.weight.float()
-    args: dict[str, Any] = {"hidden": h, "weight": w, "tokens": t, "teacher": s, "vocab_size": 91, "scale": 1.0}
+    args: dict[str, Any] = {"hidden": h, "weight": w, "tokens": t, "teacher": s, "layout": HeadLayout(91), "scale": 1.0}
 
     def at(tensor: Tensor, value: int) -> Tensor:
         return tensor.clone().index_fill_(0, torch.tensor([2]), value)
@@ -265,10 +273,10 @@ def broken(mb: MicroBatch, what: str) -> dict[str, Any]:
         "hidden size": {"hidden": h[..., 1:]},
         "flat hidden": {"hidden": h.flatten(0, 1)},
         "dtype": {"hidden": h.bfloat16()},
-        "vocabulary": {"vocab_size": 97},
-        "chunk": {"chunk_tokens": 0},
-        "weights": {"token_weights": torch.ones(3)},
-        "main grad": {"weight": w.requires_grad_(True), "accumulate_main_grad": True},
+        "vocabulary": {"layout": HeadLayout(97)},
+        "chunk": {"layout": HeadLayout(91, chunk_tokens=0)},
+        "weights": {"options": LossOptions(token_weights=torch.ones(3))},
+        "main grad": {"weight": w.requires_grad_(True), "options": LossOptions(accumulate_main_grad=True)},
         "nan": {"hidden": nan},
     }
     return args | changes[what]

@@ -29,7 +29,8 @@ from nemo_tropd.config import OptimConfig
 from nemo_tropd.gpt.build import build_gpt, head_weight
 from nemo_tropd.gpt.ddp import data_parallel, recompute_fields
 from nemo_tropd.gpt.forward import run_model
-from nemo_tropd.loss.head import head_loss, score_tokens
+from nemo_tropd.loss.head import LossOptions, head_loss, score_tokens
+from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.planner.shapes import SHAPES
@@ -177,14 +178,13 @@ def _head_gradient(student: DistributedDataParallel, topology: Topology) -> Row:
         tokens,
         _teacher(batch),
         objectives.build("tropd"),
+        HeadLayout(SHAPE.vocab_size, topology.tensor_group),
         scale=1 / len(tokens),
-        group=topology.tensor_group,
-        vocab_size=SHAPE.vocab_size,
     )
     (through,) = torch.autograd.grad(head().loss, weight)
     weight.main_grad.zero_()
     weight.grad_added_to_main_grad = False
-    torch.autograd.grad(head(accumulate_main_grad=True).loss, weight)
+    torch.autograd.grad(head(options=LossOptions(accumulate_main_grad=True)).loss, weight)
     error = _relative(through.float(), weight.main_grad)
     added = bool(weight.grad_added_to_main_grad)
     student.zero_grad_buffer()
@@ -248,10 +248,8 @@ def _pass_of(student: DistributedDataParallel, topology: Topology, batches: Sequ
     """Clears the gradients, then forward and backward of ``batches``."""
     scores = [_teacher(batch) for batch in batches]
     count = sum(b.count_loss_tokens for b in batches)
-    options = {"group": topology.tensor_group, "vocab_size": SHAPE.vocab_size}
-    one = StudentPass(
-        student, topology, objectives.build("tropd"), loss_tokens=count, sequences=1, head_options=options
-    )
+    layout = HeadLayout(SHAPE.vocab_size, topology.tensor_group)
+    one = StudentPass(student, topology, objectives.build("tropd"), loss_tokens=count, sequences=1, layout=layout)
 
     def run() -> None:
         student.zero_grad_buffer()
@@ -266,10 +264,8 @@ def _log_probs(student: DistributedDataParallel, batches: Sequence[TokenBatch], 
     found = []
     for batch in batches:
         hidden, weight = run_model(student.module, batch), head_weight(student.module)
-        scores = score_tokens(
-            hidden, weight, batch.loss_tokens(), _teacher(batch), group=topology.tensor_group,
-            vocab_size=SHAPE.vocab_size,
-        )  # fmt: skip
+        layout = HeadLayout(SHAPE.vocab_size, topology.tensor_group)
+        scores = score_tokens(hidden, weight, batch.loss_tokens(), _teacher(batch), layout)
         found.append(scores.student_log_probs)
     return torch.cat(found)
 

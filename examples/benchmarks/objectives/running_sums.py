@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens, gate_uniforms
 from nemo_tropd.loss.divergence import exact_divergences
-from nemo_tropd.loss.head import head_loss, score_tokens, sequence_mean_weights, teacher_scores
+from nemo_tropd.loss.head import LossOptions, head_loss, score_tokens, sequence_mean_weights, teacher_scores
+from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.objectives import Objective
 
 DIGITS = 12
 VOCAB, SEPARATOR = 12, 10
+LAYOUT = HeadLayout(VOCAB)
 PROMPT = DIGITS + 1
 TOP_K = 4
 BATCH = 64
@@ -246,30 +248,26 @@ def _one_step(
     with torch.no_grad():
         teacher_hidden = teacher(ids)
         scores = teacher_scores(
-            teacher_hidden, teacher.head, tokens.rows, tokens.token_ids, TOP_K, vocab_size=VOCAB,
+            teacher_hidden, teacher.head, tokens.rows, tokens.token_ids, TOP_K, LAYOUT,
             entropy=objective.needs_teacher_entropy,
         )  # fmt: skip
         anchor = None
         if objective.needs_reference:
-            anchor = teacher_scores(
-                reference(ids), reference.head, tokens.rows, tokens.token_ids, 1, vocab_size=VOCAB
-            ).log_probs
+            anchor = teacher_scores(reference(ids), reference.head, tokens.rows, tokens.token_ids, 1, LAYOUT).log_probs
     hidden = student(ids)
     if objective.needs_first_pass:
-        seen = score_tokens(
-            hidden, student.head, tokens, scores, vocab_size=VOCAB, entropy=True, reference_log_probs=anchor
-        )
+        seen = score_tokens(hidden, student.head, tokens, scores, LAYOUT, entropy=True, reference_log_probs=anchor)
         objective = objective.bind(objective.statistic(seen))
     weights = None
     if objective.denominator == "sequences":
         weights = sequence_mean_weights(tokens, len(tokens), BATCH)
     result = head_loss(
-        hidden, student.head, tokens, scores, objective, vocab_size=VOCAB, scale=1 / len(tokens),
-        token_weights=weights, reference_log_probs=anchor,
+        hidden, student.head, tokens, scores, objective, LAYOUT, scale=1 / len(tokens),
+        options=LossOptions(token_weights=weights, reference_log_probs=anchor),
     )  # fmt: skip
     result.loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
-    exact = exact_divergences(hidden, student.head, teacher_hidden, teacher.head, tokens.rows, vocab_size=VOCAB)
+    exact = exact_divergences(hidden, student.head, teacher_hidden, teacher.head, tokens.rows, LAYOUT)
     curve.gradient_norm.append(float(norm))
     curve.trust.append(float(result.metrics["trust"] / result.metrics["tokens"].clamp(min=1)))
     curve.reverse_kl.append(float(exact["reverse_kl"].mean()))
