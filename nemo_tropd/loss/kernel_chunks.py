@@ -1,4 +1,4 @@
-"""A chunk of tokens through the head on a GPU: the steps of ``chunks.TorchChunks``, by the kernels of ``kernels``.
+"""A chunk of tokens through the head on a GPU: the steps of ``chunks.TorchChunks``, by Triton's kernels.
 
 Logits stay in the products' dtype and are never copied: the student's gradient is written over them. Two buffers, so
 that the product of one chunk can run while another is reduced (see ``overlap``). Padding columns go through the
@@ -15,7 +15,7 @@ from torch.distributed import ReduceOp
 
 from nemo_tropd.parallel.vocab import SoftmaxTopK, VocabShard, merge_softmax_top_k
 
-from . import kernels
+from . import kernels, kernels_top_k
 
 
 class KernelChunks:
@@ -55,11 +55,11 @@ class KernelChunks:
         """token_ids [C, N] global -> top k, log-probabilities, entropy. One read and the winning blocks; one gather."""
         shard = self.shard
         own_k = min(k, shard.width)
-        sub_block = kernels.sub_block_for(shard.width, own_k)
+        sub_block = kernels_top_k.sub_block_for(shard.width, own_k)
         local = token_ids - shard.start
         out = kernels.stream(logits, shard.width, local, entropy=entropy, sub_block=sub_block)
         assert out.block_maxima is not None
-        values, ids = kernels.top_k(logits, shard.width, own_k, out.block_maxima, sub_block)
+        values, ids = kernels_top_k.top_k(logits, shard.width, own_k, out.block_maxima, sub_block)
         owned = (local >= 0) & (local < shard.width)
         fixed = [out.top, out.sums, *([] if out.entropy is None else [out.entropy])]
         parts = torch.cat([torch.stack(fixed, 1), torch.where(owned, out.columns + out.top[:, None], 0.0)], 1)

@@ -2,12 +2,12 @@
 
 Every kernel streams rows of logits [C, stride] where a product left them, in their own dtype (bf16, fp16 or fp32), and
 computes in fp32. A row is read once for the student's log-sum-exp and columns, once more and written for its gradient;
-once for the teacher's log-sum-exp and block maxima, and of the top k only the blocks that can hold a winner again.
+once for the teacher's log-sum-exp and block maxima, from which ``loss.kernels_top_k`` goes on.
 
 Padding: columns at and past ``width`` never count, whatever they hold, and get gradient zero. Buffers end on a multiple
 of 16 columns (``aligned``), so that loads and stores are 128 bits wide.
 
-Nothing here talks to other ranks: each function gives this shard's partial results in one parcel, and
+Nothing here talks to other ranks: each function gives this shard's partial results, and
 ``loss.kernel_chunks`` reduces them. Log-probabilities that travel are relative to the row's maximum on this shard.
 
 Each row has a program of its own, unless ``programs`` asks for fewer, which then walk several rows each and leave
@@ -28,9 +28,6 @@ ALIGN = 16  # columns: 128-bit accesses for every dtype
 TILE = 4096  # columns a program handles at a time
 WARPS = 8
 GRADIENT_TILE = 4096
-COLLECT_TILE = 1024
-# Sizes of the sub-blocks whose maxima are kept for the top k: the largest that still leaves four blocks a candidate.
-SUB_BLOCKS = (256, 128, 64, 32)
 
 
 def aligned(columns: int) -> int:
@@ -108,7 +105,7 @@ def stream(
     local_ids [C, N] int32 or int64: columns of this shard; any other value (-1, another rank's) gives 0. ``sub_block``
     also keeps the maxima of blocks of so many columns.
     """
-    _check(logits, width)
+    check_rows(logits, width)
     rows, count = local_ids.shape
     device, wide = logits.device, torch.float32
     top, sums = (torch.empty(rows, dtype=wide, device=device) for _ in range(2))
@@ -121,7 +118,7 @@ def stream(
         _stream_kernel[(min(rows, programs or rows),)](
             logits, local_ids, top, sums, sums if entropies is None else entropies, columns,
             sums if maxima is None else maxima, rows, logits.stride(0), width, aligned(width), count, max(blocks, 1),
-            COUNT=_power(count), SUB=sub, PER=TILE // sub, ENTROPY=entropy, MAXIMA=sub_block is not None,
+            COUNT=power_of_two(count), SUB=sub, PER=TILE // sub, ENTROPY=entropy, MAXIMA=sub_block is not None,
             num_warps=WARPS,
         )  # fmt: skip
     return Streamed(top, sums, columns, entropies, maxima)
@@ -175,189 +172,14 @@ def write_gradient(
     local_ids, grad (fp32), log_probs (fp32, normalised) [C, N]: within a row all ids but the first are distinct.
     log_z [C] fp32 over the full vocabulary.
     """
-    _check(logits, width)
+    check_rows(logits, width)
     rows, count = local_ids.shape
     if rows:
         _gradient_kernel[(min(rows, programs or rows),)](
             logits, local_ids, log_z, grad, log_probs,
             rows, logits.stride(0), width, aligned(logits.size(1)), count,
-            COUNT=_power(count), TILE=GRADIENT_TILE, num_warps=WARPS,
+            COUNT=power_of_two(count), TILE=GRADIENT_TILE, num_warps=WARPS,
         )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- top k
-
-
-@triton.jit
-def _key(x):
-    """Order-preserving map of fp32 to unsigned 32-bit integers; both zeros alike."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _value(key):
-    bits = key.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ -2147483648, ~bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _winning_blocks_kernel(
-    maxima, threshold_out, list_out, count_out, rows, blocks, k,
-    BLOCKS: tl.constexpr, LIST: tl.constexpr, LOW_BIT: tl.constexpr,
-):  # fmt: skip
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        r = tl.cast(row, tl.int64)
-        j = tl.arange(0, BLOCKS)
-        real = j < blocks
-        key = _key(tl.load(maxima + r * blocks + j, mask=real, other=-float("inf")))
-        # The k-th largest key, bit by bit from the top; the lowest key of all where there are fewer than k blocks.
-        threshold = tl.full((), 0, tl.uint32)
-        bit = tl.full((), 2147483648, tl.uint32)
-        for _ in range(0, 32 - LOW_BIT):
-            tried = threshold | bit
-            enough = tl.sum((real & (key >= tried)).to(tl.int32), 0) >= k
-            threshold = tl.where(enough, tried, threshold)
-            bit = bit >> 1
-        chosen = real & (key >= threshold)
-        place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(list_out + r * LIST + place, j, mask=chosen & (place < LIST))
-        tl.store(count_out + row, tl.sum(chosen.to(tl.int32), 0))
-        tl.store(threshold_out + row, threshold)
-
-
-@triton.jit
-def _collect_kernel(
-    logits, thresholds, lists, list_counts, keys_out, ids_out, counts_out,
-    rows, stride, width, limit, k,
-    LIST: tl.constexpr, CAP: tl.constexpr, SUB: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    LOW_BIT: tl.constexpr,
-):  # fmt: skip
-    lowest = -float("inf")
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        r = tl.cast(row, tl.int64)
-        base = logits + r * stride
-        listed = tl.load(list_counts + row)
-        threshold = tl.load(thresholds + row)
-        found = 0
-        if listed <= LIST:
-            for i in range(0, tl.cdiv(listed, GROUP)):
-                g = i * GROUP + tl.arange(0, GROUP)
-                block = tl.load(lists + r * LIST + g, mask=g < listed, other=0)
-                o = block[:, None] * SUB + tl.arange(0, SUB)[None, :]
-                x = tl.load(base + o, mask=(g < listed)[:, None] & (o < limit), other=lowest).to(tl.float32)
-                kept = (g < listed)[:, None] & (o < width) & (_key(x) >= threshold)
-                o = tl.reshape(o, (GROUP * SUB,))
-                key = tl.reshape(_key(x), (GROUP * SUB,))
-                kept = tl.reshape(kept, (GROUP * SUB,))
-                place = found + tl.cumsum(kept.to(tl.int32), 0) - 1
-                here = kept & (place < CAP)
-                tl.store(keys_out + r * CAP + place, key, mask=here)
-                tl.store(ids_out + r * CAP + place, o, mask=here)
-                found += tl.sum(kept.to(tl.int32), 0)
-        if (listed > LIST) | (found > CAP):
-            # Too many ties or too flat a row: the exact k-th key of the whole row, then what lies above it, then of its
-            # equals the lowest ids. Slow and rare.
-            tl.debug_barrier()  # what was collected above is overwritten, by other threads
-            threshold = tl.full((), 0, tl.uint32)
-            bit = tl.full((), 2147483648, tl.uint32)
-            for _ in range(0, 32 - LOW_BIT):
-                tried = threshold | bit
-                above = 0
-                for i in range(0, tl.cdiv(limit, TILE)):
-                    o = i * TILE + tl.arange(0, TILE)
-                    key = _key(tl.load(base + o, mask=o < limit, other=lowest).to(tl.float32))
-                    above += tl.sum(((o < width) & (key >= tried)).to(tl.int32), 0)
-                threshold = tl.where(above >= k, tried, threshold)
-                bit = bit >> 1
-            found = 0
-            # With the low bits left out, every key of the threshold's value has them all set or all clear.
-            highest = threshold | ((tl.full((), 1, tl.uint32) << LOW_BIT) - 1)
-            for equal in range(0, 2):
-                for i in range(0, tl.cdiv(limit, TILE)):
-                    o = i * TILE + tl.arange(0, TILE)
-                    key = _key(tl.load(base + o, mask=o < limit, other=lowest).to(tl.float32))
-                    same = (key >= threshold) & (key <= highest)
-                    kept = (o < width) & tl.where(equal == 1, same, key > highest)
-                    place = found + tl.cumsum(kept.to(tl.int32), 0) - 1
-                    here = kept & (place < k)
-                    tl.store(keys_out + r * CAP + place, key, mask=here)
-                    tl.store(ids_out + r * CAP + place, o, mask=here)
-                    found = tl.minimum(found + tl.sum(kept.to(tl.int32), 0), k)
-        tl.store(counts_out + row, found)
-
-
-@triton.jit
-def _rank_kernel(
-    keys, ids, counts, values_out, ids_out, rows, k,
-    CAP: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        r = tl.cast(row, tl.int64)
-        count = tl.load(counts + row)
-        j = tl.arange(0, CAP)
-        key = tl.load(keys + r * CAP + j, mask=j < count, other=0)
-        own = tl.load(ids + r * CAP + j, mask=j < count, other=0)
-        place = tl.zeros((CAP,), tl.int32)
-        for i in range(0, tl.cdiv(count, PART)):
-            n = i * PART + tl.arange(0, PART)
-            other = tl.load(keys + r * CAP + n, mask=n < count, other=0)
-            other_id = tl.load(ids + r * CAP + n, mask=n < count, other=0)
-            ahead = (other[None, :] > key[:, None]) | (
-                (other[None, :] == key[:, None]) & (other_id[None, :] < own[:, None])
-            )
-            place += tl.sum((ahead & (n < count)[None, :]).to(tl.int32), 1)
-        out = (j < count) & (place < k)
-        tl.store(values_out + r * k + place, _value(key), mask=out)
-        tl.store(ids_out + r * k + place, own.to(tl.int64), mask=out)
-
-
-def sub_block_for(width: int, k: int) -> int:
-    """Columns a block of ``stream``'s maxima, for a top k of rows of ``width``."""
-    return next((size for size in SUB_BLOCKS if width >= 4 * k * size), SUB_BLOCKS[-1])
-
-
-def top_k(
-    logits: Tensor, width: int, k: int, block_maxima: Tensor, sub_block: int, *, programs: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of ``logits`` [C, aligned] within ``width``: values [C, k] fp32 descending, and columns
-    [C, k] int64; of equal values the lower columns come first, and are the ones kept at the k-th place.
-
-    ``block_maxima`` from ``stream`` with the same ``sub_block``. Exact for any row: where more candidates turn up than
-    there is room for, the row is searched anew. k must not exceed ``width``.
-    """
-    _check(logits, width)
-    if not 1 <= k <= width:
-        raise ValueError(f"k is {k}; give 1..{width}, the shard's columns")
-    rows, blocks = block_maxima.shape
-    device = logits.device
-    room = max(128, _power(2 * k))  # candidates, and blocks, kept a row
-    values = torch.empty(rows, k, dtype=torch.float32, device=device)
-    ids = torch.empty(rows, k, dtype=torch.int64, device=device)
-    if not rows:
-        return values, ids
-    thresholds = torch.empty(rows, dtype=torch.uint32, device=device)
-    lists = torch.empty(rows, room, dtype=torch.int32, device=device)
-    list_counts, counts = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
-    keys = torch.empty(rows, room, dtype=torch.uint32, device=device)
-    candidates = torch.empty(rows, room, dtype=torch.int32, device=device)
-    low_bit = 16 if logits.dtype == torch.bfloat16 else 0  # a bf16 value's lower bits say nothing
-    grid = (min(rows, programs or rows),)
-    _winning_blocks_kernel[grid](
-        block_maxima, thresholds, lists, list_counts, rows, blocks, k,
-        BLOCKS=_power(blocks), LIST=room, LOW_BIT=low_bit, num_warps=4,
-    )  # fmt: skip
-    _collect_kernel[grid](
-        logits, thresholds, lists, list_counts, keys, candidates, counts,
-        rows, logits.stride(0), width, aligned(width), k,
-        LIST=room, CAP=room, SUB=sub_block, GROUP=max(1, COLLECT_TILE // sub_block), TILE=COLLECT_TILE,
-        LOW_BIT=low_bit, num_warps=4,
-    )  # fmt: skip
-    _rank_kernel[grid](keys, candidates, counts, values, ids, rows, k, CAP=room, PART=32, num_warps=4)
-    return values, ids
-
-
-# --------------------------------------------------------------------------------------------- weight gradient
 
 
 @triton.jit
@@ -370,7 +192,7 @@ def _scale_kernel(values, factor, size, BLOCK: tl.constexpr):
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
-    """values *= factor, contiguous and in place; costs nothing where the factor is 1, and never waits for it."""
+    """values *= factor, contiguous and in place; costs nothing if the factor is 1, and never waits for it."""
     if values.numel():
         _scale_kernel[(triton.cdiv(values.numel(), 4096),)](
             values, factor.float().reshape(1), values.numel(), BLOCK=4096, num_warps=8
@@ -397,7 +219,8 @@ def add_scaled_(total: Tensor, part: Tensor, factor: Tensor) -> Tensor:
     return total
 
 
-def _check(logits: Tensor, width: int) -> None:
+def check_rows(logits: Tensor, width: int) -> None:
+    """ValueError unless the rows of ``logits`` are aligned and have ``width`` columns."""
     if logits.dim() != 2 or logits.stride(1) != 1 or logits.stride(0) % ALIGN or not 0 < width <= logits.size(1):
         raise ValueError(
             f"logits {tuple(logits.shape)}, strides {logits.stride()}, width {width}: give rows that start a multiple "
@@ -407,5 +230,6 @@ def _check(logits: Tensor, width: int) -> None:
         raise ValueError(f"rows of {logits.size(1)} columns need room for {aligned(logits.size(1))}")
 
 
-def _power(count: int) -> int:
+def power_of_two(count: int) -> int:
+    """The least power of two that is at least ``count``."""
     return 1 << max(0, count - 1).bit_length() if count > 1 else 1

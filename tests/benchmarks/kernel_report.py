@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemo_tropd.loss import kernels
+from nemo_tropd.loss import kernels, kernels_top_k
 
 CAPABILITIES = {"h100": 90, "h200": 90, "b200": 100}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -65,8 +65,8 @@ def cases() -> list[Case]:
         stream = {"SUB": 256, "PER": kernels.TILE // 256}
         student = {**stream, "COUNT": 128, "ENTROPY": False, "MAXIMA": False}
         teacher = {**stream, "COUNT": 1, "ENTROPY": False, "MAXIMA": True}
-        collect = {"LIST": 128, "CAP": 128, "SUB": 256, "GROUP": kernels.COLLECT_TILE // 256}
-        collect |= {"TILE": kernels.COLLECT_TILE, "LOW_BIT": 16 if dtype == "bf16" else 0}
+        collect = {"LIST": 128, "CAP": 128, "SUB": 256, "GROUP": kernels_top_k.COLLECT_TILE // 256}
+        collect |= {"TILE": kernels_top_k.COLLECT_TILE, "LOW_BIT": 16 if dtype == "bf16" else 0}
         w = kernels.WARPS
         found += [
             Case("student log-sum-exp and columns", kernels._stream_kernel, dtype, student, w, size, 0),
@@ -74,7 +74,7 @@ def cases() -> list[Case]:
             Case("teacher log-sum-exp and maxima", kernels._stream_kernel, dtype, teacher, w, size, 0),
             Case("student gradient in place", kernels._gradient_kernel, dtype,
                  {"COUNT": 128, "TILE": kernels.GRADIENT_TILE}, w, size, size),
-            Case("top k: collect", kernels._collect_kernel, dtype, collect, 4, size, 0),
+            Case("top k: collect", kernels_top_k._collect_kernel, dtype, collect, 4, size, 0),
         ]  # fmt: skip
     return found
 

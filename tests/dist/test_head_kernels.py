@@ -87,7 +87,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def check_streams(checks: Checks) -> None:
-    from nemo_tropd.loss import kernels
+    from nemo_tropd.loss import kernels, kernels_top_k
 
     for kind, dtype, (rows, width, k) in cases(2):
         case = f"{kind} {dtype} [{rows}, {width}] k {k}"
@@ -95,7 +95,7 @@ def check_streams(checks: Checks) -> None:
         logits, f = poisoned(z), z.float()
         ids = torch.stack([torch.randperm(width)[: min(width, 5)] for _ in range(rows)])
         ids[:, 0] = torch.tensor([-1, width])[torch.randint(2, (rows,))]  # another rank's
-        sub = kernels.sub_block_for(width, k)
+        sub = kernels_top_k.sub_block_for(width, k)
         out = kernels.stream(logits, width, ids, entropy=True, sub_block=sub, programs=2)
         top = f.amax(-1)
         raised = (f - top[:, None]).exp()
@@ -106,7 +106,7 @@ def check_streams(checks: Checks) -> None:
         checks.true(case + " entropy", bool(((out.entropy - want).abs() <= 1e-5 * (1 + want)).all()))
         columns = torch.where((ids >= 0) & (ids < width), f.gather(1, ids.clamp(0, width - 1)) - top[:, None], 0.0)
         checks.true(case + " columns", torch.equal(out.columns, columns), out.columns)
-        values, found = kernels.top_k(logits, width, k, out.block_maxima, sub, programs=2)
+        values, found = kernels_top_k.top_k(logits, width, k, out.block_maxima, sub, programs=2)
         order = (f + 0.0).sort(dim=-1, descending=True, stable=True)
         checks.true(case + " top k", torch.equal(values, order.values[:, :k]), values)
         checks.true(case + " lower ids first", torch.equal(found, order.indices[:, :k]), found)
@@ -163,13 +163,13 @@ def check_weight_gradient(checks: Checks) -> None:
 
 
 def check_refusals(checks: Checks) -> None:
-    from nemo_tropd.loss import kernels
+    from nemo_tropd.loss import kernels, kernels_top_k
 
     z = torch.randn(2, 40)
     for text, call in {
         "rows that start a multiple": lambda: kernels.stream(z, 40, torch.zeros(2, 1, dtype=torch.int64)),
         "width 0": lambda: kernels.stream(poisoned(z), 0, torch.zeros(2, 1, dtype=torch.int64)),
-        "k is 41": lambda: kernels.top_k(poisoned(z), 40, 41, torch.zeros(2, 2), 32),
+        "k is 41": lambda: kernels_top_k.top_k(poisoned(z), 40, 41, torch.zeros(2, 2), 32),
     }.items():
         with pytest.raises(ValueError, match=text):
             call()

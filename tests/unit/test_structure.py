@@ -33,7 +33,7 @@ ALLOWED = {
 ONE_PLACE = {
     "vllm": {"rollout"},
     "transformer_engine": {"gpt/specs.py", "teacher/fp8.py"},
-    "triton": {"loss/kernels.py"},
+    "triton": {"loss/kernels.py", "loss/kernels_top_k.py"},
     "nemo": {"model/tropd_model.py", "training/run.py", "quiet.py"},
 }
 # what NeMo-RL, Megatron-Bridge or any trainer can use with torch alone

@@ -23,7 +23,7 @@ from examples.benchmarks.head_peers import (
     median_ms,
     ours,
 )
-from nemo_tropd.loss import kernels
+from nemo_tropd.loss import kernels, kernels_top_k
 
 MOST = 1.15  # times the limit
 MOST_GIB = 1.3
@@ -64,12 +64,12 @@ def _kernels() -> Iterator[Row]:
     rows = 8192
     logits = torch.randn(rows, kernels.aligned(VOCABULARY), device="cuda", dtype=torch.bfloat16)
     ids = torch.randint(VOCABULARY, (rows, TOP_K + 1), device="cuda")
-    sub = kernels.sub_block_for(VOCABULARY, TOP_K)
+    sub = kernels_top_k.sub_block_for(VOCABULARY, TOP_K)
 
     def top_k() -> tuple[torch.Tensor, torch.Tensor]:
         streamed = kernels.stream(logits, VOCABULARY, ids[:, :1], sub_block=sub)
         assert streamed.block_maxima is not None
-        return kernels.top_k(logits, VOCABULARY, TOP_K, streamed.block_maxima, sub)
+        return kernels_top_k.top_k(logits, VOCABULARY, TOP_K, streamed.block_maxima, sub)
 
     values, found = top_k()
     order = logits[:256].float().sort(dim=-1, descending=True, stable=True)
@@ -78,7 +78,7 @@ def _kernels() -> Iterator[Row]:
     flat = torch.zeros_like(logits[:4])
     streamed = kernels.stream(flat, VOCABULARY, ids[:4, :1], sub_block=sub)
     assert streamed.block_maxima is not None
-    flat_ids = kernels.top_k(flat, VOCABULARY, TOP_K, streamed.block_maxima, sub)[1]
+    flat_ids = kernels_top_k.top_k(flat, VOCABULARY, TOP_K, streamed.block_maxima, sub)[1]
     exact = bool((flat_ids == torch.arange(TOP_K, device="cuda")).all())
     yield Row("top 64 of equal logits: the lowest ids", str(exact), "True", exact)
     mine, theirs = median_ms(top_k), median_ms(lambda: logits.topk(TOP_K, -1), 3, 1)
