@@ -98,7 +98,7 @@ class OurLoop:
     """Our trainer's step over ``case``, on the rollouts that ``engine`` makes."""
 
     def __init__(self, case: LoopCase, folder: Path, topology: Any) -> None:
-        from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+        from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
         from nemo_tropd.training.optimizer import StudentOptimizer
         from nemo_tropd.training.plan import build_objective
 
@@ -109,10 +109,7 @@ class OurLoop:
             None,
             topology=topology,
             objective=build_objective(self.cfg),
-            student_path=self.student_dir,
-            precision=case.precision,
-            vocab_size=SHAPES[case.student].vocab_size,
-            fill=fill_random,
+            student=StudentSource(self.student_dir, case.precision, SHAPES[case.student].vocab_size, fill=fill_random),
         )
         self.optimizer = StudentOptimizer(
             self.cfg.model.optim, self.model.ddp, dtype=self.model.dtype_of_run, clip=1.0, max_steps=100
@@ -126,6 +123,7 @@ class OurLoop:
         from nemo_tropd.prompts import Prompt, PromptSet
         from nemo_tropd.rollout.collective import EveryRankRollouts
         from nemo_tropd.rollout.guidance import Guidance
+        from nemo_tropd.training.packing import Packer
         from nemo_tropd.training.step import TrainStep
 
         case, device = self.case, self.topology.device
@@ -134,20 +132,17 @@ class OurLoop:
         )
         rollouts = EveryRankRollouts(self.topology, make_engine, self.model.device_stream)
         self.model.attach_rollouts(rollouts)
+        m = self.cfg.model
         step = TrainStep(
-            self.cfg,
-            model=self.model,
-            optimizer=self.optimizer,
-            rollouts=rollouts,
+            self.model,
+            self.optimizer,
             prompts=prompts,
             guidance=Guidance(seed=1, total_steps=100, max_new_tokens=case.new_tokens),
-            topology=self.topology,
-            pad_id=0,
+            packer=Packer(self.topology, 0, m.micro_batch_size, m.tokens_per_micro_batch, m.seed),
         )
         records = []
         try:
-            self.model.finish_training_step(first)
-            rollouts.refresh(first)
+            self.model.send_weights(first)
             for number in range(first, first + case.warmup + case.timed):
                 if number == first + case.warmup and device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(device)

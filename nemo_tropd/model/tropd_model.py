@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,22 +39,34 @@ from nemo_tropd.teacher.sharing import TeacherSharing
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 
 
-class MegatronTrOPDModel(ModelPT):
-    """Student, teacher and objective over one topology.
+@dataclass(frozen=True)
+class StudentSource:
+    """Where the student's weights come from, and what they are."""
 
-    Life cycle, called by the trainer alone: ``prepare_for_inference``, ``infer``, ``finish_inference`` for rollouts;
-    ``prepare_for_training`` once, then per step ``prepare_for_training_step``, ``get_loss_and_metrics``,
-    ``finish_training_step``; ``prepare_for_validation_step``, ``get_divergences``, ``finish_validation_step``;
-    ``finish_training`` at the end.
+    path: Path  # a Hugging Face checkpoint
+    precision: str  # "32" or "bf16"
+    vocab_size: int  # the tokenizer's true size: student, teacher and engine share it
+    # Writes the parameters of student and teacher in place: their directories then need no weights, only config.json.
+    fill: Callable[[GPTModel], None] | None = None
+
+
+class MegatronTrOPDModel(ModelPT):
+    """Student, teacher and objective over one topology, and the rollout engine that has the student's weights.
+
+    Life cycle, called by the trainer alone: ``attach_rollouts``, ``prepare_for_training`` and ``send_weights`` once;
+    ``prepare_for_inference``, ``infer``, ``finish_inference`` for rollouts; per step ``prepare_for_training_step``,
+    ``get_loss_and_metrics``, ``finish_training_step``; ``prepare_for_validation_step``, ``get_divergences``,
+    ``finish_validation_step``; ``finish_training`` at the end.
 
     Args:
         cfg: the ``model`` section of a run's configuration.
         trainer: a Lightning trainer that carries loggers, or None; it never runs a loop.
         topology: the process's place in the parallel layout.
         objective: see nemo_tropd.objectives.
-        student_path, precision, vocab_size: Hugging Face checkpoint, "32" or "bf16", and the tokenizer's true size.
+        student: where its weights come from, and what they are.
         calibration: the same batches on every data-parallel rank, on which an FP8 teacher is admitted.
-        fill: writes a model's parameters in place; the directories then need no weights, only config.json.
+
+    Raises ConfigError if an FP8 teacher is too far from bf16, and ValueError if there are no batches to measure it on.
     """
 
     def __init__(
@@ -63,34 +76,33 @@ class MegatronTrOPDModel(ModelPT):
         *,
         topology: Topology,
         objective: Objective,
-        student_path: Path,
-        precision: str,
-        vocab_size: int,
+        student: StudentSource,
         calibration: Sequence[TokenBatch] = (),
-        fill: Callable[[GPTModel], None] | None = None,
     ) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), _ours(cfg)))
         assert isinstance(settings, ModelConfig)
         self.settings = settings
-        self.topology, self.objective, self.vocab_size = topology, objective, vocab_size
-        self.dtype_of_run = DTYPES[precision]
-        self.shape = read_shape(student_path)
+        self.topology, self.objective, self.vocab_size = topology, objective, student.vocab_size
+        self.dtype_of_run = DTYPES[student.precision]
+        self.shape = read_shape(student.path)
         self.student = build_gpt(
             self.shape, topology, dtype=self.dtype_of_run, trainable=True, **recompute_fields(self.settings.recompute)
         )
-        if fill is not None:
-            fill(self.student)
+        if student.fill is not None:
+            student.fill(self.student)
         else:
-            load_hf(self.student, student_path, self.shape, topology)
+            load_hf(self.student, student.path, self.shape, topology)
         self.ddp = data_parallel(self.student, topology, distributed_optimizer=self.settings.optim.distributed)
-        teacher_dtype = DTYPES[self.settings.teacher.precision or precision]
-        scorer = partial(TeacherScorer, topology=topology, dtype=teacher_dtype, vocab_size=vocab_size, fill=fill)
+        dtype = DTYPES[self.settings.teacher.precision or student.precision]
+        scorer = partial(
+            TeacherScorer, topology=topology, dtype=dtype, vocab_size=student.vocab_size, fill=student.fill
+        )
         self.teacher = self._build_teacher(scorer, calibration)
         self.sharing = TeacherSharing(self.teacher, topology)
         # G-OPD measures its reward from the student as it was before training.
-        self.reference = scorer(student_path) if objective.needs_reference else None
-        self.rollouts: Rollouts | None = None
+        self.reference = scorer(student.path) if objective.needs_reference else None
+        self._rollouts: Rollouts | None = None
         self.weights_version = 0
 
     def _build_teacher(self, scorer: Callable[..., TeacherScorer], calibration: Sequence[TokenBatch]) -> TeacherScorer:
@@ -100,7 +112,9 @@ class MegatronTrOPDModel(ModelPT):
         if fp8 is None or not settings.admission.prompts:
             return make(fp8=fp8)
         if not calibration:
-            raise ValueError("an FP8 teacher needs calibration batches; model.teacher.admission.prompts=0 does without")
+            raise ValueError(
+                "an FP8 teacher needs calibration batches; set model.teacher.admission.prompts=0 to skip the check"
+            )
         teacher, found = admit(
             lambda recipe: make(fp8=recipe), fp8, calibration, self._student_scores, settings.admission,
             chunk_tokens=self.settings.tropd.chunk_tokens,
@@ -114,7 +128,7 @@ class MegatronTrOPDModel(ModelPT):
     def _student_scores(
         self, batches: Sequence[TokenBatch], scores: Sequence[TeacherScores | None]
     ) -> list[TokenScores | None]:
-        """The student beside the teacher's ``scores``; None but on the last stage."""
+        """The student beside the teacher's ``scores``; None except on the last stage."""
         found: list[TokenScores | None] = []
         for batch, teacher, hidden in zip(
             batches, scores, pipeline_forward(self.student, batches, self.topology), strict=True
@@ -126,14 +140,24 @@ class MegatronTrOPDModel(ModelPT):
             found.append(score_tokens(hidden, weight, tokens, teacher, self._layout()))
         return found
 
-    # ------------------------------------------------------------------------------------------------ rollouts
-
     def attach_rollouts(self, rollouts: Rollouts) -> None:
-        """Give the model the engine that :meth:`infer` asks."""
-        self.rollouts = rollouts
+        """Give the model its rollout engine; whoever made it closes it."""
+        self._rollouts = rollouts
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The rollout engine; RuntimeError before ``attach_rollouts``."""
+        if self._rollouts is None:
+            raise RuntimeError("the model has no rollout engine: call attach_rollouts() first")
+        return self._rollouts
+
+    def send_weights(self, version: int) -> None:
+        """Number the student's weights ``version`` and send them to the engine (collective; EngineError)."""
+        self.weights_version = version
+        self.rollouts.refresh(version)
 
     def export_stream(self) -> Iterator[tuple[str, Tensor]]:
-        """The student's weights under Hugging Face names; every rank must exhaust it, the leader gets the tensors."""
+        """The student's weights under Hugging Face names; every rank must exhaust it, rank 0 gets the tensors."""
         return hf_stream(self.student, self.shape, self.topology)
 
     def device_stream(self) -> Iterator[tuple[str, Tensor]]:
@@ -145,36 +169,35 @@ class MegatronTrOPDModel(ModelPT):
         self.student.eval()
 
     def infer(self, requests: Sequence[RolloutRequest] | None) -> list[Rollout]:
-        """Rollouts of ``requests`` (the leader's; None elsewhere) by the student's weights of now, on every rank."""
-        assert self.rollouts is not None, "attach_rollouts first"
+        """Rollouts of ``requests`` (rank 0's; None elsewhere) by the student's current weights, on every rank.
+
+        Collective. Raises EngineError if the engine fails, or has other weights than the last ones sent.
+        """
         return self.rollouts.generate(requests, self.weights_version)
 
     def finish_inference(self) -> None:
         """After rollouts: the engine leaves the device's memory to teacher and student."""
-        if self.rollouts is not None:
-            self.rollouts.sleep()
+        self.rollouts.sleep()
         self.student.train()
-
-    # ------------------------------------------------------------------------------------------------ training
 
     def prepare_for_training(self) -> None:
         """Once, before the first step."""
         self.student.train()
 
     def prepare_for_training_step(self) -> None:
-        """Before the passes of a step: clears the gradient buffers."""
-        self.ddp.zero_grad_buffer()
+        """Before the passes of a step. Clearing gradients is left to the optimizer (``StudentOptimizer.zero_grad``)."""
+        self.student.train()
 
     def finish_training_step(self, version: int) -> None:
-        """After the optimizer's step: the student's weights now carry the number ``version``."""
-        self.weights_version = version
+        """After the optimizer's step: :meth:`send_weights`."""
+        self.send_weights(version)
 
     def finish_training(self) -> None:
         """Once, after the last step."""
         self.student.eval()
 
     def score(self, batches: Sequence[TokenBatch]) -> list[TeacherScores | None]:
-        """The teacher's scores of every micro-batch (None but on the last pipeline stage)."""
+        """The teacher's scores of every micro-batch (None except on the last pipeline stage)."""
         tropd = self.settings.tropd
         return self.sharing.score(
             batches,
@@ -205,7 +228,8 @@ class MegatronTrOPDModel(ModelPT):
             keep_tokens: keep each token's log-ratio and gate for the report.
 
         Returns:
-            This rank's share of the loss, and its sums of the objective's metrics (both empty but on the last stage).
+            This rank's share of the loss, and its sums of the objective's metrics (0 and empty except on the last
+            stage).
         """
         objective = self.objective.at_step(step)
         reference = self._reference_scores(batches)
@@ -265,8 +289,6 @@ class MegatronTrOPDModel(ModelPT):
         torch.distributed.all_gather_object(everyone, mine, group=self.topology.control_group)
         return torch.tensor([x for part in everyone for x in (part or [])], device=self.topology.device)
 
-    # ------------------------------------------------------------------------------------------------ validation
-
     def prepare_for_validation_step(self) -> None:
         """Before :meth:`get_divergences`."""
         self.student.eval()
@@ -291,8 +313,6 @@ class MegatronTrOPDModel(ModelPT):
             if self.topology.tensor_rank == 0:
                 sums.add({**{k: v.double().sum() for k, v in values.items()}, "tokens": batch.loss_mask.sum()})
         return sums.collect()
-
-    # ------------------------------------------------------------------------------------------------ ModelPT
 
     def setup_training_data(self, train_data_config: DictConfig | dict) -> None:
         """Data comes from rollouts of nemo_tropd.prompts; there is no data loader to set up."""

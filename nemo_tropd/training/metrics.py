@@ -1,18 +1,21 @@
-"""Metrics of a run: one line a step in metrics.jsonl, passed on to the loggers of exp_manager; seconds by phase."""
+"""What a run logs: metrics, one line a step, also passed to exp_manager's loggers; rollouts for the report; seconds by
+phase."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from nemo_tropd.batch import Rollout
+
 
 class PhaseTimer:
-    """Seconds by phase of one step. ``synchronize`` waits for the device; it is called where a phase ends, only there:
+    """Seconds by phase of one step. ``synchronize`` waits for the device; it is called only at the end of a phase:
     inside a phase the device runs behind the program."""
 
     def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
@@ -41,7 +44,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, loggers: list[Any]) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.loggers = loggers
-        _mend_last_line(self.path)
+        _finish_last_line(self.path)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
@@ -61,8 +64,30 @@ class MetricsLog:
         self._file.close()
 
 
-def _mend_last_line(path: Path) -> None:
-    """End a line that a killed run left unfinished, so that the next one starts on its own."""
+class RolloutFile:
+    """Appends rollouts, token by token, to RUN/rollouts.jsonl."""
+
+    def __init__(self, run_dir: Path, tokenizer: Any) -> None:
+        self.path, self.tokenizer = run_dir / "rollouts.jsonl", tokenizer
+
+    def write(self, step: int, rollouts: Sequence[Rollout], kept: Sequence[dict[str, Any]]) -> None:
+        """``kept``: sequences as MetricSums.keep left them."""
+        by_id = {r.sequence_id: r for r in rollouts}
+        with self.path.open("a", encoding="utf-8") as file:
+            for sequence in kept:
+                line = {
+                    "step": step,
+                    "prompt": self.tokenizer.decode(by_id[sequence["sequence_id"]].prompt_ids),
+                    "tokens": [self.tokenizer.decode([i]) for i in sequence["token_ids"]],
+                    "log_ratio": sequence["log_ratio"],
+                    "gate": sequence["gate"],
+                    "guided": sequence["guided"],
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _finish_last_line(path: Path) -> None:
+    """Terminate a line that a killed run left incomplete, so that the next one starts on a line of its own."""
     if path.exists() and path.stat().st_size:
         with path.open("rb+") as file:
             file.seek(-1, 2)

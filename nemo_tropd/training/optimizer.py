@@ -67,7 +67,7 @@ class StudentOptimizer:
         )
 
     def zero_grad(self) -> None:
-        """Clear gradient buffers; call before the forward and backward passes of a step."""
+        """Clear the gradients, DDP's buffers among them: once, before the forward and backward passes of a step."""
         self.model.zero_grad_buffer()
         self.megatron.zero_grad()
 
@@ -90,7 +90,7 @@ class StudentOptimizer:
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """The optimizer's part of a distributed checkpoint.
 
-        Sharded by parameter where it can be, so that another tensor- or pipeline-parallel layout can load it. The
+        Sharded by parameter if possible, so that another tensor- or pipeline-parallel layout can load it. The
         distributed optimizer on CPU knows only the layout that keeps data-parallel buckets.
         """
         if not self.distributed:
@@ -101,6 +101,6 @@ class StudentOptimizer:
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state loaded by Megatron's distributed checkpoint."""
+        """Restore a state loaded by Megatron's distributed checkpoint."""
         with torch.no_grad():
             self.megatron.load_state_dict(state)

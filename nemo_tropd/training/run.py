@@ -17,22 +17,22 @@ from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
 from nemo_tropd.files import write_text
-from nemo_tropd.model.tropd_model import MegatronTrOPDModel
+from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
 from nemo_tropd.parallel.roll_call import PeerLost, collective_timeout_s, named_peers
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError
-from nemo_tropd.rollout.collective import Rollouts
 from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.guidance import guided_prompts, make_guidance
 from nemo_tropd.rollout.placement import EngineFactory, Engines, placement_of, rollouts_of
 from nemo_tropd.rollout.teacher_responses import TeacherResponses, generate_teacher_responses
 from nemo_tropd.teacher.fp8 import check_hardware
 from nemo_tropd.training.calibration import calibration_batches
-from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, RunState, checkpoint_name
-from nemo_tropd.training.metrics import MetricsLog
+from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, checkpoint_name
+from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
-from nemo_tropd.training.run_files import RolloutFile
+from nemo_tropd.training.setup import Setup
+from nemo_tropd.training.step import TrainStep
 from nemo_tropd.training.summary import print_summary, write_summary
 from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer
 from nemo_tropd.training.validation import Validator
@@ -54,15 +54,15 @@ def main(cfg: DictConfig, engines: EngineFactory | None = None) -> None:
 def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | None:
     """Run ``cfg`` from its last checkpoint, or from the start, to its end or a signal.
 
-    ``engines`` makes rollout engines (default: vLLM). Returns None with ``check_only`` and where the run directory
-    already holds the run's end.
+    ``engines`` makes rollout engines (default: vLLM). Returns None with ``check_only``, and if the run is already
+    finished.
 
     Raises:
         ConfigError, ConversionError, PromptError: before anything is allocated.
-        EngineError, CheckpointError, TrainingError, PeerLost: later; whole checkpoints stay.
+        EngineError, CheckpointError, TrainingError, PeerLost: later; complete checkpoints stay.
     """
     plan = make_plan(cfg)
-    placement_of(cfg)  # refused here where the machine cannot serve it
+    placement_of(cfg)  # refused here if the machine cannot do it
     if not cfg.check_only and already_finished(cfg, plan):
         return None
     if os.environ.get("RANK", "0") == "0":
@@ -82,7 +82,7 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
     )
     try:
         with named_peers(topology, cfg.trainer.distributed_timeout_s):
-            outcome = _train(cfg, plan, topology, engines or Engines(plan.vocab_size))
+            outcome = _train(Setup(cfg, plan, topology), engines or Engines(plan.vocab_size))
     except PeerLost:
         raise  # the groups are broken: nobody would come to take them down
     except BaseException:
@@ -93,8 +93,9 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
     return outcome
 
 
-def _train(cfg: TropdConfig, plan: Plan, topology: Topology, engines: EngineFactory) -> Outcome:
-    lightning = make_lightning_trainer(cfg, plan.run_dir)
+def _train(setup: Setup, engines: EngineFactory) -> Outcome:
+    cfg, plan, topology = setup.cfg, setup.plan, setup.topology
+    lightning = make_lightning_trainer(cfg, setup.run_dir)
     prompts = [*plan.prompts.held_out, *(plan.prompts.train[i] for i in guided_prompts(cfg, len(plan.prompts.train)))]
     responses = generate_teacher_responses(cfg, [p.token_ids for p in prompts], topology, engines)
     model = MegatronTrOPDModel(
@@ -102,84 +103,52 @@ def _train(cfg: TropdConfig, plan: Plan, topology: Topology, engines: EngineFact
         lightning,
         topology=topology,
         objective=plan.objective,
-        student_path=Path(cfg.pretrained_checkpoint.restore_from_path),
-        precision=cfg.trainer.precision,
-        vocab_size=plan.vocab_size,
-        calibration=calibration_batches(cfg.model, plan.prompts.held_out, responses, topology, plan.pad_id),
+        student=StudentSource(setup.student_path, cfg.trainer.precision, plan.vocab_size),
+        calibration=calibration_batches(cfg.model.teacher, plan.prompts.held_out, responses, setup.packer()),
     )
     with rollouts_of(cfg, topology, model, engines) as rollouts:
         model.attach_rollouts(rollouts)
-        trainer = _trainer(cfg, plan, topology, model, rollouts, responses, lightning)
+        trainer = _trainer(setup, model, responses, lightning)
         outcome = trainer.fit()
     if trainer.log is not None:
         trainer.log.close()
     if not outcome.stopped_by_signal:
-        finish(cfg, plan, topology, model, outcome)
+        finish(setup, model, outcome)
     return outcome
 
 
 def _trainer(
-    cfg: TropdConfig,
-    plan: Plan,
-    topology: Topology,
-    model: MegatronTrOPDModel,
-    rollouts: Rollouts,
-    responses: TeacherResponses | None,
-    lightning: Any,
+    setup: Setup, model: MegatronTrOPDModel, responses: TeacherResponses | None, lightning: Any
 ) -> TropdTrainer:
-    settings = cfg.trainer.tropd
-    return TropdTrainer(
-        cfg,
-        model=model,
-        optimizer=StudentOptimizer(
-            cfg.model.optim,
-            model.ddp,
-            dtype=model.dtype_of_run,
-            clip=settings.gradient_clip_val,
-            max_steps=settings.max_steps,
-        ),
-        rollouts=rollouts,
-        prompts=plan.prompts.train,
-        guidance=make_guidance(cfg, responses),
-        validator=Validator(
-            cfg.model,
-            model=model,
-            prompts=plan.prompts.held_out,
-            responses=responses,
-            tokenizer=plan.tokenizer,
-            topology=topology,
-            pad_id=plan.pad_id,
-            run_dir=plan.run_dir,
-        ),
-        checkpoints=Checkpoints(
-            plan.run_dir,
-            topology,
-            hf_source=Path(cfg.pretrained_checkpoint.restore_from_path),
-            keep=settings.keep_checkpoints,
-        ),
-        state=_first_state(cfg, plan),
-        log=MetricsLog(plan.run_dir, list(lightning.loggers)) if topology.is_leader else None,
-        rollout_file=RolloutFile(plan.run_dir, plan.tokenizer) if topology.is_leader else None,
-        topology=topology,
-        pad_id=plan.pad_id,
-        run_dir=plan.run_dir,
+    cfg, settings, leads = setup.cfg, setup.cfg.trainer.tropd, setup.topology.is_leader
+    optimizer = StudentOptimizer(
+        cfg.model.optim,
+        model.ddp,
+        dtype=model.dtype_of_run,
+        clip=settings.gradient_clip_val,
+        max_steps=settings.max_steps,
     )
-
-
-def _first_state(cfg: TropdConfig, plan: Plan) -> RunState:
-    return RunState(
-        step=0,
-        seed=cfg.model.seed,
-        global_batch_size=cfg.model.global_batch_size,
-        samples_per_prompt=cfg.model.rollout.samples_per_prompt,
-        prompts=plan.prompts.train.fingerprint(),
-        teacher=str(Path(cfg.model.teacher.path).absolute()),
-        student=str(Path(cfg.pretrained_checkpoint.restore_from_path).absolute()),
+    one_step = TrainStep(
+        model,
+        optimizer,
+        prompts=setup.plan.prompts.train,
+        guidance=make_guidance(cfg, responses),
+        packer=setup.packer(),
+    )
+    return TropdTrainer(
+        setup,
+        one_step,
+        validator=Validator(setup, model, responses),
+        checkpoints=Checkpoints(
+            setup.run_dir, setup.topology, hf_source=setup.student_path, keep=settings.keep_checkpoints
+        ),
+        log=MetricsLog(setup.run_dir, list(lightning.loggers)) if leads else None,
+        rollout_file=RolloutFile(setup.run_dir, setup.plan.tokenizer) if leads else None,
     )
 
 
 def already_finished(cfg: TropdConfig, plan: Plan) -> bool:
-    """Whether the run directory holds this run's end; then its summary is shown again and nothing is run."""
+    """Whether the run directory has this run's last step; if so, its summary is shown again and nothing is run."""
     last = plan.run_dir / "checkpoints" / checkpoint_name(cfg.trainer.tropd.max_steps)
     summary = plan.run_dir / "summary.json"
     if not (last.is_dir() and summary.is_file()):
@@ -187,28 +156,28 @@ def already_finished(cfg: TropdConfig, plan: Plan) -> bool:
     if os.environ.get("RANK", "0") == "0":
         print_summary(json.loads(summary.read_text(encoding="utf-8")))
         print(
-            f"{plan.run_dir} holds this run's last step; raise trainer.tropd.max_steps to go on, or set "
-            f"exp_manager.explicit_log_dir for another run",
+            f"this run is already finished ({plan.run_dir}); raise trainer.tropd.max_steps to continue it, or set "
+            f"exp_manager.explicit_log_dir to start another one",
             flush=True,
         )
     return True
 
 
-def finish(cfg: TropdConfig, plan: Plan, topology: Topology, model: MegatronTrOPDModel, outcome: Outcome) -> None:
+def finish(setup: Setup, model: MegatronTrOPDModel, outcome: Outcome) -> None:
     """The Hugging Face export, the summary and the report (collective)."""
-    from nemo_tropd.report import write_report  # matplotlib is wanted at the end only
+    from nemo_tropd.report import write_report  # imports matplotlib, which only the end of a run needs
 
-    exported = plan.run_dir / "hf"
+    exported = setup.run_dir / "hf"
     save_hf(
         model.export_stream(),
         exported,
-        source_dir=Path(cfg.pretrained_checkpoint.restore_from_path),
+        source_dir=setup.student_path,
         dtype=model.dtype_of_run,
         overwrite=True,
     )
-    if topology.is_leader:
-        write_summary(plan.run_dir, cfg, outcome)
-        report = write_report(plan.run_dir)
+    if setup.topology.is_leader:
+        write_summary(setup.run_dir, setup.cfg, outcome)
+        report = write_report(setup.run_dir)
         Console().print(f"student  {exported}\nreport   {report}", highlight=False)
 
 

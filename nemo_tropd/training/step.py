@@ -1,11 +1,12 @@
 """One step: rollouts, teacher scores, loss, optimizer, weights to the engine; seconds of each phase.
 
-It is the only caller of the model's life cycle, and owns no model detail. What holds the device's memory, in order:
+It and the trainer are the only callers of the model's life cycle, and own no model detail. What occupies the device's
+memory, in order:
 
     refresh (end of the step before)   the engine's weights wake and are overwritten
     rollout                            the engine's cache wakes; at the end of the phase the engine sleeps
     teacher                            an offloaded teacher comes back, scores, and leaves
-    student, optimizer                 activations, gradients and optimizer states have the device to themselves
+    student, optimizer                 only activations, gradients and optimizer states
 
 The device is waited for at the end of a phase and nowhere else.
 """
@@ -17,25 +18,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from nemo_tropd.batch import Rollout, TokenBatch
-from nemo_tropd.config import TropdConfig
+from nemo_tropd.batch import Rollout
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
-from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptOrder, PromptSet
-from nemo_tropd.rollout.collective import Rollouts
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.rollout.guidance import Guidance
 from nemo_tropd.training.metrics import PhaseTimer
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
-from nemo_tropd.training.packing import pack_micro_batches
+from nemo_tropd.training.packing import Packer
 
 # Figures of some objectives alone; the others have no such line.
 ABSENT = ("student_entropy", "importance_weight")
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on: says at which step, why, and what to change."""
+    """The run cannot continue: names the step, the reason, and what to change."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +51,26 @@ class TrainStep:
 
     def __init__(
         self,
-        cfg: TropdConfig,
-        *,
         model: MegatronTrOPDModel,
         optimizer: StudentOptimizer,
-        rollouts: Rollouts,
+        *,
         prompts: PromptSet,
         guidance: Guidance,
-        topology: Topology,
-        pad_id: int,
+        packer: Packer,
     ) -> None:
-        self.cfg, self.model, self.optimizer, self.rollouts = cfg, model, optimizer, rollouts
-        self.prompts, self.guidance, self.topology, self.pad_id = prompts, guidance, topology, pad_id
-        self.order = PromptOrder(len(prompts), cfg.model.seed)
+        self.model, self.optimizer = model, optimizer
+        self.prompts, self.guidance, self.packer = prompts, guidance, packer
+        self.order = PromptOrder(len(prompts), model.settings.seed)
 
     def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
-        """Step number ``step`` (from 0), collective. The engine holds the weights ``step`` before and ``step + 1``
-        after; ``shown`` is told of every phase as it begins.
+        """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1``
+        after; ``shown`` is called with the name of every phase as it begins.
 
         Raises:
             EngineError, TrainingError: on every rank.
         """
-        timer, model = PhaseTimer(self.topology.synchronize), self.model
+        model, topology = self.model, self.model.topology
+        timer = PhaseTimer(topology.synchronize)
 
         def phase(name: str) -> AbstractContextManager[None]:
             shown(name)
@@ -82,15 +78,14 @@ class TrainStep:
 
         with phase("rollout"):
             model.prepare_for_inference()
-            rollouts = model.infer(self._requests(step) if self.topology.is_leader else None)
+            rollouts = model.infer(self._requests(step) if topology.is_leader else None)
             model.finish_inference()
-            _refuse_other_versions(rollouts, step)
         with phase("teacher"):
-            batches = self._pack(rollouts, step)
+            batches = self.packer.pack(rollouts, step)
             scores = model.score(batches)
         with phase("student"):
-            model.prepare_for_training_step()
             self.optimizer.zero_grad()
+            model.prepare_for_training_step()
             _, own = model.get_loss_and_metrics(
                 batches,
                 scores,
@@ -104,33 +99,12 @@ class TrainStep:
             result = self.optimizer.step(step)
         with phase("refresh"):
             model.finish_training_step(step + 1)
-            self.rollouts.refresh(step + 1)
         return StepRecord(_train_metrics(sums, result, rollouts, timer), rollouts, sums, result)
 
     def _requests(self, step: int) -> list[RolloutRequest]:
-        m = self.cfg.model
+        m = self.model.settings
         indices = self.order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)
         return self.guidance.plan([self.prompts[i].token_ids for i in indices], step, prompt_indices=indices)
-
-    def _pack(self, rollouts: Sequence[Rollout], step: int) -> list[TokenBatch]:
-        m = self.cfg.model
-        return pack_micro_batches(
-            rollouts,
-            self.topology,
-            micro_batch_size=m.micro_batch_size,
-            tokens_per_micro_batch=m.tokens_per_micro_batch,
-            pad_id=self.pad_id,
-            seed=m.seed,
-            step=step,
-        )
-
-
-def _refuse_other_versions(rollouts: Sequence[Rollout], version: int) -> None:
-    other = sorted({r.weight_version for r in rollouts} - {version})
-    if other:
-        raise TrainingError(
-            f"step {version + 1}: rollouts were written by weights {other}, not {version}; the engine was not refreshed"
-        )
 
 
 def _train_metrics(

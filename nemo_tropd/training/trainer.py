@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.config import TropdConfig
 from nemo_tropd.files import write_json
-from nemo_tropd.model.tropd_model import MegatronTrOPDModel
-from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.prompts import PromptSet
-from nemo_tropd.rollout.collective import Rollouts
-from nemo_tropd.rollout.guidance import Guidance
-from nemo_tropd.training.checkpoint import Checkpoints, RunState, check_resumable
-from nemo_tropd.training.metrics import MetricsLog
-from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
+from nemo_tropd.training.checkpoint import Checkpoints, check_resumable
+from nemo_tropd.training.metrics import MetricsLog, RolloutFile
+from nemo_tropd.training.optimizer import StepResult
 from nemo_tropd.training.progress import RunProgress
-from nemo_tropd.training.run_files import RolloutFile
+from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.signals import StopRequest
 from nemo_tropd.training.step import TrainingError, TrainStep
 from nemo_tropd.training.validation import Validation, Validator
@@ -35,41 +28,25 @@ class Outcome:
 
 
 class TropdTrainer:
-    """One run: ``fit`` goes from the last whole checkpoint, or the start, to ``max_steps`` or a signal."""
+    """One run: ``fit`` goes from the last complete checkpoint, or the start, to ``max_steps`` or a signal."""
 
     def __init__(
         self,
-        cfg: TropdConfig,
+        setup: Setup,
+        one_step: TrainStep,
         *,
-        model: MegatronTrOPDModel,
-        optimizer: StudentOptimizer,
-        rollouts: Rollouts,
-        prompts: PromptSet,
-        guidance: Guidance,
         validator: Validator,
         checkpoints: Checkpoints,
-        state: RunState,
         log: MetricsLog | None,
         rollout_file: RolloutFile | None,
-        topology: Topology,
-        pad_id: int,
-        run_dir: Path,
     ) -> None:
-        self.cfg, self.settings = cfg, cfg.trainer.tropd
-        self.model, self.optimizer, self.rollouts = model, optimizer, rollouts
-        self.validator = validator
-        self.checkpoints, self.state, self.log, self.rollout_file = checkpoints, state, log, rollout_file
-        self.topology, self.run_dir = topology, run_dir
-        self.one_step = TrainStep(
-            cfg,
-            model=model,
-            optimizer=optimizer,
-            rollouts=rollouts,
-            prompts=prompts,
-            guidance=guidance,
-            topology=topology,
-            pad_id=pad_id,
-        )
+        """``log`` and ``rollout_file`` are those of rank 0; None elsewhere."""
+        self.cfg, self.settings, self.topology, self.run_dir = (
+            setup.cfg, setup.cfg.trainer.tropd, setup.topology, setup.run_dir,
+        )  # fmt: skip
+        self.one_step, self.model, self.optimizer = one_step, one_step.model, one_step.optimizer
+        self.validator, self.checkpoints, self.state = validator, checkpoints, setup.first_state()
+        self.log, self.rollout_file = log, rollout_file
         self.stop = StopRequest()
         self._skipped_in_a_row = 0
 
@@ -77,7 +54,8 @@ class TropdTrainer:
         """Run the loop. Collective; every rank returns the same outcome.
 
         Raises:
-            CheckpointError, EngineError, TrainingError: on every rank; the run directory keeps its whole checkpoints.
+            CheckpointError, EngineError, TrainingError: on every rank; the run directory keeps its complete
+                checkpoints.
         """
         self.stop.install()
         self._resume()
@@ -86,7 +64,7 @@ class TropdTrainer:
         self.progress = RunProgress(enabled=self.topology.is_leader, first=first, total=last)
         try:
             self.progress.phase("starting engine")
-            self.rollouts.refresh(first)
+            self.model.send_weights(first)
             before = self._validate(first) if first == 0 else self.validator.read(0)
             after = before if first == last == 0 else None
             while self.state.step < last and not self.topology.any_rank(bool(self.stop)):
@@ -109,8 +87,6 @@ class TropdTrainer:
             self.progress.close()
             self.stop.remove()
 
-    # ------------------------------------------------------------------------------------------------ one step
-
     def _step(self, step: int) -> None:
         record = self.one_step.run(step, keep_tokens=self._keeps_tokens(step), shown=self.progress.phase)
         self.state = replace(self.state, step=step + 1)
@@ -127,7 +103,7 @@ class TropdTrainer:
         return done in (1, self.settings.max_steps) or self._due(done, self.settings.val_check_interval)
 
     def _count_skipped(self, step: int, result: StepResult, rollouts: Sequence[Rollout]) -> None:
-        """Keep what led to a gradient that is not finite, and end the run when it happens again and again."""
+        """Keep the rollouts behind a gradient that is not finite; end the run if it happens too often in a row."""
         if result.applied:
             self._skipped_in_a_row = 0
             return
@@ -144,8 +120,6 @@ class TropdTrainer:
                 f"(trainer.tropd.max_skipped_steps = {self.settings.max_skipped_steps}); see {where.parent}, and lower "
                 f"model.optim.lr or use trainer.precision=32"
             )
-
-    # ------------------------------------------------------------------------------------------------ around steps
 
     def _due(self, done: int, interval: int) -> bool:
         return bool(interval) and done % interval == 0
@@ -173,6 +147,5 @@ class TropdTrainer:
         saved = self.checkpoints.load(latest, self.model.student, self.optimizer)
         check_resumable(saved, self.state)
         self.state = saved
-        self.model.finish_training_step(saved.step)
         if self.topology.is_leader:
-            print(f"going on after step {saved.step} from {latest}", flush=True)
+            print(f"resuming from {latest} (step {saved.step})", flush=True)

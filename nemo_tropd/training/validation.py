@@ -7,20 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.config import ModelConfig
 from nemo_tropd.files import write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.metric_sums import MetricSums
-from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.prompts import PromptSet
 from nemo_tropd.rollout.engine import RolloutRequest, request_seed
 from nemo_tropd.rollout.teacher_responses import TeacherResponses
 from nemo_tropd.training.answers import exact_match
-from nemo_tropd.training.packing import pack_micro_batches
+from nemo_tropd.training.setup import Setup
 
 # Rollouts of validation draw from a stream of their own, the same at every validation.
 VALIDATION_STREAM = (1 << 62) + 1
@@ -35,7 +31,7 @@ class Validation:
     answers: list[dict[str, str]] = field(default_factory=list)
 
     def line(self) -> str:
-        """One line for a person."""
+        """One human-readable line."""
         names = (
             ("reverse_kl", "reverse KL"),
             ("forward_kl", "forward KL"),
@@ -48,21 +44,12 @@ class Validation:
 class Validator:
     """Runs validations and keeps each in RUN/validation/step_N.json, so a resumed run still knows the first."""
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        *,
-        model: MegatronTrOPDModel,
-        prompts: PromptSet,
-        responses: TeacherResponses | None,
-        tokenizer: Any,
-        topology: Topology,
-        pad_id: int,
-        run_dir: Path,
-    ) -> None:
-        self.cfg, self.model, self.prompts, self.responses = cfg, model, prompts, responses
-        self.tokenizer, self.topology, self.pad_id = tokenizer, topology, pad_id
-        self.dir = run_dir / "validation"
+    def __init__(self, setup: Setup, model: MegatronTrOPDModel, responses: TeacherResponses | None) -> None:
+        """``responses``: the teacher's to the held-out prompts, on rank 0; None elsewhere."""
+        self.cfg, self.model, self.responses = setup.cfg.model, model, responses
+        self.prompts, self.tokenizer = setup.plan.prompts.held_out, setup.plan.tokenizer
+        self.topology, self.packer = setup.topology, setup.packer()
+        self.dir = setup.run_dir / "validation"
 
     def run(self, step: int) -> Validation:
         """Validate the student as it is (collective); the same result on every rank.
@@ -135,15 +122,7 @@ class Validator:
         return self.topology.broadcast_object(written)
 
     def _divergences(self, rollouts: Sequence[Rollout]) -> MetricSums:
-        batches = pack_micro_batches(
-            rollouts,
-            self.topology,
-            micro_batch_size=self.cfg.micro_batch_size,
-            tokens_per_micro_batch=self.cfg.tokens_per_micro_batch,
-            pad_id=self.pad_id,
-            seed=0,
-            step=0,
-        )
+        batches = self.packer.pack(rollouts, step=0)  # divergences use no draws
         self.model.prepare_for_validation_step()
         sums = self.model.get_divergences(batches).gather()
         self.model.finish_validation_step()

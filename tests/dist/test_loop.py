@@ -56,6 +56,8 @@ def run_here(rank: int, world_size: int, root: str, runs: list[tuple[str, int | 
     from nemo_tropd.quiet import quiet_libraries
 
     quiet_libraries()
+    from megatron.core.distributed import DistributedDataParallel
+
     from nemo_tropd.teacher.offload import WeightHome
     from nemo_tropd.training.optimizer import StudentOptimizer
     from nemo_tropd.training.run import train
@@ -75,6 +77,7 @@ def run_here(rank: int, world_size: int, root: str, runs: list[tuple[str, int | 
     recorded(WeightHome, "come_back", "teacher back")
     recorded(WeightHome, "leave", "teacher away")
     recorded(StudentOptimizer, "step", "step")
+    recorded(DistributedDataParallel, "zero_grad_buffer", "clear")
     tiny, seen = TinyRun.at(Path(root)), []
     for name, kill_at in runs:
         events.clear()
@@ -101,7 +104,7 @@ def test_the_order_of_a_step_and_a_run_killed_between_rollout_and_update(tmp_pat
     )[0]
 
     def one_step(step: int) -> list[str]:
-        return [f"generate {step}", "sleep", "teacher back", "teacher away", "step", f"refresh {step + 1}"]
+        return [f"generate {step}", "sleep", "teacher back", "teacher away", "clear", "step", f"refresh {step + 1}"]
 
     loaded = ["teacher away"]
     assert straight == [*loaded, "refresh 0", *(event for step in range(4) for event in one_step(step))]

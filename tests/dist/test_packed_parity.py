@@ -98,7 +98,7 @@ def _check_case(checks: Checks, root: str, case: Case, seed: int) -> None:
     from nemo_tropd.gpt.ddp import data_parallel, recompute_fields
     from nemo_tropd.parallel.topology import Topology
     from nemo_tropd.teacher.scorer import TeacherScorer
-    from nemo_tropd.training.packing import pack_micro_batches
+    from nemo_tropd.training.packing import Packer
 
     topology = Topology.start(case.tensor, case.pipeline, case.sequence)
     folder = Path(root) / f"{case.family}-{case.tied}"
@@ -111,10 +111,8 @@ def _check_case(checks: Checks, root: str, case: Case, seed: int) -> None:
         model = build_gpt(shape, topology, **recompute_fields(recompute))
         load_hf(model, folder, shape, topology)
         student = data_parallel(model, topology, distributed_optimizer=False)
-        batches = pack_micro_batches(
-            rollouts, topology, micro_batch_size=1, pad_id=0, seed=seed, step=1, tokens_per_micro_batch=tokens
-        )
-        return Side(student, teacher, topology, batches, count)
+        packer = Packer(topology, pad_id=0, micro_batch_size=1, tokens_per_micro_batch=tokens, seed=seed)
+        return Side(student, teacher, topology, packer.pack(rollouts, step=1), count)
 
     alone, packed = side(None, None), side(case.recompute, ROW)
     for name, want in alone.joined.items():

@@ -33,7 +33,7 @@ def _train(rank: int, world_size: int, student: str, ids: list[int], seed: int) 
     from nemo_tropd.parallel.topology import Topology
     from nemo_tropd.teacher.scorer import TeacherScorer
     from nemo_tropd.training.optimizer import StudentOptimizer
-    from nemo_tropd.training.packing import pack_micro_batches
+    from nemo_tropd.training.packing import Packer
 
     topology = Topology.start(world_size)
     folder = Path(student)
@@ -51,9 +51,8 @@ def _train(rank: int, world_size: int, student: str, ids: list[int], seed: int) 
     for step in range(STEPS):
         lengths = [draw.randint(12, 40) for _ in range(3)]
         rollouts = [Rollout(ids[:9], [], ids[9:n], [-1.0] * (n - 9), 0, i, i, True) for i, n in enumerate(lengths)]
-        batches = pack_micro_batches(
-            rollouts, topology, micro_batch_size=1, pad_id=0, seed=seed, step=step, tokens_per_micro_batch=64
-        )
+        packer = Packer(topology, pad_id=0, micro_batch_size=1, tokens_per_micro_batch=64, seed=seed)
+        batches = packer.pack(rollouts, step)
         scores = teacher.score(batches, top_k=64, entropy=False, chunk_tokens=None)
         optimizer.zero_grad()
         tokens = sum(r.loss_tokens for r in rollouts)

@@ -46,7 +46,7 @@ def _train(topology: Any, folder: Path, *, dtype: torch.dtype, distributed: bool
     from nemo_tropd.model.student_pass import StudentPass
     from nemo_tropd.teacher.scorer import TeacherScorer
     from nemo_tropd.training.optimizer import StudentOptimizer
-    from nemo_tropd.training.packing import pack_micro_batches
+    from nemo_tropd.training.packing import Packer
 
     shape = read_shape(folder)
     model = build_gpt(shape, topology, dtype=dtype)
@@ -61,9 +61,8 @@ def _train(topology: Any, folder: Path, *, dtype: torch.dtype, distributed: bool
     found: dict[str, Any] = {"norms": [], "losses": []}
     for step in range(STEPS):
         rollouts = _rollouts(seed, step)
-        batches = pack_micro_batches(
-            rollouts, topology, micro_batch_size=1, pad_id=0, seed=seed, step=step, tokens_per_micro_batch=48
-        )
+        packer = Packer(topology, pad_id=0, micro_batch_size=1, tokens_per_micro_batch=48, seed=seed)
+        batches = packer.pack(rollouts, step)
         scores = teacher.score(batches, top_k=8, entropy=False, chunk_tokens=None)
         one_pass = StudentPass(
             student,

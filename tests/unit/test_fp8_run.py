@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +13,15 @@ from omegaconf import OmegaConf
 
 from examples.benchmarks.fp8.emulation import EmulatedScorer
 from nemo_tropd import objectives
-from nemo_tropd.config import ConfigError, ModelConfig
+from nemo_tropd.batch import TokenBatch
+from nemo_tropd.config import ConfigError, ModelConfig, TropdConfig
 from nemo_tropd.model import tropd_model
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import Prompt, PromptSet
 from nemo_tropd.teacher.scorer import TeacherScorer
 from nemo_tropd.training.calibration import calibration_batches
+from nemo_tropd.training.packing import Packer
+from nemo_tropd.training.setup import Setup
 from tests.tiny_models import make_tiny
 
 VOCABULARY, HELD_OUT = 131, 5
@@ -67,29 +72,45 @@ def build(cfg: ModelConfig, student: Path, topology: Topology, calibration: Any)
         None,
         topology=topology,
         objective=objectives.build("tropd"),
-        student_path=student,
-        precision="bf16",
-        vocab_size=VOCABULARY,
+        student=tropd_model.StudentSource(student, "bf16", VOCABULARY),
         calibration=calibration,
     )
+
+
+def calibration(cfg: ModelConfig, topology: Topology) -> list[TokenBatch]:
+    packer = Packer(topology, 0, cfg.micro_batch_size, cfg.tokens_per_micro_batch, cfg.seed)
+    return calibration_batches(cfg.teacher, held_out(), Responses(), packer)  # type: ignore[arg-type]
 
 
 def test_calibration_takes_the_first_held_out_prompts_with_the_teachers_answers(
     models: tuple[Path, Path], topology: Topology
 ) -> None:
     cfg = settings(models[1], prompts=3)
-    batches = calibration_batches(cfg, held_out(), Responses(), topology, 0)  # type: ignore[arg-type]
+    batches = calibration(cfg, topology)
     assert sum(b.count_loss_tokens for b in batches) == 3 + 4 + 5
     assert len(batches) == 2  # micro-batches of two
     cfg.teacher.fp8 = None
-    assert calibration_batches(cfg, held_out(), Responses(), topology, 0) == []  # type: ignore[arg-type]
+    assert calibration(cfg, topology) == []
+
+
+def test_calibration_is_laid_out_as_the_run_is(models: tuple[Path, Path], topology: Topology) -> None:
+    """Rows of concatenated sequences, if the run's steps are; all of them on every data-parallel rank."""
+    cfg = settings(models[1])
+    cfg.tokens_per_micro_batch = 24
+    plan = SimpleNamespace(pad_id=0)
+    place = replace(topology, data_rank=1, data_size=2)
+    setup = Setup(TropdConfig(model=cfg), plan, place)  # type: ignore[arg-type]
+    batches = calibration_batches(cfg.teacher, held_out(), Responses(), setup.packer())  # type: ignore[arg-type]
+    assert all(b.segments is not None and b.input_ids.shape[0] == 1 and b.input_ids.size(1) <= 24 for b in batches)
+    assert sorted(r.sequence_id for b in batches for r in b.rollouts) == list(range(HELD_OUT))
+    assert sum(b.count_loss_tokens for b in batches) == 3 + 4 + 5 + 6 + 7
 
 
 def test_a_run_keeps_an_admitted_teacher(
     models: tuple[Path, Path], topology: Topology, emulated: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = settings(models[1], top_k_kl=5.0, gate_flips=1.0, ratio_error=5.0)
-    batches = calibration_batches(cfg, held_out(), Responses(), topology, 0)  # type: ignore[arg-type]
+    batches = calibration(cfg, topology)
     model = build(cfg, models[0], topology, batches)
     assert isinstance(model.teacher, EmulatedScorer)
     assert f"FP8 teacher (tensorwise) against bf16 on {3 + 4 + 5 + 6 + 7} tokens" in capsys.readouterr().out
@@ -97,9 +118,9 @@ def test_a_run_keeps_an_admitted_teacher(
     assert first is not None and bool(torch.isfinite(first.log_probs).all())
 
 
-def test_a_run_ends_where_a_bound_is_passed(models: tuple[Path, Path], topology: Topology, emulated: None) -> None:
+def test_a_run_ends_if_a_bound_is_exceeded(models: tuple[Path, Path], topology: Topology, emulated: None) -> None:
     cfg = settings(models[1], ratio_error=1e-6)
-    batches = calibration_batches(cfg, held_out(), Responses(), topology, 0)  # type: ignore[arg-type]
+    batches = calibration(cfg, topology)
     with pytest.raises(ConfigError, match=r"error of R [\d.]+ is above model\.teacher\.admission\.ratio_error = 1e-06"):
         build(cfg, models[0], topology, batches)
 

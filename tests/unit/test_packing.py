@@ -12,7 +12,7 @@ import torch
 from nemo_tropd.batch import Rollout, TokenBatch, gate_uniforms
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import check
-from nemo_tropd.training.packing import even_bins, pack_micro_batches
+from nemo_tropd.training.packing import Packer, even_bins
 from tests.unit.test_batch import rollout
 
 pytestmark = pytest.mark.random
@@ -30,9 +30,7 @@ def several(count: int) -> list[Rollout]:
 
 
 def pack(rollouts: list[Rollout], place: Any, tokens: int | None) -> list[TokenBatch]:
-    return pack_micro_batches(
-        rollouts, place, micro_batch_size=2, pad_id=0, seed=5, step=2, tokens_per_micro_batch=tokens
-    )
+    return Packer(place, pad_id=0, micro_batch_size=2, tokens_per_micro_batch=tokens, seed=5).pack(rollouts, step=2)
 
 
 def test_bins_hold_everything_once_within_capacity_and_few() -> None:

@@ -35,7 +35,7 @@ from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.planner.shapes import SHAPES
 from nemo_tropd.training.optimizer import StudentOptimizer
-from nemo_tropd.training.packing import pack_micro_batches
+from nemo_tropd.training.packing import Packer
 
 SHAPE = SHAPES["Qwen2.5-1.5B-Instruct"]
 TOKENS, TOP_K, SEQUENCES = 8192, 64, 16
@@ -126,9 +126,7 @@ def _throughput(student: DistributedDataParallel, topology: Topology) -> Iterato
     count = sum(len(r.token_ids) for r in rollouts)
     found = {}
     for name, tokens in (("packed", TOKENS), ("padded", None)):
-        batches = pack_micro_batches(
-            rollouts, topology, micro_batch_size=2, pad_id=0, seed=0, step=0, tokens_per_micro_batch=tokens
-        )
+        batches = Packer(topology, 0, 2, tokens, seed=0).pack(rollouts, step=0)
         step = _pass_of(student, topology, batches)
         ms = _milliseconds(step, warm=1, repeats=2)
         computed = sum(b.input_ids.numel() for b in batches)
