@@ -11,7 +11,7 @@ Alignment, in one place: the model's output at position t scores token t + 1. ``
 and ``labels[t]`` is the token it scores.
 
 Two layouts: ``pack`` pads B sequences to one length, [B, S]. ``concatenate`` lays them end to end in one row, [1, S]
-with B = 1, and ``segments`` says where each begins; nothing is padded but the row's tail.
+with B = 1, and ``segments`` says where each begins; only the row's tail is padded.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sequence: a prompt, tokens the teacher wrote (may be none), and the student's continuation.
+    """One sequence: a prompt, a prefix of teacher tokens (may be empty), and the student's continuation.
 
-    ``response_log_probs`` are the engine's log-probabilities (nats) of ``response_ids`` under the weights numbered
-    ``weight_version``. ``sequence_id`` names the sequence within its step, and with the step and the run's seed fixes
-    every random draw made for it. ``finished`` is False when the length limit cut the response.
+    ``response_log_probs`` are the engine's log-probabilities (nats) of ``response_ids`` under the weights of version
+    ``weight_version``. ``sequence_id`` identifies the sequence within its step, and with the step and the run's seed
+    determines every random draw made for it. ``finished`` is False if the length limit cut the response.
     """
 
     prompt_ids: list[int]
@@ -74,7 +74,7 @@ class TeacherScores:
     log_probs: Tensor  # [T]     log pi_T(x_t)
     top_k_log_probs: Tensor  # [T, K]  normalised over the full true vocabulary, descending
     top_k_ids: Tensor  # [T, K]  int64, global token ids
-    entropy: Tensor | None = None  # [T]     nats, only where an objective asks for it
+    entropy: Tensor | None = None  # [T]     nats, only if an objective needs it
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TokenScores:
     student_top_k_log_probs: Tensor  # [T, K]  log pi_S(v) for v in the teacher's top k, carries gradient
     teacher_log_probs: Tensor  # [T]
     teacher_top_k_log_probs: Tensor  # [T, K]  normalised over the full vocabulary
-    guided: Tensor  # [T] bool: the token was written by the teacher
+    guided: Tensor  # [T] bool: the token is the teacher's
     uniforms: Tensor  # [T] the gate's draws in [0, 1), the same on every rank
     student_entropy: Tensor | None = None  # [T], detached
     teacher_entropy: Tensor | None = None  # [T]
@@ -116,7 +116,7 @@ class Segments:
     longest: int  # tokens of the longest, the tail included
 
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, the tail included; waits for the device that holds ``bounds``."""
+        """Tokens of each sequence, the tail included; waits for the device that ``bounds`` is on."""
         return self.bounds.diff().tolist()
 
 
@@ -132,7 +132,7 @@ class TokenBatch:
     loss_mask: Tensor  # [B, S] bool: labels[t] is a prefix or response token
     guided: Tensor  # [B, S] bool
     uniforms: Tensor  # [B, S] fp32
-    behavior_log_probs: Tensor  # [B, S] fp32, NaN where the student did not sample the token
+    behavior_log_probs: Tensor  # [B, S] fp32, NaN if the student did not sample the token
     lengths: Tensor  # [sequences] int64: true length of each sequence
     sequence_ids: Tensor  # [sequences] int64
     rollouts: tuple[Rollout, ...] = field(default=(), compare=False)
@@ -144,7 +144,7 @@ class TokenBatch:
         return int(self.loss_mask.sum())
 
     def loss_tokens(self) -> LossTokens:
-        """Flatten to the tokens that enter the loss."""
+        """The tokens that enter the loss, flattened."""
         if self.selected is not None:
             return self.selected
         rows = self.loss_mask.flatten().nonzero(as_tuple=True)[0]
@@ -195,7 +195,7 @@ class TokenBatch:
     ) -> TokenBatch:
         """Lay ``rollouts`` end to end in one row, [1, S], and shift labels by one within each.
 
-        Where S must be a multiple, the tail becomes a sequence of its own, which no token attends to and none of whose
+        If S must be a multiple, the tail becomes a sequence of its own, which no token attends to and none of whose
         tokens is scored. Draws and empty lists are as for :meth:`pack`.
         """
         ends = list(accumulate((len(r.token_ids) for r in rollouts), initial=0))
@@ -264,7 +264,7 @@ def gate_uniforms(seed: int, step: int, sequence_id: int, positions: int) -> Ten
     of (seed, step, sequence, position) alone, never of rank, packing, micro-batch or parallel layout.
     """
     mask = (1 << 64) - 1
-    # As arrays: numpy takes a list that holds a number past 2**63 through float64, and seeds would run together.
+    # As arrays: numpy converts a list with a number above 2**63 through float64, and seeds would collide.
     key = np.array([seed & mask, step & mask], dtype=np.uint64)
     counter = np.array([0, 0, sequence_id & mask, 0], dtype=np.uint64)
     stream = np.random.Philox(key=key, counter=counter)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class HiddenOutput(ColumnParallelLinear):
-    """An output layer that keeps its weight and hands the hidden states on, for a head that works in chunks."""
+    """An output layer that keeps its weight and returns the hidden states, for a head that works in chunks."""
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -50,8 +50,8 @@ def build_gpt(
 
     The last stage returns hidden states after the final norm, [B, S, H], or [B, S/TP, H] under sequence parallelism;
     earlier stages return what Megatron's schedule passes on. A model that is not ``trainable`` is in evaluation
-    mode and wants no gradients. ``overrides`` are further fields of TransformerConfig (recomputation, FP8). Raises
-    ConversionError where the architecture does not split over the topology's degrees, before anything is allocated.
+    mode and needs no gradients. ``overrides`` are further fields of TransformerConfig (recomputation, FP8). Raises
+    ConversionError if the architecture does not split over the topology's degrees, before anything is allocated.
     """
     shape.check_layout(topology.tensor_size, topology.pipeline_size)
     config = transformer_config(shape, topology, dtype, **overrides)
@@ -95,7 +95,7 @@ def process_groups(topology: Topology) -> ProcessGroupCollection | None:
 
 
 def head_weight(model: GPTModel) -> Parameter:
-    """The output head's shard, [V_padded / TP, H]: the embedding where tied. Last stage only."""
+    """The output head's shard, [V_padded / TP, H]: the embedding if tied. Last stage only."""
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
@@ -135,7 +135,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        # Every weight is read from a checkpoint, so none is drawn.
+        # Every weight is read from a checkpoint, so none is initialized.
         "perform_initialization": False,
         "use_cpu_initialization": not on_cuda,
         "calculate_per_token_loss": True,
@@ -165,7 +165,7 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _mark_split_parameters(model: GPTModel, shape: ModelShape) -> None:
-    """Say which parameters tensor parallel splits; Megatron does so only where it also draws their values.
+    """Say which parameters tensor parallel splits; Megatron does so only if it also initializes their values.
 
     The gradient norm counts a parameter without the mark on tensor rank 0 alone.
     """

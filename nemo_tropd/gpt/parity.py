@@ -18,7 +18,7 @@ def largest_logit_difference(
 ) -> float:
     """The largest |difference| between Megatron's and transformers' logits, fp32, over ``length`` random tokens.
 
-    Both models are held in memory in fp32, one after the other. Starts and stops a topology of one process.
+    Both models are in memory in fp32, one after the other. Starts and stops a topology of one process.
     """
     from transformers import AutoModelForCausalLM
 

@@ -1,5 +1,5 @@
-"""Layer specs: Transformer Engine's where it can run, else Megatron's local ones with a norm that shards sequences and
-attention that knows concatenated sequences.
+"""Layer specs: Transformer Engine's if it can run, else Megatron's local ones with a norm that shards sequences and
+attention that takes concatenated sequences.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def uses_transformer_engine() -> bool:
-    """True where Transformer Engine is installed and a CUDA device is present: the one place that decides."""
+    """True if Transformer Engine is installed and there is a CUDA device: the one place that decides."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 

@@ -87,7 +87,7 @@ def head_loss(
     or fp64): pass the model's own Parameter. ``scale`` is 1 / N, N the loss tokens of the global batch.
 
     A micro-batch without tokens costs nothing and gives zeros. Raises ValueError for shapes that do not match, ids or
-    rows out of range, k above the vocabulary, and NonFiniteLogits where the head product is NaN or infinite.
+    rows out of range, k above the vocabulary, and NonFiniteLogits if the head product is NaN or infinite.
     """
     shard = layout.shard(weight)
     check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel)

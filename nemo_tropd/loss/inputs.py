@@ -12,10 +12,10 @@ from torch.distributed import ProcessGroup
 from nemo_tropd.batch import LossTokens, TeacherScores
 from nemo_tropd.parallel.vocab import VocabShard, check_ids, check_integers, check_k
 
-# What the logits of all chunks in flight may take, in all their copies. Larger chunks buy little: the products are long
-# enough. On a GPU two chunks are in flight: twice 2048 tokens of 151,936 bf16 logits.
+# Bytes that the logits of all chunks in flight may take, with all their copies. Larger chunks gain little: the products
+# are long enough. On a GPU two chunks are in flight: twice 2048 tokens of 151,936 bf16 logits.
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 5 << 28}
-# Products like whole tiles: on a GPU a chunk of more tokens than this holds a multiple of it.
+# Products are fastest with complete tiles: on a GPU a chunk of more tokens than this has a multiple of it.
 WHOLE_TILES = 256
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -42,7 +42,7 @@ class HeadLayout:
 class HiddenRows:
     """Hidden states as a matrix whose rows are picked by ``index``; under sequence parallelism, all ranks' states.
 
-    The matrix keeps the order in which ranks were gathered, so that gathering and scattering move whole blocks.
+    The matrix keeps the order in which ranks were gathered, so that gathering and scattering move contiguous blocks.
     """
 
     states: Tensor  # [rows, H]
@@ -90,7 +90,7 @@ class HiddenRows:
 
 
 def kernels_serve(tensor: Tensor) -> bool:
-    """True where Triton's kernels stream the logits: on a GPU, for bf16, fp16 and fp32; the same on every rank."""
+    """True if Triton's kernels stream the logits: on a GPU, for bf16, fp16 and fp32; the same on every rank."""
     return tensor.device.type == "cuda" and tensor.dtype in KERNEL_DTYPES
 
 

@@ -1,4 +1,4 @@
-"""The order in which chunks run: on a GPU the products of one chunk beside the reductions of another."""
+"""Overlaps the matrix products of one chunk with the reductions of its neighbours (CUDA streams)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_chunks(
     """For every chunk ``back(chunk, reduce(chunk, product(chunk, slot)))``.
 
     With two slots on a GPU, ``reduce`` runs on a stream of its own: ``product`` and ``back``, which are matrix products
-    and bound by arithmetic, go on for the neighbouring chunks while ``reduce``, bound by memory, streams the logits of
+    and bound by arithmetic, run for the neighbouring chunks while ``reduce``, bound by memory, streams the logits of
     this one. Tensors that ``reduce`` makes may be used on the caller's stream once this returns. A collective in
     ``reduce`` is called in the same order on every rank.
     """

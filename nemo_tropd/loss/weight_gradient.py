@@ -1,4 +1,4 @@
-"""The head weight's gradient, summed over chunks, scaled by what backward brings, and added to Megatron's buffer."""
+"""The head weight's gradient: summed over chunks, scaled by backward's gradient, added to Megatron's buffer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WeightGradient:
     """The sum over chunks of slope^T states, ``total`` [V_local, H]."""
 
     def __init__(self, weight: Tensor, columns: int, chunks: int) -> None:
-        """``columns`` rows of the weight take part, the others get zero; so do all where there are no ``chunks``."""
+        """``columns`` rows of the weight take part, the others get zero; without ``chunks`` all do."""
         few = CHUNKS_IN_OWN_DTYPE if kernels_serve(weight) else 1
         dtype = weight.dtype if chunks <= few else torch.promote_types(weight.dtype, torch.float32)
         self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
@@ -48,7 +48,7 @@ class WeightGradient:
 
 
 def scale_in_place(values: Tensor, factor: Tensor) -> Tensor:
-    """values *= factor. On a GPU a factor of 1, the usual one, costs nothing and is never waited for."""
+    """values *= factor. On a GPU a factor of 1, the usual one, costs nothing, and the device is never waited for."""
     if kernels_serve(values):
         from .kernels import scale_
 

@@ -44,7 +44,7 @@ class StudentPass:
         scores: Sequence[TeacherScores | None],
         reference: Sequence[Tensor | None],
     ) -> MetricSums:
-        """Gradients into DDP's buffers; returns this rank's sums (empty but on the last stage with tensor rank 0).
+        """Gradients into DDP's buffers; returns this rank's sums (empty except on the last stage's tensor rank 0).
 
         ``batches`` are the same number on every rank. Waits for the device once, at the end.
         """
@@ -92,7 +92,7 @@ class StudentPass:
             _add_metrics(sums, tokens, teacher, result)
             if self.keep_tokens:
                 sums.keep(batch, result.per_token)
-        # The schedule divides what it is given in place; the count is unused, see student.data_parallel.
+        # The schedule divides what it is given in place; the count is unused, see gpt.ddp.data_parallel.
         return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}
 
 

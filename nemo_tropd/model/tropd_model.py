@@ -161,7 +161,7 @@ class MegatronTrOPDModel(ModelPT):
         return hf_stream(self.student, self.shape, self.topology)
 
     def device_stream(self) -> Iterator[tuple[str, Tensor]]:
-        """The student's weights where they lie, on every rank, for an engine in this process (see convert)."""
+        """The student's weights, left on their device, on every rank, for an engine in this process (see convert)."""
         return device_stream(self.student, self.shape, self.topology)
 
     def prepare_for_inference(self) -> None:

@@ -1,1 +1,1 @@
-"""Process groups, devices, and what megatron-core needs where there is no CUDA."""
+"""Process groups, devices, and what megatron-core needs without CUDA."""

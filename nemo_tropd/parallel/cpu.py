@@ -1,4 +1,4 @@
-"""What megatron-core hard-codes for CUDA, replaced where CUDA is absent.
+"""What megatron-core hard-codes for CUDA, replaced if there is no CUDA.
 
 Each function below is one shim; its docstring names the place that needs it (megatron-core 0.16.1 unless said
 otherwise). None is installed on a machine with CUDA, except the repair of a defect that is independent of the device.
@@ -36,7 +36,7 @@ def enable_cpu_megatron() -> None:
 def native_torch() -> Iterator[None]:
     """Leave the torch function mode of ``enable_cpu_megatron`` for the duration, e.g. while an engine is built.
 
-    Raises RuntimeError where another torch function mode was entered after it, since modes leave in order only.
+    Raises RuntimeError if another torch function mode was entered after it, since modes can only be left in order.
     """
     if _cuda_literal is None:
         yield
@@ -127,7 +127,7 @@ def type_names_for_megatron() -> None:
 
 
 class _Stream:
-    """A CUDA stream's methods where every operation has ended when its call returns."""
+    """A CUDA stream's methods for a device on which every operation is complete when its call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 

@@ -63,7 +63,7 @@ class MetricSums:
         return total
 
     def mean(self, name: str, count: float) -> float:
-        """``sums[name] / count``; NaN where nothing was counted."""
+        """``sums[name] / count``; NaN if ``count`` is 0."""
         return self.sums[name] / count if count and name in self.sums else math.nan
 
 

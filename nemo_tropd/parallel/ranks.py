@@ -1,7 +1,7 @@
-"""The arithmetic of ranks: who stands where, which ranks form a group, who scores what. Imports no torch.
+"""The arithmetic of ranks: their places, their groups, which teacher replica scores what. Imports no torch.
 
 Ranks are laid out tensor first, then data, pipeline last, as Megatron does by default. A teacher may have a tensor-
-parallel degree of its own; it then has no pipeline: every rank holds a shard of the whole teacher, and the replicas of
+parallel degree of its own; it then has no pipeline: every rank has a shard of the complete teacher, and the replicas of
 the teacher that see the same micro-batches share them.
 """
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Degrees of a run. ``teacher_tensor`` is None where the teacher is split exactly as the student is.
+    """Degrees of a run. ``teacher_tensor`` is None if the teacher is split exactly as the student is.
 
-    Raises ValueError, naming the numbers, where the degrees do not fit together.
+    Raises ValueError, with the numbers, if the degrees do not fit together.
     """
 
     world_size: int
@@ -70,11 +70,9 @@ class RankLayout:
         return tuple(range(first, first + self.tensor))
 
     def model_group(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold one student and see the same rollouts: tensor x pipeline, ascending."""
+        """The ranks that have one student and see the same rollouts: tensor x pipeline, ascending."""
         _, data, _ = self.place(rank)
         return tuple(self.rank(t, data, p) for p in range(self.pipeline) for t in range(self.tensor))
-
-    # ---------------------------------------------------------------------------------- a teacher of its own degree
 
     @property
     def teacher_degree(self) -> int:
@@ -88,13 +86,13 @@ class RankLayout:
 
     @property
     def replicas(self) -> int:
-        """Teacher replicas that share the same micro-batches; 1 where the teacher is split as the student is."""
+        """Teacher replicas that share the same micro-batches; 1 if the teacher is split as the student is."""
         if self.teacher_tensor is None:
             return 1
         return self.pipeline * max(1, self.tensor // self.teacher_tensor)
 
     def teacher_groups(self) -> Iterator[tuple[int, ...]]:
-        """Every group of ranks that holds one teacher of its own degree; consecutive, within a pipeline stage."""
+        """Every group of ranks that has one teacher of its own degree; consecutive, within a pipeline stage."""
         for first in range(0, self.world_size, self.teacher_degree):
             yield tuple(range(first, first + self.teacher_degree))
 

@@ -1,10 +1,9 @@
-"""Names the ranks that do not answer when a collective fails or takes too long.
+"""Heartbeats of all ranks: names the ranks that do not respond when a collective fails or times out.
 
-torch says that a connection was closed or that time ran out, and on which operation, but not which rank is missing. So
-every rank counts up under a key of its own in a store, from a thread, through a connection of its own. When a
-collective fails, the ranks whose count stands still are the ones that do not answer; where the store itself does not
-answer, they are the ranks of the store's host. A rank that gives up says so under its key, and the others do not blame
-it.
+torch reports that a connection was closed or that an operation timed out, but not which rank is missing. So every rank
+increments a counter under a key of its own in a store, from a thread, over a connection of its own. When a collective
+fails, the ranks whose counter has stopped are the ones that do not respond; if the store itself does not respond, they
+are the ranks of its host. A rank that gives up records that under its key, and the others do not report it as lost.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore")
 
 
 class PeerLost(RuntimeError):
-    """Ranks did not answer: says which, on which hosts, for how long, and what is left of the run."""
+    """Ranks did not respond: names them, their hosts, the time limit, and how to resume the run."""
 
 
 @dataclass(frozen=True)
@@ -49,30 +48,30 @@ class Member:
 
 
 def answer_time_s(timeout_s: float) -> float:
-    """Seconds of ``timeout_s`` that are kept for finding out who does not answer."""
+    """Seconds of ``timeout_s`` reserved for finding out which ranks do not respond."""
     return min(15.0, timeout_s / 4)
 
 
 def collective_timeout_s(timeout_s: float) -> float:
-    """What a collective may take, so that the missing ranks are named within ``timeout_s``."""
+    """Seconds that a collective may take, so that the missing ranks are named within ``timeout_s``."""
     return timeout_s - answer_time_s(timeout_s)
 
 
 class RollCall:
-    """This rank's sign of life, and its view of the others'. Start it collectively, on every rank."""
+    """This rank's heartbeat, and its view of the others'. Start it collectively, on every rank."""
 
     def __init__(self, members: Sequence[Member], rank: int, prefix: str, timeout_s: float) -> None:
         """``timeout_s``: trainer.distributed_timeout_s. The store is the one torchrun names in MASTER_ADDR."""
         self.members, self.rank, self.timeout_s = list(members), rank, timeout_s
-        # Two looks at the counts, a beat and a half apart, and one unanswered question fit in the answer time.
+        # Two reads of the counters, a beat and a half apart, and one unanswered request fit in the answer time.
         self.beat_s = answer_time_s(timeout_s) / 5
         self._keys = [f"{prefix}/{m.rank}" for m in self.members]
         self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         self._store = self._connect()
-        self._asking = self._connect()  # a client answers one question at a time, and the beat must not wait
+        self._asking = self._connect()  # a client handles one request at a time, and the heartbeat must not wait
         self._done = threading.Event()
         self._count = 0
-        # One rank a host, and where collectives do not raise, so that the store is not asked by all of them.
+        # One rank a host, and only with NCCL, whose collectives do not raise: not all ranks poll the store.
         self._watches = dist.get_backend() == "nccl" and os.environ.get("LOCAL_RANK", "0") == "0"
         self._seen: dict[int, tuple[str, float]] = {}
         self._told: set[int] = set()
@@ -81,7 +80,7 @@ class RollCall:
 
     @classmethod
     def start(cls, topology: Topology, timeout_s: float) -> RollCall | None:
-        """Collective. None where there is nobody else to miss."""
+        """Collective. None if this is the only rank."""
         if topology.world_size == 1 or "MASTER_ADDR" not in os.environ:
             return None
         address = os.environ["MASTER_ADDR"]
@@ -96,7 +95,7 @@ class RollCall:
         self._done.set()
 
     def find(self) -> PeerLost:
-        """Look who answers; takes at most ``answer_time_s``. Marks this rank as gone."""
+        """Find out which ranks respond, within ``answer_time_s``, and mark this rank as gone."""
         first = self._ask(self._counts)
         if isinstance(first, list):
             time.sleep(1.5 * self.beat_s)
@@ -106,7 +105,7 @@ class RollCall:
             others = [m for m in self.members if m.rank != self.rank]
             reasons = {m.rank: second[m.rank][len(_LEFT) :] for m in others if second[m.rank].startswith(_LEFT)}
             silent = [m for m in others if m.rank not in reasons and second[m.rank] == first[m.rank]]
-            how = f"no sign of life in {1.5 * self.beat_s:.1f} s"
+            how = f"no heartbeat in {1.5 * self.beat_s:.1f} s"
         else:
             silent = self._lost_with_store(refused=isinstance(second, RuntimeError))
             how = f"nor does the store at {self._address[0]}:{self._address[1]}"
@@ -117,7 +116,8 @@ class RollCall:
         return PeerLost(text)
 
     def _lost_with_store(self, *, refused: bool) -> list[Member]:
-        """Whom a store that does not answer takes along: its host, or where that refuses, the rank that kept it."""
+        """The ranks lost with a store that does not respond: its host's, or if that refuses connections, the rank that
+        served it."""
         hosts = [m for m in self.members if m.hosts_store and m.rank != self.rank]
         kept_by_rank = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") != "True"
         if refused and kept_by_rank and self.rank != 0:
@@ -129,18 +129,18 @@ class RollCall:
         here = f"rank {own.rank} on {own.host}"
         blamed = sorted({int(r) for text in reasons.values() for r in re.findall(r"\d+", text)} - {self.rank})
         if silent:
-            what = f"{_ranks(silent)} did not answer ({how})"
+            what = f"{_ranks(silent)} did not respond ({how})"
         elif blamed:
             missing = [m for m in self.members if m.rank in blamed]
-            what = f"{_ranks(missing)} did not answer, as ranks {', '.join(map(str, sorted(reasons)))} found before"
+            what = f"{_ranks(missing)} did not respond, as ranks {', '.join(map(str, sorted(reasons)))} found earlier"
         elif reasons:
             what = f"ranks {', '.join(map(str, sorted(reasons)))} gave up first; their own messages say why"
         else:
-            what = "a collective failed, yet every rank still gives signs of life: one of them is too slow"
+            what = "a collective failed, but all ranks still send heartbeats: one of them is too slow"
         return (
-            f"{here}: {what}. A collective may take trainer.distributed_timeout_s = {self.timeout_s:g} s. Whole "
-            f"checkpoints are kept: the same command goes on from the last one; look at the named hosts' own output, "
-            f"their network (trainer.rendezvous, GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and memory"
+            f"{here}: {what}. The limit is trainer.distributed_timeout_s = {self.timeout_s:g} s. Complete checkpoints "
+            f"are kept: rerun the same command to resume from the last one. Check the output of the named hosts, their "
+            f"network (trainer.rendezvous, GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and memory"
         )
 
     def _beat(self) -> None:
@@ -151,11 +151,11 @@ class RollCall:
                 if self._watches:
                     self._watch(self._counts(self._store))
             except RuntimeError:
-                pass  # find() says what it means
+                pass  # find() reports what it means
             self._done.wait(self.beat_s)
 
     def _watch(self, counts: list[str]) -> None:
-        """Say who is silent before NCCL's watchdog ends this process, which it does without raising anything here."""
+        """Report silent ranks before NCCL's watchdog kills this process, which raises nothing here."""
         now = time.monotonic()
         for m, count in zip(self.members, counts, strict=True):
             if self._seen.get(m.rank, ("", 0.0))[0] != count:
@@ -164,16 +164,16 @@ class RollCall:
         silent = [m for m in self.members if now - self._seen[m.rank][1] > limit and m.rank not in self._told]
         if silent:
             self._told.update(m.rank for m in silent)
-            print(self._describe(silent, {}, f"no sign of life in {limit:.0f} s"), file=sys.stderr, flush=True)
+            print(self._describe(silent, {}, f"no heartbeat in {limit:.0f} s"), file=sys.stderr, flush=True)
 
     def _counts(self, store: dist.Store) -> list[str]:
         if store.check(self._keys):
             return [value.decode() for value in store.multi_get(self._keys)]
-        # multi_get would wait for a rank that never wrote.
+        # multi_get would wait for a rank that has not set its key yet.
         return [store.get(k).decode() if store.check([k]) else "" for k in self._keys]
 
     def _ask(self, question: Callable[[dist.Store], T]) -> T | RuntimeError | None:
-        """The answer, the store's error, or None where nothing comes in a beat, as behind a cut link."""
+        """The answer, the store's error, or None if nothing comes within a beat, as behind a cut link."""
         box: list[T | RuntimeError] = []
 
         def ask() -> None:
@@ -198,7 +198,7 @@ def named_peers(topology: Topology, timeout_s: float) -> Iterator[None]:
     """Collective failures inside become PeerLost, printed by each rank that saw one.
 
     ``timeout_s``: trainer.distributed_timeout_s; the topology's groups have ``collective_timeout_s`` of it. After
-    PeerLost the groups are broken, no collective must be called again, and SIGTERM is ignored: the process is to end.
+    PeerLost the groups are broken, no collective may be called again, and SIGTERM is ignored: the process must exit.
     """
     call = RollCall.start(topology, timeout_s)
     try:
@@ -206,13 +206,13 @@ def named_peers(topology: Topology, timeout_s: float) -> Iterator[None]:
     except BaseException as error:
         if call is None or not failed_collective(error):
             raise
-        # torchrun ends a host's other ranks as soon as the first has left; each is to say its word before.
+        # torchrun kills a host's other ranks as soon as the first has exited; each should print its message before.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = call.find()
         print(f"PeerLost: {lost}", file=sys.stderr, flush=True)
         if topology.is_leader:
-            time.sleep(answer_time_s(timeout_s))  # its process keeps the store that the others ask
+            time.sleep(answer_time_s(timeout_s))  # its process serves the store that the others read
         raise lost from error
     finally:
         if call is not None:
@@ -220,14 +220,14 @@ def named_peers(topology: Topology, timeout_s: float) -> Iterator[None]:
 
 
 def failed_collective(error: BaseException) -> bool:
-    """Whether ``error``, or what it came from, is a failed collective."""
+    """Whether ``error``, or an exception in its chain, is a failed collective."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, dist.DistError):
             return True
-        # torch's CheckpointException carries the ranks' own errors as text, and is no Exception.
-        told = isinstance(seen, RuntimeError) or type(seen).__name__ == "CheckpointException"
-        if told and _COLLECTIVE.search(str(seen)):
+        # torch's CheckpointException has the ranks' own errors as text, and is not an Exception.
+        carries_text = isinstance(seen, RuntimeError) or type(seen).__name__ == "CheckpointException"
+        if carries_text and _COLLECTIVE.search(str(seen)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
@@ -243,7 +243,7 @@ def _ranks(members: Sequence[Member]) -> str:
 
 
 def _host_name() -> str:
-    """Name and the address the others use, since names repeat on badly named nodes."""
+    """Host name, and the address that the others use, since host names are not always unique."""
     interface = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME")
     addresses = psutil.net_if_addrs().get(interface or "", [])
     address = next((a.address for a in addresses if a.family == socket.AF_INET), None)

@@ -1,4 +1,4 @@
-"""Where this process stands: ranks, groups and device, the same on CPU with gloo and on GPUs with NCCL."""
+"""This process's place in the parallel layout: ranks, groups and device, on CPU with gloo and on GPUs with NCCL."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ class Topology:
     sequence_parallel: bool
     owns_process_group: bool
     ranks: RankLayout
-    model_group: ProcessGroup  # tensor x pipeline: the ranks that hold one student and see the same rollouts
-    teacher_group: ProcessGroup  # the ranks that hold one teacher among them
-    teacher_control_group: (
-        ProcessGroup | None
-    )  # the same ranks on gloo, where a teacher sees several data ranks' rollouts
+    model_group: ProcessGroup  # tensor x pipeline: the ranks that have one student and see the same rollouts
+    teacher_group: ProcessGroup  # the ranks that have one teacher among them
+    # The same ranks on gloo, if a teacher sees several data ranks' rollouts.
+    teacher_control_group: ProcessGroup | None
     from_megatron: bool = True  # False: a teacher's own groups, which Megatron's global state does not know
 
     @property
@@ -67,12 +66,12 @@ class Topology:
         seed: int = 0,
         teacher_tensor_parallel: int | None = None,
     ) -> Topology:
-        """Join the world torchrun describes (RANK, WORLD_SIZE, ...), or be a world of one without it.
+        """Join the world that torchrun describes (RANK, WORLD_SIZE, ...), or be a world of one without it.
 
         A default process group that is already up is used as it is. ``sequence_parallel`` is off at tensor parallel 1,
-        where it would mean nothing. ``teacher_tensor_parallel`` is the teacher's own degree (None: split as the student
+        which has nothing to split. ``teacher_tensor_parallel`` is the teacher's own degree (None: split as the student
         is, pipeline included), see :meth:`for_teacher`. Sets the device, Megatron's groups and its random number
-        tracker. Raises ValueError before anything is started where the degrees do not go together.
+        tracker. Raises ValueError before anything is started if the degrees do not fit together.
         """
         started = dist.is_initialized()
         world_size = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
@@ -95,7 +94,7 @@ class Topology:
             distributed_timeout_minutes=timeout_s / 60,  # a timedelta takes fractions; Megatron only hands it on
         )
         teacher_group, teacher_control = _teacher_groups(ranks, state.get_tensor_model_parallel_group(), timeout)
-        # The tracker is forked by attention even where every dropout is zero.
+        # Attention forks the tracker even if every dropout is zero.
         model_parallel_cuda_manual_seed(seed)
         return cls(
             rank=dist.get_rank(),
@@ -120,7 +119,7 @@ class Topology:
         )
 
     def for_teacher(self) -> Topology:
-        """The topology of the teacher's model: this one, or where it has a degree of its own, one of its own group.
+        """The topology of the teacher's model: this one, or one of its own group if it has a degree of its own.
 
         Such a teacher has no pipeline and no sequence parallelism (without gradients, that would save little), and its
         replicas know nothing of each other.
@@ -163,7 +162,7 @@ class Topology:
         return everyone
 
     def any_rank(self, flag: bool) -> bool:
-        """True where any rank says so. All ranks call it."""
+        """True if ``flag`` is True on any rank. All ranks call it."""
         if self.world_size == 1:
             return bool(flag)
         votes = torch.tensor([int(flag)])
@@ -171,7 +170,7 @@ class Topology:
         return bool(votes.item())
 
     def synchronize(self) -> None:
-        """Wait until this rank's device has done all it was given; a CPU always has."""
+        """Wait until this rank's device has finished all queued work; a CPU always has."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -181,7 +180,7 @@ class Topology:
             dist.barrier(group=self.control_group)
 
     def stop(self) -> None:
-        """Take Megatron's groups down, and the default process group where ``start`` made it."""
+        """Destroy Megatron's groups, and the default process group if ``start`` made it."""
         from megatron.core import parallel_state as state
 
         self.barrier()
@@ -193,7 +192,7 @@ class Topology:
 def _teacher_groups(
     ranks: RankLayout, tensor_group: ProcessGroup, timeout: datetime.timedelta
 ) -> tuple[ProcessGroup, ProcessGroup | None]:
-    """This rank's teacher group, and its gloo twin where data ranks show each other their rollouts (collective)."""
+    """This rank's teacher group, and its gloo twin if data ranks show each other their rollouts (collective)."""
     if ranks.teacher_tensor is None:
         return tensor_group, None
     rank, on_gloo = dist.get_rank(), dist.get_backend() == "gloo"

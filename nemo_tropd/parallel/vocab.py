@@ -1,6 +1,6 @@
 """Log-probabilities and top-k of logits whose vocabulary is split over tensor-parallel ranks.
 
-The vocabulary contract: rank r of a group of size P holds columns ``r * V_local .. (r + 1) * V_local - 1``; columns at
+The vocabulary contract: rank r of a group of size P has columns ``r * V_local .. (r + 1) * V_local - 1``; columns at
 and past the true ``vocab_size`` are padding and never enter a maximum, a top-k or a sum. ``group=None`` is one rank.
 Needs torch alone.
 """
@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 # Rows are upcast a block at a time, so that no fp32 copy of all the logits ever exists.
 _BLOCK_BYTES = 64 << 20
-# Columns per block of the two-step top-k: the k blocks with the largest maxima hold the k largest values.
+# Columns per block of the two-step top-k: the k blocks with the largest maxima contain the k largest values.
 _TOP_K_BLOCK = 64
 
 
@@ -27,13 +27,13 @@ class NonFiniteLogits(ValueError):
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The true columns ``start .. start + width - 1`` held by this rank; ``group`` is None for a group of one."""
+    """The true columns ``start .. start + width - 1`` of this rank; ``group`` is None for a group of one."""
 
     start: int
     width: int
     vocab_size: int
     group: ProcessGroup | None
-    columns: int  # held in all, padding included: the same on every rank
+    columns: int  # of the shard, padding included: the same on every rank
 
     @classmethod
     def of(cls, columns: int, group: ProcessGroup | None, vocab_size: int | None) -> VocabShard:
@@ -42,7 +42,7 @@ class VocabShard:
         total = columns * size
         true = total if vocab_size is None else vocab_size
         if not 0 < true <= total:
-            raise ValueError(f"vocab_size is {true}, but {size} rank(s) of {columns} columns hold {total}")
+            raise ValueError(f"vocab_size is {true}, but {size} rank(s) of {columns} columns have {total}")
         start = min(rank * columns, true)
         return cls(start, max(0, min(true - rank * columns, columns)), true, group if size > 1 else None, columns)
 
@@ -57,7 +57,7 @@ class VocabShard:
         return torch.where(owned, local, 0), owned
 
     def reduce(self, tensor: Tensor, op: Any) -> Tensor:
-        """All-reduce in place over the group; the tensor itself where there is no group."""
+        """All-reduce in place over the group; the tensor itself without a group."""
         if self.group is not None:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
@@ -265,7 +265,7 @@ def merge_top_k(
         out=torch.empty(values.size(0), 2 * k + columns.size(1), dtype=dtype, device=values.device),
     )
     gathered = shard.gather(packed)
-    # Ranks hold ascending ids and each rank's equals come in order: a stable sort puts the lower id first.
+    # Ranks have ascending ids and each rank's equals come in order: a stable sort puts the lower id first.
     merged = gathered[:, :, :k].permute(1, 0, 2).flatten(1).sort(dim=-1, descending=True, stable=True)
     ids = gathered[:, :, k : 2 * k].permute(1, 0, 2).flatten(1).gather(1, merged.indices[:, :k]).long()
     return merged.values[:, :k].to(values.dtype), ids, gathered[:, :, 2 * k :].to(columns.dtype)

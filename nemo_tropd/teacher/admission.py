@@ -1,4 +1,5 @@
-"""The check that admits an FP8 teacher: the same teacher in bf16, the same tokens, before the first step."""
+"""The check that admits an FP8 teacher: it is compared with itself in bf16, on the same tokens, before the first
+step."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.teacher.scorer import TeacherScorer
 
 TOP_K = 64
-# (batches, the bf16 teacher's scores of them) -> the student's scores beside them; None but on the last stage
+# (batches, the bf16 teacher's scores of them) -> the student's scores beside them; None except on the last stage
 StudentScores = Callable[[Sequence[TokenBatch], Sequence[TeacherScores | None]], Sequence[TokenScores | None]]
 
 
@@ -31,18 +32,18 @@ class Admission:
     ratio_error: float  # |R of FP8 - R of bf16|, R = log pi_T(x) - log pi_S(x)
 
     def line(self) -> str:
-        """One line for a person."""
+        """One human-readable line."""
         return (
             f"FP8 teacher ({self.recipe}) against bf16 on {self.tokens} tokens: top-{TOP_K} KL {self.top_k_kl:.4f} "
             f"nats, gate flips {self.gate_flips:.2%}, error of R {self.ratio_error:.4f} nats"
         )
 
     def check(self, bounds: AdmissionConfig, first_last_bf16: int = 0) -> None:
-        """Raise ConfigError, naming every bound that is passed and the values, unless all are kept.
+        """Raise ConfigError, with every exceeded bound and its value, unless all are satisfied.
 
-        A figure that is not finite passes every bound.
+        A non-finite value counts as exceeding every bound.
         """
-        passed = [
+        exceeded = [
             f"{label} {value:.4g} is above model.teacher.admission.{key} = {bound:g}"
             for key, label, value, bound in (
                 ("top_k_kl", f"top-{TOP_K} KL", self.top_k_kl, bounds.top_k_kl),
@@ -51,11 +52,11 @@ class Admission:
             )
             if not value <= bound
         ]
-        if passed:
+        if exceeded:
             raise ConfigError(
                 "model.teacher.fp8",
                 self.recipe,
-                f"on {self.tokens} tokens the FP8 teacher is too far from bf16: {'; '.join(passed)}. Run the teacher "
+                f"on {self.tokens} tokens the FP8 teacher is too far from bf16: {'; '.join(exceeded)}. Run the teacher "
                 f"in bf16 (model.teacher.fp8=null), keep the first and last layers in bf16 "
                 f"(model.teacher.fp8_first_last_bf16={first_last_bf16 + 1}), or raise the bound",
             )
@@ -111,7 +112,7 @@ def admit(
     chunk_tokens: int | None = None,
     counts: bool = True,
 ) -> tuple[TeacherScorer, Admission]:
-    """The FP8 teacher and its figures, where they keep ``bounds``; ConfigError where not (collective).
+    """The FP8 teacher and its figures if they satisfy ``bounds``, else ConfigError (collective).
 
     The bf16 teacher is built first, its scores kept and itself freed, then the FP8 teacher is built: the two are never
     in memory together. ``batches`` are the same on every data-parallel rank; ``counts`` is False on ranks that only

@@ -1,7 +1,7 @@
-"""Transformer Engine's FP8 for a frozen teacher: recipes, who can run them, and the shapes they need.
+"""Transformer Engine's FP8 for a frozen teacher: recipes, the hardware that has them, and the shapes they need.
 
-How FP8 works here: a linear layer's weight and input are each divided by a scale, so that their largest value meets the
-largest of e4m3 (448), and cast to 8 bits; the product is accumulated in fp32 and multiplied by both scales. A recipe
+How FP8 works here: a linear layer's weight and input are each divided by a scale, so that their largest value becomes
+448, the largest of e4m3, and cast to 8 bits; the product is accumulated in fp32 and multiplied by both scales. A recipe
 says which values share a scale: ``tensorwise`` all of a tensor, ``blockwise`` 1 x 128 of an input and 128 x 128 of a
 weight, ``mxfp8`` 32 in a row. Scales come from the very tensor they serve ("current" scaling). Delayed scaling takes
 them from earlier passes and updates its history in backward passes, which a teacher never has, so it is refused.
@@ -74,7 +74,7 @@ class Fp8Settings:
         }
 
     def check_shape(self, shape: ModelShape, tensor_parallel: int, pipeline_parallel: int) -> None:
-        """Raise ConfigError where the architecture's shards have no FP8 product."""
+        """Raise ConfigError if the architecture's shards have no FP8 product."""
         sizes = {
             "hidden size": shape.hidden,
             "attention columns of a rank": shape.size("q") // tensor_parallel,
@@ -86,7 +86,7 @@ class Fp8Settings:
                 raise ConfigError(
                     "model.teacher.fp8",
                     self.recipe,
-                    f"the teacher's {what}, {size}, is no multiple of {self.multiple}, which FP8 products need; "
+                    f"the teacher's {what}, {size}, is not a multiple of {self.multiple}, as FP8 products require; "
                     "choose another tensor-parallel degree, or fp8=null",
                 )
         most = shape.layers // pipeline_parallel
@@ -94,15 +94,15 @@ class Fp8Settings:
             raise ConfigError(
                 "model.teacher.fp8_first_last_bf16",
                 self.first_last_bf16,
-                f"a pipeline stage of the teacher holds {most} of its {shape.layers} layers; choose at most {most}, "
+                f"a pipeline stage of the teacher has {most} of its {shape.layers} layers; choose at most {most}, "
                 "or fp8=null",
             )
 
 
 def check_hardware(recipe: str, capability: tuple[int, int] | None = None) -> None:
-    """Raise ConfigError unless the machine can run ``recipe``: Transformer Engine says so on a machine with a GPU.
+    """Raise ConfigError unless the machine can run ``recipe``; on a machine with a GPU, Transformer Engine decides.
 
-    ``capability``, (major, minor) of a CUDA compute capability, answers for a GPU that is not here.
+    ``capability``, (major, minor) of a CUDA compute capability, stands for a GPU that is not in this machine.
     """
     reason = _missing_for(recipe, capability) if capability is not None else _missing_here(recipe)
     if reason:
@@ -128,12 +128,12 @@ def _missing_here(recipe: str) -> str:
         import transformer_engine.pytorch as te
     except ImportError as error:
         return f"Transformer Engine cannot be imported ({error})"
-    asked = {
+    checks = {
         "tensorwise": te.is_fp8_available,
         "blockwise": te.is_fp8_block_scaling_available,
         "mxfp8": te.is_mxfp8_available,
     }
-    served, reason = asked[recipe](return_reason=True)
+    served, reason = checks[recipe](return_reason=True)
     return "" if served else str(reason)
 
 
@@ -147,9 +147,9 @@ def padded_width(rows: int, width: int, multiple: int, shards: int) -> int:
 
 
 def pad_tokens(batch: TokenBatch, multiple: int, topology: Topology) -> TokenBatch:
-    """The batch widened at its right end until FP8 takes its tokens; the same object where it fits already.
+    """The batch widened at its right end until FP8 takes its tokens; the same object if it fits already.
 
-    What is added enters no loss, so ``loss_tokens`` names the same tokens in the same order, and no real token attends
+    What is added enters no loss, so ``loss_tokens`` gives the same tokens in the same order, and no real token attends
     to it: in a padded batch it lies behind them under a causal mask, in a concatenated row it is a sequence of its own.
     """
     rows, width = batch.input_ids.shape

@@ -1,4 +1,4 @@
-"""A frozen model's weights in host memory while it has nothing to do."""
+"""Keeps a frozen model's weights in host memory while it is idle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class WeightHome:
 
     The bytes are moved, never the tensors: a weight keeps its identity, its views and its scales, and a quantized
     weight of Transformer Engine all buffers it is made of. The host's copy is made once and kept, since a frozen weight
-    never changes: leaving the device then costs nothing, and coming back one copy. Pinned where there is a GPU.
+    never changes: leaving the device then costs nothing, and coming back one copy. Pinned if there is a GPU.
 
     Args:
         model: its parameters and buffers must not be written to from here on.
@@ -29,7 +29,7 @@ class WeightHome:
         self.away = False
 
     def leave(self) -> None:
-        """Free the device's bytes. Nothing may run the model until ``come_back``. Does nothing where already away."""
+        """Free the device's bytes. The model must not run until ``come_back``. Does nothing if already away."""
         if self.away:
             return
         if not self._host:
@@ -41,12 +41,12 @@ class WeightHome:
             torch.cuda.empty_cache()  # an engine in this process takes its memory from the driver, not from torch
 
     def come_back(self) -> None:
-        """Bring the bytes back. Does nothing where they are here."""
+        """Bring the bytes back. Does nothing if they are on the device."""
         if not self.away:
             return
         for storage, copy in self._host:
             storage.resize_(copy.numel())
-            _bytes(storage).copy_(copy, non_blocking=True)  # in stream order: what runs next sees it whole
+            _bytes(storage).copy_(copy, non_blocking=True)  # in stream order: what runs next sees all of it
         self.away = False
 
     def _copied(self) -> list[tuple[torch.UntypedStorage, Tensor]]:
@@ -62,7 +62,7 @@ class WeightHome:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes that parameters and buffers occupy, each storage counted once."""
+    """Bytes of parameters and buffers, each storage counted once."""
     return sum(storage.nbytes() for storage in storages(model))
 
 

@@ -70,7 +70,7 @@ class TeacherScorer:
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """A phase in which the teacher is used: its weights come back before and leave after, where offload is on.
+        """A phase in which the teacher is used: with offload on, its weights come back before and leave after.
 
         ``score`` opens one of its own; open one around several calls, or around any use of ``head``.
         """
@@ -86,7 +86,7 @@ class TeacherScorer:
 
     @torch.no_grad()
     def hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:
-        """Hidden states [B, S, H] (sequence parallel: [B, S/TP, H]) of each batch; None but on the last stage.
+        """Hidden states [B, S, H] (sequence parallel: [B, S/TP, H]) of each batch; None except on the last stage.
 
         FP8's padding is removed again, for which sequence parallelism gathers and splits once more.
         """
@@ -115,7 +115,7 @@ class TeacherScorer:
     def score(
         self, batches: Sequence[TokenBatch], *, top_k: int, entropy: bool, chunk_tokens: int | None
     ) -> list[TeacherScores | None]:
-        """The teacher's scores of each batch's loss tokens; None but on the last pipeline stage."""
+        """The teacher's scores of each batch's loss tokens; None except on the last pipeline stage."""
 
         def reduce(hidden: Tensor, tokens: LossTokens, _: int) -> TeacherScores:
             return teacher_scores(
@@ -135,7 +135,7 @@ class TeacherScorer:
         self, batches: Sequence[TokenBatch], reference: Sequence[TeacherScores | None], *, chunk_tokens: int | None
     ) -> list[TokenScores | None]:
         """This model in the student's place beside ``reference``: its log-probabilities at the same tokens and at the
-        reference's top k. None but on the last pipeline stage."""
+        reference's top k. None except on the last pipeline stage."""
 
         def reduce(hidden: Tensor, tokens: LossTokens, index: int) -> TokenScores:
             other = reference[index]

@@ -1,9 +1,10 @@
-"""A teacher whose tensor-parallel degree is not the student's: who scores which micro-batch, and who gets the scores.
+"""A teacher whose tensor-parallel degree is not the student's: which rank scores which micro-batch, and who gets the
+scores.
 
-A smaller degree than the student's: the ranks that see the same rollouts hold several teacher replicas, which take the
+A smaller degree than the student's: the ranks that see the same rollouts have several teacher replicas, which take the
 micro-batches in turn and pass the scores on. A larger one: a teacher spans several data-parallel ranks, which show each
-other their micro-batches first. Token ids and scores travel, never hidden states or logits (validation aside, where the
-teacher's logits are gathered a chunk at a time). A teacher split as the student is scores for itself.
+other their micro-batches first. Token ids and scores travel, never hidden states or logits (except in validation, which
+gathers the teacher's logits a chunk at a time). A teacher split as the student is scores for itself.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class TeacherSharing:
         student_head: Tensor | None,
         layout: HeadLayout,
     ) -> list[dict[str, Tensor] | None]:
-        """``exact_divergences`` at each micro-batch's loss tokens; None but on the last stage (collective).
+        """``exact_divergences`` at each micro-batch's loss tokens; None except on the last stage (collective).
 
         ``student_hidden`` and ``student_head`` are as ``pipeline_forward`` and ``head_weight`` give them; ``layout`` is
         the student's.
@@ -119,7 +120,7 @@ class TeacherSharing:
         """The scores that ``replica`` made of ``batch``, on every rank of the model group. One broadcast."""
         tokens, fixed = batch.count_loss_tokens, 2 if entropy else 1
         device = self.topology.device
-        parcel = torch.empty(tokens, fixed + 2 * top_k, dtype=torch.int32, device=device)
+        packed = torch.empty(tokens, fixed + 2 * top_k, dtype=torch.int32, device=device)
         source = self.ranks.source(self.topology.rank, replica)
         if self.topology.rank == source:
             assert scores is not None
@@ -127,13 +128,13 @@ class TeacherSharing:
             if scores.entropy is not None:
                 columns.insert(1, scores.entropy[:, None])
             floats = torch.cat([c.float() for c in columns], 1).contiguous()
-            parcel.copy_(torch.cat([floats.view(torch.int32), scores.top_k_ids.to(torch.int32)], 1))
+            packed.copy_(torch.cat([floats.view(torch.int32), scores.top_k_ids.to(torch.int32)], 1))
         if tokens:
-            dist.broadcast(parcel, src=source, group=self.topology.model_group)
-        floats = parcel[:, : fixed + top_k].contiguous().view(torch.float32)
+            dist.broadcast(packed, src=source, group=self.topology.model_group)
+        floats = packed[:, : fixed + top_k].contiguous().view(torch.float32)
         return TeacherScores(
             log_probs=floats[:, 0].contiguous(),
             top_k_log_probs=floats[:, fixed:].contiguous(),
-            top_k_ids=parcel[:, fixed + top_k :].to(torch.int64),
+            top_k_ids=packed[:, fixed + top_k :].to(torch.int64),
             entropy=floats[:, 1].contiguous() if entropy else None,
         )

@@ -1,7 +1,7 @@
 """The process behind answers.py: reads [response, answer] as JSON lines, writes true, false or null.
 
-Null: the answer is no mathematical expression. Run as a script with a time limit (seconds a question) and a memory
-limit (bytes): past the first, the kernel ends the process with SIGALRM; past the second, the verdict is false.
+Null: the answer is not a mathematical expression. Run as a script with a time limit (seconds a question) and a memory
+limit (bytes): beyond the first, the kernel kills the process with SIGALRM; beyond the second, the verdict is false.
 """
 
 import json
@@ -16,7 +16,7 @@ _TARGETS = (LatexExtractionConfig(), ExprExtractionConfig())
 
 
 def judge(response: str, answer: str) -> bool | None:
-    """True, false, or None if ``answer`` holds no expression. math-verify's own time limits are off."""
+    """True, false, or None if ``answer`` has no expression. math-verify's own time limits are off."""
     gold = parse(answer, extraction_config=_TARGETS, parsing_timeout=None)
     if not gold:
         return None
@@ -30,7 +30,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; this process ends with its pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; this process exits with its pipe
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns at each call without a time limit
     for line in sys.stdin:
         response, answer = json.loads(line)

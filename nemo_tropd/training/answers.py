@@ -1,8 +1,8 @@
 """Exact match of a response with a known answer, by math-verify in a process of its own.
 
-Models write things like 9^9^9^9, and no signal stops Python once sympy has begun to work that out. So responses are
-judged in a child process with a time and a memory limit that the kernel keeps (answer_judge.py); it starts with the
-first question and ends with this process. That also lets any thread or rank ask, which math-verify's own time limits
+Models write things like 9^9^9^9, and no signal interrupts Python once sympy has begun to evaluate that. Responses are
+judged in a child process with a time and a memory limit that the kernel enforces (answer_judge.py); it starts with the
+first question and exits with this process. That also lets any thread or rank ask, which math-verify's own time limits
 (signal handlers) do not.
 """
 
@@ -22,7 +22,7 @@ _LONGEST_RESPONSE = 4000  # characters; a longer response is cut from its start,
 
 
 class AnswerError(RuntimeError):
-    """The judge could not be run, or the known answer is no mathematical expression."""
+    """The judge could not be run, or the known answer is not a mathematical expression."""
 
 
 def exact_match(response: str, answer: str) -> bool:
@@ -32,7 +32,7 @@ def exact_match(response: str, answer: str) -> bool:
     The response's answer is the last expression that math-verify finds in it, a boxed one first. A response with no
     expression in it is wrong, and so is one that cannot be judged within ``TIME_LIMIT_S`` and ``MEMORY_LIMIT_BYTES``.
 
-    Safe to call from any thread or process. Raises AnswerError when ``answer`` holds no expression, since no response
+    Safe to call from any thread or process. Raises AnswerError if ``answer`` has no expression, since no response
     could then be right, or when the judging process cannot run.
     """
     return _JUDGE.ask(response[-_LONGEST_RESPONSE:], answer.rpartition("####")[2])
@@ -60,7 +60,7 @@ class _Judge:
                 self._child = None
                 if code == -signal.SIGALRM:
                     return False
-                raise AnswerError(f"the process that judges answers ended with code {code}; its error output is above")
+                raise AnswerError(f"the process that judges answers exited with code {code}; its error output is above")
         verdict = json.loads(reply)
         if verdict is None:
             raise AnswerError(f"the known answer {answer!r} is not a number or a mathematical expression")

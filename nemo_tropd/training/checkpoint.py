@@ -1,10 +1,10 @@
-"""Checkpoints of a run: Megatron's distributed checkpoint, whole or not there at all.
+"""Checkpoints of a run: Megatron's distributed checkpoint, complete or absent.
 
     RUN/checkpoints/step_00000020/     Megatron's files: model (keys under ``model.``), optimizer, run state
     RUN/checkpoints/step_00000020/hf/  config.json, tokenizer and chat template: export needs nothing else
 
 A checkpoint is written under a temporary name and renamed when every rank has written its part, so a directory with a
-final name is whole. Temporary directories left by a killed run are removed at the next start.
+final name is complete. Temporary directories left by a killed run are removed at the next start.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class RunState:
-    """What a resumed run must agree with, beside weights and optimizer states.
+    """What a resumed run must agree with, besides weights and optimizer states.
 
     Draws, data order, schedule and prefix length are functions of ``step`` and the seed, so nothing else is state.
     """
@@ -63,21 +63,21 @@ class Checkpoints:
         self.dir = run_dir / "checkpoints"
         self.topology, self.hf_source, self.keep = topology, hf_source, keep
 
-    def whole(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
         if not self.dir.is_dir():
             return []
         return sorted(p for p in self.dir.iterdir() if p.is_dir() and _NAME.fullmatch(p.name))
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed run left half-written."""
+        """Remove incomplete checkpoints of a killed run."""
         if self.topology.is_leader and self.dir.is_dir():
             for path in self.dir.glob(".tmp-*"):
                 shutil.rmtree(path)
         self.topology.barrier()
 
     def save(self, model: GPTModel, optimizer: StudentOptimizer, state: RunState) -> Path:
-        """Write a checkpoint; on return it is whole and older ones beyond ``keep`` are gone.
+        """Write a checkpoint; on return it is complete and older ones beyond ``keep`` are removed.
 
         Raises:
             CheckpointError: no room, or a write failed; earlier checkpoints are untouched.
@@ -87,7 +87,7 @@ class Checkpoints:
             return final
         temporary = self.dir / f".tmp-{final.name}"
         self._check_room(model, optimizer)
-        self._on_leader(lambda: self._fresh(temporary), f"cannot write {temporary}")
+        self._on_rank_zero(lambda: self._fresh(temporary), f"cannot write {temporary}")
         try:
             sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
             content = {
@@ -100,15 +100,15 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:
             raise CheckpointError(
                 f"writing {temporary} failed on rank {self.topology.rank} ({_cause(error)}); "
-                f"earlier checkpoints are untouched. Free space or mend the file system, then run the same command"
+                f"earlier checkpoints are untouched. Free disk space or fix the file system, then rerun the command"
             ) from error
-        self._on_leader(lambda: self._finish(temporary, final), f"cannot finish {final}")
+        self._on_rank_zero(lambda: self._finish(temporary, final), f"cannot finish {final}")
         return final
 
     def _finish(self, temporary: Path, final: Path) -> None:
         write_hf_sidecar(temporary, self.hf_source)
         finish_folder(temporary, final)
-        for old in self.whole()[: -self.keep]:
+        for old in self.complete()[: -self.keep]:
             shutil.rmtree(old)
 
     def _fresh(self, path: Path) -> None:
@@ -116,7 +116,7 @@ class Checkpoints:
             shutil.rmtree(path)
         path.mkdir(parents=True)
 
-    def _on_leader(self, action: Callable[[], None], message: str) -> None:
+    def _on_rank_zero(self, action: Callable[[], None], message: str) -> None:
         """Run ``action`` on rank 0; an error there is raised on every rank."""
 
         def attempt() -> None:
@@ -131,7 +131,7 @@ class Checkpoints:
         local = sum(p.numel() * p.element_size() for p in model.parameters())
         # fp32 master weights and two Adam moments beside the weights: 12 bytes a parameter, sharded or saved once.
         local += 12 * sum(p.numel() for p in model.parameters())
-        # Every data-parallel rank holds the same weights, so ranks of one replica are counted.
+        # Every data-parallel rank has the same weights, so the ranks of one replica are counted.
         need = local * self.topology.tensor_size * self.topology.pipeline_size
 
         def check() -> None:
@@ -140,11 +140,11 @@ class Checkpoints:
             if free < need:
                 raise OSError(f"needs {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
 
-        self._on_leader(check, f"no room for a checkpoint in {self.dir}")
+        self._on_rank_zero(check, f"no room for a checkpoint in {self.dir}")
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint."""
-        found = self.whole()
+        """The newest complete checkpoint."""
+        found = self.complete()
         return found[-1] if found else None
 
     def load(self, path: Path, model: GPTModel, optimizer: StudentOptimizer) -> RunState:
@@ -166,19 +166,19 @@ class Checkpoints:
             return RunState(**loaded["run_state"])
         except (Exception, CheckpointException) as error:
             raise CheckpointError(
-                f"{path} cannot be loaded ({_cause(error)}); remove this directory to go on from the checkpoint "
-                f"before it, or set exp_manager.explicit_log_dir to start afresh elsewhere"
+                f"{path} cannot be loaded ({_cause(error)}); remove this directory to resume from the checkpoint "
+                f"before it, or set exp_manager.explicit_log_dir to start a new run"
             ) from error
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of an error, where torch puts the rank's own exception behind a traceback."""
+    """The last line of an error: torch puts the rank's own exception there, behind a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
 
 
 def check_resumable(saved: RunState, now: RunState) -> None:
-    """Refuse to go on with settings that would silently change draws or data order.
+    """Refuse to resume with settings that would silently change random draws or data order.
 
     Raises:
         ConfigError: names the setting, its value now, and the value of the checkpoint.

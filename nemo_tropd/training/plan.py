@@ -1,4 +1,4 @@
-"""The plan of a run: everything that can be known, and refused, before a model is built."""
+"""The plan of a run: everything that can be computed, and refused, before a model is built."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def make_plan(cfg: TropdConfig) -> Plan:
             raise ConfigError(
                 "model.encoder_seq_length",
                 cfg.model.encoder_seq_length,
-                f"the model of {key} knows only {shape.max_positions} positions",
+                f"exceeds max_position_embeddings = {shape.max_positions} of the model at {key}",
             )
     tokenizer, vocab_size = _shared_tokenizer(student_path, teacher_path, student, teacher)
     objective = build_objective(cfg)
     if cfg.model.tropd.top_k > vocab_size:
-        raise ConfigError("model.tropd.top_k", cfg.model.tropd.top_k, f"the vocabulary has {vocab_size} tokens")
+        raise ConfigError("model.tropd.top_k", cfg.model.tropd.top_k, f"the vocabulary has only {vocab_size} tokens")
     directory = run_dir(cfg)
     _check_run_dir(directory, cfg)
     prompts = load_prompts(
@@ -106,9 +106,9 @@ def make_plan(cfg: TropdConfig) -> Plan:
 
 
 def _check_answers(prompts: PromptSplit) -> None:
-    """Known answers of held-out prompts are expressions that can be judged; better now than at the first validation.
+    """Refuse known answers of held-out prompts that cannot be judged now, not at the first validation.
 
-    On the first rank alone: judging takes a process of its own.
+    On rank 0 alone: judging takes a process of its own.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -139,7 +139,7 @@ def build_objective(cfg: TropdConfig) -> Objective:
     except (ValueError, TypeError) as error:
         known = ""
         if "unknown objective" not in str(error):
-            known = f"; {t.objective} knows {', '.join(parameters(t.objective))}"
+            known = f"; parameters of {t.objective}: {', '.join(parameters(t.objective))}"
         raise ConfigError("model.tropd.objective", t.objective, f"{error}{known}") from error
 
 
@@ -159,7 +159,7 @@ def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
 def _shared_tokenizer(
     student_path: Path, teacher_path: Path, student: ModelShape, teacher: ModelShape
 ) -> tuple[Any, int]:
-    """The tokenizer both checkpoints carry, and its true size.
+    """The tokenizer that both checkpoints have, and its true size.
 
     Raises:
         ConfigError: they differ, or a model has fewer rows than the tokenizer has tokens.
@@ -185,7 +185,7 @@ def _shared_tokenizer(
 
 
 def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
-    """The run directory can be written, and resuming is wanted where it holds a run. Creates nothing that stays."""
+    """The run directory can be written, and if it has a run, resuming is allowed. Creates nothing."""
     parent = directory
     while not parent.exists():
         parent = parent.parent
@@ -194,12 +194,12 @@ def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
         raise ConfigError(key, str(directory), f"{parent} is a file, not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ConfigError(key, str(directory), f"{parent} cannot be written; choose another directory")
-    whole = list((directory / "checkpoints").glob("step_*")) if directory.is_dir() else []
-    if whole and not cfg.exp_manager.resume_if_exists:
+    complete = list((directory / "checkpoints").glob("step_*")) if directory.is_dir() else []
+    if complete and not cfg.exp_manager.resume_if_exists:
         raise ConfigError(
             "exp_manager.resume_if_exists",
             False,
-            f"{directory} holds {len(whole)} checkpoint(s) of an earlier run; set it to true to go on, or choose "
+            f"{directory} has {len(complete)} checkpoint(s) of an earlier run; set it to true to resume, or choose "
             f"another {key}",
         )
 
@@ -208,7 +208,7 @@ def machine_of(cfg: TropdConfig) -> Machine:
     """The GPU that ``trainer.gpu_memory_gib`` gives or this process has, else this host.
 
     Raises:
-        ConfigError: a GPU is given, this machine has none, and more than the plan is asked for.
+        ConfigError: a GPU is given, this machine has none, and check_only is off.
     """
     key, given = "trainer.gpu_memory_gib", cfg.trainer.gpu_memory_gib
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a bar with the step's phase and the time left, or a line a step in a log."""
+"""Progress of a run: a bar with the step's phase and the time left on a terminal, one line a step in a log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = (
 
 
 class RunProgress:
-    """Silent on every rank but the leader."""
+    """Silent on every rank except 0."""
 
     def __init__(self, *, enabled: bool, first: int, total: int) -> None:
         self.enabled, self.total = enabled, total

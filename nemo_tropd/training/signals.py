@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM finish the step, save and end the run; a second one, later, ends it at once."""
+"""Ctrl-C and SIGTERM finish the step, save a checkpoint and stop the run; a second one, later, stops it at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import time
 from types import FrameType
 
-# Launchers pass one Ctrl-C on more than once.
+# Launchers forward one Ctrl-C more than once.
 SAME_REQUEST_S = 3.0
 
 
@@ -22,12 +22,12 @@ class StopRequest:
         return self.signal is not None
 
     def install(self) -> None:
-        """Take SIGINT and SIGTERM over."""
+        """Handle SIGINT and SIGTERM."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._remember)
 
     def remove(self) -> None:
-        """Give the signals back."""
+        """Restore the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
@@ -36,5 +36,5 @@ class StopRequest:
         if self.signal is not None:
             if time.monotonic() - self._asked < SAME_REQUEST_S:
                 return
-            raise KeyboardInterrupt(f"second signal {signal.Signals(number).name}: ending without a checkpoint")
+            raise KeyboardInterrupt(f"second signal {signal.Signals(number).name}: stopping without a checkpoint")
         self.signal, self._asked = number, time.monotonic()

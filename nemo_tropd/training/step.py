@@ -3,12 +3,12 @@
 It and the trainer are the only callers of the model's life cycle, and own no model detail. What occupies the device's
 memory, in order:
 
-    refresh (end of the step before)   the engine's weights wake and are overwritten
-    rollout                            the engine's cache wakes; at the end of the phase the engine sleeps
+    refresh (end of the step before)   the engine's weights are restored and overwritten
+    rollout                            the engine's cache is restored; at the end of the phase the engine sleeps
     teacher                            an offloaded teacher comes back, scores, and leaves
     student, optimizer                 only activations, gradients and optimizer states
 
-The device is waited for at the end of a phase and nowhere else.
+The program waits for the device at the end of a phase and nowhere else.
 """
 
 from __future__ import annotations
@@ -111,19 +111,19 @@ def _train_metrics(
     sums: MetricSums, result: StepResult, rollouts: Sequence[Rollout], timer: PhaseTimer
 ) -> dict[str, float]:
     s = sums.sums
-    written = s.get("student_tokens", 0.0)
+    sampled = s.get("student_tokens", 0.0)
     seconds = timer.total()
     values = {
         "loss": s.get("loss", math.nan),
-        "trust_fraction": sums.mean("trust", written),
-        "log_ratio_mean": sums.mean("log_ratio", written),
+        "trust_fraction": sums.mean("trust", sampled),
+        "log_ratio_mean": sums.mean("log_ratio", sampled),
         "log_ratio_min": sums.minima.get("log_ratio", math.nan),
-        "outlier_forward_kl": sums.mean("outlier_forward_kl", written - s.get("trust", 0.0)),
-        "student_entropy": sums.mean("student_entropy", written),
+        "outlier_forward_kl": sums.mean("outlier_forward_kl", sampled - s.get("trust", 0.0)),
+        "student_entropy": sums.mean("student_entropy", sampled),
         "guided_fraction": sums.mean("guided_tokens", s.get("tokens", 0.0)),
-        "mismatch_mean_abs": sums.mean("mismatch", written),
+        "mismatch_mean_abs": sums.mean("mismatch", sampled),
         "mismatch_max_abs": -sums.minima["minus_mismatch"] if "minus_mismatch" in sums.minima else math.nan,
-        "importance_weight": sums.mean("importance_weight", written),
+        "importance_weight": sums.mean("importance_weight", sampled),
         "grad_norm": result.grad_norm,
         "applied": float(result.applied),
         "learning_rate": result.learning_rate,

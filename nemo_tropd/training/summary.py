@@ -1,4 +1,4 @@
-"""Before and after: summary.json for the report, and a table for the person who waited."""
+"""Before and after: summary.json for the report, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_summary(run_dir: Path, cfg: TropdConfig, outcome: Outcome) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the run used, where installed."""
+    """Versions of the installed packages that a run uses."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -33,7 +33,7 @@ def start(timeout_s: float) -> Any:
 
 
 def silent_peer(rank: int, world_size: int, missing: int, timeout_s: float) -> str:
-    """Rank ``missing`` gives no more signs of life and closes its connections; returns what the others say."""
+    """Rank ``missing`` sends no more heartbeats and closes its connections; returns what the others say."""
     topology = start(200)
     ones = torch.ones(3)
     call = RollCall.start(topology, timeout_s)
@@ -62,7 +62,7 @@ def test_the_missing_rank_is_named() -> None:
     for rank, text in enumerate(answers):
         if rank != missing:
             assert text.startswith(f"rank {rank} on "), text
-            assert f"rank {missing} on " in text and "did not answer" in text, text
+            assert f"rank {missing} on " in text and "did not respond" in text, text
             assert "trainer.distributed_timeout_s = 60 s" in text and "checkpoints are kept" in text
 
 

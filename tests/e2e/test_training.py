@@ -278,4 +278,4 @@ def test_engine_killed_in_the_middle_is_restarted_and_draws_the_same(
 def test_finished_run_is_not_run_again(tiny: TinyRun, straight: Path, engines, capsys) -> None:
     settings = {"trainer.tropd.max_steps": STEPS}
     assert train(compose_config(tiny.overrides(straight, **settings)), engines) is None
-    assert "raise trainer.tropd.max_steps to go on" in capsys.readouterr().out
+    assert "raise trainer.tropd.max_steps to continue it" in capsys.readouterr().out

@@ -107,7 +107,7 @@ def test_a_cut_link_is_named_by_both_ends_in_time_and_nothing_is_lost(pair: Pair
         text = pair.log(run_dir, host).read_text()
         address = pair.hosts[1 - host].address
         lines = [line for line in text.splitlines() if line.startswith("PeerLost: rank")]
-        return any(f"ranks {ranks} on " in line and f"({address}) did not answer" in line for line in lines)
+        return any(f"ranks {ranks} on " in line and f"({address}) did not respond" in line for line in lines)
 
     # Each end names the other's ranks by itself, in words that no launcher and no library has, and in a time that is
     # ours alone: gloo would wait for half an hour. How many seconds a busy machine adds to timeout_s is luck.

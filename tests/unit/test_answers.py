@@ -85,5 +85,5 @@ def test_threads_ask_at_once():
 def test_a_judge_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setattr(answers, "_JUDGE", answers._Judge())
     monkeypatch.setattr(answers, "MEMORY_LIMIT_BYTES", "nonsense")
-    with pytest.raises(AnswerError, match="ended with code 1"):
+    with pytest.raises(AnswerError, match="exited with code 1"):
         exact_match("19", "19")

@@ -108,13 +108,13 @@ def test_what_megatron_is_told() -> None:
 def test_shapes_that_fp8_cannot_multiply_are_refused(tmp_path: Path) -> None:
     shape = read_shape(make_tiny(tmp_path / "m", "llama", hidden=64, heads=4, kv_heads=2, layers=4, head_dim=16))
     Fp8Settings("tensorwise", first_last_bf16=2).check_shape(shape, 1, 2)
-    with pytest.raises(ConfigError, match=r"hidden size, 40, is no multiple of 16"):
+    with pytest.raises(ConfigError, match=r"hidden size, 40, is not a multiple of 16"):
         Fp8Settings("tensorwise").check_shape(replace(shape, hidden=40), 1, 1)
     with pytest.raises(ConfigError, match=r"feed-forward columns of a rank, 24, .* 16.*tensor-parallel degree"):
         Fp8Settings("blockwise").check_shape(replace(shape, ffn=48), 2, 1)
-    with pytest.raises(ConfigError, match="no multiple of 32"):
+    with pytest.raises(ConfigError, match="not a multiple of 32"):
         Fp8Settings("mxfp8").check_shape(replace(shape, ffn=48), 1, 1)
-    with pytest.raises(ConfigError, match=r"fp8_first_last_bf16 = 3: a pipeline stage of the teacher holds 2 of its 4"):
+    with pytest.raises(ConfigError, match=r"fp8_first_last_bf16 = 3: a pipeline stage of the teacher has 2 of its 4"):
         Fp8Settings("tensorwise", first_last_bf16=3).check_shape(shape, 1, 2)
 
 

@@ -144,5 +144,5 @@ def test_unwritable_run_directory(tiny: TinyRun, tmp_path: Path) -> None:
 
 def test_a_run_that_exists_is_not_overwritten(tiny: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"holds 1 checkpoint\(s\)"):
+    with pytest.raises(ConfigError, match=r"has 1 checkpoint\(s\)"):
         plan(tiny, tmp_path / "run", **{"exp_manager.resume_if_exists": False})
