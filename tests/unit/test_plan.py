@@ -91,12 +91,12 @@ def test_teacher_of_another_tokenizer(tiny: TinyRun, tmp_path: Path) -> None:
 
 
 def test_context_longer_than_the_model(tiny: TinyRun, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"encoder_seq_length = 100000.*positions"):
+    with pytest.raises(ConfigError, match=r"encoder_seq_length = 100000.*max_position_embeddings"):
         plan(tiny, tmp_path, **{"model.encoder_seq_length": 100000})
 
 
 def test_top_k_above_the_vocabulary(tiny: TinyRun, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"top_k = 500: the vocabulary has 131"):
+    with pytest.raises(ConfigError, match=r"top_k = 500: the vocabulary has only 131"):
         plan(tiny, tmp_path, **{"model.tropd.top_k": 500})
 
 
