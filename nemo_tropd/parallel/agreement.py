@@ -1,6 +1,6 @@
-"""Work that some ranks do and all must agree on: what one raises, expected or not, is raised on every rank.
+"""Work of some ranks whose outcome all must share: what one raises, expected or not, is raised on every rank.
 
-Otherwise the rank that failed leaves, and the others wait in their next collective until its timeout.
+Otherwise the rank that failed exits, and the others wait in their next collective until its timeout.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def on_rank_zero(
 ) -> T:
     """Collective: rank 0 does ``work``; every rank returns its result or raises its exception.
 
-    Rank 0 says every ``heartbeat_s`` seconds that it is still working, so that the work may take longer than the
+    Rank 0 reports every ``heartbeat_s`` seconds that it is still working, so that the work may take longer than the
     process group's timeout. Results must be picklable; an exception whose class is not of this package arrives as an
     ``unexpected`` that names it.
     """
@@ -108,7 +108,7 @@ def on_rank_zero(
 
 
 def on_every_rank(ranks: AllRanks, work: Callable[[], T], *, unexpected: type[Exception] = RankError) -> T:
-    """Collective: every rank does ``work`` and returns its own result; where any failed, all raise the exception of the
+    """Collective: every rank does ``work`` and returns its own result; if any failed, all raise the exception of the
     lowest of those ranks. Exceptions travel as in :func:`on_rank_zero`."""
     result: list[T] = []
     cause: BaseException | None = None
@@ -147,7 +147,7 @@ def on_stream(
 
 
 def portable(error: BaseException, unexpected: type[Exception]) -> BaseException:
-    """``error`` itself where it is of this package and survives pickling, else an ``unexpected`` that names it."""
+    """``error`` itself if it is of this package and survives pickling, else an ``unexpected`` that names it."""
     if type(error).__module__.partition(".")[0] == __name__.partition(".")[0]:
         try:
             copy = pickle.loads(pickle.dumps(error))
