@@ -69,8 +69,8 @@ def _prompts(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("prompts", what, "nemo_tropd/prompts.py", line, becomes, tests)
 
 
-def _vocab(what: str, line: str, becomes: str, *tests: str) -> Fault:
-    return Fault("vocabulary", what, "nemo_tropd/parallel/vocab.py", line, becomes, tests)
+def _vocab(what: str, line: str, becomes: str, *tests: str, slow: bool = False) -> Fault:
+    return Fault("vocabulary", what, "nemo_tropd/parallel/vocab.py", line, becomes, tests, slow)
 
 
 def _loss(file: str, what: str, line: str, becomes: str, *tests: str, slow: bool = False) -> Fault:
@@ -446,26 +446,26 @@ FAULTS: list[Fault] = [
     ),
     _packing(
         "ranks have different numbers of micro-batches",
-        "count = math.ceil(math.ceil(len(rollouts) / topology.data_size) / micro_batch_size)",
-        "count = math.ceil(len(own) / micro_batch_size)",
+        "count = math.ceil(math.ceil(len(rollouts) / topology.data_size) / size)",
+        "count = math.ceil(len(own) / size)",
         _PACKING + "test_every_rank_has_as_many_and_together_they_have_all",
     ),
     _packing(
         "a micro-batch forgets its step",
-        "lay_out(part, pad_id=pad_id, seed=seed, step=step, pad_to_multiple=multiple).to(topology.device)",
-        "lay_out(part, pad_id=pad_id, seed=seed, step=0, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=self.pad_id, seed=self.seed, step=0, pad_to_multiple=multiple).to(topology.device)",
         _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
     ),
     _packing(
         "a micro-batch forgets the run's seed",
-        "lay_out(part, pad_id=pad_id, seed=seed, step=step, pad_to_multiple=multiple).to(topology.device)",
-        "lay_out(part, pad_id=pad_id, seed=0, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=self.pad_id, seed=0, step=step, pad_to_multiple=multiple).to(topology.device)",
         _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
     ),
     _packing(
         "the padding id is 0 whatever was asked",
-        "lay_out(part, pad_id=pad_id, seed=seed, step=step, pad_to_multiple=multiple).to(topology.device)",
-        "lay_out(part, pad_id=0, seed=seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "lay_out(part, pad_id=0, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)",
         _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
     ),
     _packing(
@@ -623,9 +623,8 @@ FAULTS: list[Fault] = [
     ),
     _vocab(
         "log-probabilities over the top k alone",
-        "return TopK((values - log_z[:, None]).float().view(*shape, k), ids.view(*shape, k), "
-        "log_z.float().view(shape))",
-        "return TopK(values.log_softmax(-1).float().view(*shape, k), ids.view(*shape, k), log_z.float().view(shape))",
+        "top_k_log_probs=(values - top[:, None]) - log_sum[:, None],",
+        "top_k_log_probs=values.log_softmax(-1),",
         _VOCAB + "test_top_k",
     ),
     _vocab(
@@ -638,35 +637,32 @@ FAULTS: list[Fault] = [
     _loss(
         "chunks",
         "the sampled token overwrites its place in the top k",
-        "slope.scatter_add_(1, self.local, torch.where(self.owned, grad, 0.0))",
-        "slope.scatter_(1, self.local, torch.where(self.owned, grad, 0.0))",
+        "slope.scatter_add_(1, softmax.local, torch.where(softmax.owned, grad, 0.0))",
+        "slope.scatter_(1, softmax.local, torch.where(softmax.owned, grad, 0.0))",
         _EQUATIONS,
     ),
     _loss(
         "chunks",
         "the softmax's share of the gradient is left out",
-        "slope = self.exponentials.mul_((-grad.sum(-1) / self.denominator)[:, None])",
-        "slope = self.exponentials.mul_(0.0)",
+        "slope = softmax.exponentials.mul_((-grad.sum(-1) / softmax.denominator)[:, None])",
+        "slope = softmax.exponentials.mul_(0.0)",
         _EQUATIONS,
     ),
-    _loss(
-        "chunks",
+    _vocab(
         "the student's entropy has the wrong sign",
         "entropy=log_sum + packed[:, 1] / denominator if entropy else None,",
         "entropy=log_sum - packed[:, 1] / denominator if entropy else None,",
         _HEAD + "test_first_pass_gives_what_the_objective_sees",
         _EQUATIONS,
     ),
-    _loss(
-        "chunks",
+    _vocab(
         "each shard has a maximum of its own",
         "shard.reduce(top, ReduceOp.MAX)",
         "shard.reduce(top.clone(), ReduceOp.MAX)",
         _SHARDS,
         slow=True,
     ),
-    _loss(
-        "chunks",
+    _vocab(
         "each shard has a sum of its own",
         "shard.reduce(packed, ReduceOp.SUM)",
         "shard.reduce(packed.clone(), ReduceOp.SUM)",
@@ -676,8 +672,8 @@ FAULTS: list[Fault] = [
     _loss(
         "chunks",
         "a token of another shard counts as column 0",
-        "slope.scatter_add_(1, self.local, torch.where(self.owned, grad, 0.0))",
-        "slope.scatter_add_(1, self.local, grad)",
+        "slope.scatter_add_(1, softmax.local, torch.where(softmax.owned, grad, 0.0))",
+        "slope.scatter_add_(1, softmax.local, grad)",
         _SHARDS,
         slow=True,
     ),

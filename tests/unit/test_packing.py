@@ -121,11 +121,10 @@ def test_the_first_position_of_a_sequence_is_its_own() -> None:
 @pytest.mark.parametrize("tokens", [None, 24])
 def test_every_micro_batch_has_the_draws_of_its_seed_and_step(tokens: int | None) -> None:
     rollouts, seed, step, pad = several(9), random.getrandbits(60), random.randrange(1, 10**6), 91
-    batches = pack_micro_batches(
-        rollouts, topology(tensor=8, sequence=True), micro_batch_size=2, pad_id=pad, seed=seed, step=step,
-        tokens_per_micro_batch=tokens,
-    )  # fmt: skip
-    for batch in batches:
+    packer = Packer(
+        topology(tensor=8, sequence=True), pad, micro_batch_size=2, tokens_per_micro_batch=tokens, seed=seed
+    )
+    for batch in packer.pack(rollouts, step):
         draws = [gate_uniforms(seed, step, r.sequence_id, len(r.token_ids) - 1) for r in batch.rollouts]
         scored = [u[len(r.prompt_ids) - 1 :] for u, r in zip(draws, batch.rollouts, strict=True)]
         assert torch.equal(batch.loss_tokens().uniforms, torch.cat(scored))
