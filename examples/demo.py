@@ -1,10 +1,11 @@
-"""The main job on a laptop: SmolLM2-135M teaches a student that lost 6 of its 30 layers, on two CPU cores.
+"""The main job on a laptop: SmolLM2-135M teaches a copy of itself without 6 of its 30 layers, on two CPU cores.
 
-``make demo`` runs this. It builds both checkpoints once, then is the same as
+``make demo`` runs this. It builds both checkpoints once, then does the same as
 
     torchrun --nproc_per_node=3 examples/train_tropd.py --config-name smollm2_cpu
 
-Arguments are passed on: ``make demo ARGS="trainer.tropd.max_steps=10"``. The same command goes on with a stopped run.
+Arguments are passed on: ``make demo ARGS="trainer.tropd.max_steps=10"``. Rerun the same command to resume a stopped
+run.
 """
 
 import os
@@ -29,12 +30,12 @@ def main(overrides: list[str]) -> int:
         [*launch, str(HERE / "train_tropd.py"), "--config-name", "smollm2_cpu", *overrides],
         cwd=HERE.parent,
         env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-        start_new_session=True,  # a terminal's Ctrl-C comes here alone
+        start_new_session=True,  # so that a terminal's Ctrl-C reaches only this process
     )
 
     def ask_to_stop(number: int, frame: FrameType | None) -> None:
-        """To the ranks themselves: they finish their step, save and end well, and so does the launcher."""
-        print("stopping after this step; the same command goes on from there", flush=True)
+        """Signal the ranks themselves: they finish their step, save and exit normally, and so does the launcher."""
+        print("stopping after this step; rerun the same command to resume", flush=True)
         for rank in psutil.Process(job.pid).children():
             rank.send_signal(number)
 

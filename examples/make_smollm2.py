@@ -1,4 +1,4 @@
-"""Build the CPU recipe's teacher and student checkpoints and print where they are.
+"""Build the teacher and student checkpoints of the CPU recipe and print their paths.
 
 python examples/make_smollm2.py [--cache-dir DIR] [--drop 12 14 16 18 20 22]
 """
@@ -15,7 +15,7 @@ from nemo_tropd.files import default_cache_dir
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where checkpoints are kept")
+    parser.add_argument("--cache-dir", type=Path, default=default_cache_dir(), help="where to put the checkpoints")
     parser.add_argument("--drop", type=int, nargs="+", default=STUDENT_LAYERS_DROPPED, help="teacher layers to drop")
     options = parser.parse_args()
     start = time.perf_counter()
