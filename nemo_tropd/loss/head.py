@@ -8,7 +8,7 @@ Collectives over the tensor-parallel group: student, one MAX and one SUM a chunk
 all-reduce of the hidden gradient (under sequence parallelism one gather of the hidden states and one reduce-scatter of
 their gradient). Backward has none.
 
-Every rank of the group must hold the same tokens and teacher scores. Errors about them are raised on all ranks at once.
+Every rank of the group must have the same tokens and teacher scores. Errors about them are raised on all ranks at once.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Logits stay in the products' dtype and are never copied: the student's gradient is written over them. Two buffers, so
 that the product of one chunk can run while another is reduced (see ``overlap``). Padding columns go through the
-products, which like round sizes, and nowhere else.
+products, which are faster at round sizes, and nowhere else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import kernels, kernels_top_k
 
 
 class KernelChunks:
-    """See ``chunks.TorchChunks`` for the contract. bf16, fp16 or fp32; the shard must hold at least one true column."""
+    """See ``chunks.TorchChunks`` for the contract. bf16, fp16 or fp32; the shard must have at least one true column."""
 
     wide_dtype = torch.float32
 

@@ -2,9 +2,9 @@
 
 Every kernel streams rows of logits [C, stride] where a product left them, in their own dtype (bf16, fp16 or fp32), and
 computes in fp32. A row is read once for the student's log-sum-exp and columns, once more and written for its gradient;
-once for the teacher's log-sum-exp and block maxima, from which ``loss.kernels_top_k`` goes on.
+once for the teacher's log-sum-exp and block maxima, with which ``loss.kernels_top_k`` begins.
 
-Padding: columns at and past ``width`` never count, whatever they hold, and get gradient zero. Buffers end on a multiple
+Padding: columns at and past ``width`` never count, whatever they contain, and get gradient 0. Buffers end on a multiple
 of 16 columns (``aligned``), so that loads and stores are 128 bits wide.
 
 Nothing here talks to other ranks: each function gives this shard's partial results, and
@@ -62,7 +62,7 @@ def _stream_kernel(
         weighted = 0.0  # sum of exp(z - top) (z - top)
         for i in range(0, tl.cdiv(limit, TILE)):
             o = i * TILE + tl.arange(0, TILE)
-            # ``limit`` is ``width`` rounded up to whole 128-bit accesses; what lies between is put aside afterwards.
+            # ``limit`` is ``width`` rounded up to whole 128-bit accesses; what lies between is masked afterwards.
             x = tl.load(base + o, mask=o < limit, other=lowest).to(tl.float32)
             x = tl.where(o < width, x, lowest)
             if MAXIMA:

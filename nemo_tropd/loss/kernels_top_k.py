@@ -1,4 +1,4 @@
-"""Triton kernels of the teacher's top k: of a row of logits, only the blocks that can hold a winner are read again.
+"""Triton kernels of the teacher's top k: of a row of logits, only the blocks that can contain a winner are read again.
 
 ``kernels.stream`` keeps the maxima of blocks of columns. The k largest of them bound the k-th largest value from below;
 the blocks above that bound are collected, and the few candidates in them ranked. Rows, buffers and padding as in

@@ -51,7 +51,7 @@ class VocabShard:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def locate(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Local column (0 where another rank has it) and ownership of global ids, both shaped like ``token_ids``."""
+        """Local column (0 if another rank has it) and ownership of global ids, both shaped like ``token_ids``."""
         local = token_ids - self.start
         owned = (local >= 0) & (local < self.width)
         return torch.where(owned, local, 0), owned

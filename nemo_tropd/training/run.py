@@ -184,7 +184,7 @@ def finish(setup: Setup, model: MegatronTrOPDModel, outcome: Outcome) -> None:
 def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
     """NeMo's exp_manager over a Lightning trainer that only carries loggers; makes the run directory.
 
-    Resuming is ours (Megatron's distributed checkpoint), so exp_manager is not told of it. It gets a folder of its own,
+    Resuming is ours (Megatron's distributed checkpoint), so exp_manager does not do it. It gets a folder of its own,
     RUN/logs: at every restart it moves the files it finds into a sub-folder.
     """
     from lightning.pytorch import Trainer

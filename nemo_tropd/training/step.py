@@ -32,10 +32,6 @@ from nemo_tropd.training.packing import Packer
 ABSENT = ("student_entropy", "importance_weight")
 
 
-class TrainingError(RuntimeError):
-    """The run cannot continue: names the step, the reason, and what to change."""
-
-
 @dataclass(frozen=True)
 class StepRecord:
     """What one step did; the same on every rank."""
@@ -47,7 +43,7 @@ class StepRecord:
 
 
 class TrainStep:
-    """The parts of a step; ``run`` is one."""
+    """The parts of a training step, and the step itself, :meth:`run`."""
 
     def __init__(
         self,
@@ -67,7 +63,7 @@ class TrainStep:
         after; ``shown`` is called with the name of every phase as it begins.
 
         Raises:
-            EngineError, TrainingError: on every rank.
+            EngineError: on every rank.
         """
         model, topology = self.model, self.model.topology
         timer = PhaseTimer(topology.synchronize)

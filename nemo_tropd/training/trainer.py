@@ -13,8 +13,12 @@ from nemo_tropd.training.optimizer import StepResult
 from nemo_tropd.training.progress import RunProgress
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.signals import StopRequest
-from nemo_tropd.training.step import TrainingError, TrainStep
+from nemo_tropd.training.step import TrainStep
 from nemo_tropd.training.validation import Validation, Validator
+
+
+class TrainingError(RuntimeError):
+    """The run cannot continue: names the step, the reason, and what to change."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,8 @@ class TropdTrainer:
         rollout_file: RolloutFile | None,
     ) -> None:
         """``log`` and ``rollout_file`` are those of rank 0; None elsewhere."""
-        self.cfg, self.settings, self.topology, self.run_dir = (
-            setup.cfg, setup.cfg.trainer.tropd, setup.topology, setup.run_dir,
-        )  # fmt: skip
+        self.cfg, self.settings = setup.cfg, setup.cfg.trainer.tropd
+        self.topology, self.run_dir = setup.topology, setup.run_dir
         self.one_step, self.model, self.optimizer = one_step, one_step.model, one_step.optimizer
         self.validator, self.checkpoints, self.state = validator, checkpoints, setup.first_state()
         self.log, self.rollout_file = log, rollout_file
