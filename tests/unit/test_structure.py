@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nemo_tropd"
@@ -19,9 +21,9 @@ ALLOWED = {
     "files": set(),
     "quiet": set(),
     "prompts": set(),
-    "parallel": {"batch", "config"},
+    "parallel": {"batch"},
     "objectives": {"batch"},
-    "loss": {"batch", "parallel", "objectives"},
+    "loss": {"batch", "parallel"},
     "convert": {"files", "parallel"},
     "rollout": {"batch", "config", "files", "parallel", "prompts"},
     "report": {"files"},
@@ -40,6 +42,7 @@ ONE_PLACE = {
 TORCH_ALONE = ("objectives", "loss", "parallel/vocab.py", "batch.py")
 
 
+@functools.cache
 def imports() -> dict[Path, set[str]]:
     """Every module each file imports, lazily or not, type checking aside."""
     found: dict[Path, set[str]] = defaultdict(set)
@@ -56,9 +59,43 @@ def imports() -> dict[Path, set[str]]:
                 continue
             if isinstance(node, ast.Import):
                 found[file].update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-                found[file].add(node.module)
+            elif isinstance(node, ast.ImportFrom):
+                found[file].update(_modules(file, node))
     return found
+
+
+def _modules(file: Path, node: ast.ImportFrom) -> set[str]:
+    """What ``from X import names`` in ``file`` imports: the names if they are modules of ours, else X."""
+    base = node.module or ""
+    if node.level:
+        folder = file.parents[node.level - 1].relative_to(PACKAGE.parent)
+        base = ".".join([*folder.parts, *([node.module] if node.module else [])])
+    modules = {f"{base}.{alias.name}" for alias in node.names if _file_of(f"{base}.{alias.name}") is not None}
+    return modules if len(modules) == len(node.names) else modules | {base}
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of one of our modules."""
+    path = PACKAGE.parent.joinpath(*module.split("."))
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((f for f in candidates if module.split(".")[0] == PACKAGE.name and f.is_file()), None)
+
+
+def circle(arrows: Mapping[str, set[str]]) -> list[str]:
+    """The first circle that following ``arrows`` finds, or nothing."""
+    done: set[str] = set()
+
+    def follow(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for other in sorted(arrows.get(name, ())):
+                if found := follow(other, [*path, name]):
+                    return found
+            done.add(name)
+        return []
+
+    return next((found for name in sorted(arrows) if (found := follow(name, []))), [])
 
 
 def room(file: Path) -> str:
@@ -119,3 +156,21 @@ def test_the_loss_needs_torch_alone() -> None:
             own = allowed | ({"triton"} if path in ONE_PLACE["triton"] else set())
             wrong += [f"{path} imports {m}" for m in modules if m.split(".")[0] not in own | standard]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_circles_between_files_or_rooms() -> None:
+    files: dict[str, set[str]] = defaultdict(set)
+    rooms: dict[str, set[str]] = defaultdict(set)
+    for file, modules in imports().items():
+        for other in filter(None, map(_file_of, modules)):
+            files[str(file.relative_to(PACKAGE))].add(str(other.relative_to(PACKAGE)))
+            if room(file) != room(other):
+                rooms[room(file)].add(room(other))
+    assert not circle(files), " -> ".join(circle(files))
+    assert not circle(rooms), " -> ".join(circle(rooms))
+
+
+def test_circles_are_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": {"d"}}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"d", "b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"a"}}) == ["a", "a"]
