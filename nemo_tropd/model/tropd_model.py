@@ -285,9 +285,8 @@ class MegatronTrOPDModel(ModelPT):
                 )
                 own.append(objective.statistic(seen).cpu())
         mine = torch.cat(own).tolist() if own and self.topology.tensor_rank == 0 else []
-        everyone: list[list[float] | None] = [None] * self.topology.world_size
-        torch.distributed.all_gather_object(everyone, mine, group=self.topology.control_group)
-        return torch.tensor([x for part in everyone for x in (part or [])], device=self.topology.device)
+        everyone = self.topology.gather_objects(mine)
+        return torch.tensor([x for part in everyone for x in part], device=self.topology.device)
 
     def prepare_for_validation_step(self) -> None:
         """Before :meth:`get_divergences`."""

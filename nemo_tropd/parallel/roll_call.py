@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch.distributed as dist
@@ -85,8 +85,7 @@ class RollCall:
             return None
         address = os.environ["MASTER_ADDR"]
         own = Member(topology.rank, _host_name(), _is_this_machine(address))
-        members: list[Any] = [None] * topology.world_size
-        dist.all_gather_object(members, own, group=topology.control_group)
+        members = topology.gather_objects(own)
         prefix = topology.broadcast_object(f"nemo_tropd/roll_call/{uuid.uuid4().hex}")
         return cls(members, topology.rank, prefix, timeout_s)
 
