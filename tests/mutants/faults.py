@@ -44,8 +44,9 @@ _SHARDS = "tests/dist/test_head_parallel.py::test_head_on_shards"
 _OPTIMIZER = "tests/unit/test_optimizer.py::"
 _CHECKPOINT = "tests/unit/test_checkpoint.py::"
 _CONVERT = "tests/unit/test_convert.py::"
-_PARITY = "tests/dist/test_model_parity.py::test_logits_and_bytes[one-process]"
 _STREAM = "tests/unit/test_weight_stream.py::"
+_STEP = "tests/unit/test_step.py::"
+_SUPERVISOR = "tests/dist/test_supervisor.py::"
 _LAYOUTS = "tests/dist/test_training_layouts.py::"
 
 
@@ -83,6 +84,22 @@ def _convert(file: str, what: str, line: str, becomes: str, *tests: str, slow: b
 
 def _optimizer(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("optimizer", what, "nemo_tropd/training/optimizer.py", line, becomes, tests)
+
+
+def _step(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("step", what, "nemo_tropd/training/step.py", line, becomes, tests)
+
+
+def _weights(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("weights", what, "nemo_tropd/rollout/weights/stream.py", line, becomes, tests)
+
+
+def _versions(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("versions", what, "nemo_tropd/rollout/collective.py", line, becomes, tests, slow=True)
+
+
+def _several(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("training", what, f"nemo_tropd/{file}.py", line, becomes, tests, slow=True)
 
 
 def _resume(what: str, line: str, becomes: str, *tests: str) -> Fault:
@@ -867,8 +884,7 @@ FAULTS: list[Fault] = [
         "queries, keys and values are not interleaved by group",
         "groups = [t.reshape(shape.kv_heads, -1, *t.shape[1:]) for t in tensors]",
         "groups = [t.reshape(1, -1, *t.shape[1:]) for t in tensors]",
-        _PARITY,
-        slow=True,
+        "tests/unit/test_layouts.py::test_queries_keys_and_values_are_interleaved_by_group",
     ),
     _convert(
         "layouts",
@@ -876,5 +892,242 @@ FAULTS: list[Fault] = [
         "yield from zip(names, whole.chunk(2), strict=True)",
         "yield from zip(names, whole.chunk(2)[::-1], strict=True)",
         _CONVERT + "test_round_trip_keeps_every_byte",
+    ),
+    _vocab(
+        "the teacher's own log-probability is a logit",
+        "log_probs=(parts[..., fixed:].sum(0) - top[:, None]) - log_sum[:, None],",
+        "log_probs=parts[..., fixed:].sum(0) - top[:, None],",
+        _HEAD + "test_teacher_scores",
+    ),
+    _vocab(
+        "the teacher's entropy forgets the shards' maxima",
+        "entropy=log_sum + (parts[..., 2] * shift.exp() - sums * shift).sum(0) / denominator if entropy else None,",
+        "entropy=log_sum - (parts[..., 2] * shift.exp() - sums * shift).sum(0) / denominator if entropy else None,",
+        _HEAD + "test_teacher_scores",
+    ),
+    _loss(
+        "weight_gradient",
+        "the main gradient is replaced, not added to",
+        "total.add_(part * factor)",
+        "total.copy_(part * factor)",
+        _HEAD + "test_main_gradients_add_up_over_micro_batches",
+    ),
+    _loss(
+        "head",
+        "DDP is not told that the gradient is in its buffer",
+        "weight.grad_added_to_main_grad = True",
+        "weight.grad_added_to_main_grad = False",
+        _HEAD + "test_main_gradients_add_up_over_micro_batches",
+    ),
+    _loss(
+        "head",
+        "token weights of another chunk",
+        "loss = loss * self.options.token_weights[chunk].to(loss.dtype)",
+        "loss = loss * self.options.token_weights[: loss.numel()].to(loss.dtype)",
+        _HEAD + "test_token_weights_go_with_their_tokens",
+    ),
+    # step: what the loop asks of its parts
+    _step(
+        "the prompts are always the first step's",
+        "indices = self.order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)",
+        "indices = self.order.batch(0, m.global_batch_size // m.rollout.samples_per_prompt)",
+        _STEP + "test_the_requests_are_those_of_the_steps_prompts",
+    ),
+    _step(
+        "a prompt for every sample",
+        "indices = self.order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)",
+        "indices = self.order.batch(step, m.global_batch_size)",
+        _STEP + "test_the_requests_are_those_of_the_steps_prompts",
+    ),
+    _step(
+        "the prompts' order forgets the seed",
+        "self.order = PromptOrder(len(prompts), model.settings.seed)",
+        "self.order = PromptOrder(len(prompts), 0)",
+        _STEP + "test_the_requests_are_those_of_the_steps_prompts",
+    ),
+    _step(
+        "requests are planned for the first step",
+        "return self.guidance.plan([self.prompts[i].token_ids for i in indices], step, prompt_indices=indices)",
+        "return self.guidance.plan([self.prompts[i].token_ids for i in indices], 0, prompt_indices=indices)",
+        _STEP + "test_the_requests_are_those_of_the_steps_prompts",
+    ),
+    _step(
+        "places in the batch for places in the data",
+        "return self.guidance.plan([self.prompts[i].token_ids for i in indices], step, prompt_indices=indices)",
+        "return self.guidance.plan([self.prompts[i].token_ids for i in indices], step)",
+        _STEP + "test_the_requests_are_those_of_the_steps_prompts",
+    ),
+    _step(
+        "losses are divided by a rank's own tokens",
+        "loss_tokens=sum(r.loss_tokens for r in rollouts),",
+        "loss_tokens=sum(b.count_loss_tokens for b in batches),",
+        _STEP + "test_losses_are_divided_by_the_global_batch",
+    ),
+    _step(
+        "sequences without a loss token count",
+        "sequences=sum(r.loss_tokens > 0 for r in rollouts),",
+        "sequences=len(rollouts),",
+        _STEP + "test_losses_are_divided_by_the_global_batch",
+    ),
+    _step(
+        "micro-batches are packed for the first step",
+        "batches = self.packer.pack(rollouts, step)",
+        "batches = self.packer.pack(rollouts, 0)",
+        _STEP + "test_the_gates_draws_are_the_steps",
+    ),
+    _step(
+        "the schedule is one step late",
+        "result = self.optimizer.step(step)",
+        "result = self.optimizer.step(step + 1)",
+        _STEP + "test_gradients_are_cleared_made_applied_and_numbered_in_this_order",
+    ),
+    _step(
+        "the version is not raised",
+        "model.finish_training_step(step + 1)",
+        "model.finish_training_step(step)",
+        _STEP + "test_gradients_are_cleared_made_applied_and_numbered_in_this_order",
+    ),
+    _step(
+        "gradients of the step before stay",
+        "self.optimizer.zero_grad()",
+        "pass",
+        _STEP + "test_gradients_are_cleared_made_applied_and_numbered_in_this_order",
+    ),
+    # weights: the stream to the engine
+    _weights(
+        "a stream that ends early passes",
+        "missing = dict.fromkeys(name for name in shapes if name not in optional)",
+        "missing: dict[str, None] = {}",
+        _STREAM + "test_a_stream_that_does_not_fit_is_refused_by_name",
+    ),
+    _weights(
+        "a tensor may come twice",
+        "if name in seen:",
+        "if name is None:",
+        _STREAM + "test_a_stream_that_does_not_fit_is_refused_by_name",
+    ),
+    _weights(
+        "a transposed tensor passes",
+        "if tuple(tensor.shape) != shapes[name]:",
+        "if sorted(tensor.shape) != sorted(shapes[name]):",
+        _STREAM + "test_a_stream_that_does_not_fit_is_refused_by_name",
+    ),
+    _weights(
+        "weights keep the trainer's dtype",
+        'held[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()',
+        'held[name] = tensor.detach().to(device="cpu").contiguous()',
+        _STREAM + "test_buckets_hold_everything_once_cast_and_within_their_size",
+    ),
+    _weights(
+        "a bucket outgrows its size",
+        "if held and held_bytes + size > bucket_bytes:",
+        "if held and held_bytes > bucket_bytes:",
+        _STREAM + "test_buckets_hold_everything_once_cast_and_within_their_size",
+    ),
+    _weights(
+        "the last bucket is not sent",
+        "if held:",
+        "if False:",
+        _STREAM + "test_buckets_hold_everything_once_cast_and_within_their_size",
+    ),
+    Fault(
+        "weights",
+        "seeds of requests run together",
+        "nemo_tropd/rollout/engine.py",
+        'text = f"{run_seed}/{step}/{prompt_index}/{sample}".encode()',
+        'text = f"{run_seed}{step}{prompt_index}{sample}".encode()',
+        (_STREAM + "test_seeds_differ_in_every_argument",),
+    ),
+    # versions: which weights wrote a rollout
+    _versions(
+        "rollouts of newer weights pass",
+        "if rollout.weight_version != version:",
+        "if rollout.weight_version < version:",
+        _SUPERVISOR + "test_rollouts_of_other_weights_are_refused",
+    ),
+    _versions(
+        "one restart a run, not a version",
+        "if self._last_restart == version:",
+        "if self._last_restart is not None:",
+        _SUPERVISOR + "test_deaths_in_two_steps_are_each_forgiven",
+    ),
+    _versions(
+        "restarts without end",
+        "self._last_restart = version",
+        "pass",
+        _SUPERVISOR + "test_a_second_death_in_one_step_is_an_error_on_every_rank",
+    ),
+    # training: several processes, or whole runs
+    _several(
+        "gpt/build",
+        "gradients are averaged over data-parallel ranks",
+        '"calculate_per_token_loss": True,',
+        '"calculate_per_token_loss": False,',
+        _LAYOUTS + "test_layout_takes_the_same_steps[2-tied]",
+    ),
+    _several(
+        "model/student_pass",
+        "losses are divided by a micro-batch's tokens",
+        "scale=1.0 / divisor,",
+        "scale=1.0 / max(len(tokens), 1),",
+        _LAYOUTS + "test_micro_batches_change_nothing",
+    ),
+    _several(
+        "gpt/build",
+        "split parameters are not marked for the gradient's norm",
+        "_mark_split_parameters(model, shape)",
+        "pass",
+        "tests/dist/test_cpu_megatron.py::test_shims_and_a_gradient_norm_that_counts_every_parameter_once",
+    ),
+    _several(
+        "training/trainer",
+        "a resumed run skips a step",
+        "self.state = saved",
+        "self.state = replace(saved, step=saved.step + 1)",
+        "tests/dist/test_loop.py::test_the_order_of_a_step_and_a_run_killed_between_rollout_and_update",
+    ),
+    _convert(
+        "layouts",
+        "a rank's up rows lie above its gate rows",
+        "return [_block(whole, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]",
+        "return [_block(whole, 0, half * shape.ffn + rank * part, part) for half in (1, 0)]",
+        "tests/unit/test_layouts.py::test_each_rank_holds_its_rows_of_gate_above_its_rows_of_up",
+    ),
+    _convert(
+        "layouts",
+        "a rank's gate and up are one block",
+        "return [_block(whole, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]",
+        "return [_block(whole, 0, rank * 2 * part, 2 * part)]",
+        "tests/unit/test_layouts.py::test_each_rank_holds_its_rows_of_gate_above_its_rows_of_up",
+    ),
+    _convert(
+        "layouts",
+        "padding is not cut from the vocabulary",
+        "return torch.cat(list(shards))[: shape.vocab_size]",
+        "return torch.nn.functional.pad(torch.cat(list(shards)), (0, 0, 0, 1))",
+        "tests/unit/test_layouts.py::test_the_ranks_parts_make_the_tensors_again",
+    ),
+    _convert(
+        "families",
+        "gate and up are exchanged",
+        '((_L + "mlp.gate_proj.weight", ("ffn", "hidden")), (_L + "mlp.up_proj.weight", ("ffn", "hidden"))),',
+        '((_L + "mlp.up_proj.weight", ("ffn", "hidden")), (_L + "mlp.gate_proj.weight", ("ffn", "hidden"))),',
+        "tests/unit/test_layouts.py::test_each_rank_holds_its_rows_of_gate_above_its_rows_of_up",
+    ),
+    Fault(
+        "conversion",
+        "long waves of Llama 3's rotary are not stretched",
+        "nemo_tropd/gpt/build.py",
+        "scaled = torch.where(turns < scaling.low_freq_factor, frequencies / scaling.factor, blended)",
+        "scaled = torch.where(turns < scaling.low_freq_factor, frequencies, blended)",
+        ("tests/unit/test_layouts.py::test_rotary_frequencies_are_scaled_as_transformers_scales_them",),
+    ),
+    Fault(
+        "conversion",
+        "the blend of Llama 3's rotary is turned round",
+        "nemo_tropd/gpt/build.py",
+        "blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies",
+        "blended = blend * frequencies / scaling.factor + (1 - blend) * frequencies",
+        ("tests/unit/test_layouts.py::test_rotary_frequencies_are_scaled_as_transformers_scales_them",),
     ),
 ]

@@ -311,3 +311,47 @@ def test_bad_input_is_named(what: str, text: str, seed: int) -> None:
 def test_an_objective_must_return_one_value_a_token(seed: int) -> None:
     with pytest.raises(ValueError, match=r"'loss' has shape \(\)"):
         run(make(seed), lambda s: (s.student_log_probs.sum(), {}))
+
+
+def test_teacher_scores(seed: int) -> None:
+    """The sampled token, the top k and the entropy, all of the softmax over the whole true vocabulary."""
+    mb = make(seed)
+    want = mb.teacher_scores()
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-6)):
+        got = teacher_scores(
+            mb.teacher_hidden.to(dtype), mb.teacher_weight.to(dtype), mb.tokens.rows, mb.tokens.token_ids, mb.k,
+            HeadLayout(mb.vocab_size, chunk_tokens=4), entropy=True,
+        )  # fmt: skip
+        assert torch.equal(got.top_k_ids, want.top_k_ids) and got.entropy is not None and want.entropy is not None
+        assert relative(got.log_probs, want.log_probs) < tolerance
+        assert relative(got.top_k_log_probs, want.top_k_log_probs) < tolerance
+        assert relative(got.entropy, want.entropy) < tolerance
+
+
+def test_main_gradients_add_up_over_micro_batches(seed: int) -> None:
+    """Into the buffer that Megatron's DDP gives a weight; autograd gets zeros of it."""
+    objective, weight = objectives.build("tropd"), torch.nn.Parameter(make(seed).weight.float())
+    weight.main_grad = torch.full_like(weight, 0.25)  # type: ignore[attr-defined]
+    want = torch.full_like(weight, 0.25)
+    for i in range(3):
+        mb = replace(make(seed + i), weight=weight.detach().double())
+        want += run(mb, objective)[2]
+        layout, options = HeadLayout(mb.vocab_size), LossOptions(accumulate_main_grad=True)
+        out = head_loss(
+            mb.hidden.float(), weight, mb.tokens, mb.teacher_scores(), objective, layout, scale=SCALE, options=options
+        )
+        out.loss.backward()
+    assert weight.grad is not None and weight.grad.abs().max() == 0 and weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert relative(weight.main_grad, want) < 1e-5  # type: ignore[attr-defined]
+
+
+def test_token_weights_go_with_their_tokens(seed: int) -> None:
+    mb = make(seed)
+    weights = torch.arange(1.0, len(mb.tokens) + 1)
+    hidden = mb.hidden.clone().requires_grad_(True)
+    losses = objective_and_loss("fkl", mb.world(hidden, mb.weight))[1]
+    (losses * weights).sum().mul(SCALE).backward()
+    for chunk in (None, 3):
+        out, grad_h, _ = run(mb, objectives.build("fkl"), chunk_tokens=chunk, token_weights=weights)
+        assert relative(grad_h, hidden.grad) < 1e-5
+        assert relative(out.loss, (losses * weights).sum() * SCALE) < 1e-5
