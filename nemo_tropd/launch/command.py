@@ -50,7 +50,7 @@ def plan_launch(
                 f"Slurm gave this node {allocation.processes} GPU(s): change sbatch --gpus-per-node, or lower the key",
             )
     else:
-        _agree("trainer.devices", ranks, allocation.processes, allocation.scheduler, "process(es) a node")
+        _agree("trainer.devices", ranks, allocation.processes, allocation.scheduler, "process(es) per node")
     common = [
         f"--nnodes={nodes}",
         f"--nproc-per-node={ranks}",

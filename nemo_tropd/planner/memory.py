@@ -189,7 +189,7 @@ def micro_batches(cfg: TropdConfig) -> int:
     return math.ceil(positions(cfg) / data / cfg.model.tokens_per_micro_batch)
 
 
-def head(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine, *, gradient: bool) -> float:
+def head_bytes(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine, *, gradient: bool) -> float:
     """Bytes of the chunked head: logits of the chunks in flight, and with ``gradient`` (the student) both gradients."""
     width, rows = BYTES[cfg.trainer.precision], row_tokens(cfg)
     columns = shape.padded_vocab(degrees.tensor) / degrees.tensor
@@ -236,11 +236,11 @@ def estimate(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine
     attention, feed_forward, _ = layer_activations(teacher, theirs, width, fused=machine.kind == "gpu")
     scoring = {
         "teacher's layer": rows * (attention + feed_forward),
-        "teacher's head": head(cfg, teacher, theirs, machine, gradient=False),
+        "teacher's head": head_bytes(cfg, teacher, theirs, machine, gradient=False),
     }
     training = {
         **student_activations(cfg, student, machine),
-        "head": head(cfg, student, own, machine, gradient=True),
+        "head": head_bytes(cfg, student, own, machine, gradient=True),
     }
     phases: dict[str, dict[str, float]] = {
         "teacher scores": scoring,

@@ -45,8 +45,8 @@ class Recipe:
         sequence = " with sequence parallel" if m.sequence_parallel else ""
         return (
             f"{MARK}{ranks.world_size} GPUs = tensor {ranks.tensor}{sequence} x pipeline {ranks.pipeline} x data "
-            f"{ranks.data}{own}; at most {loss_tokens(self.cfg):,} tokens a step; "
-            f"{self.memory.total / 1e9:.0f} GB of {self.machine.bytes / 1e9:.0f} a GPU."
+            f"{ranks.data}{own}; at most {loss_tokens(self.cfg):,} tokens per step; "
+            f"{self.memory.total / 1e9:.0f} of {self.machine.bytes / 1e9:.0f} GB per GPU."
         ).replace("1 GPUs", "1 GPU", 1 if ranks.world_size == 1 else 0)
 
 
