@@ -1,4 +1,6 @@
-"""The schema of a run. What its values must satisfy is checked by ``nemo_tropd.config_checks``.
+"""The schema of a run: every key with its default, the values it takes, and its meaning.
+
+``nemo_tropd.config_checks`` holds every value against its key, and checks what must go together.
 
 Sections and keys keep NeMo-Aligner's names; ``model.tropd``, ``model.teacher``, ``model.rollout``, ``model.data`` and
 ``model.validation`` are ours. The dataclasses hold the only defaults: files in ``conf/`` say what differs from them.
@@ -7,19 +9,33 @@ Imports no torch, so that a file can be checked on any machine in a moment.
 
 from __future__ import annotations
 
-import os
-import re
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from nemo_tropd.fields import (
+    ENDPOINT_WANTED,
+    FREE_FORM,
+    choice,
+    endpoint,
+    file_name,
+    flag,
+    integer,
+    number,
+    split_endpoint,
+    text,
+)
+
 SCHEMA_NAME = "tropd_schema"
 RECOMPUTE = (None, "selective", "full")
+# Recipes a teacher can run without gradients; Megatron's fourth, delayed, is refused by name.
+FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
+RENDEZVOUS_PORT = 29400  # torchrun's own default
+LONGEST_S = 10**6  # in milliseconds, waits of the operating system take 32 bits
 
 
 class ConfigError(ValueError):
@@ -37,39 +53,39 @@ class ConfigError(ValueError):
 class TropdTrainerConfig:
     """The loop: how long, how often."""
 
-    max_steps: int = 200
+    max_steps: int = integer(200, at_least=1)
     """Optimizer steps; each takes one global batch of fresh rollouts (the paper: 200)."""
-    val_check_interval: int = 20
+    val_check_interval: int = integer(20, at_least=0)
     """Steps between validations on held-out prompts; 0 validates only before and after."""
-    save_interval: int = 20
+    save_interval: int = integer(20, at_least=1)
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = integer(2, at_least=1)
     """Whole checkpoints kept; older ones are removed after a newer one is whole."""
-    gradient_clip_val: float = 1.0
+    gradient_clip_val: float = number(1.0, at_least=0)
     """Largest global gradient norm (L2); 0 leaves gradients as they are."""
-    max_skipped_steps: int = 5
+    max_skipped_steps: int = integer(5, at_least=0)
     """Consecutive steps with a gradient that is not finite before the run ends with an error."""
 
 
 @dataclass
 class TrainerConfig:
-    num_nodes: int = 1
-    devices: int = 1
+    num_nodes: int = integer(1, at_least=1)
+    devices: int = integer(1, at_least=1)
     """Processes a node, as torchrun's --nproc_per_node."""
-    gpu_memory_gib: float | None = None
+    gpu_memory_gib: float | None = number(None, above=0)
     """Memory of a GPU that the plan may use, GiB (an 80 GB GPU reports 79): to plan for another machine, or to leave a
     part of this one's alone; null: what the device reports, or on a machine without one the host's."""
-    precision: str = "bf16"
+    precision: str = choice("bf16", "32")
     """Student's compute precision: "32" or "bf16" (bf16 keeps fp32 master weights and fp32 gradients)."""
-    distributed_timeout_s: int = 3600
+    distributed_timeout_s: int = integer(3600, at_least=1, at_most=LONGEST_S)
     """Seconds a collective may take before the run ends; must exceed model.rollout.request_timeout_s, since the other
     ranks wait while the engine generates. The ranks that do not answer are named within this time."""
-    max_restarts: int = 3
+    max_restarts: int = integer(3, at_least=0)
     """Times docker/launch.sh starts a run's processes again after one of them died; the run goes on from its last whole
     checkpoint."""
-    rendezvous: str | None = None
-    """host:port at which the launchers of several nodes meet, on any one of them; null: as the scheduler's variables
-    say."""
+    rendezvous: str | None = endpoint(None, default_port=RENDEZVOUS_PORT)
+    """host:port at which the launchers of several nodes meet, on any one of them (port 29400 if only a host is given);
+    null: as the scheduler's variables say."""
     tropd: TropdTrainerConfig = field(default_factory=TropdTrainerConfig)
 
 
@@ -77,41 +93,41 @@ class TrainerConfig:
 class ExpManagerConfig:
     """Handed to NeMo's exp_manager."""
 
-    explicit_log_dir: str | None = None
+    explicit_log_dir: str | None = text(None)
     """The run directory itself; wins over exp_dir."""
-    exp_dir: str | None = "runs"
+    exp_dir: str | None = text("runs", optional=True)
     """The run directory is exp_dir/name."""
-    create_tensorboard_logger: bool = True
-    create_wandb_logger: bool = False
-    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
-    resume_if_exists: bool = True
+    create_tensorboard_logger: bool = flag(True)
+    create_wandb_logger: bool = flag(False)
+    wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict, metadata=FREE_FORM)
+    resume_if_exists: bool = flag(True)
     """Go on from the last whole checkpoint of the run directory; false refuses a directory that holds one."""
 
 
 @dataclass
 class PretrainedCheckpointConfig:
-    restore_from_path: str = MISSING
+    restore_from_path: str = text(MISSING)
     """The student: a Hugging Face checkpoint directory."""
 
 
 @dataclass
 class SchedConfig:
-    name: str = "constant"
+    name: str = choice("constant", "linear", "cosine")
     """constant, linear or cosine, after the warm-up."""
-    warmup_steps: int = 0
-    min_lr: float = 0.0
+    warmup_steps: int = integer(0, at_least=0)
+    min_lr: float = number(0.0, at_least=0)
 
 
 @dataclass
 class OptimConfig:
-    name: str = "adam"
+    name: str = choice("adam", "sgd")
     """adam (decoupled weight decay, as Megatron's) or sgd."""
-    lr: float = 5e-6
+    lr: float = number(5e-6, at_least=0)
     """The paper's constant 5e-6."""
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    distributed: bool = False
+    weight_decay: float = number(0.0, at_least=0)
+    betas: tuple[float, float] = number((0.9, 0.95), at_least=0, below=1)
+    eps: float = number(1e-8, above=0)
+    distributed: bool = flag(False)
     """Megatron's distributed optimizer: shards states over data-parallel ranks."""
     sched: SchedConfig = field(default_factory=SchedConfig)
 
@@ -120,33 +136,33 @@ class OptimConfig:
 class GuidanceConfig:
     """Off-policy guidance: the student continues teacher-written prefixes (method, section 3.3)."""
 
-    enabled: bool = True
-    max_prefix_tokens: int = 256
+    enabled: bool = flag(True)
+    max_prefix_tokens: int = integer(256, at_least=0)
     """L of L_max(step) = L (1 + cos(pi step / total)) / 2."""
-    prefix_draw: str = "uniform"
+    prefix_draw: str = choice("uniform", "cap")
     """uniform draws the length in 0 .. L_max; cap takes L_max. The paper does not say which."""
-    anneal_fraction: float = 1.0
+    anneal_fraction: float = number(1.0, above=0, at_most=1)
     """Share of trainer.tropd.max_steps after which the prefix length is 0 (the paper: all of them)."""
 
 
 @dataclass
 class ObjectiveConfig:
-    objective: str = "tropd"
+    objective: str = text("tropd")
     """A name of nemo_tropd.objectives."""
-    gate: str | None = None
+    gate: str | None = choice(None, "bernoulli", "threshold", "soft")
     """bernoulli, threshold or soft; null: the objective's own default."""
-    outlier: str | None = None
+    outlier: str | None = choice(None, "fkl", "mask", "clip")
     """fkl, mask or clip; null: the objective's own default."""
-    tail: str | None = None
+    tail: str | None = choice(None, "none", "ghost")
     """none or ghost; null: the objective's own default."""
-    guidance_weight: float | None = None
+    guidance_weight: float | None = number(None, at_least=0)
     """beta_g, the weight of imitation on teacher prefixes; null: the objective's own default (0.001)."""
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict, metadata=FREE_FORM)
     """Further parameters of the objective by name, e.g. {tau: -3.0}. Every objective knows importance_cap: each student
     token's loss times min(exp(trainer's - engine's log-probability), cap), detached; unset: no weights."""
-    top_k: int = 64
+    top_k: int = integer(64, at_least=1)
     """Teacher candidates a token."""
-    chunk_tokens: int | None = None
+    chunk_tokens: int | None = integer(None, at_least=1)
     """Tokens whose logits exist at a time; null: chosen from a memory bound."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
@@ -157,37 +173,37 @@ class AdmissionConfig:
     bound is passed. Read only with model.teacher.fp8. The defaults are the largest figures of an emulation on
     SmolLM2-135M, rounded up (examples/figures/fp8_teacher.md)."""
 
-    prompts: int = 16
+    prompts: int = integer(16, at_least=0)
     """Held-out prompts, with the teacher's responses, to measure on; 0 runs unmeasured."""
-    top_k_kl: float = 0.06
+    top_k_kl: float = number(0.06, at_least=0)
     """Nats a token: KL from bf16 to FP8 over bf16's 64 best tokens and one bucket for all others."""
-    gate_flips: float = 0.07
+    gate_flips: float = number(0.07, at_least=0, at_most=1)
     """Share of tokens whose Bernoulli gate falls the other way under the run's own draws."""
-    ratio_error: float = 0.4
+    ratio_error: float = number(0.4, at_least=0)
     """Nats: mean |difference| of R = log pi_T - log pi_S."""
 
 
 @dataclass
 class TeacherConfig:
-    path: str = MISSING
+    path: str = text(MISSING)
     """The teacher: a Hugging Face checkpoint directory with the student's tokenizer."""
-    precision: str | None = None
+    precision: str | None = choice(None, "32", "bf16")
     """"32" or "bf16"; null: trainer.precision."""
-    tensor_model_parallel_size: int | None = None
+    tensor_model_parallel_size: int | None = integer(None, at_least=1)
     """The teacher's own tensor-parallel degree, without a pipeline; null: split as the student is. A divisor or a
     multiple of model.tensor_model_parallel_size."""
-    response_tokens: int | None = None
+    response_tokens: int | None = integer(None, at_least=1)
     """Length limit of what the teacher writes for prefixes and validation; null: model.rollout.max_new_tokens."""
-    cache_dir: str | None = None
+    cache_dir: str | None = text(None)
     """Where teacher responses are kept; null: the user's cache directory."""
-    fp8: str | None = None
+    fp8: str | None = choice(None, *FP8_RECIPES)
     """Transformer Engine's FP8 for the teacher's layers: tensorwise or blockwise (Hopper and later), mxfp8 (Blackwell);
     null: none. The head, the embedding and the norms stay in bf16."""
-    fp8_param: bool = True
+    fp8_param: bool = flag(True)
     """Keep the layers' weights in FP8: half the bytes, and nothing is cast again at each pass. Read only with fp8."""
-    fp8_first_last_bf16: int = 0
+    fp8_first_last_bf16: int = integer(0, at_least=0)
     """Layers at each end that stay in bf16. Read only with fp8."""
-    offload: bool = False
+    offload: bool = flag(False)
     """Keep the teacher's weights in host memory (pinned, where there is a GPU) except while it scores."""
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
@@ -197,12 +213,12 @@ class DedicatedConfig:
     """Engines on hosts of their own, each started by ``python -m nemo_tropd.rollout.engine_host``; read only with
     model.rollout.placement=dedicated."""
 
-    address: str | None = None
+    address: str | None = endpoint(None)
     """HOST:PORT where rank 0 listens for the engine hosts, on the interface of that host alone (127.0.0.1: this machine
     only). Anyone who reaches it can join, so it belongs on a private network."""
-    engines: int | None = None
+    engines: int | None = integer(None, at_least=1)
     """How many engine hosts there are."""
-    timeout_s: float = 300.0
+    timeout_s: float = number(300.0, above=0, at_most=LONGEST_S)
     """Seconds for all engine hosts to join, and for a host to take a bucket of weights."""
 
 
@@ -210,78 +226,80 @@ class DedicatedConfig:
 class RolloutConfig:
     """vLLM."""
 
-    placement: str = "auto"
+    placement: str = choice("auto", "process", "colocated", "dedicated")
     """process: a child process of the leader; colocated: in every rank's own process, on its GPU, split as the student
     is, weights refreshed in place; dedicated: on hosts of their own, weights broadcast to them; auto: colocated on a
     GPU (without pipeline parallelism), else process."""
     dedicated: DedicatedConfig = field(default_factory=DedicatedConfig)
-    sleep: bool = True
+    sleep: bool = flag(True)
     """Colocated: the engine leaves the GPU's memory to the trainer between rollouts."""
-    torch_compile: bool = True
+    torch_compile: bool = flag(True)
     """Colocated: vLLM fuses kernels by torch.compile, about a minute more at the first start; CUDA graphs are used
     either way."""
-    dtype: str = "bfloat16"
+    dtype: str = choice("bfloat16", "float32")
     """float32 or bfloat16."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float = number(1.0, at_least=0.01, at_most=2)
+    """Above 0, since TrOPD needs samples; vLLM raises what is below 0.01 to it, and takes 2 at most."""
+    top_p: float = number(1.0, above=0, at_most=1)
+    top_k: int = integer(0, at_least=0)
     """0: the whole vocabulary."""
-    max_new_tokens: int = 8096
-    samples_per_prompt: int = 4
-    max_num_seqs: int = 256
-    kv_cache_gib: float = 1.0
+    max_new_tokens: int = integer(8096, at_least=1)
+    samples_per_prompt: int = integer(4, at_least=1)
+    max_num_seqs: int = integer(256, at_least=1)
+    kv_cache_gib: float = number(1.0, above=0)
     """Memory of the engine's key-value cache (CPU build)."""
-    gpu_memory_utilization: float = 0.4
+    gpu_memory_utilization: float = number(0.4, above=0, at_most=1)
     """Share of a GPU's memory the engine may take."""
-    omp_threads: int = 1
+    omp_threads: int = integer(1, at_least=1, at_most=1024)
     """Threads of the CPU engine; with 1 the same requests give the same bits on every run."""
-    request_timeout_s: float = 3000.0
+    request_timeout_s: float = number(3000.0, above=0, at_most=LONGEST_S)
     """Seconds one generate call may take before the engine is declared dead."""
 
 
 @dataclass
 class DataConfig:
-    path: str = MISSING
+    path: str = text(MISSING)
     """A .jsonl or .parquet file, a directory saved by datasets, or a data set's name."""
-    prompt_key: str = "prompt"
-    messages_key: str = "messages"
-    answer_key: str = "answer"
-    split: str = "train"
+    prompt_key: str = text("prompt")
+    messages_key: str = text("messages")
+    answer_key: str = text("answer")
+    split: str = text("train")
     """Split of a Hugging Face data set."""
-    max_prompt_tokens: int = 1024
-    overlong: str = "error"
+    max_prompt_tokens: int = integer(1024, at_least=1)
+    overlong: str = choice("error", "drop")
     """error or drop: what to do with a prompt longer than max_prompt_tokens."""
-    held_out: int = 64
+    held_out: int = integer(64, at_least=0)
     """Prompts kept for validation, chosen by a hash of their text."""
 
 
 @dataclass
 class ValidationConfig:
-    samples_per_prompt: int = 1
-    max_new_tokens: int | None = None
+    samples_per_prompt: int = integer(1, at_least=1)
+    max_new_tokens: int | None = integer(None, at_least=1)
     """null: model.rollout.max_new_tokens."""
-    kept_rollouts: int = 4
+    kept_rollouts: int = integer(4, at_least=0)
     """Training rollouts whose tokens are written for the report, at each validation."""
 
 
 @dataclass
 class ModelConfig:
-    micro_batch_size: int = 1
+    micro_batch_size: int = integer(1, at_least=1)
     """Sequences a forward pass and data-parallel rank, padded to one length; unused with tokens_per_micro_batch."""
-    tokens_per_micro_batch: int | None = None
+    tokens_per_micro_batch: int | None = integer(None, at_least=1)
     """Lay sequences end to end, without padding, in rows of at most this many tokens, a row a forward pass and
     data-parallel rank; null: padded micro-batches of micro_batch_size sequences."""
-    recompute: str | None = None
+    recompute: str | None = choice(*RECOMPUTE)
     """The student's activations that are computed again in the backward pass: selective (the feed-forward part) or full
     (whole layers); null: none."""
-    global_batch_size: int = 512
+    global_batch_size: int = integer(512, at_least=1)
     """Rollouts a step: prompts x model.rollout.samples_per_prompt (the paper: 128 x 4)."""
-    encoder_seq_length: int = 9216
+    encoder_seq_length: int = integer(9216, at_least=2)
     """Longest sequence: prompt, teacher prefix and response."""
-    seed: int = 1234
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    sequence_parallel: bool = False
+    seed: int = integer(1234, at_least=0, at_most=2**32 - 1)
+    """Of everything random; vLLM seeds numpy with it, which takes 32 bits."""
+    tensor_model_parallel_size: int = integer(1, at_least=1)
+    pipeline_model_parallel_size: int = integer(1, at_least=1)
+    sequence_parallel: bool = flag(False)
     optim: OptimConfig = field(default_factory=OptimConfig)
     tropd: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -292,8 +310,8 @@ class ModelConfig:
 
 @dataclass
 class TropdConfig:
-    name: str = "tropd"
-    check_only: bool = False
+    name: str = file_name("tropd")
+    check_only: bool = flag(False)
     """Print the plan (ranks, shapes, memory, tokens a step) and end."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
@@ -304,23 +322,24 @@ class TropdConfig:
 ConfigStore.instance().store(name=SCHEMA_NAME, node=TropdConfig)
 
 
-def host_and_port(key: str, text: str) -> tuple[str, int]:
-    """Host and port of ``host:port`` or ``[v6]:port``.
+def host_and_port(key: str, value: str, default_port: int | None = None) -> tuple[str, int]:
+    """Host and port of ``host:port`` or ``[v6]:port``, or with a default port of ``host`` alone.
 
     Raises:
-        ConfigError: ``text``, the value of ``key``, is neither.
+        ConfigError: ``value``, that of ``key``, is none of these.
     """
-    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+):([0-9]+)", text)
-    if not found or not 0 < int(found.group(2)) < 65536:
-        raise ConfigError(key, text, "must be host:port with a port of 1 to 65535, such as 10.0.0.1:29600")
-    return found.group(1).strip("[]"), int(found.group(2))
+    found = split_endpoint(value, default_port)
+    if found is None:
+        raise ConfigError(key, value, ENDPOINT_WANTED)
+    return found
 
 
 def run_dir(cfg: TropdConfig) -> Path:
     """The directory of a run: ``exp_manager.explicit_log_dir``, else ``exp_dir/name``."""
     if cfg.exp_manager.explicit_log_dir:
         return Path(cfg.exp_manager.explicit_log_dir).absolute()
-    return (Path(cfg.exp_manager.exp_dir or "runs") / cfg.name).absolute()
+    assert cfg.exp_manager.exp_dir is not None  # config_checks has seen to it
+    return (Path(cfg.exp_manager.exp_dir) / cfg.name).absolute()
 
 
 def anneal_steps(cfg: TropdConfig) -> int:
@@ -328,20 +347,17 @@ def anneal_steps(cfg: TropdConfig) -> int:
     return max(1, round(cfg.model.tropd.guidance.anneal_fraction * cfg.trainer.tropd.max_steps))
 
 
-def schema_keys(node: Any = TropdConfig, prefix: str = "") -> Iterator[str]:
-    """Every key of the schema, dotted: ``model.optim.lr``. A free-form dictionary appears as ``key.*``."""
+def schema_fields(node: Any = TropdConfig, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Every key of the schema, dotted (``model.optim.lr``), sections included, with its field."""
     for f in fields(node):
-        key, default = prefix + f.name, f.default_factory() if callable(f.default_factory) else f.default
+        yield prefix + f.name, f
+        if is_dataclass(f.default_factory):
+            yield from schema_fields(f.default_factory, f"{prefix}{f.name}.")
+
+
+def schema_keys() -> Iterator[str]:
+    """Every key of the schema, dotted. A free-form dictionary appears as ``key.*``, too."""
+    for key, f in schema_fields():
         yield key
-        if is_dataclass(default):
-            yield from schema_keys(type(default), key + ".")
-        elif isinstance(default, dict):
-            yield key + ".*"
-
-
-def fail(error: BaseException) -> None:
-    """Print an error a person can act on, without a traceback, and end the process with exit code 2."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+        if f.default_factory is dict:
+            yield f"{key}.*"

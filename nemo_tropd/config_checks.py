@@ -1,385 +1,251 @@
-"""Every check of a run's settings that needs no model: key names, types, ranges, and values that must go together.
+"""Every check of a run's settings that needs no model: each value against its key, and values that must go together.
 
 Imports no torch, so that a file can be checked on any machine in a moment.
 """
 
 from __future__ import annotations
 
-import difflib
+import importlib.util
 import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from nemo_tropd.config import RECOMPUTE, SCHEMA_NAME, ConfigError, TropdConfig, host_and_port, schema_keys
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config_keys import bad_value, typed, value_at
+from nemo_tropd.fields import refused
 
-# Recipes a teacher can run without gradients; Megatron's fourth, delayed, is refused by name.
-FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
-
-
-def _check_key(key: str, value: object, where: str) -> None:
-    known = set(schema_keys())
-    if key in known or any(k.endswith(".*") and key.startswith(k[:-1]) for k in known):
-        return
-    leaf = key.rsplit(".", 1)[-1]
-    near = [k for k in known if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(sorted(near))}?" if near else "see nemo_tropd/config.py for the keys there are"
-    raise ConfigError(key, value, f"{where} has no such key; {hint}")
-
-
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Refuse command-line overrides of keys that the schema does not have (Hydra's own message names no remedy).
-
-    Raises:
-        ConfigError: an unknown key, or an argument that is not ``key=value``.
-    """
-    for override in overrides:
-        if override.startswith(("-", "hydra.", "hydra/", "~hydra", "+hydra")):
-            continue
-        key, eq, value = override.partition("=")
-        key = key.lstrip("+~")
-        if not eq and not override.startswith("~"):
-            raise ConfigError(override, "", "the command line takes key=value")
-        if "/" not in key:
-            _check_key(key, value, "the command line names a key, and the schema")
-
-
-def check_file(path: Path) -> None:
-    """Refuse a configuration file with keys the schema does not have, following its ``defaults``.
-
-    Raises:
-        ConfigError: a missing file, an unknown key, a value of the wrong type.
-    """
-    if not path.is_file():
-        there = sorted(p.stem for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError("--config-name", path.stem, f"{path.parent} holds no such file; it holds: {', '.join(there)}")
-    loaded = OmegaConf.load(path)
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError("--config-name", path.stem, "the file is not a mapping of keys to values")
-    for entry in loaded.pop("defaults", []):
-        if isinstance(entry, str) and entry not in ("_self_", SCHEMA_NAME):
-            check_file(path.parent / f"{entry}.yaml")
-
-    def walk(node: DictConfig, prefix: str) -> None:
-        for k in map(str, node):
-            value = node._get_node(k)
-            _check_key(
-                f"{prefix}{k}",
-                "{...}" if isinstance(value, DictConfig) else value,
-                f"{path.name} sets it, but the schema",
-            )
-            if isinstance(value, DictConfig) and not any(s == f"{prefix}{k}.*" for s in schema_keys()):
-                walk(value, f"{prefix}{k}.")
-
-    walk(loaded, "")
-
-
-def check_command_line(argv: Sequence[str], conf_dir: Path, default_name: str = "base") -> DictConfig:
-    """Check configuration file and overrides of a command line before Hydra composes them; returns what they compose.
-
-    Raises:
-        ConfigError: see :func:`check_file`, :func:`check_overrides`; also values of the wrong type.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-
-    name, overrides, args = default_name, [], list(argv)
-    while args:
-        arg = args.pop(0)
-        if arg in ("--config-name", "-cn") and args:
-            name = args.pop(0)
-        elif arg.startswith("--config-name="):
-            name = arg.split("=", 1)[1]
-        elif arg in ("--config-path", "-cp", "--config-dir", "-cd") and args:
-            conf_dir = Path(args.pop(0)).absolute()
-        elif arg.startswith(("--config-path=", "--config-dir=")):
-            conf_dir = Path(arg.split("=", 1)[1]).absolute()
-        elif not arg.startswith("-"):
-            overrides.append(arg)
-    check_file(conf_dir / f"{name}.yaml")
-    check_overrides(overrides)
-    try:
-        with initialize_config_dir(str(conf_dir), version_base=None):
-            return compose(name, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        text = f"{error.__cause__ or error}\n{error}"
-        found = re.search(r"full_key: (\S+)", text) or re.search(r"override '?([\w.]+)=", text)
-        first = text.strip().splitlines()[0]
-        raise ConfigError(
-            found.group(1) if found else name, _value_in(text), f"{first}; give a value of the key's type"
-        ) from error
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _value_in(text: str) -> str:
-    found = re.search(r"Value '(.*?)'", text)
-    return found.group(1) if found else ""
+ENGINE_TOKENS = 2048  # what the engine computes at a time at least, and so the most sequences
 
 
 def resolve(cfg: DictConfig) -> TropdConfig:
     """The composed configuration as a checked object of the schema.
 
     Raises:
-        ConfigError: a required key is missing, a value has the wrong type, or values cannot go together.
+        ConfigError: an unknown key, a required key is missing, a value has the wrong type or is out of range, or
+            values cannot go together.
     """
+    merged = typed(cfg)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TropdConfig), cfg)
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(key, None, "has no default: set it in the file or on the command line")
         obj = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(str(key), _value_in(str(error)), str(error).splitlines()[0]) from error
+        key = str(error.full_key)
+        value, reason = value_at(OmegaConf.to_container(merged), key), str(error.msg or error).splitlines()[0]
+        if isinstance(error, InterpolationResolutionError):
+            raise ConfigError(key, value, f"{reason}; set what it refers to, or give a value") from error
+        raise bad_value(key, value, reason) from error
     assert isinstance(obj, TropdConfig)
     check(obj)
     return obj
 
 
-def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ConfigError(key, value, f"choose one of {', '.join(repr(a) for a in allowed)}")
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ConfigError(key, value, f"must be at least {least}")
-
-
 def check(cfg: TropdConfig) -> None:
-    """Every check between keys that needs no model.
+    """Every check that needs no model: each value's own range, then what must go together.
 
     Raises:
         ConfigError: names the key, the value and the remedy.
     """
-    m, t, r = cfg.model, cfg.trainer, cfg.model.rollout
-    for key, value, allowed in (
-        ("trainer.precision", t.precision, ("32", "bf16")),
-        ("model.teacher.precision", m.teacher.precision, (None, "32", "bf16")),
-        ("model.rollout.dtype", r.dtype, ("float32", "bfloat16")),
-        ("model.rollout.placement", r.placement, ("auto", "process", "colocated", "dedicated")),
-        ("model.tropd.gate", m.tropd.gate, (None, "bernoulli", "threshold", "soft")),
-        ("model.tropd.outlier", m.tropd.outlier, (None, "fkl", "mask", "clip")),
-        ("model.tropd.tail", m.tropd.tail, (None, "none", "ghost")),
-        ("model.tropd.guidance.prefix_draw", m.tropd.guidance.prefix_draw, ("uniform", "cap")),
-        ("model.optim.name", m.optim.name, ("adam", "sgd")),
-        ("model.optim.sched.name", m.optim.sched.name, ("constant", "linear", "cosine")),
-        ("model.data.overlong", m.data.overlong, ("error", "drop")),
-        ("model.recompute", m.recompute, RECOMPUTE),
-    ):
-        _one_of(key, value, allowed)
-    for key, number, least in (
-        ("trainer.num_nodes", t.num_nodes, 1),
-        ("trainer.devices", t.devices, 1),
-        ("trainer.distributed_timeout_s", t.distributed_timeout_s, 1),
-        ("trainer.max_restarts", t.max_restarts, 0),
-        ("trainer.tropd.max_steps", t.tropd.max_steps, 1),
-        ("trainer.tropd.val_check_interval", t.tropd.val_check_interval, 0),
-        ("trainer.tropd.save_interval", t.tropd.save_interval, 1),
-        ("trainer.tropd.keep_checkpoints", t.tropd.keep_checkpoints, 1),
-        ("trainer.tropd.gradient_clip_val", t.tropd.gradient_clip_val, 0),
-        ("trainer.tropd.max_skipped_steps", t.tropd.max_skipped_steps, 0),
-        ("model.micro_batch_size", m.micro_batch_size, 1),
-        ("model.global_batch_size", m.global_batch_size, 1),
-        ("model.encoder_seq_length", m.encoder_seq_length, 2),
-        ("model.tensor_model_parallel_size", m.tensor_model_parallel_size, 1),
-        ("model.pipeline_model_parallel_size", m.pipeline_model_parallel_size, 1),
-        ("model.tropd.top_k", m.tropd.top_k, 1),
-        ("model.tropd.guidance.max_prefix_tokens", m.tropd.guidance.max_prefix_tokens, 0),
-        ("model.rollout.max_new_tokens", r.max_new_tokens, 1),
-        ("model.rollout.samples_per_prompt", r.samples_per_prompt, 1),
-        ("model.rollout.max_num_seqs", r.max_num_seqs, 1),
-        ("model.rollout.top_k", r.top_k, 0),
-        ("model.data.max_prompt_tokens", m.data.max_prompt_tokens, 1),
-        ("model.data.held_out", m.data.held_out, 0),
-        ("model.validation.samples_per_prompt", m.validation.samples_per_prompt, 1),
-        ("model.optim.lr", m.optim.lr, 0),
-        ("model.optim.sched.warmup_steps", m.optim.sched.warmup_steps, 0),
-        ("model.rollout.omp_threads", r.omp_threads, 1),
-    ):
-        _at_least(key, number, least)
-    if t.gpu_memory_gib is not None and t.gpu_memory_gib <= 0:
-        raise ConfigError("trainer.gpu_memory_gib", t.gpu_memory_gib, "must be above 0, or null for the device's own")
-    _check_rollout(cfg)
-    _check_dedicated(cfg)
+    _require(
+        cfg.model.teacher.fp8 != "delayed",
+        "model.teacher.fp8",
+        "delayed",
+        "Transformer Engine updates delayed scales in backward passes, and the teacher has none, so they would stay at "
+        "their first value; choose tensorwise or blockwise (Hopper) or mxfp8 (Blackwell)",
+    )
+    for key, value, wanted in refused(cfg):
+        raise ConfigError(key, value, wanted)
+    _check_logging(cfg)
+    _check_optimizer(cfg)
+    _check_engine(cfg)
     _check_layout(cfg)
+    _check_teacher_degree(cfg)
     _check_lengths(cfg)
     _check_fp8(cfg)
 
 
-def _check_rollout(cfg: TropdConfig) -> None:
-    r, t = cfg.model.rollout, cfg.trainer
-    if r.temperature <= 0:
-        raise ConfigError("model.rollout.temperature", r.temperature, "must be above 0: TrOPD needs samples")
-    if not 0 < r.top_p <= 1:
-        raise ConfigError("model.rollout.top_p", r.top_p, "must lie in (0, 1]")
-    if r.request_timeout_s <= 0:
-        raise ConfigError("model.rollout.request_timeout_s", r.request_timeout_s, "must be above 0")
-    if r.request_timeout_s >= t.distributed_timeout_s:
-        raise ConfigError(
-            "model.rollout.request_timeout_s",
-            r.request_timeout_s,
-            f"must be below trainer.distributed_timeout_s = {t.distributed_timeout_s}: ranks wait for the engine",
+def _require(satisfied: bool, key: str, value: object, remedy: str) -> None:
+    if not satisfied:
+        raise ConfigError(key, value, remedy)
+
+
+def _check_logging(cfg: TropdConfig) -> None:
+    key, e = "exp_manager", cfg.exp_manager
+    _require(
+        e.exp_dir is not None or e.explicit_log_dir is not None,
+        f"{key}.exp_dir",
+        e.exp_dir,
+        f"give a directory, here or in {key}.explicit_log_dir",
+    )
+    if e.create_wandb_logger:
+        kwargs = e.wandb_logger_kwargs
+        _require(
+            bool({"name", "project"} & kwargs.keys()),
+            f"{key}.wandb_logger_kwargs",
+            kwargs,
+            f"{key}.create_wandb_logger=true needs a project or a name: set {key}.wandb_logger_kwargs.project",
         )
+        _require("version" not in kwargs, f"{key}.wandb_logger_kwargs.version", kwargs.get("version"), "NeMo sets it")
+        installed = importlib.util.find_spec("wandb") is not None
+        _require(installed, f"{key}.create_wandb_logger", True, "wandb is not installed: install it, or set false")
 
 
-def _check_dedicated(cfg: TropdConfig) -> None:
-    if cfg.model.rollout.placement != "dedicated":
-        return
-    key, d, limit = "model.rollout.dedicated", cfg.model.rollout.dedicated, cfg.trainer.distributed_timeout_s
-    why = "model.rollout.placement=dedicated needs"
-    if d.address is None:
-        raise ConfigError(f"{key}.address", None, f"{why} host:port where rank 0 listens for the engine hosts")
-    host_and_port(f"{key}.address", d.address)
-    if d.engines is None:
-        raise ConfigError(f"{key}.engines", None, f"{why} the number of engine hosts")
-    _at_least(f"{key}.engines", d.engines, 1)
-    if not 0 < d.timeout_s < limit:
-        raise ConfigError(
-            f"{key}.timeout_s",
+def _check_optimizer(cfg: TropdConfig) -> None:
+    key, o, steps = "model.optim", cfg.model.optim, cfg.trainer.tropd.max_steps
+    _require(o.sched.min_lr <= o.lr, f"{key}.sched.min_lr", o.sched.min_lr, f"must not exceed {key}.lr = {o.lr}")
+    _require(
+        o.sched.warmup_steps < steps,
+        f"{key}.sched.warmup_steps",
+        o.sched.warmup_steps,
+        f"must be below trainer.tropd.max_steps = {steps}: the run would end before its warm-up",
+    )
+    _require(
+        o.name == "adam" or not o.distributed,
+        f"{key}.name",
+        o.name,
+        f"Megatron's distributed optimizer is adam only: choose adam, or set {key}.distributed=false",
+    )
+
+
+def _check_engine(cfg: TropdConfig) -> None:
+    key, r, limit = "model.rollout", cfg.model.rollout, cfg.trainer.distributed_timeout_s
+    _require(
+        r.request_timeout_s < limit,
+        f"{key}.request_timeout_s",
+        r.request_timeout_s,
+        f"must be below trainer.distributed_timeout_s = {limit}: ranks wait for the engine",
+    )
+    most = max(cfg.model.encoder_seq_length, ENGINE_TOKENS)
+    _require(
+        r.max_num_seqs <= most,
+        f"{key}.max_num_seqs",
+        r.max_num_seqs,
+        f"vLLM takes at most {most}, the tokens it computes at a time",
+    )
+    if r.placement == "dedicated":
+        d, why = r.dedicated, f"{key}.placement=dedicated needs"
+        listens = f"{why} host:port where rank 0 listens for the engine hosts"
+        _require(d.address is not None, f"{key}.dedicated.address", None, listens)
+        _require(d.engines is not None, f"{key}.dedicated.engines", None, f"{why} the number of engine hosts")
+        _require(
+            d.timeout_s < limit,
+            f"{key}.dedicated.timeout_s",
             d.timeout_s,
-            f"must be above 0 and below trainer.distributed_timeout_s = {limit}: ranks wait for the engine hosts",
+            f"must be below trainer.distributed_timeout_s = {limit}: ranks wait for the engine hosts",
         )
 
 
 def _check_fp8(cfg: TropdConfig) -> None:
-    teacher = cfg.model.teacher
-    for key, bound in (
-        ("top_k_kl", teacher.admission.top_k_kl),
-        ("gate_flips", teacher.admission.gate_flips),
-        ("ratio_error", teacher.admission.ratio_error),
-        ("prompts", teacher.admission.prompts),
-    ):
-        _at_least(f"model.teacher.admission.{key}", bound, 0)
-    _at_least("model.teacher.fp8_first_last_bf16", teacher.fp8_first_last_bf16, 0)
+    key, teacher = "model.teacher", cfg.model.teacher
     if teacher.fp8 is None:
         return
-    if teacher.offload and not teacher.fp8_param:
-        raise ConfigError(
-            "model.teacher.offload",
-            True,
-            "with fp8_param=false Transformer Engine keeps FP8 copies of the weights that cannot be moved; set "
-            "model.teacher.fp8_param=true",
-        )
-    if teacher.fp8 == "delayed":
-        raise ConfigError(
-            "model.teacher.fp8",
-            "delayed",
-            "Transformer Engine updates delayed scales in backward passes, and the teacher has none, so they would "
-            "stay at their first value; choose tensorwise or blockwise (Hopper) or mxfp8 (Blackwell)",
-        )
-    _one_of("model.teacher.fp8", teacher.fp8, (None, *FP8_RECIPES))
+    _require(
+        teacher.fp8_param or not teacher.offload,
+        f"{key}.offload",
+        True,
+        "with fp8_param=false Transformer Engine keeps FP8 copies of the weights that cannot be moved; set "
+        f"{key}.fp8_param=true",
+    )
     precision = teacher.precision or cfg.trainer.precision
-    if precision != "bf16":
-        raise ConfigError(
-            "model.teacher.precision",
-            precision,
-            f"model.teacher.fp8 = {teacher.fp8!r} needs a bf16 teacher: set model.teacher.precision=bf16, or fp8=null",
-        )
-    if teacher.admission.prompts and not cfg.model.data.held_out:
-        raise ConfigError(
-            "model.data.held_out",
-            0,
-            "the FP8 teacher is measured on held-out prompts before a run: hold some out, or set "
-            "model.teacher.admission.prompts=0 to run unmeasured",
-        )
+    _require(
+        precision == "bf16",
+        f"{key}.precision",
+        precision,
+        f"{key}.fp8 = {teacher.fp8!r} needs a bf16 teacher: set {key}.precision=bf16, or fp8=null",
+    )
+    _require(
+        cfg.model.data.held_out > 0 or not teacher.admission.prompts,
+        "model.data.held_out",
+        0,
+        "the FP8 teacher is measured on held-out prompts before a run: hold some out, or set "
+        f"{key}.admission.prompts=0 to run unmeasured",
+    )
 
 
 def _check_layout(cfg: TropdConfig) -> None:
     m, t = cfg.model, cfg.trainer
     world = t.num_nodes * t.devices
-    launched = os.environ.get("WORLD_SIZE")
-    if launched is not None and int(launched) != world:
-        raise ConfigError(
-            "trainer.devices",
-            t.devices,
-            f"{launched} processes were launched, but trainer.num_nodes x trainer.devices is {world}: "
-            f"launch torchrun with --nproc_per_node={t.devices} on {t.num_nodes} node(s) or change the keys",
-        )
-    tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
-    if world % (tp * pp):
-        raise ConfigError(
-            "model.tensor_model_parallel_size",
-            tp,
-            f"tensor x pipeline parallel is {tp * pp}, which does not divide the {world} processes of "
-            f"trainer.num_nodes x trainer.devices",
-        )
-    if m.sequence_parallel and tp == 1:
-        raise ConfigError("model.sequence_parallel", True, "needs model.tensor_model_parallel_size above 1")
-    if m.global_batch_size % m.rollout.samples_per_prompt:
-        raise ConfigError(
-            "model.global_batch_size",
-            m.global_batch_size,
-            f"must be a multiple of model.rollout.samples_per_prompt = {m.rollout.samples_per_prompt}",
-        )
-    data = world // (tp * pp)
-    if m.global_batch_size % data:
-        raise ConfigError(
-            "model.global_batch_size", m.global_batch_size, f"must divide by the {data} data-parallel ranks"
-        )
-    _check_teacher_degree(m.teacher.tensor_model_parallel_size, tp, tp * data)
-    if m.optim.distributed and data == 1:
-        raise ConfigError("model.optim.distributed", True, "shards over data-parallel ranks, and there is only one")
+    launched = os.environ.get("WORLD_SIZE", str(world))
+    _require(launched.isdecimal(), "WORLD_SIZE", launched, "the environment variable must be a number, or unset")
+    _require(
+        int(launched) == world,
+        "trainer.devices",
+        t.devices,
+        f"{launched} processes were launched, but trainer.num_nodes x trainer.devices is {world}: "
+        f"launch torchrun with --nproc_per_node={t.devices} on {t.num_nodes} node(s) or change the keys",
+    )
+    tp, model_ranks = m.tensor_model_parallel_size, m.tensor_model_parallel_size * m.pipeline_model_parallel_size
+    _require(
+        world % model_ranks == 0,
+        "model.tensor_model_parallel_size",
+        tp,
+        f"tensor x pipeline parallel is {model_ranks}, which does not divide the {world} processes of "
+        f"trainer.num_nodes x trainer.devices",
+    )
+    needs_tp = "needs model.tensor_model_parallel_size above 1"
+    _require(tp > 1 or not m.sequence_parallel, "model.sequence_parallel", True, needs_tp)
+    size, samples, data = m.global_batch_size, m.rollout.samples_per_prompt, world // model_ranks
+    multiple = f"must be a multiple of model.rollout.samples_per_prompt = {samples}"
+    _require(size % samples == 0, "model.global_batch_size", size, multiple)
+    divisible = f"must be divisible by the {data} data-parallel ranks"
+    _require(size % data == 0, "model.global_batch_size", size, divisible)
+    alone = "shards over data-parallel ranks, and there is only one: set it to false"
+    _require(data > 1 or not m.optim.distributed, "model.optim.distributed", True, alone)
 
 
-def _check_teacher_degree(teacher: int | None, tensor: int, stage: int) -> None:
-    key = "model.teacher.tensor_model_parallel_size"
-    if teacher is None:
+def _check_teacher_degree(cfg: TropdConfig) -> None:
+    key, degree = "model.teacher.tensor_model_parallel_size", cfg.model.teacher.tensor_model_parallel_size
+    tensor = cfg.model.tensor_model_parallel_size
+    stage = cfg.trainer.num_nodes * cfg.trainer.devices // cfg.model.pipeline_model_parallel_size
+    if degree is None:
         return
-    _at_least(key, teacher, 1)
-    if tensor % teacher and teacher % tensor:
-        raise ConfigError(
-            key,
-            teacher,
-            f"must divide model.tensor_model_parallel_size = {tensor} or be a multiple of it: a teacher group then "
-            f"lies within one of the student's, or is made of whole ones",
-        )
-    if stage % teacher:
-        raise ConfigError(
-            key, teacher, f"must divide the {stage} ranks of a pipeline stage (tensor x data parallel of the student)"
-        )
+    _require(
+        tensor % degree == 0 or degree % tensor == 0,
+        key,
+        degree,
+        f"must divide model.tensor_model_parallel_size = {tensor} or be a multiple of it: a teacher group then lies "
+        f"within one of the student's, or is made of complete ones",
+    )
+    ranks = f"must divide the {stage} ranks of a pipeline stage (tensor x data parallel of the student)"
+    _require(stage % degree == 0, key, degree, ranks)
 
 
 def _check_lengths(cfg: TropdConfig) -> None:
-    m = cfg.model
-    g, prompt, response = m.tropd.guidance, m.data.max_prompt_tokens, m.rollout.max_new_tokens
-    prefix = g.max_prefix_tokens if g.enabled else 0
-    if prompt + response > m.encoder_seq_length:
-        raise ConfigError(
-            "model.encoder_seq_length",
-            m.encoder_seq_length,
-            f"a prompt of model.data.max_prompt_tokens = {prompt} and a response of "
-            f"model.rollout.max_new_tokens = {response} need {prompt + response}",
-        )
-    teacher_tokens = m.teacher.response_tokens or m.rollout.max_new_tokens
-    if prefix > teacher_tokens:
-        raise ConfigError(
-            "model.tropd.guidance.max_prefix_tokens",
-            prefix,
-            f"the teacher writes at most {teacher_tokens} tokens; raise model.teacher.response_tokens or lower this",
-        )
-    if prompt + teacher_tokens > m.encoder_seq_length:
-        raise ConfigError(
-            "model.teacher.response_tokens",
-            teacher_tokens,
-            f"with model.data.max_prompt_tokens = {prompt} it passes model.encoder_seq_length = {m.encoder_seq_length}",
-        )
-    if m.tokens_per_micro_batch is not None and m.tokens_per_micro_batch < m.encoder_seq_length:
-        raise ConfigError(
-            "model.tokens_per_micro_batch",
-            m.tokens_per_micro_batch,
-            f"the longest sequence, model.encoder_seq_length = {m.encoder_seq_length}, must fit one micro-batch; raise "
-            f"this, lower that, or set this to null for padded micro-batches",
-        )
-    if not 0 < g.anneal_fraction <= 1:
-        raise ConfigError("model.tropd.guidance.anneal_fraction", g.anneal_fraction, "must lie in (0, 1]")
-    if m.sequence_parallel and m.encoder_seq_length % m.tensor_model_parallel_size:
-        raise ConfigError(
-            "model.encoder_seq_length",
-            m.encoder_seq_length,
-            f"must divide by model.tensor_model_parallel_size = {m.tensor_model_parallel_size} with sequence parallel",
-        )
+    m, longest, limit = cfg.model, cfg.model.encoder_seq_length, "model.encoder_seq_length"
+    prompt, response = m.data.max_prompt_tokens, m.rollout.max_new_tokens
+    _require(
+        prompt + response <= longest,
+        limit,
+        longest,
+        f"a prompt of model.data.max_prompt_tokens = {prompt} and a response of model.rollout.max_new_tokens = "
+        f"{response} need {prompt + response}",
+    )
+    written = m.teacher.response_tokens or response
+    prefix = m.tropd.guidance.max_prefix_tokens if m.tropd.guidance.enabled else 0
+    _require(
+        prefix <= written,
+        "model.tropd.guidance.max_prefix_tokens",
+        prefix,
+        f"the teacher generates at most {written} tokens; raise model.teacher.response_tokens or lower this",
+    )
+    exceeds = (
+        f"with model.data.max_prompt_tokens = {prompt} it exceeds {limit} = {longest}: lower it to {longest - prompt}"
+    )
+    _require(prompt + written <= longest, "model.teacher.response_tokens", written, exceeds)
+    validated = m.validation.max_new_tokens or response
+    _require(prompt + validated <= longest, "model.validation.max_new_tokens", validated, exceeds)
+    _require(
+        m.tokens_per_micro_batch is None or m.tokens_per_micro_batch >= longest,
+        "model.tokens_per_micro_batch",
+        m.tokens_per_micro_batch,
+        f"the longest sequence, {limit} = {longest}, must fit one micro-batch: raise model.tokens_per_micro_batch, "
+        f"lower {limit}, or set the former to null for padded micro-batches",
+    )
+    _require(
+        not m.sequence_parallel or longest % m.tensor_model_parallel_size == 0,
+        limit,
+        longest,
+        f"with sequence parallel it must be divisible by model.tensor_model_parallel_size = "
+        f"{m.tensor_model_parallel_size}",
+    )

@@ -12,8 +12,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from nemo_tropd.config import ConfigError, fail
-from nemo_tropd.config_checks import check_command_line, resolve
+from nemo_tropd.command_line import compose_command_line, fail
+from nemo_tropd.config import ConfigError
+from nemo_tropd.config_checks import resolve
 from nemo_tropd.launch.command import plan_launch
 from nemo_tropd.launch.scheduler import CONSUMED, read_allocation
 from nemo_tropd.launch.supervise import Supervisor
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     env = dict(os.environ)
     for name in CONSUMED:
         os.environ.pop(name, None)
-    cfg = resolve(check_command_line(arguments, ROOT / "conf"))
+    cfg = resolve(compose_command_line(arguments, ROOT / "conf", usage=__doc__ or ""))
     launch = plan_launch(cfg, allocation, script, arguments, env)
     child = {k: v for k, v in env.items() if k not in launch.drop} | launch.environment
     if show:

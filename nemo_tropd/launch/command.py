@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from nemo_tropd.config import ConfigError, TropdConfig
-from nemo_tropd.launch.scheduler import CONSUMED, DEFAULT_PORT, Allocation
+from nemo_tropd.config import RENDEZVOUS_PORT, ConfigError, TropdConfig, host_and_port
+from nemo_tropd.launch.scheduler import CONSUMED, Allocation
 from nemo_tropd.parallel.addresses import addresses_of, own_addresses
 
 # A node whose launcher misses this many keep-alives counts as gone from the rendezvous.
@@ -68,7 +67,7 @@ def plan_launch(
                 None,
                 f"a run on {nodes} nodes needs a rendezvous endpoint: host:port on one of them",
             )
-        host, port = split_endpoint(endpoint)
+        host, port = host_and_port("trainer.rendezvous", endpoint, RENDEZVOUS_PORT)
         local, interface = local_address(host, port)
         rendezvous = [
             f"--rdzv-endpoint={host}:{port}",
@@ -113,19 +112,6 @@ def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool | None) -> str:
         "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
     }
     return ",".join(f"{key}={value}" for key, value in settings.items() if value is not None)
-
-
-def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """Host and port of ``host``, ``host:port`` or ``[v6]:port``.
-
-    Raises:
-        ConfigError: no host, or an invalid port.
-    """
-    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::([0-9]+))?", endpoint)
-    port = int(found.group(2)) if found and found.group(2) else DEFAULT_PORT
-    if not found or not 0 < port < 65536:
-        raise ConfigError("trainer.rendezvous", endpoint, "must be host:port with a port of 1 to 65535")
-    return found.group(1).strip("[]"), port
 
 
 def local_address(host: str, port: int) -> tuple[str, str]:

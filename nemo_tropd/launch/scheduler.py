@@ -18,9 +18,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_tropd.config import ConfigError
+from nemo_tropd.config import RENDEZVOUS_PORT, ConfigError
 
-DEFAULT_PORT = 29400  # torchrun's default for its rendezvous
 # Removed from the environment: torchrun and its workers get these values as arguments.
 CONSUMED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "NPROC_PER_NODE")
 _FIRST_SLURM_PORT, _SLURM_PORTS = 10000, 20000  # below Linux's ephemeral ports (32768 and up)
@@ -93,7 +92,7 @@ def _torchrun(env: Mapping[str, str], scheduler: str, nodes: str, processes: str
     if nodes == "WORLD_SIZE" and count and ranks and count % ranks == 0:
         count //= ranks  # PyTorchJob counts processes, not pods, if it knows how many a pod has
     address = env.get("PET_MASTER_ADDR") or env.get("MASTER_ADDR")
-    port = env.get("PET_MASTER_PORT") or env.get("MASTER_PORT") or str(DEFAULT_PORT)
+    port = env.get("PET_MASTER_PORT") or env.get("MASTER_PORT") or str(RENDEZVOUS_PORT)
     rendezvous = env.get("PET_RDZV_ENDPOINT") or (f"{address}:{port}" if address else None)
     return Allocation(
         scheduler,

@@ -19,7 +19,7 @@ from .fkl_outlier import FKLOutlier
 from .gopd import GOPD
 from .jsd import JSD
 from .mask_outlier import MaskOutlier
-from .objective import Metrics, Objective
+from .objective import Metrics, Objective, ParameterError
 from .opd import OPD
 from .reopold import REOPOLD
 from .reopold_2stage import REOPOLDTwoStage
@@ -27,7 +27,7 @@ from .topd import TOPD
 from .tropd import TrOPD
 from .tropd_aopd import TrOPDWithAOPD
 
-__all__ = ["OBJECTIVES", "Metrics", "Objective", "build", "parameters"]
+__all__ = ["OBJECTIVES", "Metrics", "Objective", "ParameterError", "build", "parameters"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     kind.name: kind

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.fields import number
 
-from .objective import Metrics, Objective, number
+from .objective import Metrics, Objective
 from .terms import log_ratio, policy_gradient
 
 

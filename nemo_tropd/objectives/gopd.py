@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.fields import number
 
-from .objective import Metrics, Objective, number
+from .objective import Metrics, Objective
 from .terms import policy_gradient
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.fields import number, refused
 
 Metrics = dict[str, Tensor]
 Denominator = Literal["tokens", "sequences", "mask"]
+
+
+class ParameterError(ValueError):
+    """A parameter of an objective has a value that it does not take; ``wanted`` says which it does."""
+
+    def __init__(self, objective: str, parameter: str, value: object, wanted: str) -> None:
+        self.parameter, self.value, self.wanted = parameter.rstrip("_"), value, wanted
+        super().__init__(f"objective {objective!r}, parameter {self.parameter!r} is {value!r}; {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +50,12 @@ class Objective:
     needs_reference: ClassVar[bool] = False
     denominator: ClassVar[Denominator] = "tokens"
 
-    guidance_weight: float | None = None
-    importance_cap: float | None = None
+    guidance_weight: float | None = number(None, at_least=0.0)
+    importance_cap: float | None = number(None, above=0.0)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            check = f.metadata.get("check")
-            if check is not None:
-                check(f"objective {self.name!r}, parameter {f.name!r}", getattr(self, f.name))
-        if self.importance_cap is not None and not self.importance_cap > 0:
-            raise ValueError(f"objective {self.name!r}: importance_cap is {self.importance_cap}; give a number above 0")
+        for name, value, wanted in refused(self):
+            raise ParameterError(self.name, name, value, wanted)
 
     @property
     def needs_first_pass(self) -> bool:
@@ -116,37 +120,3 @@ def importance_ratio(scores: TokenScores, *, what: str) -> Tensor:
         raise ValueError(f"objective {what!r}: importance_cap needs TokenScores.behavior_log_probs, which is None")
     gap = scores.student_log_probs.detach() - scores.behavior_log_probs.detach()
     return gap.nan_to_num(nan=0.0).exp()
-
-
-def choice(default: str, *others: str) -> Any:
-    """A dataclass field that takes one of the given words."""
-    known = (default, *others)
-
-    def check(what: str, value: object) -> None:
-        if value not in known:
-            raise ValueError(f"{what} is {value!r}; choose one of {', '.join(known)}")
-
-    return field(default=default, metadata={"check": check})
-
-
-def number(
-    default: float | None,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    at_most: float = math.inf,
-    below: float = math.inf,
-) -> Any:
-    """A dataclass field that takes a finite number within bounds; None where the default is None."""
-
-    def check(what: str, value: object) -> None:
-        if value is None and default is None:
-            return
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{what} is {value!r}; give a finite number")
-        if not (above < value < below and at_least <= value <= at_most):
-            low = f"above {above}" if above > -math.inf else f"at least {at_least}"
-            high = f"below {below}" if below < math.inf else f"at most {at_most}"
-            raise ValueError(f"{what} is {value}; give a number {low} and {high}")
-
-    return field(default=default, metadata={"check": check})

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.fields import integer, number
 
 from .entropy_opd import quantile
-from .objective import Metrics, Objective, number
+from .objective import Metrics, Objective
 from .reopold import REOPOLD
 from .terms import log_ratio, policy_gradient
 
@@ -30,8 +31,8 @@ class REOPOLDTwoStage(REOPOLD):
     needs_student_entropy = True
     denominator = "mask"
     beta: float = number(0.2, above=0.0, at_most=1.0)
-    switch_step: int = number(100, at_least=0)
-    step: int | None = None
+    switch_step: int = integer(100, at_least=0)
+    step: int | None = integer(None, at_least=0)
     threshold: float | None = number(None)
     factor: float | None = number(None, at_least=0.0)
 

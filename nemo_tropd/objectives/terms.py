@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.fields import choice
 
-from .objective import choice, log_ratio, trust_probability
+from .objective import log_ratio, trust_probability
 
 __all__ = ["choice_of_gate", "choice_of_tail", "forward_kl", "log_ratio", "policy_gradient", "trust_gate"]
 

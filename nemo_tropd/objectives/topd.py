@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.fields import choice, number
 
-from .objective import Metrics, Objective, choice, number
+from .objective import Metrics, Objective
 from .terms import log_ratio, policy_gradient
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.fields import choice, number
 
-from .objective import Metrics, Objective, choice, number
+from .objective import Metrics, Objective
 from .terms import choice_of_gate, choice_of_tail, forward_kl, log_ratio, policy_gradient, trust_gate
 
 
@@ -22,7 +23,7 @@ class TrOPD(Objective):
     """
 
     name = "tropd"
-    guidance_weight: float | None = 0.001
+    guidance_weight: float | None = number(0.001, at_least=0.0, optional=True)
     gate: str = choice_of_gate()
     outlier: str = choice("fkl", "mask", "clip")
     tail: str = choice_of_tail()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nemo_tropd.batch import TokenScores
+from nemo_tropd.fields import number
 
-from .objective import Metrics, number
+from .objective import Metrics
 from .terms import log_ratio, policy_gradient
 from .tropd import TrOPD
 

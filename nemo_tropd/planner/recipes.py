@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_tropd.command_line import compose_command_line
 from nemo_tropd.config import ConfigError, TropdConfig
-from nemo_tropd.config_checks import check_command_line, resolve
+from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.files import write_text
 from nemo_tropd.planner.machine import GIB, Machine
@@ -58,7 +59,7 @@ def plan_recipe(path: Path, chunk_bytes: float, overrides: Mapping[str, object] 
     """
     given = [f"{key}={value}" for key, value in (overrides or {}).items()]
     with _no_launcher():
-        cfg = resolve(check_command_line([f"--config-name={path.stem}", *given], path.parent.absolute()))
+        cfg = resolve(compose_command_line([f"--config-name={path.stem}", *given], path.parent.absolute()))
     if cfg.trainer.gpu_memory_gib is None:
         raise ConfigError(
             "trainer.gpu_memory_gib",

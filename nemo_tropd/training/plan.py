@@ -15,7 +15,7 @@ from rich.table import Table
 from nemo_tropd.config import ConfigError, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.loss.inputs import CHUNK_BYTES
-from nemo_tropd.objectives import Objective, build, parameters
+from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.planner.machine import GIB, Machine, host_bytes
 from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
 from nemo_tropd.planner.roles import roles
@@ -24,6 +24,8 @@ from nemo_tropd.planner.wire import Wire, estimate_wire
 from nemo_tropd.prompts import PromptError, PromptKeys, PromptSplit, load_prompts
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.training.answers import AnswerError, exact_match
+
+OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,19 @@ def build_objective(cfg: TropdConfig) -> Objective:
     """The objective that ``model.tropd`` names.
 
     Raises:
-        ConfigError: an unknown name, or a parameter the objective does not have.
+        ConfigError: an unknown name, a parameter the objective does not have, or a value that it does not take.
     """
     t = cfg.model.tropd
     given: dict[str, Any] = dict(t.params)
-    for name in ("gate", "outlier", "tail", "guidance_weight"):
+    for name in OWN_KEYS:
         value = getattr(t, name)
         if value is not None:
             given[name] = value
     try:
         return build(t.objective, **given)
+    except ParameterError as error:
+        key = "model.tropd" if getattr(t, error.parameter, None) is not None else "model.tropd.params"
+        raise ConfigError(f"{key}.{error.parameter}", error.value, f"{t.objective}: {error.wanted}") from error
     except (ValueError, TypeError) as error:
         known = ""
         if "unknown objective" not in str(error):

@@ -12,7 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from nemo_tropd.config import ConfigError, TropdConfig, fail
+from nemo_tropd.command_line import fail
+from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf

@@ -237,7 +237,8 @@ def test_compose_file_parses() -> None:
 
 
 def test_kubernetes_example_and_its_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_tropd.config_checks import check_command_line, resolve
+    from nemo_tropd.command_line import compose_command_line
+    from nemo_tropd.config_checks import resolve
 
     job = yaml.safe_load((DOCKER / "pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
@@ -250,7 +251,7 @@ def test_kubernetes_example_and_its_command_line(monkeypatch: pytest.MonkeyPatch
         assert container["name"] == "pytorch"  # the operator looks for this name
         assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
         assert container["args"][0] == "train"
-        cfg = resolve(check_command_line(container["args"][1:], ROOT / "conf"))
+        cfg = resolve(compose_command_line(container["args"][1:], ROOT / "conf"))
         assert cfg.trainer.num_nodes == sum(r["replicas"] for r in replicas.values())
         assert str(cfg.trainer.devices) == job["spec"]["nprocPerNode"]
 

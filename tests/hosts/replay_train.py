@@ -11,7 +11,7 @@ from nemo_tropd.quiet import quiet_libraries
 
 quiet_libraries()
 
-from nemo_tropd.config_checks import check_command_line  # noqa: E402
+from nemo_tropd.command_line import compose_command_line  # noqa: E402
 from nemo_tropd.launch.__main__ import ROOT  # noqa: E402
 from nemo_tropd.training import run  # noqa: E402
 from tests.doubles import GivenEngines, ReplayEngine  # noqa: E402
@@ -30,6 +30,6 @@ class SlowEngine(ReplayEngine):
 
 if __name__ == "__main__":
     run.main(
-        check_command_line(sys.argv[1:], ROOT / "conf"),
+        compose_command_line(sys.argv[1:], ROOT / "conf"),
         GivenEngines(lambda: SlowEngine(VOCABULARY)),
     )

@@ -363,5 +363,5 @@ def test_placement_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
         placement_of(config(**asked), on_gpu=False)
     with pytest.raises(ConfigError, match=r"placement = 'colocated': .*pipeline_model_parallel_size is 2"):
         placement_of(config(pipeline=2, **asked), on_gpu=True)
-    with pytest.raises(ConfigError, match=r"model.rollout.placement = 'gpu': choose one of 'auto'"):
+    with pytest.raises(ConfigError, match=r"model.rollout.placement = 'gpu': choose one of auto"):
         config(**{"model.rollout.placement": "gpu"})

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout, TokenBatch
-from nemo_tropd.config import ConfigError, TeacherConfig
-from nemo_tropd.config_checks import FP8_RECIPES
+from nemo_tropd.config import FP8_RECIPES, ConfigError, TeacherConfig
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.fp8 import (
@@ -39,7 +38,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     ("overrides", "key", "remedy"),
     [
         (["model.teacher.fp8=delayed"], "model.teacher.fp8", "updates delayed scales in backward passes"),
-        (["model.teacher.fp8=int8"], "model.teacher.fp8", "'tensorwise', 'blockwise', 'mxfp8'"),
+        (["model.teacher.fp8=int8"], "model.teacher.fp8", "tensorwise, blockwise, mxfp8"),
         (["model.teacher.fp8=tensorwise", "model.teacher.precision=32"], "model.teacher.precision", "needs a bf16"),
         (["model.teacher.fp8=tensorwise", "trainer.precision=32"], "model.teacher.precision", "needs a bf16"),
         (["model.teacher.fp8=blockwise", "model.data.held_out=0"], "model.data.held_out", "admission.prompts=0"),

@@ -365,6 +365,17 @@ def test_build_refuses(name: str, params: dict[str, Any], text: str) -> None:
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_every_parameter_refuses_what_is_not_a_value_of_its_kind(name: str) -> None:
+    for parameter in objectives.parameters(name):
+        for bad in (math.nan, math.inf, True, "no such", [1], {"a": 1}, 1e39):
+            with pytest.raises(objectives.ParameterError) as caught:
+                objectives.build(name, **{parameter: bad})
+            assert caught.value.parameter == parameter.rstrip("_"), (parameter, bad)
+        if parameter in ("guidance_weight", "importance_cap"):
+            objectives.build(name, **{parameter: None})
+
+
 def test_needs_are_declared_and_checked(state: State) -> None:
     needs = {"entropy_opd": "student_entropy", "eopd": "teacher_entropy", "gopd": "reference_log_probs"}
     for name, field in needs.items():

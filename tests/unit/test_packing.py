@@ -157,7 +157,7 @@ def test_an_empty_row_is_one_unscored_sequence() -> None:
     ("key", "value", "remedy"),
     [
         ("tokens_per_micro_batch", 4096, "the longest sequence, model.encoder_seq_length = 9216, must fit"),
-        ("recompute", "block", "choose one of None, 'selective', 'full'"),
+        ("recompute", "block", "choose one of selective, full, or null"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(key: str, value: object, remedy: str) -> None:

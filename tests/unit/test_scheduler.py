@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tropd.config import ConfigError, TropdConfig
-from nemo_tropd.launch.command import Launch, local_address, plan_launch, split_endpoint
+from nemo_tropd.config import RENDEZVOUS_PORT, ConfigError, TropdConfig, host_and_port
+from nemo_tropd.launch.command import Launch, local_address, plan_launch
 from nemo_tropd.launch.scheduler import first_host, read_allocation
 from tests.e2e.tiny_run import ROOT, TinyRun, environment
 
@@ -135,11 +135,12 @@ def test_first_host_of_slurm_lists() -> None:
 
 
 def test_endpoints() -> None:
-    assert split_endpoint("node1") == ("node1", 29400)
-    assert split_endpoint("[::1]:5") == ("::1", 5)
+    key = "trainer.rendezvous"
+    assert host_and_port(key, "node1", RENDEZVOUS_PORT) == ("node1", 29400)
+    assert host_and_port(key, "[::1]:5", RENDEZVOUS_PORT) == ("::1", 5)
     for bad in ("", ":1", "a:b", "a:0", "a b:1"):
         with pytest.raises(ConfigError, match=r"trainer\.rendezvous"):
-            split_endpoint(bad)
+            host_and_port(key, bad, RENDEZVOUS_PORT)
     assert local_address("127.0.0.1", 1) == ("127.0.0.1", "lo")
 
 

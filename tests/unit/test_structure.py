@@ -12,17 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[2] / "nemo_tropd"
 
 # room -> rooms of ours it may import
 ALLOWED = {
-    "config": set(),
-    "config_checks": {"config"},
-    "planner": {"config", "config_checks", "convert", "files", "parallel", "rollout"},
-    "launch": {"config", "config_checks", "parallel"},
+    "fields": set(),
+    "config": {"fields"},
+    "config_keys": {"config", "fields"},
+    "config_checks": {"config", "config_keys", "fields"},
+    "command_line": {"config", "config_keys", "fields"},
+    "planner": {"command_line", "config", "config_checks", "convert", "files", "parallel", "rollout"},
+    "launch": {"command_line", "config", "config_checks", "parallel"},
     "doctor": set(),
     "batch": set(),
     "files": set(),
     "quiet": set(),
     "prompts": set(),
     "parallel": {"batch"},
-    "objectives": {"batch"},
+    "objectives": {"batch", "fields"},
     "loss": {"batch", "parallel"},
     "convert": {"files", "parallel"},
     "rollout": {"batch", "config", "files", "parallel", "prompts"},
@@ -39,7 +42,7 @@ ONE_PLACE = {
     "nemo": {"model/tropd_model.py", "training/run.py", "quiet.py"},
 }
 # what NeMo-RL, Megatron-Bridge or any trainer can use with torch alone
-TORCH_ALONE = ("objectives", "loss", "parallel/vocab.py", "batch.py")
+TORCH_ALONE = ("objectives", "loss", "parallel/vocab.py", "batch.py", "fields.py")
 
 
 @functools.cache

@@ -1,0 +1,161 @@
+"""Dataclass fields that say which values they take, and the one check of them.
+
+The range stands beside the default: ``lr: float = number(5e-6, at_least=0)``. A field also takes None if its
+default is None or it is ``optional``. Imports the standard library alone: objectives and configuration share it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, field, fields, is_dataclass
+from typing import Any
+
+FLOAT_MAX = 3.4028234e38  # the largest fp32
+INT_MAX = 2**31 - 1
+_LONGEST_NAME = 128
+
+Check = Callable[[object], str | None]
+"""What to give instead of the value, or None for a value that will do."""
+
+
+def choice(default: str | None, *others: str) -> Any:
+    """One of the given words."""
+    known = (default, *others)
+    words = ", ".join(word for word in known if word is not None)
+
+    def check(value: object) -> str | None:
+        return None if value in known else f"choose one of {words}"
+
+    return _field(default, check)
+
+
+def number(
+    default: float | tuple[float, ...] | None,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+    optional: bool = False,
+) -> Any:
+    """A finite number within bounds; with a tuple as the default, as many of them."""
+    low = f"above {above:g}" if above > -math.inf else f"of at least {at_least:g}" if at_least > -math.inf else ""
+    high = f"below {below:g}" if below < math.inf else f"at most {at_most:g}" if at_most < math.inf else ""
+    bounds = " and ".join(part for part in (low, high) if part)
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= FLOAT_MAX:
+            return f"give a finite number {bounds}".rstrip()
+        return None if above < value < below and at_least <= value <= at_most else f"give a number {bounds}"
+
+    return _field(default, _each(check, default) if isinstance(default, tuple) else check, optional)
+
+
+def integer(default: int | None, *, at_least: int, at_most: int = INT_MAX) -> Any:
+    """An integer from ``at_least`` to ``at_most``."""
+
+    def check(value: object) -> str | None:
+        if isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= at_most:
+            return None
+        too_large = at_most != INT_MAX or (isinstance(value, int) and value > at_most)
+        return f"give an integer of at least {at_least}" + (f" and at most {at_most}" if too_large else "")
+
+    return _field(default, check)
+
+
+def flag(default: bool) -> Any:
+    """True or false."""
+    return _field(default, lambda value: None if isinstance(value, bool) else "give true or false")
+
+
+def text(default: str | None, *, optional: bool = False) -> Any:
+    """A string that is not blank."""
+
+    def check(value: object) -> str | None:
+        fits = isinstance(value, str) and value.strip() and "\0" not in value
+        return None if fits else "give a string that is not empty"
+
+    return _field(default, check, optional)
+
+
+def file_name(default: str) -> Any:
+    """The name of one file or folder, without a path to it."""
+
+    def check(value: object) -> str | None:
+        fits = isinstance(value, str) and re.fullmatch(r"(?!\.+$)[^/\s]([^/]*[^/\s])?", value) and value.isprintable()
+        if isinstance(value, str) and fits and len(value.encode()) <= _LONGEST_NAME:
+            return None
+        return f"it names a folder: give 1 to {_LONGEST_NAME} printable characters without / and outer spaces"
+
+    return _field(default, check)
+
+
+def endpoint(default: str | None, *, default_port: int | None = None) -> Any:
+    """``host:port`` or ``[v6]:port``; with a default port, ``host`` alone, too."""
+    return _field(default, lambda value: None if split_endpoint(value, default_port) else ENDPOINT_WANTED)
+
+
+ENDPOINT_WANTED = "must be host:port with a port of 1 to 65535, such as 10.0.0.1:29600"
+
+
+def split_endpoint(value: object, default_port: int | None = None) -> tuple[str, int] | None:
+    """Host and port of ``host:port`` or ``[v6]:port``, without a port only if there is a default; else None."""
+    found = (
+        re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::([0-9]{1,5}))?", value) if isinstance(value, str) else None
+    )
+    port = int(found.group(2)) if found and found.group(2) else default_port
+    return (found.group(1).strip("[]"), port) if found and port and port < 65536 else None
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and key and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | bool | int)
+
+
+# Metadata of a dictionary with any keys: strings, finite numbers, booleans, None, and lists or dictionaries of these.
+FREE_FORM: Mapping[str, Any] = {
+    "check": lambda value: None if isinstance(value, Mapping) and _is_plain(value) else _PLAIN
+}
+_PLAIN = "give names with plain, finite values"
+
+
+def _each(check: Check, default: tuple[float, ...]) -> Check:
+    def check_each(value: object) -> str | None:
+        if not isinstance(value, list | tuple) or len(value) != len(default):
+            return f"give a list of {len(default)} numbers, such as [{','.join(map(str, default))}]"
+        return next((f"each entry: {wrong}" for wrong in map(check, value) if wrong), None)
+
+    return check_each
+
+
+def _field(default: Any, check: Check, optional: bool = False) -> Any:
+    optional = optional or default is None
+
+    def check_or_none(value: object) -> str | None:
+        wrong = None if value is None and optional else check(value)
+        return f"{wrong}, or null" if wrong and optional else wrong
+
+    return field(default=default, metadata={"check": check_or_none})
+
+
+def complaint(of: Field[Any], value: object) -> str | None:
+    """What the field would take instead of ``value``; None if it takes it, or says nothing about its values."""
+    check: Check | None = of.metadata.get("check")
+    return check(value) if check else None
+
+
+def refused(instance: Any, prefix: str = "") -> Iterator[tuple[str, object, str]]:
+    """(dotted name, value, what to give instead) of every field of a dataclass, nested ones too, with a bad value."""
+    for of in fields(instance):
+        value = getattr(instance, of.name)
+        if is_dataclass(value):
+            yield from refused(value, f"{prefix}{of.name}.")
+        elif wrong := complaint(of, value):
+            yield prefix + of.name, value, wrong
