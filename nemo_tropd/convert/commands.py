@@ -80,7 +80,7 @@ def megatron_to_hf(
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for row in shape.rows():
-            for name, tensor in split(row, source.read_whole(row), shape):
+            for name, tensor in split(row, source.read_full(row), shape):
                 yield name, tensor
                 count(tensor.numel() * dtype.itemsize)
 

@@ -14,7 +14,7 @@ from nemo_tropd.convert.families import ConversionError, ModelShape, Row, read_s
 from nemo_tropd.convert.folders import copy_sidecar, new_folder
 from nemo_tropd.convert.hf_files import MAX_SHARD_BYTES, write_weights
 from nemo_tropd.convert.hf_import import local_rows, unwrap
-from nemo_tropd.convert.layouts import split, unshard, whole_shape
+from nemo_tropd.convert.layouts import full_shape, split, unshard
 from nemo_tropd.parallel.agreement import World, on_stream
 from nemo_tropd.parallel.topology import Topology
 
@@ -32,14 +32,14 @@ def hf_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[
     mine = {row.megatron: parameter for parameter, row in local_rows(model, shape)}
     for row in shape.rows():
         owner = row.stage(shape, topology.pipeline_size)
-        whole: Tensor | None = None
+        full: Tensor | None = None
         if topology.pipeline_rank == owner:
-            whole = _gather_shards(mine[row.megatron].detach().to(dtype), row, shape, topology)
+            full = _gather_shards(mine[row.megatron].detach().to(dtype), row, shape, topology)
         if owner != 0:
-            whole = _send_to_leader(whole, row, shape, topology, owner, dtype)
+            full = _send_to_first_stage(full, row, shape, topology, owner, dtype)
         if topology.is_leader:
-            assert whole is not None
-            for name, tensor in split(row, whole, shape):
+            assert full is not None
+            for name, tensor in split(row, full, shape):
                 yield name, tensor.cpu().clone(memory_format=torch.contiguous_format)
 
 
@@ -63,7 +63,7 @@ def device_stream(model: Module, shape: ModelShape, topology: Topology) -> Itera
 
 
 def _gather_shards(part: Tensor, row: Row, shape: ModelShape, topology: Topology) -> Tensor | None:
-    """The whole parameter on tensor rank 0 of a stage, None on its other ranks."""
+    """The full parameter on tensor rank 0 of a stage, None on its other ranks."""
     if topology.tensor_size == 1 or row.split_dimension is None:
         return unshard(row, [part], shape) if topology.tensor_rank == 0 else None
     group, part = topology.tensor_group, part.contiguous()
@@ -72,18 +72,18 @@ def _gather_shards(part: Tensor, row: Row, shape: ModelShape, topology: Topology
     return unshard(row, parts, shape) if parts is not None else None
 
 
-def _send_to_leader(
-    whole: Tensor | None, row: Row, shape: ModelShape, topology: Topology, owner: int, dtype: torch.dtype
+def _send_to_first_stage(
+    full: Tensor | None, row: Row, shape: ModelShape, topology: Topology, owner: int, dtype: torch.dtype
 ) -> Tensor | None:
     """From tensor rank 0 of stage ``owner`` to tensor rank 0 of the first stage."""
     if topology.tensor_rank != 0 or topology.pipeline_rank not in (0, owner):
         return None
     group = topology.pipeline_group
     if topology.pipeline_rank == owner:
-        assert whole is not None
-        dist.send(whole.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+        assert full is not None
+        dist.send(full.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
         return None
-    received = torch.empty(whole_shape(row, shape), dtype=dtype, device=topology.device)
+    received = torch.empty(full_shape(row, shape), dtype=dtype, device=topology.device)
     dist.recv(received, src=dist.get_global_rank(group, owner), group=group)
     return received
 

@@ -21,18 +21,18 @@ def merge(row: Row, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
     return tensors[0]
 
 
-def split(row: Row, whole: Tensor, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+def split(row: Row, full: Tensor, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """The full Megatron parameter -> (HF name, tensor); the inverse of ``merge``."""
     names = [name for name, _ in row.hf]
     if row.layout == "query_key_value":
         rows = [shape.size(dimensions[0]) // shape.kv_heads for _, dimensions in row.hf]
-        groups = whole.reshape(shape.kv_heads, sum(rows), *whole.shape[1:])
+        groups = full.reshape(shape.kv_heads, sum(rows), *full.shape[1:])
         for name, part in zip(names, groups.split(rows, dim=1), strict=True):
             yield name, part.flatten(0, 1)
     elif row.layout == "gate_up":
-        yield from zip(names, whole.chunk(2), strict=True)
+        yield from zip(names, full.chunk(2), strict=True)
     else:
-        yield names[0], whole
+        yield names[0], full
 
 
 class Region(NamedTuple):
@@ -48,24 +48,24 @@ def regions(row: Row, rank: int, size: int, shape: ModelShape) -> list[Region]:
 
     Vocabulary padding is not part of the full parameter: the last ranks may get less than their shard, or nothing.
     """
-    whole = whole_shape(row, shape)
+    full = full_shape(row, shape)
     dimension = row.split_dimension
     if dimension is None:
-        return [Region((0,) * len(whole), whole)]
+        return [Region((0,) * len(full), full)]
     if row.layout == "vocabulary":
         length = shape.padded_vocab(size) // size
-        first = min(rank * length, whole[0])
-        return [_block(whole, 0, first, min(length, whole[0] - first))]
+        first = min(rank * length, full[0])
+        return [_block(full, 0, first, min(length, full[0] - first))]
     if row.layout == "gate_up":
         part = shape.ffn // size
-        return [_block(whole, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]
-    part = whole[dimension] // size
-    return [_block(whole, dimension, rank * part, part)]
+        return [_block(full, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]
+    part = full[dimension] // size
+    return [_block(full, dimension, rank * part, part)]
 
 
-def _block(whole: tuple[int, ...], dimension: int, start: int, length: int) -> Region:
-    offsets = tuple(start if d == dimension else 0 for d in range(len(whole)))
-    sizes = tuple(length if d == dimension else n for d, n in enumerate(whole))
+def _block(full: tuple[int, ...], dimension: int, start: int, length: int) -> Region:
+    offsets = tuple(start if d == dimension else 0 for d in range(len(full)))
+    sizes = tuple(length if d == dimension else n for d, n in enumerate(full))
     return Region(offsets, sizes)
 
 
@@ -82,7 +82,7 @@ def unshard(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:
     return torch.cat(list(shards), dimension)
 
 
-def whole_shape(row: Row, shape: ModelShape) -> tuple[int, ...]:
+def full_shape(row: Row, shape: ModelShape) -> tuple[int, ...]:
     """The shape of the full parameter, without vocabulary padding."""
     first = sum(shape.size(dimensions[0]) for _, dimensions in row.hf)
     return (first, *(shape.size(d) for d in row.hf[0][1][1:]))

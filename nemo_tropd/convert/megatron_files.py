@@ -52,7 +52,7 @@ from torch.nn import Module
 from nemo_tropd.convert.families import ConversionError, ModelShape, Row, read_shape
 from nemo_tropd.convert.folders import SIDECAR
 from nemo_tropd.convert.hf_import import FUSED_NORMS, Place, WeightSource, fill_model
-from nemo_tropd.convert.layouts import Region, regions, whole_shape
+from nemo_tropd.convert.layouts import Region, full_shape, regions
 from nemo_tropd.files import write_json
 
 PREFIX = "model."
@@ -110,16 +110,16 @@ class MegatronSource:
             raise ConversionError(f"{self.directory}: {key} cannot be read: {error}") from error
         return target.view(region.sizes)
 
-    def read_whole(self, row: Row) -> Tensor:
+    def read_full(self, row: Row) -> Tensor:
         """The full parameter, without vocabulary padding."""
-        size = whole_shape(row, self.shape)
+        size = full_shape(row, self.shape)
         return self.read(row, Region((0,) * len(size), size))
 
     def _find(self, row: Row) -> tuple[str, TensorStorageMetadata, tuple[int, ...]]:
         """Key, metadata and leading indices of a parameter; layers may be stacked under one key or have one each."""
         stacked, front = stored_key(row)
         single = stacked if row.layer is None else stacked.replace("layers.", f"layers.{row.layer}.", 1)
-        expected = whole_shape(row, self.shape)
+        expected = full_shape(row, self.shape)
         for key, leading in ((stacked, front), (single, ())):
             stored = self._metadata.state_dict_metadata.get(PREFIX + key)
             if not isinstance(stored, TensorStorageMetadata):
@@ -190,7 +190,7 @@ def _blocks(shape: ModelShape, dtype: torch.dtype, tensor_parallel: int) -> Iter
     properties = TensorProperties(dtype=dtype)
     for row in shape.rows():
         key, front = stored_key(row)
-        size = torch.Size(((shape.layers,) if front else ()) + whole_shape(row, shape))
+        size = torch.Size(((shape.layers,) if front else ()) + full_shape(row, shape))
         for rank in range(tensor_parallel if row.split_dimension is not None else 1):
             for held in regions(row, rank, tensor_parallel, shape):
                 for region in _pieces(held, dtype):
