@@ -60,8 +60,11 @@ scaling: setup
 	$(BIN)/python examples/benchmarks/scaling.py $(ARGS)
 
 # On a machine with a GPU, in the container or any environment with the gpu extra: all GPU checks, one table.
+# Works from any directory: the image links this file into the one its containers start in.
 gpu-check:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) examples/benchmarks/gpu_check/check.py --tests $(ARGS)
+	root=$$(dirname "$$(readlink -f '$(lastword $(MAKEFILE_LIST))')"); \
+	python="$$root/$(BIN)/python"; test -x "$$python" || python=python3; \
+	"$$python" "$$root/examples/benchmarks/gpu_check/check.py" --tests $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -37,6 +35,7 @@ from nemo_tropd.loss.inputs import HeadLayout
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
 from examples.benchmarks.head_peers import PAIRS, TOKENS, table
+from examples.benchmarks.isolated import IsolatedError, isolated, memory_kib
 from examples.benchmarks.roofline import Head
 
 TOP_K = 64
@@ -142,40 +141,24 @@ OWN = ("ours: TrOPD", "plain torch: TrOPD")
 
 def measure(variant: str, shape: Shape, threads: int, repeats: int, timeout_s: float = 300) -> Cost | str:
     """The cost of ``variant`` in a fresh process, or why there is none: it is not installed, failed or was too slow."""
-    context = multiprocessing.get_context("spawn")
-    ours_end, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, variant, shape, threads, repeats))
-    process.start()
-    theirs.close()
     try:
-        if not ours_end.poll(timeout_s):
-            return f"not done in {timeout_s:g} s"
-        return ours_end.recv()
-    except EOFError:
-        process.join(5)
-        return f"died, exit code {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
+        return isolated(_cost, variant, shape, threads, repeats, limit_s=timeout_s)
+    except IsolatedError as error:
+        return f"not installed ({error})" if error.error in ("ImportError", "ModuleNotFoundError") else str(error)
 
 
-def _child(pipe: Connection, variant: str, shape: Shape, threads: int, repeats: int) -> None:
+def _cost(variant: str, shape: Shape, threads: int, repeats: int) -> Cost:
     torch.set_num_threads(threads)
-    try:
-        step = VARIANTS[variant]
-        _once(step, Inputs.random(Shape(16, 512, 32, shape.dtype)))  # libraries loaded, threads up
-        inputs = Inputs.random(shape)
+    step = VARIANTS[variant]
+    _once(step, Inputs.random(Shape(16, 512, 32, shape.dtype)))  # libraries loaded, threads up
+    inputs = Inputs.random(shape)
+    _once(step, inputs)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
         _once(step, inputs)
-        times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            _once(step, inputs)
-            times.append(time.perf_counter() - started)
-        pipe.send(Cost(1e3 * min(times), _peak_kib(step, inputs) / 1024))
-    except ImportError as error:
-        pipe.send(f"not installed ({error.name or error})")
-    except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+        times.append(time.perf_counter() - started)
+    return Cost(1e3 * min(times), _peak_kib(step, inputs) / 1024)
 
 
 def _once(step: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
@@ -191,17 +174,9 @@ def _peak_kib(step: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
     libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = memory_kib("VmRSS")
     _once(step, inputs)
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    """KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
+    return memory_kib("VmHWM") - before
 
 
 @dataclass(frozen=True)

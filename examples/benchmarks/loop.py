@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from nemo_tropd.quiet import quiet_libraries
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
+from examples.benchmarks.isolated import IsolatedError, isolated
 from examples.benchmarks.loop_case import (
     PHASES,
     SHAPES,
@@ -53,40 +51,6 @@ GPU_CASES = {
     "SmolLM2 pair": LoopCase("smollm2-24l", "smollm2-135m", 64, 64, 256, 10240, "bf16", timed=3),
     "1.5B from 7B": LoopCase("1.5b", "7b", 128, 128, 256, 6144, "bf16", "tensorwise", timed=3),
 }
-
-
-class Apart(RuntimeError):
-    """A measurement failed in its process; the text is its error."""
-
-
-def apart(function: Callable[..., Any], *arguments: Any, limit_s: float = 900.0) -> Any:
-    """``function(*arguments)`` in a process of its own. Raises Apart with its error, or after ``limit_s``."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(limit_s):
-            raise Apart(f"took over {limit_s:.0f} s")
-        kind, value = ours.recv()
-    except EOFError:
-        process.join(5)
-        raise Apart(f"died, exit code {process.exitcode}") from None
-    finally:
-        process.kill()
-        process.join()
-    if kind == "error":
-        raise Apart(value)
-    return value
-
-
-def _child(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    try:
-        pipe.send(("result", function(*arguments)))
-    except BaseException as error:
-        traceback.print_exc()
-        pipe.send(("error", f"{type(error).__name__}: {error}"[:300]))
 
 
 def fill_random(model: Any) -> None:
@@ -198,8 +162,8 @@ def bench(cases: dict[str, LoopCase], *, trl: bool = True, limit_s: float = 900.
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    cost = apart(measure, case, folder, limit_s=limit_s)
-                except Apart as error:
+                    cost = isolated(measure, case, folder, limit_s=limit_s)
+                except IsolatedError as error:
                     lines.append(f"{label} failed: {error}" + " |" * 9)
                     continue
             lines.append(label + _cells(case, cost))

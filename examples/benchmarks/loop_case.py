@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from examples.benchmarks.isolated import memory_kib
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
@@ -247,7 +248,4 @@ def peak(device: torch.device) -> tuple[float, str]:
     """GiB, and of what: torch's peak on a GPU since it was last reset, the process's resident peak on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30, "torch's allocations"
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 2**20, "the process"
-    return 0.0, "unknown"
+    return memory_kib("VmHWM") / 2**20, "the process"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from examples.benchmarks.loop import Apart, apart
 from examples.benchmarks.loop_case import SHAPES, FixedRollouts, LoopCase, operations, write_config
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.rollout.engine import RolloutRequest
@@ -47,11 +45,3 @@ def test_fixed_rollouts_are_the_completions_of_the_asked_prompts() -> None:
     rollouts = engine.generate(asked)
     assert [r.response_ids for r in rollouts] == [CASE.completions()[i] for i in (2, 0)]
     assert {r.weight_version for r in rollouts} == {7} and not engine.sleep()
-
-
-def test_a_failure_in_the_other_process_is_named() -> None:
-    assert apart(os.path.join, "a", "b", limit_s=60) == os.path.join("a", "b")
-    with pytest.raises(Apart, match=r"FileNotFoundError.*no-such-file"):
-        apart(os.stat, "/no-such-file", limit_s=60)
-    with pytest.raises(Apart, match="died, exit code 3"):
-        apart(os._exit, 3, limit_s=60)

@@ -155,6 +155,58 @@ def test_dockerfiles_say_what_is_wanted(name: str, role: str) -> None:
         assert "--no-build-isolation -r source.txt" in " ".join(rest for w, rest in words if w == "RUN")
 
 
+def copy_of_the_image(folder: Path) -> Path:
+    """What the last stage of docker/Dockerfile copies and links, under ``folder``; returns where a container starts."""
+    words = instructions("Dockerfile")
+    final = words[max(i for i, (word, _) in enumerate(words) if word == "FROM") :]
+    here = folder
+    for word, rest in final:
+        if word == "WORKDIR":
+            here = folder / rest.lstrip("/")
+            here.mkdir(parents=True, exist_ok=True)
+        elif word == "COPY" and "--from" not in rest:
+            *sources, target = rest.split()
+            for source in sources:
+                to = here / target / Path(source).name if target.endswith("/") else here / target
+                to.parent.mkdir(parents=True, exist_ok=True)
+                if (ROOT / source).is_dir():
+                    shutil.copytree(ROOT / source, to, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(ROOT / source, to)
+        elif word == "RUN":
+            for source, to in re.findall(r"ln -s (/\S+) (/\S+)", rest):
+                (folder / to.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+                (folder / to.lstrip("/")).symlink_to(folder / source.lstrip("/"))
+    return here
+
+
+def test_gpu_check_works_in_the_image(tmp_path: Path) -> None:
+    """From where a container starts, with the image's files alone; here there is no GPU, and it says so."""
+    start = copy_of_the_image(tmp_path)
+    words = instructions("Dockerfile")
+    assert any(w == "RUN" and re.search(r"apt-get install .*\smake\s", rest) for w, rest in words)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280, check=False
+        )
+
+    done = run("make", "gpu-check", cwd=start)
+    assert done.returncode == 2 and "gpu-check needs a CUDA device" in done.stdout, done.stdout + done.stderr
+    home = (start / "Makefile").resolve().parent
+    # Each subject's module, and the tests, find all that they import among the image's files.
+    script = (
+        "import importlib, examples.benchmarks.gpu_check.check as c; "
+        "print([importlib.import_module(m).__file__ for m, _ in c.SUBJECTS.values()])"
+    )
+    done = run(sys.executable, "-c", script, cwd=home)
+    assert done.returncode == 0 and str(home) in done.stdout and str(ROOT) not in done.stdout, done.stderr
+    done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", cwd=home)
+    assert done.returncode == 0 and "skipped" in done.stdout, done.stdout + done.stderr
+
+
 # The part of the Compose specification that the file uses: keys that do not exist there are refused.
 SERVICE = {
     "type": "object",

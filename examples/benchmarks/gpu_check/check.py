@@ -1,8 +1,8 @@
-"""Every GPU point in one command and one table: ``python examples/benchmarks/gpu_check/check.py [subject ...]``.
+"""All GPU checks in one command and one table: ``python examples/benchmarks/gpu_check/check.py [SUBJECT ...]``.
 
-Each subject runs in a process of its own, so that one's memory or failure is not the next one's; its rows are shown as
-they come, and all of them once more in one table at the end. Exit code 0: every point held, 1: one did not or failed,
-2: there is no GPU here.
+Each subject runs in a process of its own, so that neither its memory nor its failure affects the next one. Rows are
+printed when a subject ends, and all of them again in one table. Exit code 0: every check holds, 1: one does not hold or
+failed, 2: there is no CUDA device.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import multiprocessing
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -27,6 +24,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run, its siblings are imported
 
 from examples.benchmarks.gpu_check.rows import Row
+from examples.benchmarks.isolated import IsolatedError, isolated_stream
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # Subject -> (module with ``check()``, seconds it may take). In the order in which they run.
 SUBJECTS: dict[str, tuple[str, float]] = {
@@ -36,7 +36,7 @@ SUBJECTS: dict[str, tuple[str, float]] = {
     "pair": ("examples.benchmarks.gpu_check.pair", 200),
     "student": ("examples.benchmarks.gpu_check.student", 90),
 }
-TOTAL_S = 480.0  # what a subject may take ends where this is used up
+TOTAL_S = 480.0  # of all subjects together; a subject's own limit is cut to what is left
 MARK = {True: "[green]held[/]", False: "[red]not held[/]", None: ""}
 
 
@@ -44,15 +44,15 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", nargs="*", help=f"some of: {', '.join(SUBJECTS)}; none: all")
-    parser.add_argument("--tests", action="store_true", help="also run the tests of tests/gpu, first")
-    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    parser.add_argument("--tests", action="store_true", help="run the tests in tests/gpu first")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()
     unknown = [name for name in options.subjects if name not in SUBJECTS]
     if unknown:
-        parser.error(f"no subject {', '.join(unknown)}; there are {', '.join(SUBJECTS)}")
+        parser.error(f"unknown subject {', '.join(unknown)}; known: {', '.join(SUBJECTS)}")
     console = Console(width=150)
     if not torch.cuda.is_available():
-        console.print("gpu-check needs a CUDA device and there is none: nothing was checked, nothing is claimed")
+        console.print("gpu-check needs a CUDA device, and torch sees none: nothing was checked")
         sys.exit(2)
     rows = run(options.subjects or list(SUBJECTS), console, tests=options.tests)
     if options.json:
@@ -84,9 +84,8 @@ def _show(console: Console, name: str, row: Row) -> None:
 
 
 def _tests() -> Row:
-    folder = Path(__file__).parents[3] / "tests" / "gpu"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"exit code {done.returncode}"
@@ -97,41 +96,20 @@ def _subject(name: str, left_s: float) -> list[Row]:
     module, most = SUBJECTS[name]
     seconds = min(most, left_s)
     if seconds <= 0:
-        return [Row("done in time", f"not begun: {TOTAL_S:g} s were used up", f"{TOTAL_S:g} s for all", False)]
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, module))
-    process.start()
-    theirs.close()
+        return [Row("done in time", f"not started: {TOTAL_S:g} s had passed", f"{TOTAL_S:g} s for all", False)]
     rows: list[Row] = []
-    deadline = time.monotonic() + seconds
     try:
-        while True:
-            if not ours.poll(max(0.0, deadline - time.monotonic())):
-                rows.append(Row("done in time", f"cut off after {seconds:.0f} s", f"at most {most:g} s", False))
-                break
-            answer = ours.recv()
-            if answer is None:
-                break
-            rows.append(answer)
-    except EOFError:
-        process.join(5)
-        rows.append(Row("ends well", f"died, exit code {process.exitcode}", "exit code 0", False))
-    finally:
-        process.kill()
-        process.join()
+        for row in isolated_stream(_subject_rows, module, limit_s=seconds):
+            rows.append(row)
+    except IsolatedError as error:
+        rows.append(Row("ends without an error", str(error)[:200], f"in at most {most:g} s", False))
     return rows
 
 
-def _child(pipe: Connection, module: str) -> None:
-    try:
-        for row in importlib.import_module(module).check():
-            print(f"{row.point}: {row.measured}", flush=True)
-            pipe.send(row)
-    except Exception as error:
-        traceback.print_exc()
-        pipe.send(Row("ends well", f"{type(error).__name__}: {error}"[:200], "no error", False))
-    pipe.send(None)
+def _subject_rows(module: str) -> Iterator[Row]:
+    for row in importlib.import_module(module).check():
+        print(f"{row.point}: {row.measured}", flush=True)
+        yield row
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.gpu_check.rows import Row
-from examples.benchmarks.loop import GPU_CASES, Apart, OurLoop, apart, measure_trl, missing_for_trl
+from examples.benchmarks.isolated import IsolatedError, isolated
+from examples.benchmarks.loop import GPU_CASES, OurLoop, measure_trl, missing_for_trl
 from examples.benchmarks.loop_case import SHAPES, FixedRollouts, LoopCase, LoopCost, ideal_seconds
 
 CASE = GPU_CASES["1.5B from 7B"]
@@ -23,7 +24,7 @@ _OURS_LIMIT_S, _TRL_LIMIT_S = 130.0, 90.0
 def check() -> Iterator[Row]:
     """The points of this subject."""
     with tempfile.TemporaryDirectory() as folder:
-        fixed, live = apart(measure, CASE, folder, limit_s=_OURS_LIMIT_S)
+        fixed, live = isolated(measure, CASE, folder, limit_s=_OURS_LIMIT_S)
         yield from _step_rows(CASE, fixed, live)
     missing = missing_for_trl()
     if missing:
@@ -31,8 +32,8 @@ def check() -> Iterator[Row]:
         return
     with tempfile.TemporaryDirectory() as folder:
         try:
-            other: LoopCost = apart(measure_trl, CASE, folder, limit_s=_TRL_LIMIT_S)
-        except Apart as error:
+            other: LoopCost = isolated(measure_trl, CASE, folder, limit_s=_TRL_LIMIT_S)
+        except IsolatedError as error:
             yield Row("TRL's DistillationTrainer", f"failed: {error}"[:200])
             return
     ratio = other.not_rollout_s / fixed.not_rollout_s

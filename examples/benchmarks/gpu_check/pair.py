@@ -1,7 +1,7 @@
 """The SmolLM2 pair through the real trainer on one GPU: OPD against TrOPD, three seeds each, before and after.
 
 Needs the two models (examples/make_smollm2.py) in the folder that NEMO_TROPD_CACHE names. The runs share the GPU, each
-in a process of its own, so their seconds say nothing; ``examples.benchmarks.gpu_check.loop`` times the step.
+in a process of its own, so their seconds say nothing; ``gpu_check/loop.py`` times the step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.gpu_check.rows import Row
-from examples.benchmarks.loop import Apart, apart
+from examples.benchmarks.isolated import IsolatedError, isolated
 
 ROOT = Path(__file__).resolve().parents[3]
 OBJECTIVES, SEEDS, STEPS = ("opd", "tropd"), (1, 2, 3), 24
@@ -51,10 +51,10 @@ def check() -> Iterator[Row]:
 
         def one(objective: str, seed: int) -> None:
             try:
-                found[objective, seed] = apart(
+                found[objective, seed] = isolated(
                     train_one, objective, seed, f"{out}/{objective}-{seed}", limit_s=_LIMIT_S
                 )
-            except Apart as error:
+            except IsolatedError as error:
                 found[objective, seed] = str(error)
 
         threads = [threading.Thread(target=one, args=run) for run in runs]
