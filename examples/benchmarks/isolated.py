@@ -14,11 +14,7 @@ _MESSAGE = 300  # characters kept of an error
 
 
 class IsolatedError(RuntimeError):
-    """A function failed in its process; the text says how, ``error`` is the name of the exception's type if any."""
-
-    def __init__(self, text: str, error: str = "") -> None:
-        super().__init__(text)
-        self.error = error
+    """A function failed in its process; the text says how."""
 
 
 def isolated(function: Callable[..., Any], *arguments: Any, limit_s: float) -> Any:
@@ -57,7 +53,7 @@ def _values(function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], 
             if kind == "end":
                 return
             if kind == "error":
-                raise IsolatedError(*value)
+                raise IsolatedError(value)
             yield value
     except EOFError:
         process.join(5)
@@ -75,8 +71,7 @@ def _child(pipe: Connection, function: Callable[..., Iterator[Any]], arguments: 
         pipe.send(("end", None))
     except BaseException as error:
         traceback.print_exc()
-        name = type(error).__name__
-        pipe.send(("error", (f"{name}: {error}"[:_MESSAGE], name)))
+        pipe.send(("error", f"{type(error).__name__}: {error}"[:_MESSAGE]))
 
 
 def memory_kib(field: str) -> int:

@@ -191,8 +191,8 @@ def main() -> None:
     cases = GPU_CASES if torch.cuda.is_available() else CPU_CASES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(cases), default=list(cases), metavar="PAIR")
-    parser.add_argument("--no-trl", action="store_true", help="measure ours alone")
-    parser.add_argument("--out", type=Path, help="write the table there, as Markdown")
+    parser.add_argument("--no-trl", action="store_true", help="measure only ours")
+    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     options = parser.parse_args()
     table = bench({name: cases[name] for name in options.only}, trl=not options.no_trl)
     if options.out:

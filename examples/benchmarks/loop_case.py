@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,39 +15,19 @@ from examples.benchmarks.isolated import memory_kib
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.shapes import SHAPES as planner_shapes
 from nemo_tropd.rollout.engine import RefreshStats, RolloutRequest
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PHASES = ("rollout", "teacher", "student", "optimizer", "refresh")
-
-
-def _shape(family: str, layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, tied: bool) -> ModelShape:
-    qwen = family == "qwen2"
-    return ModelShape(
-        family=family,
-        layers=layers,
-        hidden=hidden,
-        ffn=ffn,
-        heads=heads,
-        kv_heads=kv,
-        head_dim=hidden // heads,
-        vocab_size=vocab,
-        tied=tied,
-        norm_eps=1e-6 if qwen else 1e-5,
-        rope_theta=1e6 if qwen else 1e5,
-        rope_scaling=None,
-        max_positions=32768 if qwen else 8192,
-        qkv_bias=qwen,
-        qk_norm=False,
-    )
-
-
+SMOLLM2, SMOLLM2_24L = planner_shapes["SmolLM2-135M-Instruct"], planner_shapes["smollm2-student-24l"]
 SHAPES = {
-    "tiny": _shape("llama", 2, 128, 384, 4, 2, 4096, True),
-    "smollm2-135m": _shape("llama", 30, 576, 1536, 9, 3, 49152, True),
-    "smollm2-24l": _shape("llama", 24, 576, 1536, 9, 3, 49152, True),
-    "1.5b": _shape("qwen2", 28, 1536, 8960, 12, 2, 151936, True),
-    "7b": _shape("qwen2", 28, 3584, 18944, 28, 4, 151936, False),  # its rows are the student's: TRL asks for that
+    "tiny": replace(SMOLLM2, layers=2, hidden=128, ffn=384, heads=4, kv_heads=2, head_dim=32, vocab_size=4096),
+    "smollm2-135m": SMOLLM2,
+    "smollm2-24l": SMOLLM2_24L,
+    "1.5b": planner_shapes["Qwen2.5-1.5B-Instruct"],
+    # As many rows as the student has, which TRL demands.
+    "7b": replace(planner_shapes["Qwen2.5-7B-Instruct"], vocab_size=151936),
 }
 
 
@@ -74,15 +54,15 @@ class LoopCase:
 
     @property
     def tokens(self) -> int:
-        """Tokens a step that enter the loss."""
+        """Tokens per step that enter the loss."""
         return self.sequences * self.new_tokens
 
     def prompts(self) -> list[list[int]]:
-        """Random prompts, the same for whoever is measured."""
+        """Random prompts, the same for both trainers."""
         return _random_ids(self.sequences, self.prompt_tokens, SHAPES[self.student].vocab_size, 1)
 
     def completions(self) -> list[list[int]]:
-        """Random responses, one a prompt, likewise."""
+        """Random responses, one per prompt, the same for both trainers."""
         return _random_ids(self.sequences, self.new_tokens, SHAPES[self.student].vocab_size, 2)
 
 
@@ -153,7 +133,7 @@ def config_of(case: LoopCase, folder: Path) -> TropdConfig:
 
 
 class FixedRollouts:
-    """A ``RolloutEngine`` that hands out rollouts written beforehand, so that everything else can be compared."""
+    """A ``RolloutEngine`` that returns rollouts made beforehand, so that the rest of a step can be compared."""
 
     def __init__(self, completions: Sequence[Sequence[int]]) -> None:
         self.completions, self.version = completions, 0
@@ -178,14 +158,14 @@ class FixedRollouts:
         ]
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
-        """Takes the stream to its end: what the trainer pays for a refresh is paid."""
+        """Consumes the stream, so that the trainer's part of a refresh is measured."""
         began = time.monotonic()
         size = sum(t.numel() * t.element_size() for _, t in stream)
         self.version = version
         return RefreshStats(time.monotonic() - began, size, 1)
 
     def sleep(self) -> bool:
-        """It holds no memory."""
+        """It has no memory to free."""
         return False
 
     def close(self) -> None:
@@ -206,7 +186,7 @@ def operations(shape: ModelShape, case: LoopCase) -> tuple[float, float]:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large product, the best of some, measured here and now; float8_e4m3fn takes unit
+    """Operations per second of one large product on this machine, the best of eight; float8_e4m3fn takes unit
     scales."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""TRL's DistillationTrainer (1.16) on a ``LoopCase``: its own step, with rollouts written beforehand.
+"""TRL's DistillationTrainer (1.16) on a ``LoopCase``: its own step, with rollouts made beforehand.
 
 The student has fp32 weights and runs under bf16 autocast, TRL's default; on CPU all is fp32. The teacher has the run's
 precision. Gradient checkpointing is off, as in ours; beta is 1, the reverse KL, TRL's default.
@@ -16,7 +16,7 @@ from examples.benchmarks.loop_case import LoopCase, LoopCost, config_of, ideal_s
 
 
 def measure(case: LoopCase, folder: Path) -> LoopCost:
-    """The fastest timed step; TRL's phases cannot be told apart, so only the whole is given."""
+    """The fastest timed step; TRL's phases cannot be told apart, so only their sum is given."""
     config_of(case, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = case.precision == "bf16"
@@ -96,9 +96,9 @@ def _trainer(case: LoopCase, folder: Path, student: Any, teacher: Any, bf16: boo
 
         def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kw: Any) -> list[list[int]]:
             began = time.perf_counter()
-            written = [completions[place] for place in self.places]
+            responses = [completions[place] for place in self.places]
             clock.outside += time.perf_counter() - began
-            return written
+            return responses
 
     while case.sequences % micro:
         micro -= 1

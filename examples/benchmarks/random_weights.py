@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 
 
 def random_weights(seed: int, layers: int, std: float = 0.02) -> Callable[[GPTModel], None]:
-    """A filler that draws every parameter in place, the same bf16 values whatever the model stores them in.
+    """Returns a function that fills every parameter in place with the same bf16 values, whatever format stores them.
 
     Norms are 1, biases 0, matrices normal with Megatron's spread: ``std``, for projections into the residual stream
     divided by sqrt(2 layers).

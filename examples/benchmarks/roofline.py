@@ -5,14 +5,17 @@
 
 Two numbers a part: operations of the matrix products, over the rate of the matrix units; bytes through device memory,
 over its bandwidth. The products are the limit that no implementation of the loss can beat. Passes over the logits add
-to it unless they run beside products, which ``nemo_tropd.loss.overlap`` arranges.
+to it unless they overlap with products, which ``nemo_tropd.loss.overlap`` arranges.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +34,7 @@ class Gpu:
     source: str
 
 
-# The share of the datasheet's figures that an H100 reached; taken for a GPU nobody of us has measured.
+# The share of the datasheet's figures that an H100 reached; assumed for a GPU that was not measured.
 _MATRIX_SHARE, _MEMORY_SHARE = 790 / 989, 2.94 / 3.35
 GPUS = {
     "h100": Gpu("H100 SXM", 790, 2.94, "measured: 8192 x 8192 x 8192 product of random bf16, device copy"),
@@ -74,7 +77,7 @@ class Head:
         }
 
     def passes(self) -> dict[str, float]:
-        """Bytes by pass over the logits; what a row keeps (maxima, columns, ids) is counted where it is written."""
+        """Bytes by pass over the logits; maxima, columns and ids count in the pass that writes them."""
         blocks = -(-self.columns // self.sub_block)
         kept = self.tokens * (self.top_k + 1) * 4.0
         maxima = self.tokens * blocks * 4.0
@@ -131,6 +134,46 @@ class Head:
         return {"teacher read": row, "student read": 2 * row, "student written": row}
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does at its best."""
+
+    gigaflops: float  # matrix products
+    gigabytes_per_second: float  # copying, bytes read and written together
+
+
+def measure_rates(dtype: torch.dtype, threads: int) -> Rates:
+    """A large matrix product and a large copy, the best of five each."""
+    torch.set_num_threads(threads)
+    size = 1024
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+
+    def best(step: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    product, copy = best(lambda: a @ b), best(lambda: target.copy_(source))
+    return Rates(2 * size**3 / product / 1e9, 2 * source.numel() * 4 / copy / 1e9)
+
+
+def floor_line(head: Head, rates: Rates) -> str:
+    """Operations, bytes, and the least time that this machine needs for them."""
+    flop, least, moved = sum(head.products().values()), sum(head.passes().values()), head.torch_bytes()
+    floor = flop / rates.gigaflops / 1e6 + least / rates.gigabytes_per_second / 1e6
+    ours = flop / rates.gigaflops / 1e6 + moved / rates.gigabytes_per_second / 1e6
+    return (
+        f"model: {flop / 1e9:.1f} GFLOP in products; {least / 1e9:.2f} GB at least, {moved / 1e9:.2f} GB by the torch "
+        f"path. Here ({rates.gigaflops:.0f} GFLOP/s, {rates.gigabytes_per_second:.1f} GB/s measured): floor "
+        f"{floor:.0f} ms, torch path {ours:.0f} ms. On a GPU: make roofline GPU=h100"
+    )
+
+
 def print_roofline(gpu: Gpu, heads: list[Head], console: Console) -> None:
     """One table: parts by row, a pair of heads by column."""
     title = f"{gpu.name}: {gpu.tflops:.0f} TFLOP/s bf16, {gpu.terabytes_per_second:.2f} TB/s ({gpu.source})"
@@ -151,7 +194,7 @@ def print_roofline(gpu: Gpu, heads: list[Head], console: Console) -> None:
     totals = [sum(t.values()) for t in times]
     rows = {
         "everything one after another": [f"{t:.2f} ({t / n:.3f} x)" for t, n in zip(totals, limits, strict=True)],
-        "all passes beside products": [f"{n:.2f} (1 x)" for n in limits],
+        "all passes overlapped with products": [f"{n:.2f} (1 x)" for n in limits],
         "operations, TFLOP": [f"{sum(h.products().values()) / 1e12:.2f}" for h in heads],
         "logits moved, GB": [f"{h.tokens * sum(h.bytes_a_token().values()) / 1e9:.2f}" for h in heads],
         "extra peak, GiB (weight gradient apart)": [f"{h.peak_bytes() / 2**30:.2f}" for h in heads],

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_tropd.files import complete_file, write_text
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.planner.memory import layout, positions
 from nemo_tropd.planner.recipes import Recipe, gpu_recipes, plan_recipe, write_lines
@@ -44,7 +45,7 @@ class Point:
     kinds: dict[str, float]  # bytes a GPU sends in a step, by kind
     compute_s: float  # products of student and teacher at peak rate
     inside_s: float  # tensor-parallel traffic at peak rate
-    outside_s: float  # all other traffic, where there are several nodes
+    outside_s: float  # all other traffic, if there are several nodes
     writing_s: float  # the longest response: every token reads the student's weights once, on each GPU its shard
 
     @property
@@ -79,7 +80,7 @@ def point(recipe: Recipe) -> Point:
 
 
 def scale(path: Path) -> list[Point]:
-    """A recipe on its own GPUs, then on whole nodes, doubled up to 512 GPUs or to one rollout a data-parallel rank."""
+    """A recipe on its own GPUs, then on full nodes, doubled up to 512 GPUs or to one rollout a data-parallel rank."""
     chunk = CHUNK_BYTES["cuda"]
     recipe = plan_recipe(path, chunk)
     cfg, points = recipe.cfg, [point(recipe)]
@@ -94,7 +95,7 @@ def scale(path: Path) -> list[Point]:
 
 
 def crossing(points: Sequence[Point], quantity: str) -> int | None:
-    """The first number of GPUs at which ``quantity`` takes longer than the products; None where none does."""
+    """The first number of GPUs at which ``quantity`` takes longer than the products; None if there is none."""
     return next((p.gpus for p in points if getattr(p, quantity) > p.compute_s), None)
 
 
@@ -139,8 +140,8 @@ def _breaks_first(curves: Mapping[str, Sequence[Point]]) -> list[str]:
         last = points[-1]
         if last.gpus == 1:
             continue
-        where = [crossing(points, quantity) for quantity in ("writing_s", "outside_s")]
-        said = " | ".join("not up to here" if w is None else f"{w} GPUs" for w in where)
+        crossings = [crossing(points, quantity) for quantity in ("writing_s", "outside_s")]
+        said = " | ".join("not up to here" if w is None else f"{w} GPUs" for w in crossings)
         numbers = f"{last.compute_s:.2f} | {last.inside_s:.2f} | {last.outside_s:.2f} | {last.writing_s:.1f}"
         lines.append(f"| {name} | {last.gpus} | {numbers} | {said} |")
     first = [w for w in (crossing(points, "writing_s") for points in curves.values() if points[-1].gpus > 1) if w]
@@ -164,7 +165,7 @@ def _breaks_first(curves: Mapping[str, Sequence[Point]]) -> list[str]:
         + " They are summed while the backward pass runs, so less than this shows.",
         "3. **One rollout a rank.** With 512 rollouts, 512 data-parallel ranks have one each, and the longest sets the "
         "pace of all; tokens are evenly filled into rows only while a rank has several.",
-        "4. **The leader.** It sends every rollout to every rank over gloo, as Python objects: "
+        "4. **Rank 0** sends every rollout to every rank over gloo, as Python objects: "
         f"{ROLLOUT_TOKEN} bytes a token, {rollouts / 1e9:.2f} GB a step at most, whatever the number of ranks. It is "
         "the first thing to shard if the batch grows with the GPUs.",
         "5. **Memory** does not break: what data parallelism divides (optimizer states, micro-batches' scores) falls, "
@@ -206,9 +207,8 @@ def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
     axes[2].set_yscale("log")
     figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=8.5)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
-    partial = path.with_suffix(".png.tmp")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+    with complete_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
 
 
@@ -228,10 +228,7 @@ def run(conf: Path, out: Path) -> list[Path]:
     changed = write_lines(conf, CHUNK_BYTES["cuda"])
     curves = {path.stem: scale(path) for path in gpu_recipes(conf)}
     out.mkdir(parents=True, exist_ok=True)
-    page = out / "scaling.md"
-    partial = page.with_suffix(".md.tmp")
-    partial.write_text(table(curves), encoding="utf-8")
-    partial.replace(page)
+    write_text(out / "scaling.md", table(curves))
     draw(curves, out / "scaling.png")
     return changed
 

@@ -12,9 +12,8 @@ from examples.benchmarks.isolated import IsolatedError, isolated, isolated_strea
 
 def test_results_and_errors_come_back() -> None:
     assert isolated(os.path.join, "a", "b", limit_s=120) == os.path.join("a", "b")
-    with pytest.raises(IsolatedError, match=r"FileNotFoundError.*no-such-file") as failed:
+    with pytest.raises(IsolatedError, match=r"FileNotFoundError.*no-such-file"):
         isolated(os.stat, "/no-such-file", limit_s=120)
-    assert failed.value.error == "FileNotFoundError"
     with pytest.raises(IsolatedError, match="died, exit code 3"):
         isolated(os._exit, 3, limit_s=120)
 

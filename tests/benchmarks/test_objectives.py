@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.benchmarks.head import Cost, Shape, measure
 from examples.benchmarks.objectives import compare as module
 from examples.benchmarks.objectives.running_sums import (
     DIGITS,
@@ -18,11 +17,11 @@ from examples.benchmarks.objectives.running_sums import (
     DigitModel,
     Models,
     distill,
+    generate,
     loss_tokens,
     random_digits,
     running_sums,
     sequence,
-    write,
     wrong_rule,
 )  # fmt: skip
 
@@ -46,7 +45,7 @@ def test_cached_states_are_the_whole_sequences(models: Models) -> None:
     teacher, student = models.build()
     digits = random_digits(6, torch.Generator().manual_seed(2))
     with torch.no_grad():
-        answer = write(student, digits, None, teacher, torch.tensor([0, 0, 3, 3, 12, 12]))
+        answer = generate(student, digits, None, teacher, torch.tensor([0, 0, 3, 3, 12, 12]))
         ids = sequence(digits, answer)
         for model, mine in ((student, [0, 1]), (teacher, [4, 5])):
             logits = model(ids[mine, :-1])[:, PROMPT - 1 :] @ model.head.t()
@@ -91,10 +90,3 @@ def test_an_interrupted_comparison_goes_on(
     assert (tmp_path / "compare_objectives.md").read_text().count("| opd |") == 1
     with pytest.raises(ValueError, match="unknown objective trodp; known: opd"):
         module.compare(["trodp"], seeds=1, steps=2, out=tmp_path)
-
-
-def test_bench_measures() -> None:
-    cost = measure("ours: TrOPD", Shape(256, 20000, 64), threads=1, repeats=1)
-    assert isinstance(cost, Cost) and cost.milliseconds > 0
-    # At least the two gradients and one chunk of logits; far from the plain loss's three [T, V].
-    assert 5 < cost.peak_mib < 2 * 256 * 20000 * 4 / 2**20

@@ -22,6 +22,7 @@ from rich.console import Console
 from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.config import AdmissionConfig
 from nemo_tropd.convert.smollm2 import build_smollm2, build_student
+from nemo_tropd.files import write_text
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.admission import TOP_K, Admission, measure
 from nemo_tropd.teacher.fp8 import Fp8Settings
@@ -57,9 +58,7 @@ def study(prompts_file: Path, out: Path, *, prompts: int = 24, new_tokens: int =
                 rows.append((writer, name, found))
     finally:
         topology.stop()
-    part = out.with_suffix(".part")
-    part.write_text(table(sorted(rows, key=lambda row: row[0], reverse=True), prompts), encoding="utf-8")
-    part.replace(out)
+    write_text(out, table(sorted(rows, key=lambda row: row[0], reverse=True), prompts))
 
 
 def figures(

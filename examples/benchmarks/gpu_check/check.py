@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 # Subject -> (module with ``check()``, seconds it may take). In the order in which they run.
 SUBJECTS: dict[str, tuple[str, float]] = {
-    "head": ("examples.benchmarks.gpu_check.head", 150),
+    "head": ("examples.benchmarks.gpu_check.head", 200),
     "teacher": ("examples.benchmarks.gpu_check.teacher", 120),
     "loop": ("examples.benchmarks.gpu_check.loop", 225),
     "pair": ("examples.benchmarks.gpu_check.pair", 200),

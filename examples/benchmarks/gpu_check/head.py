@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from examples.benchmarks.gpu_check.rows import Row
-from examples.benchmarks.head_peers import (
-    PAIRS,
-    PEERS,
+from examples.benchmarks.head import (
     TOP_K,
+    VARIANTS,
     VOCABULARY,
     Cost,
     Problem,
-    cost,
+    Shape,
+    free_gpu,
+    gpu_cost,
     gradient_error,
     in_turn,
     limit_ms,
     median_ms,
     ours,
 )
+from examples.benchmarks.roofline import PAIRS
 from nemo_tropd.loss import kernels, kernels_top_k
 
 MOST = 1.15  # times the limit
 MOST_GIB = 1.3
 ERROR = 1e-2
-HELD_PEERS = ("plain torch: TrOPD", "Liger 0.8.5: fused linear JSD", "TRL 1.16: forward KL")
+PEERS = [name for name in VARIANTS if name not in ("ours: TrOPD", "Liger: JSD, chunks of 128")]
+HELD_PEERS = ("plain torch: TrOPD", "Liger: JSD, chunks of 1024", "TRL: forward KL")
 
 
 def check() -> Iterator[Row]:
@@ -37,9 +40,9 @@ def check() -> Iterator[Row]:
     costs: dict[int, Cost] = {}
     for pair in PAIRS:
         for tokens in (2048, 8192, 32768) if pair == PAIRS[0] else (8192,):
-            problem = Problem.random(tokens, pair)
+            problem = Problem.random(_shape(tokens, pair))
             limit = limit_ms(problem)
-            mine = cost(ours(), problem)
+            mine = gpu_cost(ours, problem)
             costs.setdefault(tokens, mine)
             name = f"T {tokens}, H {pair[0]} from {pair[1]}"
             ratio = mine.milliseconds / limit
@@ -51,8 +54,8 @@ def check() -> Iterator[Row]:
             yield Row(f"{name}: extra peak", f"{mine.peak_gib:.2f} GiB", f"at most {most:.2f}", mine.peak_gib <= most)
             yield from _peers(name, problem, mine, limit)
             del problem
-            _free()
-        error = gradient_error(ours(256), pair)
+            free_gpu()
+        error = gradient_error(partial(ours, chunk_tokens=256), _shape(512, pair))
         yield Row(f"H {pair[0]}: gradient against fp32", f"{error:.1e}", f"at most {ERROR:.0e}", error <= ERROR)
     growth = costs[32768].milliseconds / costs[8192].milliseconds
     yield Row("time at T 32768 over T 8192", f"{growth:.2f}", "4, within 5%", abs(growth / 4 - 1) < 0.05)
@@ -81,7 +84,7 @@ def _kernels() -> Iterator[Row]:
     flat_ids = kernels_top_k.top_k(flat, VOCABULARY, TOP_K, streamed.block_maxima, sub)[1]
     exact = bool((flat_ids == torch.arange(TOP_K, device="cuda")).all())
     yield Row("top 64 of equal logits: the lowest ids", str(exact), "True", exact)
-    mine, theirs = median_ms(top_k), median_ms(lambda: logits.topk(TOP_K, -1), 3, 1)
+    mine, theirs = median_ms(top_k), median_ms(lambda: logits.topk(TOP_K, -1))
     yield Row(
         "top 64 with log-sum-exp against torch.topk", f"{mine:.2f} against {theirs:.2f} ms = {theirs / mine:.1f} x",
         "at least 5 x", theirs >= 5 * mine,
@@ -100,20 +103,20 @@ def _kernels() -> Iterator[Row]:
     ):
         ms = median_ms(step)
         yield Row(f"pass: {name}", f"{ms:.2f} ms, {moved / ms:.2f} TB/s")
-    _free()
+    free_gpu()
 
 
 def _peers(name: str, problem: Problem, mine: Cost, limit: float) -> Iterator[Row]:
-    for peer, (make, _) in PEERS.items():
+    for peer in PEERS:
         try:
-            theirs = cost(make(), problem, repeats=3)
+            theirs = gpu_cost(VARIANTS[peer], problem)
         except torch.OutOfMemoryError:
             theirs = Cost(math.inf, math.inf)
         except ImportError as error:
             yield Row(f"{name}: {peer}", f"not installed ({error.name})")
             continue
         finally:
-            _free()
+            free_gpu()
         better = mine.milliseconds < theirs.milliseconds and mine.peak_gib < theirs.peak_gib
         seen = f"{theirs.milliseconds:.2f} ms = {theirs.milliseconds / limit:.2f} x, {theirs.peak_gib:.2f} GiB"
         yield Row(
@@ -124,18 +127,17 @@ def _peers(name: str, problem: Problem, mine: Cost, limit: float) -> Iterator[Ro
 
 def _variants() -> Iterator[Row]:
     """Chunk sizes, and what running passes beside products gives."""
-    problem = Problem.random(8192, PAIRS[0])
+    problem = Problem.random(_shape(8192, PAIRS[0]))
     limit = limit_ms(problem)
     for chunk in (1024, 2048, 4096):
-        c = cost(ours(chunk), problem)
+        c = gpu_cost(partial(ours, chunk_tokens=chunk), problem)
         yield Row(f"chunks of {chunk}", f"{c.milliseconds / limit:.3f} x limit, {c.peak_gib:.2f} GiB")
         with in_turn():
-            c = cost(ours(chunk), problem)
+            c = gpu_cost(partial(ours, chunk_tokens=chunk), problem)
         yield Row(
             f"chunks of {chunk}, one after another", f"{c.milliseconds / limit:.3f} x limit, {c.peak_gib:.2f} GiB"
         )
 
 
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+def _shape(tokens: int, pair: tuple[int, int]) -> Shape:
+    return Shape(tokens, VOCABULARY, pair[0], torch.bfloat16, pair[1], "cuda")

@@ -1,6 +1,6 @@
 """The loop on one GPU: a step of 1.5B from 7B in FP8 by phase, and TRL's trainer on the same models and rollouts.
 
-Random weights of the right shapes: the same speed and memory as real ones, and no word on quality.
+Random weights of the right shapes: the same speed and memory as real ones, and no statement about quality.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _step_rows(case: LoopCase, fixed: LoopCost, live: LoopCost) -> Iterator[Row]
 
 
 def measure(case: LoopCase, folder: str) -> tuple[LoopCost, LoopCost]:
-    """Our step on fixed rollouts, then with the engine beside it, in this process."""
+    """Our step on fixed rollouts, then with the engine on the same GPU, in this process."""
     import torch
 
     from nemo_tropd.parallel.topology import Topology
@@ -141,8 +141,8 @@ def _rollout_speed(engine: Any, loop: OurLoop, case: LoopCase) -> dict[str, floa
     engine.update_weights(loop.model.device_stream(), 99)
     engine.generate(requests[:8])
     began = time.perf_counter()
-    written = sum(len(r.response_ids) for r in engine.generate(requests))
-    ours = written / (time.perf_counter() - began)
+    generated = sum(len(r.response_ids) for r in engine.generate(requests))
+    ours = generated / (time.perf_counter() - began)
     engine.llm.reset_prefix_cache()
     began = time.perf_counter()
     plain = write_plainly(engine.llm, prompts, case.new_tokens) / (time.perf_counter() - began)

@@ -42,7 +42,7 @@ def check() -> Iterator[Row]:
     """The points of this subject."""
     folder = os.environ.get("NEMO_TROPD_CACHE")
     if not folder or not (Path(folder) / "smollm2-student-24l").is_dir():
-        yield Row("SmolLM2 pair", "not run: NEMO_TROPD_CACHE names no folder that holds the two models")
+        yield Row("SmolLM2 pair", "not run: NEMO_TROPD_CACHE names no folder with the two models")
         return
     runs = [(objective, seed) for objective in OBJECTIVES for seed in SEEDS]
     found: dict[tuple[str, int], Any] = {}

@@ -1,4 +1,4 @@
-"""The student on a GPU: random weights of a 1.5B model's shape with Transformer Engine layers, through our own passes.
+"""The student on a GPU: random weights of a 1.5B shape with Transformer Engine layers, through our own passes.
 
 Random weights stand in for real ones: the same speed and memory, and log-probabilities that any mistake in how
 sequences are laid out would change.
@@ -6,7 +6,6 @@ sequences are laid out would change.
 
 from __future__ import annotations
 
-import gc
 import random
 import re
 import statistics
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from examples.benchmarks.gpu_check.rows import Row
+from examples.benchmarks.head import free_gpu, median_ms
 from examples.benchmarks.random_weights import random_weights
 from nemo_tropd import objectives
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
@@ -57,7 +57,7 @@ def check() -> Iterator[Row]:
 
 def _points(topology: Topology) -> Iterator[Row]:
     model = build_gpt(SHAPE, topology, dtype=torch.bfloat16)
-    # As a model of few layers is drawn: what attention finds then shows in the log-probabilities.
+    # Initialized as a model of few layers: what attention finds then shows in the log-probabilities.
     random_weights(3, 4)(model)
     student = data_parallel(model, topology, distributed_optimizer=True)
     optimizer = StudentOptimizer(
@@ -97,7 +97,7 @@ def _one_row(student: DistributedDataParallel, topology: Topology) -> Iterator[R
     """Forward and backward, head included, of one full row."""
     batches = [_row(_rollouts([TOKENS // 4] * 4, seed=2), topology)]
     step = _pass_of(student, topology, batches)
-    ms, peak = _milliseconds(step), _peak(step)
+    ms, peak = median_ms(step), _peak(step)
     parameters = SHAPE.parameters()
     rate = 6 * parameters * TOKENS / ms / 1e9
     yield Row(
@@ -108,7 +108,7 @@ def _one_row(student: DistributedDataParallel, topology: Topology) -> Iterator[R
     config = student.module.config
     for name, value in recompute_fields("full").items():
         setattr(config, name, value)
-    again_ms, again_peak = _milliseconds(step), _peak(step)
+    again_ms, again_peak = median_ms(step), _peak(step)
     for name in recompute_fields("full"):
         setattr(config, name, None)
     yield Row(
@@ -128,7 +128,7 @@ def _throughput(student: DistributedDataParallel, topology: Topology) -> Iterato
     for name, tokens in (("packed", TOKENS), ("padded", None)):
         batches = Packer(topology, 0, 2, tokens, seed=0).pack(rollouts, step=0)
         step = _pass_of(student, topology, batches)
-        ms = _milliseconds(step, warm=1, repeats=2)
+        ms = median_ms(step)
         computed = sum(b.input_ids.numel() for b in batches)
         found[name] = count / ms * 1e3
         yield Row(
@@ -151,8 +151,8 @@ def _new_lengths(student: DistributedDataParallel, topology: Topology) -> Row:
         lengths = [draw.randint(64, TOKENS // 4) for _ in range(4)]
         row = _row(_rollouts([*lengths, TOKENS - sum(lengths)], seed=seed), topology)
         step = _pass_of(student, topology, [row])
-        first.append(_milliseconds(step, warm=0, repeats=1))
-        again.append(_milliseconds(step, warm=0, repeats=1))
+        first.append(_once_ms(step))
+        again.append(_once_ms(step))
     ratio = statistics.median(first) / statistics.median(again)
     return Row(
         f"rows of {TOKENS} tokens in six layouts not seen before",
@@ -217,7 +217,7 @@ def _layer_gradients(student: DistributedDataParallel, topology: Topology) -> Ro
 
 
 def _optimizer_step(student: DistributedDataParallel, optimizer: StudentOptimizer, topology: Topology) -> Row:
-    """Clip, Adam on fp32 master weights, bf16 weights written back; by Megatron's distributed optimizer."""
+    """Clip, Adam on fp32 master weights, bf16 weights copied back; by Megatron's distributed optimizer."""
     batches = [_row(_rollouts([TOKENS // 8] * 2, seed=7), topology)]
     run = _pass_of(student, topology, batches)
     before = [p.detach().clone() for p in student.module.parameters()]
@@ -328,23 +328,18 @@ def _waits(run: Callable[[], Any]) -> int:
     return sum("synchroniz" in str(w.message) for w in seen)
 
 
-def _milliseconds(run: Callable[[], Any], *, warm: int = 2, repeats: int = 4) -> float:
-    """The median of ``repeats`` runs, host time with the device waited for."""
-    times = []
-    for i in range(warm + repeats):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        if i >= warm:
-            times.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(times)
+def _once_ms(run: Callable[[], Any]) -> float:
+    """One run as it comes, host time with the device waited for: what is slow the first time shows."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) * 1e3
 
 
 def _peak(run: Callable[[], Any]) -> float:
     """GiB allocated at most during ``run``; weights, fp32 gradients and fp32 master weights included."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_gpu()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()

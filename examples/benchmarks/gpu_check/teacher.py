@@ -6,7 +6,6 @@ nothing about a trained model's answers.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from examples.benchmarks.gpu_check.rows import Row
-from examples.benchmarks.head_peers import median_ms
+from examples.benchmarks.head import free_gpu, median_ms
 from examples.benchmarks.random_weights import random_weights
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import ConfigError, TropdConfig
@@ -84,13 +83,13 @@ def _points(topology: Topology) -> Iterator[Row]:
         f"{reference.long_ms:.1f} ms as one sequence, {reference.packed_ms:.1f} ms as 8 packed; "
         f"{reference.score_ms:.1f} ms with head and top {TOP_K}; {reference.bytes / 2**30:.2f} GiB",
     )
-    _free()
+    free_gpu()
     for recipe in ("tensorwise", "blockwise"):
         yield from _recipe(recipe, topology, reference, long, packed)
-        _free()
+        free_gpu()
     for name, fields in OPTIONS.items():
         yield _option(name, fields, topology, reference, long, packed)
-        _free()
+        free_gpu()
     held = torch.cuda.memory_allocated()
     yield Row("memory freed", f"{held / 2**30:.2f} GiB still held", "under 0.5 GiB", held < 2**29)
 
@@ -104,12 +103,12 @@ def _bf16(topology: Topology, long: TokenBatch, packed: TokenBatch) -> _Referenc
         bytes=weight_bytes(teacher.model),
         layer_bytes=weight_bytes(teacher.model.decoder),
         scores=_score(teacher, [long]),
-        score_ms=median_ms(partial(_score, teacher, [long]), repeats=3),
+        score_ms=median_ms(partial(_score, teacher, [long])),
     )
 
 
-def _times(teacher: TeacherScorer, *batches: TokenBatch, repeats: int = 5) -> list[float]:
-    return [median_ms(partial(teacher.hidden, [batch]), repeats=repeats) for batch in batches]
+def _times(teacher: TeacherScorer, *batches: TokenBatch) -> list[float]:
+    return [median_ms(partial(teacher.hidden, [batch])) for batch in batches]
 
 
 def _recipe(
@@ -149,7 +148,7 @@ def _measured(
         share <= BYTES_SHARE,
     )
     yield _kl_row(recipe, teacher, reference, long)
-    score_ms = median_ms(partial(_score, teacher, [long]), repeats=3)
+    score_ms = median_ms(partial(_score, teacher, [long]))
     yield Row(f"{recipe}: with head and top {TOP_K}", f"{score_ms:.1f} ms, {reference.score_ms / score_ms:.2f} x bf16")
 
 
@@ -176,7 +175,7 @@ def _option(
     """Tensorwise with further options, for information."""
     try:
         teacher = _teacher(topology, Fp8Settings("tensorwise"), **fields)
-        ms, packed_ms = _times(teacher, long, packed, repeats=3)
+        ms, packed_ms = _times(teacher, long, packed)
         kl = _kl_row("", teacher, reference, long).measured
     except Exception as error:  # an option that this machine cannot serve is a finding, not a failure
         return Row(f"tensorwise with {name}", f"{type(error).__name__}: {error}"[:200])
@@ -259,8 +258,3 @@ def _seconds(run: Callable[[], object]) -> float:
     run()
     torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()

@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nemo_tropd.files import write_text
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run, its siblings are imported
 
 from examples.benchmarks.objectives.figure import draw
@@ -35,16 +37,16 @@ HEADER = ("objective", "accuracy", "half way", "gradient norm", "trust, first", 
 
 
 def compare(names: Sequence[str], seeds: int, steps: int, out: Path, processes: int | None = None) -> list[Curve]:
-    """Run what ``out``/compare_objectives.json does not hold yet; write the JSON, a Markdown table and a PNG there.
+    """Run what is missing in ``out``/compare_objectives.json; write the JSON, a Markdown table and a PNG there.
 
-    Runs already in the file are kept if they have ``steps`` steps, so that an interrupted comparison goes on where it
+    Runs already in the file are kept if they have ``steps`` steps, so that an interrupted comparison resumes where it
     stopped. Raises ValueError for an unknown name, before anything is trained.
     """
     unknown = [name for name in names if name not in OBJECTIVE_NAMES]
     if unknown:
         raise ValueError(f"unknown objective {', '.join(unknown)}; known: {', '.join(OBJECTIVE_NAMES)}")
     if seeds < 1 or steps < 2:
-        raise ValueError(f"seeds is {seeds} and steps {steps}; give at least 1 and 2")
+        raise ValueError(f"seeds is {seeds} and steps is {steps}; set seeds to at least 1 and steps to at least 2")
     out.mkdir(parents=True, exist_ok=True)
     store = out / "compare_objectives.json"
     done = {(c.objective, c.seed): c for c in _load(store) if len(c.reverse_kl) == steps}
@@ -57,7 +59,7 @@ def compare(names: Sequence[str], seeds: int, steps: int, out: Path, processes: 
             _save(store, list(done.values()))
     curves = [done[name, seed] for name in names for seed in range(seeds)]
     rows = table_rows(curves)
-    (out / "compare_objectives.md").write_text(_markdown(rows))
+    write_text(out / "compare_objectives.md", _markdown(rows))
     draw(curves, out / "compare_objectives.png")
     table = Table(*HEADER, title=f"{steps} steps, mean of {seeds} seeds")
     for row in rows:
@@ -68,7 +70,7 @@ def compare(names: Sequence[str], seeds: int, steps: int, out: Path, processes: 
 
 
 def table_rows(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
-    """One row an objective. Accuracy and reverse KL: at the end; gradient norm: the median over all steps and seeds."""
+    """One row per objective: accuracy and reverse KL at the end, the median gradient norm of all steps and seeds."""
     rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys(c.objective for c in curves):
         runs = [c for c in curves if c.objective == name]
@@ -91,7 +93,7 @@ def table_rows(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
 def _run(jobs: Sequence[tuple[str, int]], steps: int, progress: Progress, processes: int | None) -> Iterator[Curve]:
     if not jobs:
         return
-    # One thread: the models are tiny, and the same numbers come out whatever runs beside.
+    # One thread: the models are tiny, and results do not depend on what else is running.
     torch.set_num_threads(1)
     task = progress.add_task("teacher and student", total=None)
     models = prepare(lambda name, step, total: progress.update(task, description=name, completed=step, total=total))
@@ -118,9 +120,7 @@ def _save(store: Path, curves: list[Curve]) -> None:
     entries = [
         {k: [float(f"{x:.5g}") for x in v] if isinstance(v, list) else v for k, v in asdict(c).items()} for c in curves
     ]
-    partial = store.with_suffix(".partial")
-    partial.write_text("[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
-    partial.replace(store)
+    write_text(store, "[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
@@ -132,9 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVE_NAMES), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1 (default 3)")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps a run (default 200)")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps per run (default 200)")
     parser.add_argument("--out", type=Path, default=EXAMPLES / "figures")
-    parser.add_argument("--processes", type=int, help="runs at a time (default: one a core)")
+    parser.add_argument("--processes", type=int, help="runs at a time (default: one per core)")
     options = parser.parse_args()
     try:
         compare(options.objectives, options.seeds, options.steps, options.out, options.processes)

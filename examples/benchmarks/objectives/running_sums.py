@@ -2,7 +2,7 @@
 
 The teacher has learned the sums. The student has learned a mostly wrong rule (three times in four it subtracts), so
 that at most positions its own samples are outliers to the teacher, and on-policy distillation has to unlearn it.
-Everything the loss touches is the project's own: head, objectives, draws, divergences.
+Everything the loss touches is the project's own: head, objectives, random gates, divergences.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ANSWER_ROWS = slice(PROMPT - 1, PROMPT - 1 + DIGITS)  # output positions that sc
 
 Cache = tuple[Tensor, Tensor]  # keys and values [B, heads, S, H / heads]
 
-# The whole of TrOPD has teacher prefixes; ``fkl_outlier`` is TrOPD without them.
+# Full TrOPD has teacher prefixes; ``fkl_outlier`` is TrOPD without them.
 WITH_PREFIXES = ("tropd", "tropd_aopd")
 # Besides the plain names: an objective with an option that changes what it does.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
@@ -104,7 +104,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's measurements: a list a step, except ``accuracy``, which is measured at ``accuracy_steps``."""
+    """One run's measurements: one value per step, except ``accuracy``, measured at ``accuracy_steps``."""
 
     objective: str
     seed: int
@@ -122,7 +122,7 @@ def random_digits(count: int, generator: torch.Generator) -> Tensor:
 
 
 def running_sums(digits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The right answer."""
+    """The correct answer."""
     return digits.cumsum(1) % 10
 
 
@@ -165,12 +165,12 @@ def prepare(say: Callable[[str, int, int], None] = lambda *_: None, teacher_step
 
 
 @torch.no_grad()
-def write(
+def generate(
     model: DigitModel, digits: Tensor, generator: torch.Generator | None, teacher: DigitModel, prefix: Tensor
 ) -> Tensor:
-    """Answers [B, DIGITS]; the teacher writes the first ``prefix`` [B] digits. Greedy without a generator."""
+    """Answers [B, DIGITS]; the teacher generates the first ``prefix`` [B] digits. Greedy without a generator."""
     token = torch.cat([digits, torch.full((len(digits), 1), SEPARATOR)], 1)
-    written: list[Tensor] = []
+    tokens: list[Tensor] = []
     caches: list[list[Cache | None]] = [[None] * len(m.blocks) for m in (model, teacher)]
     guided = int(prefix.max())
     for t in range(DIGITS):
@@ -182,8 +182,8 @@ def write(
             token = probabilities.argmax(-1, keepdim=True)
         else:
             token = torch.multinomial(probabilities, 1, generator=generator)
-        written.append(token)
-    return torch.cat(written, 1)
+        tokens.append(token)
+    return torch.cat(tokens, 1)
 
 
 def _next_token(model: DigitModel, ids: Tensor, cache: list[Cache | None]) -> Tensor:
@@ -191,7 +191,7 @@ def _next_token(model: DigitModel, ids: Tensor, cache: list[Cache | None]) -> Te
 
 
 def loss_tokens(answer: Tensor, prefix: Tensor, step: int, seed: int) -> LossTokens:
-    """Every token of every answer, with the draws that a training run would take."""
+    """Every token of every answer, with the random numbers that a training run would use."""
     count = len(answer)
     positions = torch.arange(PROMPT - 1, PROMPT - 1 + DIGITS)
     rows = torch.arange(count)[:, None] * (PROMPT + DIGITS - 1) + positions
@@ -225,7 +225,7 @@ def distill(name: str, seed: int, steps: int, models: Models) -> Curve:
         digits = random_digits(BATCH, generator)
         longest = round(DIGITS * 0.5 * (1 + math.cos(math.pi * step / steps))) if name in WITH_PREFIXES else 0
         prefix = torch.randint(0, longest + 1, (BATCH,), generator=generator)
-        answer = write(student, digits, generator, teacher, prefix)
+        answer = generate(student, digits, generator, teacher, prefix)
         tokens = loss_tokens(answer, prefix, step, seed)
         _one_step(
             objective.at_step(step), sequence(digits, answer)[:, :-1], tokens, (student, teacher, reference), curve
@@ -243,7 +243,7 @@ def _one_step(
     models: tuple[DigitModel, DigitModel, DigitModel],
     curve: Curve,
 ) -> None:
-    """Teacher scores, first pass where one is needed, loss and gradients; appends this step's measurements."""
+    """Teacher scores, a first pass if one is needed, loss and gradients; appends this step's measurements."""
     student, teacher, reference = models
     with torch.no_grad():
         teacher_hidden = teacher(ids)
@@ -276,6 +276,6 @@ def _one_step(
 
 def _measure_accuracy(curve: Curve, step: int, student: DigitModel, teacher: DigitModel) -> None:
     digits = random_digits(256, torch.Generator().manual_seed(7))
-    answer = write(student, digits, None, teacher, torch.zeros(256))
+    answer = generate(student, digits, None, teacher, torch.zeros(256))
     curve.accuracy_steps.append(step)
     curve.accuracy.append(float((answer == running_sums(digits)).float().mean()))
