@@ -324,8 +324,8 @@ FAULTS: list[Fault] = [
     _objective(
         "tropd",
         "another guidance weight",
-        "guidance_weight: float | None = 0.001",
-        "guidance_weight: float | None = 0.01",
+        "guidance_weight: float | None = number(0.001,",
+        "guidance_weight: float | None = number(0.01,",
         _OBJECTIVES + "test_guidance_pulls_towards_the_teacher",
     ),
     _objective(
