@@ -180,6 +180,7 @@ def copy_of_the_image(folder: Path) -> Path:
     return here
 
 
+@pytest.mark.timeout(600)
 def test_gpu_check_works_in_the_image(tmp_path: Path) -> None:
     """From where a container starts, with the image's files alone; here there is no GPU, and it says so."""
     start = copy_of_the_image(tmp_path)
