@@ -31,7 +31,7 @@ def _die(rank: int, world_size: int) -> None:
 
 def _hang(rank: int, world_size: int) -> None:
     if rank == 1:
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_results_come_back_by_rank():
@@ -55,5 +55,5 @@ def test_a_rank_that_dies_is_named():
 def test_a_rank_that_hangs_is_named_and_killed():
     start = time.monotonic()
     with pytest.raises(DistributedFailure, match=r"still running: ranks \[1\]"):
-        run_distributed(_hang, 2, timeout_s=12)
-    assert time.monotonic() - start < 40
+        run_distributed(_hang, 2, timeout_s=30)  # starting two processes takes a busy machine that long
+    assert time.monotonic() - start < 120
