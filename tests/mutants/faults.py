@@ -324,8 +324,8 @@ FAULTS: list[Fault] = [
     _objective(
         "tropd",
         "another guidance weight",
-        "guidance_weight: float | None = number(0.001,",
-        "guidance_weight: float | None = number(0.01,",
+        "guidance_weight: float | None = number(0.001, at_least=0.0, optional=True)",
+        "guidance_weight: float | None = number(0.01, at_least=0.0, optional=True)",
         _OBJECTIVES + "test_guidance_pulls_towards_the_teacher",
     ),
     _objective(
@@ -889,8 +889,8 @@ FAULTS: list[Fault] = [
     _convert(
         "layouts",
         "gate and up are exchanged on the way back",
-        "yield from zip(names, whole.chunk(2), strict=True)",
-        "yield from zip(names, whole.chunk(2)[::-1], strict=True)",
+        "yield from zip(names, full.chunk(2), strict=True)",
+        "yield from zip(names, full.chunk(2)[::-1], strict=True)",
         _CONVERT + "test_round_trip_keeps_every_byte",
     ),
     _vocab(
@@ -1089,15 +1089,15 @@ FAULTS: list[Fault] = [
     _convert(
         "layouts",
         "a rank's up rows lie above its gate rows",
-        "return [_block(whole, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]",
-        "return [_block(whole, 0, half * shape.ffn + rank * part, part) for half in (1, 0)]",
+        "return [_block(full, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]",
+        "return [_block(full, 0, half * shape.ffn + rank * part, part) for half in (1, 0)]",
         "tests/unit/test_layouts.py::test_each_rank_holds_its_rows_of_gate_above_its_rows_of_up",
     ),
     _convert(
         "layouts",
         "a rank's gate and up are one block",
-        "return [_block(whole, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]",
-        "return [_block(whole, 0, rank * 2 * part, 2 * part)]",
+        "return [_block(full, 0, half * shape.ffn + rank * part, part) for half in (0, 1)]",
+        "return [_block(full, 0, rank * 2 * part, 2 * part)]",
         "tests/unit/test_layouts.py::test_each_rank_holds_its_rows_of_gate_above_its_rows_of_up",
     ),
     _convert(
