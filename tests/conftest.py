@@ -1,4 +1,4 @@
-"""Fresh random inputs in every run, that can be drawn again: each test's generators start from one printed number."""
+"""Fresh random inputs in every run, reproducible: each test's generators start from one printed seed and its name."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ Exit code 1 if a fault survives, cannot be planted, or the tests fail without it
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +60,9 @@ def main() -> int:
     chosen = sorted((f for f in chosen if options.match in f.what), key=lambda f: f.slow)
     if not chosen:
         parser.error("no fault is left: " + parser.format_usage())
+    warnings.simplefilter("ignore")
     for name in PRELOADED:
-        __import__(name)
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
@@ -110,8 +113,8 @@ def run_tests(copy: Path, tests: Sequence[str], *, stop_at_first: bool = True) -
     seconds = time.monotonic() - began
     if not result.is_file():
         return Verdict(None, f"the tests' process died: {(copy.parent / 'output.txt').read_text()[-2000:]}", seconds)
-    told = json.loads(result.read_text())
-    return Verdict(told["killer"], told["trouble"], seconds)
+    content = json.loads(result.read_text())
+    return Verdict(content["killer"], content["trouble"], seconds)
 
 
 def _run_here(copy: Path, tests: Sequence[str], stop_at_first: bool, result: Path) -> None:
@@ -130,8 +133,7 @@ def _run_here(copy: Path, tests: Sequence[str], stop_at_first: bool, result: Pat
     recorder = Recorder(copy)
     options = ["-q", "-p", "no:cacheprovider", "--tb=short", *(["-x"] if stop_at_first else [])]
     code = pytest.main([*options, *tests], plugins=[recorder])
-    told = recorder.verdict(int(code))
-    result.with_suffix(".part").write_text(json.dumps(told))
+    result.with_suffix(".part").write_text(json.dumps(recorder.verdict(int(code))))
     result.with_suffix(".part").rename(result)
     os._exit(0)
 
@@ -175,8 +177,8 @@ class Recorder:
 def line(fault: Fault, verdict: Verdict) -> str:
     """One line of the table."""
     fate = "killed" if verdict.killer else "TROUBLE" if verdict.trouble else "SURVIVED"
-    told = verdict.killer or verdict.trouble or ", ".join(t.rpartition("/")[2] for t in fault.tests)
-    return f"{fate:8} {fault.room:11} {verdict.seconds:6.1f} s  {fault.what}: {told}"
+    why = verdict.killer or verdict.trouble or ", ".join(t.rpartition("/")[2] for t in fault.tests)
+    return f"{fate:8} {fault.room:11} {verdict.seconds:6.1f} s  {fault.what}: {why}"
 
 
 def report(faults: Sequence[Fault], verdicts: Sequence[Verdict]) -> int:
