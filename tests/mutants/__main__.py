@@ -154,7 +154,9 @@ class Recorder:
         if report.failed:
             assert call.excinfo is not None
             crash = call.excinfo.typename in CRASHES or CRASHED.search(report.longreprtext)
-            failed_in_test = report.when == "call" and not crash
+            # Several processes may have run, and checked, in a fixture that a module's tests share.
+            in_test = report.when == "call" or call.excinfo.typename == "DistributedFailure"
+            failed_in_test = in_test and not crash
             name = item.nodeid.rpartition("/")[2]
             (self.failures if failed_in_test else self.crashes).append(
                 name if failed_in_test else f"{name} ({report.when}): {report.longreprtext[-600:]}"
