@@ -45,7 +45,7 @@ class ReplayEngine:
         """It holds no memory."""
         return False
 
-    def close(self) -> None:
+    def close(self, *, run_over: bool = False) -> None:
         """Nothing to close."""
 
 

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 from nemo_tropd.command_line import compose_command_line, fail
-from nemo_tropd.config import ConfigError
+from nemo_tropd.config import ConfigError, run_dir
 from nemo_tropd.config_checks import resolve
 from nemo_tropd.launch.command import plan_launch
 from nemo_tropd.launch.scheduler import CONSUMED, read_allocation
 from nemo_tropd.launch.supervise import Supervisor
+from nemo_tropd.rollout.secret import FILE_VARIABLE, VARIABLE, make_secret_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "examples" / "train_tropd.py"
@@ -47,6 +48,10 @@ def main(argv: list[str]) -> int:
         print(shlex.join(["torchrun", *launch.arguments]))
         print("\n".join(f"{k}={v}" for k, v in sorted(launch.environment.items())))
         return 0
+    if cfg.model.rollout.placement == "dedicated" and not (env.get(VARIABLE) or env.get(FILE_VARIABLE)):
+        secret = make_secret_file(run_dir(cfg))
+        print(f"launch: engine hosts need this run's secret: copy {secret} to each and give it by --secret-file")
+        child[FILE_VARIABLE] = str(secret)
     print(f"launch: {launch.summary}", flush=True)
     command = [sys.executable, "-m", "nemo_tropd.launch.agent", *launch.arguments]
     return Supervisor(command, child, launch.restarts, launch.patience_s).run()

@@ -7,7 +7,6 @@ rank, so that none is left waiting.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -21,29 +20,9 @@ from nemo_tropd.rollout.engine import (
     RequestError,
     RolloutEngine,
     RolloutRequest,
-    WeightStreamError,
 )
 
 T = TypeVar("T")
-_KINDS: dict[str, type[EngineError]] = {
-    kind.__name__: kind for kind in (EngineError, EngineDied, RequestError, WeightStreamError)
-}
-
-
-def describe(error: BaseException) -> tuple[str, str]:
-    """What travels from an engine host: the kind of EngineError, and the text."""
-    if isinstance(error, EngineError):
-        return type(error).__name__, str(error)
-    return "EngineError", f"{type(error).__name__}: {error}"
-
-
-def rebuild(description: tuple[str, str]) -> EngineError:
-    """The error that ``describe`` described."""
-    name, text = description
-    return _KINDS.get(name, EngineError)(text)
-
-
-on_leader = partial(agreement.on_rank_zero, unexpected=EngineError)
 
 
 class Rollouts(Protocol):
@@ -57,7 +36,22 @@ class Rollouts(Protocol):
 
     def sleep(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, run_over: bool = False) -> None: ...
+
+
+def check_versions(rollouts: Sequence[Rollout], requests: Sequence[RolloutRequest], version: int) -> None:
+    """The one check of the invariant that a step's rollouts are all there and of the weights ``version``.
+
+    Raises EngineError.
+    """
+    if len(rollouts) != len(requests):
+        raise EngineError(f"got {len(rollouts)} of {len(requests)} rollouts")
+    for rollout in rollouts:
+        if rollout.weight_version != version:
+            raise EngineError(
+                f"sequence {rollout.sequence_id} was generated with weight version {rollout.weight_version} instead of "
+                f"{version}; the engine was not refreshed"
+            )
 
 
 class RankZeroRollouts:
@@ -69,15 +63,15 @@ class RankZeroRollouts:
         make_engine: Callable[[], RolloutEngine],
         weights: Callable[[], Iterator[tuple[str, Tensor]]],
     ) -> None:
-        """``make_engine`` is called on the leader alone, at the first use and after a death.
+        """``make_engine`` is called on rank 0 alone, at the first use and after a death.
 
-        ``weights`` gives the trainer's current weights as a stream that every rank must exhaust; only the leader's
-        holds anything.
+        ``weights`` gives the trainer's current weights as a stream that every rank must exhaust; only rank 0's
+        has anything.
         """
         self._ranks = ranks
         self._make_engine = make_engine
         self._weights = weights
-        self._engine: RolloutEngine | None = None  # on the leader, while it runs
+        self._engine: RolloutEngine | None = None  # on rank 0, while it runs
         self._running = False  # the same on every rank
         self._version: int | None = None  # of the weights in the engine; the same on every rank
         self._last_restart: int | None = None  # the version during which the engine was last restarted
@@ -85,18 +79,18 @@ class RankZeroRollouts:
         self.last_refresh: RefreshStats | None = None
 
     def generate(self, requests: Sequence[RolloutRequest] | None, version: int) -> list[Rollout]:
-        """Collective: one rollout a request, in order, on every rank; all written by the weights ``version``.
+        """Collective: one rollout a request, in order, on every rank; all generated with the weights ``version``.
 
-        ``requests`` counts on the leader and is None elsewhere. An engine that is not running is started, one that
-        holds other weights is refreshed. If it dies, it is restarted once with the current weights and the same
-        requests are drawn again. Raises EngineError (on all ranks) at the second death under one version.
+        ``requests`` counts on rank 0 and is None elsewhere. An engine that is not running is started, one that
+        has other weights is refreshed. If it dies, it is restarted once with the current weights and the same
+        requests are sampled again. Raises EngineError (on all ranks) at the second death under one version.
         """
 
-        def draw() -> list[Rollout]:
+        def generate() -> list[Rollout]:
             self._bring_to(version)
-            return on_leader(self._ranks, lambda: self._drawn(requests, version))
+            return self._on_rank_zero(lambda: self._generated(requests, version))
 
-        return self._with_restart(draw, version)
+        return self._with_restart(generate, version)
 
     def refresh(self, version: int) -> RefreshStats:
         """Collective: hand the trainer's weights to the engine as ``version``, with one restart as in ``generate``."""
@@ -109,30 +103,29 @@ class RankZeroRollouts:
 
     def sleep(self) -> None:
         """Collective: hand the engine's memory to the trainer until the next refresh or rollout."""
-        if self._running and on_leader(self._ranks, self._fall_asleep):
+        if self._running and self._on_rank_zero(self._fall_asleep):
             self._version = None
 
-    def close(self) -> None:
+    def close(self, *, run_over: bool = False) -> None:
         """End the engine. Not collective: each rank may call it whenever it stops."""
         if self._engine is not None:
-            self._engine.close()
+            self._engine.close(run_over=run_over)
         self._engine, self._running, self._version = None, False, None
 
     def _fall_asleep(self) -> bool:
         assert self._engine is not None
         return self._engine.sleep()
 
-    def _drawn(self, requests: Sequence[RolloutRequest] | None, version: int) -> list[Rollout]:
+    def _generated(self, requests: Sequence[RolloutRequest] | None, version: int) -> list[Rollout]:
         if requests is None:
-            raise EngineError("the leader was given no list of requests")
+            raise EngineError("rank 0 must pass a list of requests")
         assert self._engine is not None
         rollouts = self._engine.generate(requests)
-        for rollout in rollouts:
-            if rollout.weight_version != version:
-                raise EngineError(
-                    f"sequence {rollout.sequence_id} was written by weights {rollout.weight_version}, not {version}"
-                )
+        check_versions(rollouts, requests, version)
         return rollouts
+
+    def _on_rank_zero(self, work: Callable[[], T]) -> T:
+        return agreement.on_rank_zero(self._ranks, work, unexpected=EngineError)
 
     def _with_restart(self, work: Callable[[], T], version: int) -> T:
         while True:
@@ -142,7 +135,7 @@ class RankZeroRollouts:
                 self.close()
                 if self._last_restart == version:
                     raise EngineError(
-                        f"the engine died twice under the weights of version {version}; the second time: {death}"
+                        f"the rollout engine crashed twice at weight version {version}; last error: {death}"
                     ) from death
                 self._last_restart = version
                 self.restarts += 1
@@ -152,9 +145,9 @@ class RankZeroRollouts:
                 raise
 
     def _bring_to(self, version: int) -> RefreshStats:
-        """Collective: start the engine if need be and give it the current weights unless it holds ``version``."""
+        """Collective: start the engine if need be and give it the current weights unless it has ``version``."""
         if not self._running:
-            on_leader(self._ranks, self._start)
+            self._on_rank_zero(self._start)
             self._running, self._version = True, None
         if self._version != version:
             self.last_refresh = self._stream(version)
@@ -211,7 +204,7 @@ class EveryRankRollouts:
         make_engine: Callable[[], RolloutEngine],
         weights: Callable[[], Iterator[tuple[str, Tensor]]],
     ) -> None:
-        """``make_engine`` is called on every rank at the first use; ``weights`` streams whole tensors to every rank."""
+        """``make_engine`` is called on every rank at the first use; ``weights`` streams full tensors to every rank."""
         self._ranks, self._make_engine, self._weights = ranks, make_engine, weights
         self._engine: RolloutEngine | None = None
         self._version: int | None = None  # of the weights in the engines; the same on every rank
@@ -226,19 +219,14 @@ class EveryRankRollouts:
             self.refresh(version)
         groups = self._ranks.data_size
         own = self._together(lambda: self._running().generate(everything[self._ranks.data_rank :: groups]))
-        # One tensor rank speaks for its group, whose ranks wrote the same.
+        # One tensor rank speaks for its group, whose ranks generated the same.
         parts = self._ranks.gather_objects((self._ranks.data_rank, own) if self._ranks.tensor_rank == 0 else None)
         ordered: list[Rollout | None] = [None] * len(everything)
         for part in parts:
             if part is not None:
                 ordered[part[0] :: groups] = part[1]
         rollouts = [r for r in ordered if r is not None]
-        wrong = {r.weight_version for r in rollouts} - {version}
-        if wrong or len(rollouts) != len(everything):
-            raise EngineError(
-                f"{len(rollouts)} of {len(everything)} rollouts came, and weights {sorted(wrong)} wrote some, not "
-                f"{version}"
-            )
+        check_versions(rollouts, everything, version)
         return rollouts
 
     def refresh(self, version: int) -> RefreshStats:
@@ -253,10 +241,10 @@ class EveryRankRollouts:
         if self._engine is not None and self._together(self._engine.sleep):
             self._version = None
 
-    def close(self) -> None:
+    def close(self, *, run_over: bool = False) -> None:
         """End this rank's engine."""
         if self._engine is not None:
-            self._engine.close()
+            self._engine.close(run_over=run_over)
         self._engine, self._version = None, None
 
     def _running(self) -> RolloutEngine:

@@ -1,7 +1,7 @@
 """What the trainer asks of a rollout engine: requests in, rollouts out, weights in under a version.
 
-The trainer knows only what is in this file; ``vllm_engine`` (a process of its own) and ``colocated`` (the trainer's)
-serve it with vLLM, tests serve it with doubles.
+The trainer knows only what is in this file; ``vllm.child`` (a process of its own), ``vllm.hosts`` (hosts of their own)
+and ``vllm.in_process`` (the trainer's process) implement it with vLLM, tests with doubles.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class EngineError(RuntimeError):
@@ -21,7 +24,7 @@ class EngineError(RuntimeError):
 
 
 class EngineDied(EngineError):
-    """The engine's process is gone or no longer answers; a new engine with the current weights can go on."""
+    """The engine's process is gone or no longer answers; a new engine with the current weights can replace it."""
 
 
 class RequestError(EngineError, ValueError):
@@ -34,11 +37,11 @@ class WeightStreamError(EngineError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Log-probabilities are those of the unscaled softmax whatever is set here."""
+    """How tokens are sampled. Log-probabilities are those of the unscaled softmax whatever is set here."""
 
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0: the whole vocabulary
+    top_k: int = 0  # 0: the full vocabulary
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
@@ -46,12 +49,12 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (the whole vocabulary) or more")
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (the full vocabulary) or more")
 
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """Write up to ``max_new_tokens`` tokens after ``prompt_ids`` and ``prefix_ids`` (tokens the teacher wrote)."""
+    """Generate up to ``max_new_tokens`` tokens after ``prompt_ids`` and ``prefix_ids`` (tokens of the teacher)."""
 
     prompt_ids: list[int]
     prefix_ids: list[int]
@@ -90,17 +93,20 @@ class RolloutEngine(Protocol):
         """
 
     def sleep(self) -> bool:
-        """Give back to the trainer what memory of its device the engine holds, until the next call.
+        """Give back to the trainer what memory of its device the engine has, until the next call.
 
-        True where the weights were dropped, too: the next call must then be ``update_weights``.
+        True if the weights were dropped, too: the next call must then be ``update_weights``.
         """
 
-    def close(self) -> None:
-        """End every process of the engine and remove every temporary file."""
+    def close(self, *, run_over: bool = False) -> None:
+        """End every process of the engine and remove every temporary file.
+
+        Engine hosts are left waiting for the trainer to come back unless ``run_over``: then they exit.
+        """
 
 
 def request_seed(run_seed: int, step: int, prompt_index: int, sample: int) -> int:
-    """A 63-bit seed that depends on its four arguments alone, so that a resumed run draws what it would have drawn."""
+    """A 63-bit seed that depends on its four arguments alone, so that a resumed run samples what it would have."""
     text = f"{run_seed}/{step}/{prompt_index}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 

@@ -6,12 +6,14 @@ trainer its collective view of the student's. Imports no torch before it is call
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nemo_tropd.config import ConfigError, TropdConfig, host_and_port
+from nemo_tropd.rollout.secret import read_secret
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def placement_of(cfg: TropdConfig, *, on_gpu: bool | None = None) -> str:
-    """``process``, ``colocated`` or ``dedicated``; ``auto`` is colocated if there is a GPU and a rank has whole layers.
+    """``process``, ``colocated`` or ``dedicated``; ``auto`` is colocated on a GPU without pipeline parallelism.
 
     ``on_gpu``: whether the ranks have GPUs; None asks torch.
 
@@ -50,6 +52,16 @@ def placement_of(cfg: TropdConfig, *, on_gpu: bool | None = None) -> str:
             f"{pipeline}; set that to 1, or choose process",
         )
     return asked
+
+
+def check_placement(cfg: TropdConfig) -> None:
+    """Refuse what this machine cannot serve, and engine hosts without a secret, before anything is allocated.
+
+    Raises:
+        ConfigError: see ``placement_of`` and ``secret.read_secret``.
+    """
+    if placement_of(cfg) == "dedicated" and not cfg.check_only and os.environ.get("RANK", "0") == "0":
+        read_secret()
 
 
 def sampling_of(cfg: TropdConfig) -> Sampling:
@@ -80,9 +92,9 @@ class Engines:
         """The engine whose weights are the trainer's, placed as ``placement_of`` says; with colocated each rank's."""
         import torch
 
-        from nemo_tropd.rollout.vllm.dedicated import DedicatedEngines
+        from nemo_tropd.rollout.vllm.child import VllmEngine
+        from nemo_tropd.rollout.vllm.hosts import DedicatedEngines
         from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
-        from nemo_tropd.rollout.vllm.remote import VllmEngine
 
         r, place = cfg.model.rollout, placement_of(cfg)
         settings = self._settings(cfg, Path(cfg.pretrained_checkpoint.restore_from_path), place, refreshable=True)
@@ -95,7 +107,7 @@ class Engines:
                 settings,
                 address=host_and_port("model.rollout.dedicated.address", r.dedicated.address),
                 engines=r.dedicated.engines,
-                device="cuda" if torch.cuda.is_available() else "cpu",
+                secret=read_secret(),
                 threads=r.omp_threads,
                 timeout_s=r.dedicated.timeout_s,
                 answer_timeout_s=r.request_timeout_s,
@@ -105,7 +117,7 @@ class Engines:
     def teacher(self, cfg: TropdConfig) -> RolloutEngine:
         """The engine that generates the teacher's responses before training: a child process of rank 0, wherever the
         student's is, with the checkpoint's own weights."""
-        from nemo_tropd.rollout.vllm.remote import VllmEngine
+        from nemo_tropd.rollout.vllm.child import VllmEngine
 
         r = cfg.model.rollout
         settings = self._settings(cfg, Path(cfg.model.teacher.path), "process", refreshable=False)

@@ -24,7 +24,7 @@ from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError
 from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.guidance import guided_prompts, make_guidance
-from nemo_tropd.rollout.placement import EngineFactory, Engines, placement_of, rollouts_of
+from nemo_tropd.rollout.placement import EngineFactory, Engines, check_placement, rollouts_of
 from nemo_tropd.rollout.teacher_responses import TeacherResponses, generate_teacher_responses
 from nemo_tropd.teacher.fp8 import check_hardware
 from nemo_tropd.training.calibration import calibration_batches
@@ -63,7 +63,7 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
         EngineError, CheckpointError, TrainingError, PeerLost: later; complete checkpoints stay.
     """
     plan = make_plan(cfg)
-    placement_of(cfg)  # refused here if the machine cannot do it
+    check_placement(cfg)
     if not cfg.check_only and already_finished(cfg, plan):
         return None
     if os.environ.get("RANK", "0") == "0":
@@ -111,10 +111,11 @@ def _train(setup: Setup, engines: EngineFactory) -> Outcome:
         model.attach_rollouts(rollouts)
         trainer = _trainer(setup, model, responses, lightning)
         outcome = trainer.fit()
-    if trainer.log is not None:
-        trainer.log.close()
-    if not outcome.stopped_by_signal:
-        finish(setup, model, outcome)
+        if trainer.log is not None:
+            trainer.log.close()
+        if not outcome.stopped_by_signal:
+            finish(setup, model, outcome)
+            rollouts.close(run_over=True)  # after anything else gone wrong, engine hosts wait for the run to resume
     return outcome
 
 

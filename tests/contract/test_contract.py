@@ -35,7 +35,6 @@ ENGINE_ARGUMENTS = {
 # Variables, attributes and methods of ours that hold a vllm.LLM.
 ENGINES = {
     "rollout/vllm/generate.py": ("llm",),
-    "rollout/vllm/server.py": ("_llm",),
     "rollout/vllm/in_process.py": ("llm", "_llm", "_running"),
 }
 # Attributes and methods of their objects that we use: class -> names.

@@ -92,7 +92,7 @@ class ScriptedEngine:
         self.script.event("refresh")
         return RefreshStats(0.1, 4 * count, count)
 
-    def close(self) -> None:
+    def close(self, *, run_over: bool = False) -> None:
         self.script.event("close")
 
 
@@ -242,7 +242,7 @@ def test_a_second_death_in_one_step_is_an_error_on_every_rank(by_rank: list[dict
     for result in results:
         assert result["error"] is not None
         kind, text = result["error"]
-        assert kind == "EngineError" and "died twice" in text and f"{DIED} at {events.split(', ')[1]}" in text
+        assert kind == "EngineError" and "crashed twice" in text and f"{DIED} at {events.split(', ')[1]}" in text
     assert results[0]["log"].count("start") == results[0]["log"].count("close") == 2
 
 
@@ -268,7 +268,9 @@ def test_the_leaders_errors_reach_every_rank_and_are_not_retried(by_rank: list[d
 
 def test_rollouts_of_other_weights_are_refused(by_rank: list[dict[str, Any]]) -> None:
     for of_rank in by_rank:
-        assert of_rank["stale_version"] == "sequence 0 was written by weights 5, not 0"
+        assert of_rank["stale_version"] == (
+            "sequence 0 was generated with weight version 5 instead of 0; the engine was not refreshed"
+        )
 
 
 def test_long_work_of_the_leader_is_waited_for_in_short_waits(by_rank: list[dict[str, Any]]) -> None:

@@ -32,7 +32,7 @@ class SharedEngine:
         """The engine's own."""
         return self.engine.sleep()
 
-    def close(self) -> None:
+    def close(self, *, run_over: bool = False) -> None:
         """It goes on."""
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:

@@ -16,7 +16,9 @@ from tests.e2e.tiny_run import ROOT, TinyRun, environment
 
 
 @pytest.mark.timeout(200)
-def test_a_dedicated_engine_gives_the_same_steps(tiny: TinyRun, engines, tmp_path: Path) -> None:
+def test_a_dedicated_engine_gives_the_same_steps(
+    tiny: TinyRun, engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = {
         "model.tropd.guidance.enabled": False,
         "model.data.held_out": 0,
@@ -25,7 +27,10 @@ def test_a_dedicated_engine_gives_the_same_steps(tiny: TinyRun, engines, tmp_pat
     }
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
+    secret = tmp_path / "secret"
+    secret.write_text("a secret of this test\n")
     command = [sys.executable, "-m", "nemo_tropd.rollout.engine_host", "--join", address, "--index", "0"]
+    command += ["--secret-file", str(secret)]
     with (tmp_path / "host.log").open("w") as log:
         host = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=log, stderr=log)
     try:
@@ -36,6 +41,7 @@ def test_a_dedicated_engine_gives_the_same_steps(tiny: TinyRun, engines, tmp_pat
             "model.rollout.dedicated.engines": 1,
             "model.rollout.dedicated.timeout_s": 60,
         }
+        monkeypatch.setenv("NEMO_TROPD_SECRET_FILE", str(secret))
         outcome = train(compose_config(tiny.overrides(tmp_path / "apart", **keys, **dedicated)))
         assert outcome is not None and outcome.step == 3
         assert figures(tmp_path / "apart") == figures(tmp_path / "beside") and len(figures(tmp_path / "apart")) == 3

@@ -35,7 +35,7 @@ from nemo_tropd.rollout.engine import (
     request_seed,
 )
 from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
-from nemo_tropd.rollout.vllm.remote import VllmEngine
+from nemo_tropd.rollout.vllm.child import VllmEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from tests.tiny_models import make_tiny
 
@@ -242,8 +242,8 @@ class OneRank:
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
         return obj
 
-    def any_rank(self, flag: bool) -> bool:
-        return flag
+    def gather_objects(self, obj: Any) -> list[Any]:
+        return [obj]
 
 
 def kill_later(pid: int, after_s: float) -> threading.Thread:
@@ -291,7 +291,7 @@ def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(sh
         assert pid is not None
         os.kill(pid, signal.SIGKILL)  # between calls
         began = time.monotonic()
-        with pytest.raises(EngineError, match="died twice under the weights of version 7"):
+        with pytest.raises(EngineError, match="crashed twice at weight version 7"):
             supervisor.generate(shared.requests, 7)
         assert time.monotonic() - began < 60 and gone([pid]) and len(engines) == 2
     finally:

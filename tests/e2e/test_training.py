@@ -235,14 +235,15 @@ def test_resume_with_other_data_order_is_refused(tiny: TinyRun, straight: Path, 
 
 def test_padding_ids_are_never_drawn(tiny: TinyRun, engines, shared_engine: SharedEngine, tmp_path: Path) -> None:
     """As where a checkpoint has more rows than its tokenizer has tokens."""
-    engine, limit = shared_engine.engine, 100
+    limit = 100
     requests = [RolloutRequest([5, 6, 7 + i], [], 11 + i, i, i, 40) for i in range(16)]
-    free = [token for r in engine.generate(requests) for token in r.response_ids]
-    engine.vocab_size = limit
+    free = [token for r in shared_engine.generate(requests) for token in r.response_ids]
+    engine = Engines(limit).student(compose_config(tiny.overrides(tmp_path / "run")))
+    engine.start()
     try:
         bound = [token for r in engine.generate(requests) for token in r.response_ids]
     finally:
-        engine.vocab_size = 131
+        engine.close()
     assert max(free) >= limit > max(bound)
 
 

@@ -180,7 +180,7 @@ def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path, monkeypa
     with pytest.raises(EngineError, match="not running"):
         engine.generate(requests())
     engine.start()
-    with pytest.raises(EngineError, match="holds no weights"):
+    with pytest.raises(EngineError, match="has no weights"):
         engine.generate(requests())
     engine.update_weights(colocated.stream(), 0)
     engine.sleep()  # part of it still slept: vLLM would unmap that twice
@@ -226,7 +226,7 @@ def test_a_stream_that_does_not_fit_leaves_no_weights(tmp_path: Path, fault: str
     }[fault]
     with pytest.raises(WeightStreamError):
         engine.update_weights(iter(torn), 1)
-    with pytest.raises(EngineError, match="holds no weights"):
+    with pytest.raises(EngineError, match="has no weights"):
         engine.generate(requests())
 
 

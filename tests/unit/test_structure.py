@@ -18,7 +18,7 @@ ALLOWED = {
     "config_checks": {"config", "config_keys", "fields"},
     "command_line": {"config", "config_keys", "fields"},
     "planner": {"command_line", "config", "config_checks", "convert", "files", "parallel", "rollout"},
-    "launch": {"command_line", "config", "config_checks", "parallel"},
+    "launch": {"command_line", "config", "config_checks", "parallel", "rollout"},
     "doctor": set(),
     "batch": set(),
     "files": set(),

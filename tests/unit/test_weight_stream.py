@@ -1,18 +1,18 @@
-"""The trainer's side of a refresh and the pipe to the engine's process, without an engine."""
+"""The trainer's side of a refresh, requests and settings, without an engine; the child that outlives no trainer."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nemo_tropd.rollout.engine import (
     EngineError,
@@ -23,10 +23,11 @@ from nemo_tropd.rollout.engine import (
     check_requests,
     request_seed,
 )
-from nemo_tropd.rollout.vllm.channel import ChannelClosed, receive_frame, send_frame
-from nemo_tropd.rollout.vllm.remote import VllmEngine
+from nemo_tropd.rollout.vllm.child import VllmEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
-from nemo_tropd.rollout.weights.stream import BucketFiles, buckets, checked_stream, checkpoint_shapes
+from nemo_tropd.rollout.vllm.wire import Bucket
+from nemo_tropd.rollout.weights.shared_memory import SharedMemory, read_bucket
+from nemo_tropd.rollout.weights.stream import buckets, checked_stream, checkpoint_shapes
 
 pytestmark = pytest.mark.random
 
@@ -51,8 +52,8 @@ def test_a_whole_stream_passes_unchanged_with_or_without_the_tied_head() -> None
     [
         (stream(b=None), "without 1 of the model's tensors: b"),
         ([], "without 2 of the model's tensors: a, b"),
-        (stream(c=torch.zeros(1)), "holds c, which the engine's model does not have"),
-        (stream() + stream(a=None), "holds b twice"),
+        (stream(c=torch.zeros(1)), "has c, which the engine's model does not have"),
+        (stream() + stream(a=None), "has b twice"),
         (stream(a=torch.zeros(3, 2)), r"a comes as \[3, 2\] but the engine's model has \[2, 3\]"),
     ],
 )
@@ -91,27 +92,30 @@ def test_shapes_and_optional_names_of_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
     assert checkpoint_shapes(tmp_path)[1] == {"x.rotary_emb.inv_freq"}
     (tmp_path / "model-2.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(EngineError, match=r"model-2\.safetensors is not a whole safetensors file"):
+    with pytest.raises(EngineError, match=r"model-2\.safetensors is not a complete safetensors file"):
         checkpoint_shapes(tmp_path)
 
 
 def test_a_bucket_file_lives_as_long_as_it_is_received(tmp_path: Path) -> None:
-    files, tensors, seen = BucketFiles(tmp_path), {"w": torch.randn(7, 5)}, []
+    files, tensors, seen = SharedMemory(tmp_path), {"w": torch.randn(7, 5)}, []
+    told: list[Bucket] = []
 
-    def receive(path: str) -> None:
-        seen.append(load_file(path))
+    def receive() -> None:
+        path = told[-1].path
+        assert path is not None and (told[-1].names, told[-1].shapes, told[-1].dtype) == (["w"], [[7, 5]], "float32")
+        seen.append(dict(read_bucket(path)))
 
-    files.send(tensors, 140, receive)
+    files.send(tensors, told.append, receive)
     assert torch.equal(seen[0]["w"], tensors["w"]) and list(tmp_path.iterdir()) == []
 
-    def refuse(path: str) -> None:
+    def refuse() -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        files.send(tensors, 140, refuse)
+        files.send(tensors, told.append, refuse)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(EngineError, match="MiB free but a bucket of weights takes"):
-        files.send(tensors, 1 << 60, receive)
+        files.send({"w": torch.zeros(1).expand(1 << 50)}, told.append, receive)
 
 
 def test_bucket_files_of_gone_processes_are_removed_and_others_kept(tmp_path: Path) -> None:
@@ -123,10 +127,10 @@ def test_bucket_files_of_gone_processes_are_removed_and_others_kept(tmp_path: Pa
         file.write_bytes(b"x")
     for file in (gone, own, foreign):
         os.utime(file, (time.time() - 3600,) * 2)
-    BucketFiles(tmp_path)
+    SharedMemory(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([young, own, foreign])
     with pytest.raises(EngineError, match="cannot be written to"):
-        BucketFiles(tmp_path / "nowhere")
+        SharedMemory(tmp_path / "nowhere")
 
 
 def request(**changes: object) -> RolloutRequest:
@@ -175,50 +179,25 @@ def test_an_engine_names_what_is_wrong_with_its_model_before_it_starts(tmp_path:
     with pytest.raises(EngineError, match=r"has no config\.json"):
         VllmEngine(EngineSettings(tmp_path, **settings))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(EngineError, match="holds no safetensors file"):
+    with pytest.raises(EngineError, match="has no safetensors file"):
         VllmEngine(EngineSettings(tmp_path, **settings))
     with pytest.raises(EngineError, match="dtype is 'float8'"):
         EngineSettings(tmp_path, **(settings | {"dtype": "float8"}))
 
 
-def test_frames_travel_whole() -> None:
-    read, write = os.pipe()
-    payload = os.urandom(3_000_000)  # more than a pipe holds
-    writer = threading.Thread(target=send_frame, args=(write, {"n": [1.5, None], "s": "\u00e9"}, payload))
-    writer.start()
-    assert receive_frame(read, timeout_s=20) == ({"n": [1.5, None], "s": "\u00e9"}, payload)
-    writer.join()
-    with pytest.raises(TimeoutError, match="no answer within"):
-        receive_frame(read, timeout_s=0.2)
-    with pytest.raises(ChannelClosed, match="process has ended"):
-        receive_frame(read, alive=lambda: False)
-    os.close(write)
-    with pytest.raises(ChannelClosed, match="pipe is closed"):
-        receive_frame(read)
-    os.close(read)
-    read, write = os.pipe()
-    os.close(read)
-    with pytest.raises(ChannelClosed):
-        send_frame(write, {})
-    os.close(write)
-
-
 def test_the_engines_process_ends_when_the_trainer_is_gone() -> None:
-    request_read, request_write = os.pipe()
-    reply_read, reply_write = os.pipe()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "nemo_tropd.rollout.vllm.server", str(request_read), str(reply_write)],
-        pass_fds=(request_read, reply_write),
-        start_new_session=True,
-        cwd=Path(__file__).parents[2],
-    )
-    os.close(request_read)
-    os.close(reply_write)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "nemo_tropd.rollout.vllm.server", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+            cwd=Path(__file__).parents[2],
+        )
     try:
         time.sleep(0.5)
         assert server.poll() is None
-        os.close(request_write)
+        ours.close()
         assert server.wait(timeout=120) != 0  # it may still be importing
     finally:
         server.kill()
-        os.close(reply_read)

@@ -134,7 +134,7 @@ def _rollout_speed(engine: Any, loop: OurLoop, case: LoopCase) -> dict[str, floa
     import torch
 
     from nemo_tropd.rollout.engine import RolloutRequest
-    from nemo_tropd.rollout.vllm.generate import write_plainly
+    from nemo_tropd.rollout.vllm.generate import generate_plainly
 
     prompts = case.prompts()
     requests = [RolloutRequest(p, [], i, i, i, case.new_tokens) for i, p in enumerate(prompts)]
@@ -145,7 +145,7 @@ def _rollout_speed(engine: Any, loop: OurLoop, case: LoopCase) -> dict[str, floa
     ours = generated / (time.perf_counter() - began)
     engine.llm.reset_prefix_cache()
     began = time.perf_counter()
-    plain = write_plainly(engine.llm, prompts, case.new_tokens) / (time.perf_counter() - began)
+    plain = generate_plainly(engine.llm, prompts, case.new_tokens) / (time.perf_counter() - began)
     awake = _used_gib(torch)
     engine.sleep()
     return {

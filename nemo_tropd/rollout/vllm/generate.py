@@ -1,4 +1,4 @@
-"""What both engines ask of ``vllm.LLM``, and what they read from its answers; the one place that draws tokens."""
+"""What both engines ask of ``vllm.LLM``, and what they read from its answers; the one place that samples tokens."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from nemo_tropd.rollout.engine import Sampling
 
-# Added to the logit of a padding row. Its raw log-probability is reported unchanged, but it is never drawn.
+# Added to the logit of a padding row. Its raw log-probability is reported unchanged, but it is never sampled.
 _NEVER = -100.0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Tokens written after one prompt, and the unscaled softmax's log-probability (nats) of each."""
+    """Tokens generated after one prompt, and the unscaled softmax's log-probability (nats) of each."""
 
     token_ids: list[int]
     log_probs: list[float]
     finished: bool  # ended by an end-of-sequence token, which is the last of ``token_ids``
 
 
-def write(
+def generate(
     llm: Any,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
@@ -31,7 +31,7 @@ def write(
     end_ids: Sequence[int],
     padding_ids: range,
 ) -> list[Answer]:
-    """One answer a prompt, in order; every prompt is drawn from its own seed, and the list is queued before it starts.
+    """One answer a prompt, in order; each is sampled with its own seed, and the list is queued before it starts.
 
     ``llm`` is a ``vllm.LLM`` made with logprobs_mode raw_logprobs. ``padding_ids`` are rows of the head past the
     tokenizer's size: they have no text.
@@ -59,9 +59,9 @@ def write(
     return [_answer(output.outputs[0]) for output in outputs]
 
 
-def write_plainly(llm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
-    """vLLM as anybody would call it, without our seeds, log-probabilities or padding: what ``write`` is timed against.
-    Returns how many tokens were written."""
+def generate_plainly(llm: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """What ``generate`` is timed against: vLLM without our seeds, log-probabilities or padding. Returns how many tokens
+    were generated."""
     from vllm import SamplingParams, TokensPrompt
 
     parameters = SamplingParams(temperature=1.0, max_tokens=max_new_tokens, ignore_eos=True, detokenize=False)

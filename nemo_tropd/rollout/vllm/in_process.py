@@ -3,7 +3,7 @@
 The order of a step, each line a method of ``ColocatedEngine``:
 
     update_weights   wakes the memory of the weights, copies the trainer's tensors into it, forgets cached prefixes
-    generate         hands torch's cached blocks back to the device, wakes the key-value cache, writes
+    generate         hands torch's cached blocks back to the device, wakes the key-value cache, generates
     sleep            drops weights (level 2: they are refreshed before they are next used) and cache
 
 Under tensor parallelism every rank of a group makes its own ``vllm.LLM`` with vLLM's external launcher, and all of them
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import EngineError, RefreshStats, RolloutRequest, WeightStreamError, check_requests
-from nemo_tropd.rollout.vllm.generate import write
+from nemo_tropd.rollout.vllm.generate import generate
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.weights.stream import checked_stream
 
@@ -38,7 +38,7 @@ _MOST_BIASED = 1024
 
 
 class ColocatedEngine:
-    """A ``RolloutEngine`` in this process. Collective over the tensor-parallel group where that is larger than one."""
+    """A ``RolloutEngine`` in this process. Collective over the tensor-parallel group if that is larger than one."""
 
     def __init__(
         self,
@@ -59,8 +59,9 @@ class ColocatedEngine:
         self._world_size, self._sleeps, self._make_llm = world_size, sleeps, make_llm
         self._llm: Any = None
         self._asleep: set[str] = set()  # of weights, kv_cache
-        # Frozen weights lie in the checkpoint as number 0; others come by update_weights before the first rollout.
-        self._version: int | None = None if settings.refreshable else 0
+        # The checkpoint's weights are number 0, unless they are discarded at the first sleep or are not there.
+        discarded = settings.refreshable and sleeps
+        self._version: int | None = None if discarded or settings.weights_shapes is not None else 0
 
     def start(self) -> None:
         """Build vLLM's engine beside the trainer's models and put it to sleep; it takes memory that must be free."""
@@ -76,7 +77,7 @@ class ColocatedEngine:
             self.close()
             raise EngineError(
                 f"vLLM could not start beside the trainer on {self.settings.model_dir} "
-                f"({type(error).__name__}: {error}); where memory is short, lower "
+                f"({type(error).__name__}: {error}); if memory is short, lower "
                 "model.rollout.gpu_memory_utilization or set model.rollout.placement=process"
             ) from error
         if self._sleeps:
@@ -111,10 +112,13 @@ class ColocatedEngine:
         if not requests:
             return []
         if self._version is None:
-            raise EngineError("the engine holds no weights: it slept or never had any; refresh it before it writes")
+            raise EngineError(
+                "the engine has no weights (discarded by sleep(), or never loaded): call update_weights() before "
+                "generate()"
+            )
         self._wake("weights")
         self._wake("kv_cache")
-        answers = write(
+        answers = generate(
             llm,
             [[*r.prompt_ids, *r.prefix_ids] for r in requests],
             [r.seed for r in requests],
@@ -140,13 +144,13 @@ class ColocatedEngine:
     def sleep(self) -> bool:
         """See ``RolloutEngine.sleep``. Weights that are never refreshed go to the host's memory and come back."""
         if self._llm is not None and self._sleeps and self._asleep != {"weights", "kv_cache"}:
-            # vLLM falls asleep as a whole: what still sleeps is woken first.
+            # vLLM falls asleep as one: what still sleeps is woken first.
             for part in sorted(self._asleep):
                 self._wake(part)
             self._fall_asleep()
         return self._sleeps and self.settings.refreshable
 
-    def close(self) -> None:
+    def close(self, *, run_over: bool = False) -> None:
         """Free vLLM's memory and its process groups; the trainer's process group stays."""
         if self._llm is None:
             return
@@ -159,7 +163,7 @@ class ColocatedEngine:
                 gc.collect()  # later versions shut down once more when the engine is collected
         except Exception as error:
             # The run's results are safe by now: what is left of vLLM goes with the process.
-            print(f"vLLM did not end well ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+            print(f"vLLM raised during shutdown ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
         self._llm, self._asleep = None, set()
         _release_cached_blocks()
 
@@ -167,8 +171,6 @@ class ColocatedEngine:
     def llm(self) -> Any:
         """The ``vllm.LLM`` inside, for measurements."""
         return self._running()
-
-    # ------------------------------------------------------------------------------------------------ parts
 
     def _running(self) -> Any:
         if self._llm is None:

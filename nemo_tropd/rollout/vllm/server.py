@@ -1,130 +1,197 @@
-"""The engine's process: vLLM behind a pair of pipes. Started by ``vllm_engine.VllmEngine``, never by hand.
+"""The server of one engine: does what the trainer asks over a ``Wire``, in a child process or on an engine host.
 
-A process of its own keeps vLLM away from the trainer's distributed group, thread settings, signals and CPU shims, and
-makes the engine's death an ordinary event. Inside it vLLM runs its engine core in process: requests are queued before
-the first step is taken, so the same list is always scheduled alike.
+``python -m nemo_tropd.rollout.vllm.server FD`` is the child process that ``child.VllmEngine`` starts, never a person:
+it keeps vLLM away from the trainer's distributed group, thread settings, signals and CPU shims, and makes the engine's
+death an ordinary event. ``rollout.engine_host`` is the life of an engine host.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from nemo_tropd.rollout.engine import Sampling
-from nemo_tropd.rollout.vllm.channel import ChannelClosed, receive_frame, send_frame
-from nemo_tropd.rollout.vllm.generate import write
+from nemo_tropd.rollout.engine import EngineError, RolloutEngine, WeightStreamError
+from nemo_tropd.rollout.vllm.settings import EngineSettings
+from nemo_tropd.rollout.vllm.wire import (
+    Bucket,
+    Close,
+    Disconnected,
+    Done,
+    Failed,
+    Finish,
+    Generate,
+    Generated,
+    JoinGroup,
+    Open,
+    Reply,
+    Request,
+    Update,
+    Wire,
+    decode,
+)
+from nemo_tropd.rollout.weights.broadcast import WeightGroup, empty_bucket, join_store, take_apart
+from nemo_tropd.rollout.weights.shared_memory import read_bucket
 
-
-class VllmServer:
-    """One vLLM engine and the operations the trainer may ask for."""
-
-    def __init__(self, opening: dict[str, Any]) -> None:
-        from vllm import LLM
-
-        self._llm = LLM(**opening["llm"])
-        self._version = int(opening["version"])
-        self._sampling = Sampling(**opening["sampling"])
-        self._end_ids = opening["end_ids"]
-
-    def generate(self, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """Token ids and log-probabilities of every request, flattened in the order of the requests."""
-        ids = np.split(np.frombuffer(payload, dtype="<i8"), np.cumsum(header["lengths"])[:-1])
-        answers = write(
-            self._llm,
-            [block.tolist() for block in ids],
-            header["seeds"],
-            header["max_new_tokens"],
-            sampling=self._sampling,
-            end_ids=self._end_ids,
-            padding_ids=range(*header["padding_ids"]),
-        )
-        reply = {
-            "lengths": [len(a.token_ids) for a in answers],
-            "finished": [a.finished for a in answers],
-            "version": self._version,
-        }
-        flat_ids = np.array([t for a in answers for t in a.token_ids], dtype="<i8")
-        flat_log_probs = np.array([x for a in answers for x in a.log_probs], dtype="<f8")
-        return reply, flat_ids.tobytes() + flat_log_probs.tobytes()
-
-    def start_update(self) -> None:
-        """Open a weight update."""
-        self._llm.collective_rpc("begin_tropd_refresh")
-
-    def bucket(self, path: str) -> None:
-        """Take one bucket of weights in."""
-        self._llm.collective_rpc("load_tropd_bucket", args=(path,))
-
-    def finish_update(self, version: int) -> None:
-        """Close the weight update: the engine now holds the weights numbered ``version``."""
-        self._llm.collective_rpc("finish_tropd_refresh")
-        self._llm.reset_prefix_cache()
-        self._version = version
+# (settings, OpenMP threads, seconds an answer may take) -> an engine that is not started
+EngineMaker = Callable[[EngineSettings, int, float], RolloutEngine]
 
 
-def _serve(server: VllmServer, requests: queue.SimpleQueue[tuple[dict[str, Any], bytes]], reply_fd: int) -> None:
-    while True:
-        header, payload = requests.get()
-        operation = header["op"]
-        reply: dict[str, Any] = {}
-        block = b""
-        if operation == "generate":
-            reply, block = server.generate(header, payload)
-        elif operation == "start_update":
-            server.start_update()
-        elif operation == "bucket":
-            server.bucket(header["path"])
-        elif operation == "finish_update":
-            server.finish_update(header["version"])
-        elif operation == "close":
-            send_frame(reply_fd, {"ok": True})
-            return
+class EngineServer:
+    """One engine and the operations the trainer may ask for. The engine outlives a lost trainer."""
+
+    def __init__(self, make_engine: EngineMaker, *, local: bool) -> None:
+        """``local``: the trainer is on this machine, and may name files in which weights are."""
+        self._make_engine, self._local = make_engine, local
+        self._engine: RolloutEngine | None = None
+        self._made_of: Open | None = None
+        self._group: WeightGroup | None = None
+
+    def serve(self, wire: Wire) -> bool:
+        """Do what the trainer asks until it says that the run is over (True) or is gone (False)."""
+        try:
+            while True:
+                request = wire.receive(Request)
+                if isinstance(request, Close):
+                    return True
+                wire.send(self._reply(wire, request))
+        except Disconnected as error:
+            print(f"lost the connection to rank 0: {error}", flush=True)
+            return False
+        except TimeoutError as error:
+            print(f"rank 0 began a message and did not finish it: {error}", flush=True)
+            return False
+        finally:
+            self._leave_group()
+            wire.close()
+
+    def close(self) -> None:
+        """End the engine and leave the group."""
+        self._leave_group()
+        self._end_engine()
+
+    def _reply(self, wire: Wire, request: Request) -> Reply:
+        try:
+            return self._do(wire, request)
+        except BaseException as error:
+            self._end_engine()  # whatever it was doing is half done
+            if isinstance(error, (Disconnected, TimeoutError)) or not isinstance(error, Exception):
+                raise
+            traceback.print_exc()
+            if isinstance(error, EngineError):
+                return Failed(type(error).__name__, str(error))
+            return Failed("EngineError", f"{type(error).__name__}: {error}")
+
+    def _do(self, wire: Wire, request: Request) -> Reply:
+        if isinstance(request, Generate):
+            return Generated(self._running().generate(request.requests))
+        if isinstance(request, Open):
+            self._open(request)
+        elif isinstance(request, JoinGroup):
+            self._join_group(wire, request)
+        elif isinstance(request, Update):
+            self._running().update_weights(self._received(wire), request.version)
         else:
-            raise ValueError(f"unknown operation {operation!r}")
-        send_frame(reply_fd, {"ok": True, **reply}, block)
+            raise EngineError(f"rank 0 sent {type(request).__name__} outside of an update of the weights")
+        return Done()
+
+    def _open(self, request: Open) -> None:
+        if self._engine is not None and self._made_of == request:
+            return  # its weights are refreshed before it generates
+        self._end_engine()
+        settings = decode(bytes(request.settings), EngineSettings)
+        self._engine, self._made_of = self._make_engine(settings, request.threads, request.answer_timeout_s), request
+        self._engine.start()
+
+    def _join_group(self, wire: Wire, request: JoinGroup) -> None:
+        self._group = WeightGroup(
+            join_store(request.address, request.port, request.timeout_s),
+            prefix=request.prefix,
+            rank=request.rank,
+            size=request.size,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            own_address=wire.own_address,
+            timeout_s=request.timeout_s,
+        )
+
+    def _received(self, wire: Wire) -> Iterator[tuple[str, Tensor]]:
+        """The stream of weights, as rank 0 sends it."""
+        while True:
+            bucket = wire.receive(Bucket | Finish)
+            if isinstance(bucket, Finish):
+                return
+            if bucket.path is None:
+                flat = self._broadcast_into(bucket)
+                wire.send(Done())
+                yield from take_apart(bucket, flat)
+            elif self._local:
+                yield from read_bucket(bucket.path)
+                wire.send(Done())
+            else:
+                raise WeightStreamError("rank 0 named a file of weights, but it is another machine")
+
+    def _broadcast_into(self, bucket: Bucket) -> Tensor:
+        if self._group is None:
+            raise WeightStreamError("weights were announced before JoinGroup")
+        flat = empty_bucket(bucket, self._group.device)
+        self._group.start_broadcast(flat)
+        self._group.finish_broadcast()
+        return flat
+
+    def _running(self) -> RolloutEngine:
+        if self._engine is None:
+            raise EngineError("the engine is not running")
+        return self._engine
+
+    def _end_engine(self) -> None:
+        engine, self._engine, self._made_of = self._engine, None, None
+        if engine is not None:
+            engine.close()
+
+    def _leave_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
 
 
-def _end_group() -> None:
+def _own_engine(settings: EngineSettings, threads: int, answer_timeout_s: float) -> RolloutEngine:
+    from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
+
+    return ColocatedEngine(settings, sleeps=False)
+
+
+def _end_session() -> None:
     """End this process and every worker vLLM started: they share a session of their own, led by this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     if os.getpgid(0) == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os._exit(1)
 
 
-def _read_requests(request_fd: int, requests: queue.SimpleQueue[tuple[dict[str, Any], bytes]]) -> None:
-    try:
-        while True:
-            requests.put(receive_frame(request_fd))
-    except ChannelClosed:
-        _end_group()  # the trainer is gone, however it went
-
-
 def main() -> None:
-    """Serve until told to close, or until the trainer is gone. Any failure is reported once, then the process ends."""
-    request_fd, reply_fd = int(sys.argv[1]), int(sys.argv[2])
-    for fd in (request_fd, reply_fd):
-        os.set_inheritable(fd, False)
-    requests: queue.SimpleQueue[tuple[dict[str, Any], bytes]] = queue.SimpleQueue()
-    threading.Thread(target=_read_requests, args=(request_fd, requests), daemon=True).start()
+    """Serve rank 0 of this machine until it closes the connection, however it went."""
+    fd = int(sys.argv[1])
+    os.set_inheritable(fd, False)
+    wire = Wire(socket.socket(fileno=fd))
+
+    def watch() -> None:
+        wire.wait_lost()
+        _end_session()
+
+    threading.Thread(target=watch, daemon=True).start()
     try:
-        opening, _ = requests.get()
-        server = VllmServer(opening)
-        send_frame(reply_fd, {"ok": True, "pid": os.getpid(), "cwd": str(Path.cwd())})
-        _serve(server, requests, reply_fd)
-    except Exception as error:  # whatever it was, the trainer is told, and the process ends below
+        EngineServer(_own_engine, local=True).serve(wire)
+    except BaseException:
         traceback.print_exc()
-        send_frame(reply_fd, {"ok": False, "error": f"{type(error).__name__}: {error}"})
-    sys.stdout.flush()
-    sys.stderr.flush()
-    _end_group()
+    _end_session()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What an engine is told at its start, wherever it runs: checked settings, and the arguments of ``vllm.LLM``."""
+"""Validated engine settings and the ``vllm.LLM`` arguments made from them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from nemo_tropd.rollout.engine import EngineError, Sampling
+from nemo_tropd.rollout.engine import DTYPES, EngineError, Sampling
 from nemo_tropd.rollout.weights.stream import checkpoint_shapes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FIXED_ARGUMENTS: dict[str, Any] = {
     "skip_tokenizer_init": True,  # token ids in, token ids out
     "generation_config": "vllm",  # no sampling defaults from the checkpoint
@@ -22,6 +20,21 @@ _FIXED_ARGUMENTS: dict[str, Any] = {
     "load_format": "safetensors",
     "worker_extension_cls": "nemo_tropd.rollout.weights.vllm_worker.WorkerExtension",
 }
+
+
+# Written by tools that copy a checkpoint, and of no meaning for its shape.
+_IGNORED_KEYS = ("_name_or_path", "transformers_version")
+
+
+def model_fingerprint(model_dir: Path) -> str:
+    """A digest of the model's config.json and of its tensors' names and shapes; "" if there is no such checkpoint."""
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        shapes = checkpoint_shapes(model_dir)[0] if any(model_dir.glob("*.safetensors")) else {}
+    except (OSError, ValueError, AttributeError, EngineError):
+        return ""
+    known = {k: v for k, v in config.items() if k not in _IGNORED_KEYS}
+    return hashlib.sha256(json.dumps([known, sorted(shapes.items())], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,11 @@ class EngineSettings:
     eos_ids: tuple[int, ...] | None = None
     """Tokens that end a response; None: those of the checkpoint's config files."""
     true_vocab_size: int | None = None
-    """The tokenizer's true size: ids from there on, which are padding, are never drawn. None: the model's rows."""
+    """The tokenizer's true size: ids from there on, which are padding, are never sampled. None: the model's rows."""
     refreshable: bool = True
-    """False for a frozen model, such as a teacher that writes responses."""
+    """False for a frozen model, such as a teacher that generates responses."""
     weights_shapes: Mapping[str, tuple[int, ...]] | None = None
-    """Shapes of the model's tensors by Hugging Face name, where the folder has a config.json but no weights: they come
+    """Shapes of the model's tensors by Hugging Face name, if the folder has a config.json but no weights: they come
     by ``update_weights``. None: the folder's safetensors files hold them."""
     kv_cache_gib: float | None = 1.0
     """Memory of the key-value cache; None (GPU only) takes what ``gpu_memory_utilization`` leaves."""
@@ -56,7 +69,6 @@ class EngineSettings:
     torch_compile: bool = False
     """Fuse kernels by vLLM's torch.compile pass: about a minute more at the start; counts only without
     ``enforce_eager``."""
-    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", Path(self.model_dir))
@@ -74,12 +86,12 @@ class EngineSettings:
 
     @property
     def vocab_size(self) -> int:
-        """Ids below this may be drawn."""
+        """Ids below this may be sampled."""
         return self.true_vocab_size or self.model_rows
 
     @cached_property
     def shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-        """See ``weight_sync.checkpoint_shapes``."""
+        """See ``weights.stream.checkpoint_shapes``."""
         if self.weights_shapes is not None:
             return dict(self.weights_shapes), frozenset()
         return checkpoint_shapes(self.model_dir)
@@ -105,9 +117,9 @@ class EngineSettings:
             "seed": self.seed,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
-            # A step takes whole prompts, so the list of requests alone decides what is computed together.
+            # A step takes complete prompts, so the list of requests alone decides what is computed together.
             "max_num_batched_tokens": max(self.max_model_len, 2048 if self.enforce_eager else 8192),
-            "enable_prefix_caching": self.prefix_caching,
+            "enable_prefix_caching": True,
             "enforce_eager": self.enforce_eager,
             "tensor_parallel_size": self.tensor_parallel,
             "gpu_memory_utilization": self.gpu_memory_utilization,

@@ -7,18 +7,17 @@ layerwise reload) once all of its tensors have come.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 
 class WorkerExtension:
-    """A refresh is begin, any number of loads, finish. Names are ours alone: vLLM refuses a clash with its worker's."""
+    """A refresh is begin, load, finish. Names are ours alone: vLLM refuses a clash with its worker's."""
 
     device: torch.device  # of vLLM's worker, as are the next two
     vllm_config: Any
@@ -30,12 +29,8 @@ class WorkerExtension:
             with set_current_vllm_config(self.vllm_config):
                 initialize_layerwise_reload(self.model_runner.get_model())
 
-    def load_tropd_bucket(self, path: str) -> None:
-        """Take in a safetensors file of tensors under Hugging Face names."""
-        self.load_tropd_tensors(_tensors(path))
-
     def load_tropd_tensors(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Take in (Hugging Face name, whole tensor) pairs; each tensor-parallel rank keeps its own part of each."""
+        """Take in (Hugging Face name, full tensor) pairs; each tensor-parallel rank keeps its own part of each."""
         with set_current_vllm_config(self.vllm_config), torch.device(self.device), torch.no_grad():
             self.model_runner.get_model().load_weights(tensors)
 
@@ -45,14 +40,6 @@ class WorkerExtension:
             with set_current_vllm_config(self.vllm_config):
                 finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
                 repack_shared_matrices(self.model_runner.get_model())
-
-
-def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, framework="pt", device="cpu") as bucket:
-        for name in bucket.keys():  # noqa: SIM118 - not a mapping
-            # No copy is made although a layer is only put together once its last tensor has come, maybe two buckets
-            # later: the sender never writes to a file again, and a removed file lives as long as it is mapped.
-            yield name, bucket.get_tensor(name)
 
 
 def repack_shared_matrices(model: nn.Module) -> int:
