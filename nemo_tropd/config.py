@@ -215,7 +215,8 @@ class DedicatedConfig:
 
     address: str | None = endpoint(None)
     """HOST:PORT where rank 0 listens for the engine hosts, on the interface of that host alone (127.0.0.1: this machine
-    only). Anyone who reaches it can join, so it belongs on a private network."""
+    only). Both sides prove a shared secret first (NEMO_TROPD_SECRET, or NEMO_TROPD_SECRET_FILE names its file; the
+    launcher makes one if neither is set); what follows is not encrypted."""
     engines: int | None = integer(None, at_least=1)
     """How many engine hosts there are."""
     timeout_s: float = number(300.0, above=0, at_most=LONGEST_S)

@@ -168,7 +168,7 @@ class FixedRollouts:
         """It has no memory to free."""
         return False
 
-    def close(self) -> None:
+    def close(self, *, run_over: bool = False) -> None:
         """Nothing to close."""
 
 
