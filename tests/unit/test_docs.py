@@ -1,4 +1,4 @@
-"""Every command, key, file, link, option and name in the documentation exists."""
+"""Every command, key, file, link, option and name in the documentation exists, and the files that sources name."""
 
 from __future__ import annotations
 
@@ -95,16 +95,20 @@ def links(page: Path, text: str) -> Iterator[str]:
 
 
 def modules(page: Path, text: str) -> Iterator[str]:
-    """``python -m MODULE`` and dotted names; what follows the module must be defined in it."""
+    """``python -m MODULE`` and dotted names; what follows the module must occur in it."""
     for piece in code(text):
-        for name in re.findall(r"(?<![\w./-])((?:nemo_tropd|examples)(?:\.\w+)+)(?![\w/-])", piece):
-            parts = name.split(".")
-            if parts[-1] in ("py", "md"):
-                continue
-            depth = next((n for n in range(len(parts), 0, -1) if _source(parts[:n])), 0)
-            source, rest = _source(parts[:depth]), parts[depth:]
-            if source is None or len(rest) > 1 or (rest and not re.search(rf"\b{rest[0]}\b", source.read_text())):
-                yield f"{name}: no such module or name"
+        yield from missing_modules(piece)
+
+
+def missing_modules(text: str) -> Iterator[str]:
+    for name in re.findall(r"(?<![\w./-])((?:nemo_tropd|examples)(?:\.\w+)+)(?![\w/-])", text):
+        parts = name.split(".")
+        if parts[-1] in ("py", "md"):
+            continue
+        depth = next((n for n in range(len(parts), 0, -1) if _source(parts[:n])), 0)
+        source, rest = _source(parts[:depth]), parts[depth:]
+        if source is None or len(rest) > 1 or (rest and not re.search(rf"\b{rest[0]}\b", source.read_text())):
+            yield f"{name}: no such module or name"
 
 
 def _source(parts: list[str]) -> Path | None:
@@ -179,6 +183,37 @@ def test_whatever_a_page_names_exists(page: Path) -> None:
 def test_a_stale_name_is_found(text: str, complaint: str) -> None:
     page = ROOT / "conf" / "README.md"
     assert [c for check in CHECKS for c in check(page, text) if c.startswith(complaint)]
+
+
+def sources() -> Iterator[Path]:
+    for pattern in ("*.py", "*.yaml", "*.sh", "*.sbatch", "Dockerfile*", "*.in", "Makefile", "pyproject.toml"):
+        for path in ROOT.glob(f"[!.]*/**/{pattern}"):
+            if path.relative_to(ROOT).parts[0] in TOP and path != Path(__file__).resolve():
+                yield path
+    yield from (ROOT / "Makefile", ROOT / "pyproject.toml")
+
+
+def stale(text: str) -> Iterator[str]:
+    """Files of ours, modules of ours and make targets that a comment, docstring or message names and that are gone."""
+    for path in re.findall(rf"(?<![\w/.$}}-])((?:{'|'.join(TOP)})/[\w./-]*\.(?:py|yaml|md|sh|sbatch|in|txt))\b", text):
+        if not re.search("[A-Z]{3}", path.replace("README", "")) and not (ROOT / path).exists():
+            yield f"{path}: no such file"
+    for target in re.findall(r"`make ([a-z][a-z-]+)", text):
+        if target not in TARGETS:
+            yield f"make {target}: not a target of the Makefile"
+    yield from missing_modules(text)
+
+
+def test_sources_name_only_what_exists() -> None:
+    every = set(sources())
+    assert len(every) > 150
+    wrong = [f"{p.relative_to(ROOT)}: {complaint}" for p in sorted(every) for complaint in stale(p.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("text", ["see nemo_tropd/study/bench.py", "``make dmeo``", "nemo_tropd.study.bench has it"])
+def test_a_stale_name_in_a_source_is_found(text: str) -> None:
+    assert list(stale(text))
 
 
 def test_every_recipe_and_objective_is_documented() -> None:

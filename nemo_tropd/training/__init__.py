@@ -1,0 +1,1 @@
+"""A run: setup, the loop and its step, the optimizer, checkpoints, validation, metrics."""
