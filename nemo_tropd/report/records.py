@@ -1,13 +1,14 @@
 """A run's files as the report reads them: metrics.jsonl, rollouts.jsonl, summary.json.
 
-A killed run leaves traces that must not show: a last line cut short, steps that were logged and then done again from
-an earlier checkpoint, values that were not finite (written as null).
+A killed run leaves traces that must not show: a truncated last line, steps that were logged and then repeated from an
+earlier checkpoint, values that were not finite (written as null).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +20,14 @@ Points = list[tuple[int, float]]
 
 
 class ReportError(RuntimeError):
-    """A run directory that holds nothing to report on."""
+    """A run directory without metrics."""
 
 
 @dataclass(frozen=True)
 class TokenTrace:
     """One rollout, token by token.
 
-    ``log_ratio`` is log pi_T - log pi_S in nats, None where the teacher wrote the token; ``gate`` is the trust gate, 1
+    ``log_ratio`` is log pi_T - log pi_S in nats, None for a token that the teacher wrote; ``gate`` is the trust gate, 1
     inside and 0 outside (between them for a soft gate); ``guided`` marks tokens of the teacher's prefix.
     """
 
@@ -54,28 +55,41 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def length(self) -> str:
+        """The number of steps in words."""
+        return f"{self.steps} step" + ("" if self.steps == 1 else "s")
+
     def series(self, kind: str, name: str) -> Points:
-        """(step, value) in order of step where the metric was logged; ``kind`` is train or validation."""
+        """(step, value) in order of step, of the steps that logged the metric; ``kind`` is train or validation."""
         by_step = self.train if kind == "train" else self.validation
         return [(step, by_step[step][name]) for step in sorted(by_step) if name in by_step[step]]
 
-    def phases(self) -> list[str]:
-        """Names of the timed phases, in the order of first appearance, without the step's total."""
-        seen: dict[str, None] = {}
-        for step in sorted(self.train):
-            seen.update(dict.fromkeys(k for k in self.train[step] if k.startswith("seconds/")))
-        return [k.removeprefix("seconds/") for k in seen if k != "seconds/step"]
+    def seconds(self) -> list[tuple[str, Points]]:
+        """Seconds by phase, in the order of first appearance, all for the same steps.
+
+        What the steps took beyond their phases comes last as ``other``, if it exceeds 1 percent (less is rounding and
+        bookkeeping).
+        """
+        timed = {s: values for s, values in sorted(self.train.items()) if any(k.startswith("seconds/") for k in values)}
+        phases = dict.fromkeys(k for v in timed.values() for k in v if k.startswith("seconds/") and k != "seconds/step")
+        layers = [(k.removeprefix("seconds/"), [(s, v.get(k, 0.0)) for s, v in timed.items()]) for k in phases]
+        known = {s: sum(v.get(k, 0.0) for k in phases) for s, v in timed.items()}
+        rest = [(s, max(v.get("seconds/step", known[s]) - known[s], 0.0)) for s, v in timed.items()]
+        if sum(y for _, y in rest) > 0.01 * sum(v.get("seconds/step", 0.0) for v in timed.values()):
+            layers.append(("other", rest))
+        return layers
 
 
 def read_run(run_dir: str | Path) -> RunRecord:
-    """Read a run's directory. Raises ReportError when it holds no metrics."""
+    """Read a run's directory. Raises ReportError if it has no metrics."""
     folder = Path(run_dir)
     if not (folder / "metrics.jsonl").is_file():
-        raise ReportError(f"{folder} holds no metrics.jsonl: it is not the directory of a run that has begun")
+        raise ReportError(f"{folder} has no metrics.jsonl: it is not the directory of a run that has started")
     notes: list[str] = []
     train, validation = _read_metrics(folder / "metrics.jsonl", notes)
     if not train and not validation:
-        raise ReportError(f"{folder / 'metrics.jsonl'} holds no metrics yet: report on the run after its first step")
+        raise ReportError(f"{folder / 'metrics.jsonl'} has no metrics yet: report on the run after its first step")
     summary = _read_summary(folder / "summary.json", notes)
     first, last = (validation[min(validation)], validation[max(validation)]) if validation else ({}, {})
     versions = summary.get("versions")
@@ -94,15 +108,23 @@ def read_run(run_dir: str | Path) -> RunRecord:
     )
 
 
+def _parse(text: str) -> Any:
+    """JSON whose strings are all writable as UTF-8: halves of a surrogate pair, which JSON can escape, become ``?``."""
+    value = json.loads(text)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
+    return value
+
+
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """Objects of a JSONL file. A last line without its end is left out; other unreadable lines are noted."""
+    """Objects of a JSONL file. A truncated last line is left out; other unreadable lines are noted."""
     if not path.is_file():
         return
     bad: list[int] = []
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             try:
-                entry = json.loads(line)
+                entry = _parse(line)
             except json.JSONDecodeError:
                 entry = None
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
@@ -163,7 +185,7 @@ def _read_rollouts(path: Path, notes: list[str]) -> list[TokenTrace]:
             gate=[_finite(v) for v in entry["gate"]],
             guided=[bool(v) for v in entry["guided"]],
         )
-        if trace.tokens and trace not in kept:  # a step done again to the bit leaves the same rollouts again
+        if trace.tokens and trace not in kept:  # a bit-identical repetition of a step logs the same rollouts again
             kept.append(trace)
     if broken:
         notes.append(f"{path.name}: {broken} rollout(s) left out, since their columns differ in length")
@@ -177,7 +199,7 @@ def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
         )
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = _parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         notes.append(f"summary.json is unreadable ({error})")
         return {}
@@ -201,7 +223,7 @@ def thin(points: Sequence[tuple[float, float]], limit: int = 300) -> list[tuple[
 def smooth(points: Sequence[tuple[float, float]], *, log: bool = False) -> list[tuple[float, float]]:
     """The trend at each point: a straight line fitted to the tenth of the run around it, within the values seen there.
 
-    ``log`` fits the logarithms, for positive values. Fewer than 20 points are given back as they are.
+    ``log`` fits the logarithms, for positive values. Fewer than 20 points are returned unchanged.
     """
     if len(points) < 20:
         return list(points)

@@ -1,12 +1,12 @@
-"""Rollouts as text whose tokens are coloured by log-ratio and marked by the trust gate."""
+"""Rollouts as the page shows them: tokens coloured by log-ratio and marked by the trust gate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 
-from nemo_tropd.report.charts import number
 from nemo_tropd.report.records import TokenTrace
+from nemo_tropd.report.text import number, signed
 
 # The log-ratio (nats) at which a colour is full, and how much of a rollout or a run is shown.
 FULL_COLOR_AT = 4.0
@@ -14,86 +14,77 @@ _TOKENS_SHOWN = 600
 _ROLLOUTS_SHOWN = 12
 
 
-def rollouts_html(rollouts: Sequence[TokenTrace]) -> str:
-    """The last rollouts open, earlier ones folded; at most 12, spread over the run."""
-    if not rollouts:
-        return '<p class="quiet">This run kept no rollouts.</p>'
-    shown = _spread(rollouts)
-    folded = "".join(_fold(r, opened=False) for r in reversed(shown[:-1]))
-    return f"{_legend()}{_fold(shown[-1], opened=True)}{folded}"
+@dataclass(frozen=True)
+class Token:
+    """A token's text, CSS classes, strength of colour (empty if it has none) and the values shown on hover."""
+
+    text: str
+    classes: str
+    share: str = ""
+    tip: str = ""
 
 
-def _spread(rollouts: Sequence[TokenTrace]) -> list[TokenTrace]:
-    """Rollouts of the first and last steps, and of some between, in the order of steps."""
-    ordered = sorted(rollouts, key=lambda r: r.step)
-    if len(ordered) <= _ROLLOUTS_SHOWN:
-        return ordered
-    last = len(ordered) - 1
-    return [ordered[round(i * last / (_ROLLOUTS_SHOWN - 1))] for i in range(_ROLLOUTS_SHOWN)]
+@dataclass(frozen=True)
+class Rollout:
+    """``facts`` sums the rollout up; ``rest`` says what is left out, empty if nothing is."""
+
+    step: int
+    facts: str
+    prompt: str
+    tokens: list[Token]
+    rest: str
 
 
-def _legend() -> str:
-    swatches = ""
+def swatches() -> list[Token]:
+    """The legend of the colours."""
+    shown = []
     for value in (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0):
-        share = min(abs(value) / FULL_COLOR_AT, 1.0)
-        bound = "" if share < 1 else "≤ " if value < 0 else "≥ "
-        side = "neg" if value < 0 else "pos"
-        swatches += f'<span class="t {side}" style="--a:{share:.2f}">{bound}{_signed(f"{value:+g}")}</span>'
-    return (
-        f'<div class="scale"><p>Colour: log-ratio log π<sub>teacher</sub> − log π<sub>student</sub>, in nats. '
-        f"<span>student overrates</span> {swatches} <span>teacher prefers</span></p>"
-        '<p>Mark: <span class="t">trusted</span> inside the gate, <span class="t out">outlier</span> outside it, '
-        '<span class="t soft">partly</span> for a soft gate, <span class="t guided">prefix</span> written by the '
-        "teacher. Point at a token, or tap it, for its values.</p>"
-        "</div>"
-    )
+        bound = "" if abs(value) < FULL_COLOR_AT else "≤ " if value < 0 else "≥ "
+        shown.append(Token(bound + signed(f"{value:+g}"), *_color(value)))
+    return shown
 
 
-def _fold(r: TokenTrace, *, opened: bool) -> str:
+def shown_rollouts(rollouts: Sequence[TokenTrace]) -> list[Rollout]:
+    """The last rollout first; at most 12, of the first and last steps and of some between."""
+    ordered = sorted(rollouts, key=lambda r: r.step)
+    last = len(ordered) - 1
+    if len(ordered) > _ROLLOUTS_SHOWN:
+        ordered = [ordered[round(i * last / (_ROLLOUTS_SHOWN - 1))] for i in range(_ROLLOUTS_SHOWN)]
+    return [_rollout(r) for r in reversed(ordered)]
+
+
+def _rollout(r: TokenTrace) -> Rollout:
     own = [i for i, guided in enumerate(r.guided) if not guided]
-    outliers = sum(1 for i in own if r.gate[i] is not None and r.gate[i] == 0)
     known = [v for i in own if (v := r.log_ratio[i]) is not None]
-    facts = [f"{len(own)} tokens", f"{outliers} outliers"]
+    facts = [f"{len(own)} tokens", f"{sum(r.gate[i] == 0 for i in own)} outliers"]
     if known:
-        facts.append("mean log-ratio " + _signed(f"{sum(known) / len(known):+.2f}"))
+        facts.append("mean log-ratio " + signed(f"{sum(known) / len(known):+.2f}"))
     if len(own) < len(r.tokens):
         facts.insert(0, f"{len(r.tokens) - len(own)} by the teacher")
-    cut = len(r.tokens) - _TOKENS_SHOWN
-    rest = f'<p class="quiet">The first {_TOKENS_SHOWN} of {len(r.tokens)} tokens.</p>' if cut > 0 else ""
-    body = "".join(
-        _token(t, v, g, w)
-        for t, v, g, w in list(zip(r.tokens, r.log_ratio, r.gate, r.guided, strict=True))[:_TOKENS_SHOWN]
-    )
-    return (
-        f"<details{' open' if opened else ''}><summary>Step {r.step} <span>{', '.join(facts)}</span></summary>"
-        f'<p class="prompt">{escape(r.prompt)}</p><p class="tokens">{body}</p>{rest}</details>'
-    )
+    columns = zip(r.tokens, r.log_ratio, r.gate, r.guided, strict=True)
+    tokens = [_token(*column) for column, _ in zip(columns, range(_TOKENS_SHOWN), strict=False)]
+    rest = f"The first {_TOKENS_SHOWN} of {len(r.tokens)} tokens." if len(r.tokens) > _TOKENS_SHOWN else ""
+    return Rollout(r.step, ", ".join(facts), r.prompt, tokens, rest)
 
 
-def _token(text: str, log_ratio: float | None, gate: float | None, guided: bool) -> str:
-    classes, style = ["t"], ""
-    if log_ratio is not None and not guided:
-        classes.append("neg" if log_ratio < 0 else "pos")
-        style = f' style="--a:{min(abs(log_ratio) / FULL_COLOR_AT, 1.0):.2f}"'
+def _token(text: str, log_ratio: float | None, gate: float | None, guided: bool) -> Token:
+    classes, share = _color(None if guided else log_ratio)
     if guided:
-        verdict = "written by the teacher"
-        classes.append("guided")
+        mark, verdict = " guided", "written by the teacher"
     elif gate is None:
-        verdict = "gate unknown"
+        mark, verdict = "", "gate unknown"
     elif gate >= 1:
-        verdict = "trusted"
+        mark, verdict = "", "trusted"
     elif gate <= 0:
-        verdict = "outlier"
-        classes.append("out")
+        mark, verdict = " out", "outlier"
     else:
-        verdict = f"trusted by {number(gate)}"
-        classes.append("soft")
-    facts = ["log-ratio " + _signed(f"{log_ratio:+.2f}")] if log_ratio is not None else []
-    tip = escape(", ".join([repr(text), *facts, verdict]))
-    shown = escape(text).replace("\n", "↵\n")
-    return f'<span class="{" ".join(classes)}"{style} title="{tip}">{shown}</span>'
+        mark, verdict = " soft", f"trusted by {number(gate)}"
+    facts = ["log-ratio " + signed(f"{log_ratio:+.2f}")] if log_ratio is not None else []
+    return Token(text.replace("\n", "↵\n"), classes + mark, share, ", ".join([repr(text), *facts, verdict]))
 
 
-def _signed(text: str) -> str:
-    """With a true minus sign."""
-    return text.replace("-", "−")
+def _color(log_ratio: float | None) -> tuple[str, str]:
+    """CSS classes and strength of colour."""
+    if log_ratio is None:
+        return "t", ""
+    return "t neg" if log_ratio < 0 else "t pos", f"{min(abs(log_ratio) / FULL_COLOR_AT, 1.0):.2f}"

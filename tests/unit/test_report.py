@@ -4,18 +4,24 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from nemo_tropd.report import ReportError, write_figure, write_report
-from nemo_tropd.report.charts import Line, line_chart, number, stacked_chart
+from nemo_tropd.report.charts import COLORS, Chart, Line, charts_of, step_time
+from nemo_tropd.report.drawing import svg
 from nemo_tropd.report.records import read_run, smooth, thin
+from nemo_tropd.report.text import number
 
 pytestmark = pytest.mark.random
 
-VOID = {"meta", "br", "hr", "img", "line", "path", "circle"}
+VOID = {"meta", "br", "hr", "img"}
+HOSTILE = """</script></style><img src=x onerror=alert(1)><b>"'&amp; {{ 7*7 }} {% raw %} $x^2$ {# \ud800"""
 
 
 class Page(HTMLParser):
@@ -70,7 +76,7 @@ def rollout(step: int, tokens=("a",), **columns) -> dict:
 
 @pytest.fixture
 def run(tmp_path):
-    """A whole run of 30 random steps."""
+    """A complete run of 30 random steps."""
     phases = ("rollout", "teacher", "student", "optimizer", "refresh")
     entries = [validation(0, reverse_kl=1.5, forward_kl=2.5, one_minus_tv=0.4, exact_match=0.125, exact_match_of=8)]
     for step in range(1, 31):
@@ -112,8 +118,8 @@ def test_the_page_shows_before_and_after_and_stands_alone(run):
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert "Reverse KL fell from 1.50 to 1.20 (−20%). Forward KL fell from 2.50 to 1.00 (−60%)." in page.text
-    assert "1.500 1.200 −20% better" in " ".join(page.words)
-    rows = re.findall(r"<tr><td>.*?</tr>", text)
+    assert "1.500 1.200 −20% better" in " ".join(" ".join(page.words).split())
+    rows = re.findall(r"<tr><td>.*?</tr>", text, re.DOTALL)
     cells = {re.findall(r"<td[^>]*>(.*?)</td>", r)[0].split("<")[0]: re.sub(r"<[^>]+>", " ", r) for r in rows}
     assert "1.500" in cells["Reverse KL"] and "1.200" in cells["Reverse KL"] and "better" in cells["Reverse KL"]
     assert "−25%" in cells["1 − TV"] and "worse" in cells["1 − TV"]
@@ -121,13 +127,73 @@ def test_the_page_shows_before_and_after_and_stands_alone(run):
         "+12 points" in cells["Exact match"] and "8 questions" in cells["Exact match"] and "25%" in cells["Exact match"]
     )
     assert "Student entropy" not in cells
-    assert not re.search(r"(src|href|url\(|@import)", text)
     assert "q&a <1>" in page.text and "<script>alert(1)</script>" in page.text
     assert text.count("<script>") == 1 and "<b>" not in text
     assert "a: <b>" in page.text and "9.9" in page.text and "<title>a &lt;run&gt;: 30 steps</title>" in text
     for title in ("Trust fraction", "Gradient norm", "Guided fraction", "Engine against trainer", "Time of a step"):
         assert f"<h3>{title}</h3>" in text
     assert not re.search(r"\b(nan|inf)\b", text)
+
+
+def test_the_page_refers_to_nothing_outside(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "image", "a", "base", "form"), tag
+        assert not {"src", "srcset", "action", "data"} & set(attributes), attributes
+        assert attributes.get("href", "#").startswith("#"), attributes
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    assert not re.search(r"https?:|//\w+\.|@import|@font-face", text)
+
+
+def test_the_charts_of_a_page_share_no_id_and_every_reference_has_its_target(run):
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    ids = Counter(a["id"] for _, a in page.tags if "id" in a)
+    used = {m for _, a in page.tags for v in a.values() for m in re.findall(r"^#(.*)|url\(#(.*?)\)", v or "")}
+    used = {one or other for one, other in used}
+    assert len(ids) >= 4  # dots of three charts, the bands' clip path
+    assert set(ids.values()) == {1} and set(ids) == used
+
+
+def test_every_chart_has_a_text_alternative_and_colours_of_the_theme(run):
+    text = write_report(run).read_text(encoding="utf-8")
+    charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    drawn = [c for c in charts_of(read_run(run)).values() if c.drawn]
+    assert len(charts) == len(drawn) == text.count('role="img"') >= 8
+    for chart, definition in zip(charts, drawn, strict=True):
+        assert f'role="img" aria-label="{definition.title}. {definition.lines[0].label}: ' in chart
+        assert ">step</text>" in chart and "var(--quiet)" in chart and "font-family" not in chart
+        assert not re.search(r"#[0-9a-fA-F]{6}\b", re.sub(r'(href="|url\(|id=")#?\w+', "", chart))
+        assert "<style" not in chart and "<metadata" not in chart and "<!--" not in chart
+    light, dark = re.findall(r":root\{(.*?)\}", text, re.DOTALL)
+    assert all(f"--{name}:{color}" in light and f"--{name}:#" in dark for name, color in COLORS.items())
+
+
+def test_the_same_run_gives_the_same_page(run):
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_hostile_text_stays_text(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary.update(name=HOSTILE, config=HOSTILE, versions={HOSTILE: HOSTILE})
+    summary["answers"] = [{"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE}] * 2
+    (run / "summary.json").write_text(json.dumps(summary))
+    lines(run / "rollouts.jsonl", [rollout(1, (HOSTILE, '" onmouseover="alert(1)', "\0"), prompt=HOSTILE)])
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines(run / "metrics.jsonl", [e | ({f"seconds/{HOSTILE}": 0.5} if e["kind"] == "train" else {}) for e in entries])
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    shown = " ".join(HOSTILE.replace("\ud800", "?").split())
+    # title, heading, two answers of three texts, a phase's legend, prompt, token, configuration, version
+    assert page.text.count(shown) == 2 + 6 + 1 + 2 + 1 + 2
+    tags = Counter(tag for tag, _ in page.tags)
+    assert tags["script"] == tags["style"] == 1 and not {"img", "b"} & set(tags)
+    assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
+    write_figure(run, run / "figure.png")
+
+
+def test_an_installed_package_has_the_template():
+    names = {file.name for file in resources.files("nemo_tropd.report").iterdir()}
+    assert {"page.html", "page.css"} <= names
 
 
 def test_missing_metrics_and_files_leave_a_note(tmp_path):
@@ -139,7 +205,8 @@ def test_missing_metrics_and_files_leave_a_note(tmp_path):
     assert "summary.json is missing" in page.text
     titles = re.findall(r'<figure class="empty"><figcaption><h3>(.*?)</h3>', text)
     assert {"Reverse KL", "Entropy", "Time of a step", "Gradient norm"} <= set(titles) and "Loss" not in titles
-    assert tmp_path.name in page.text
+    assert tmp_path.name in page.text and "1 step." in page.text
+    assert page.text.count("This run did not log it.") == len(titles) == 11
     write_figure(tmp_path, tmp_path / "figure.png")
 
 
@@ -200,10 +267,10 @@ def test_values_that_are_not_finite_are_gaps(tmp_path):
 
 
 def test_a_directory_without_metrics_is_refused(tmp_path):
-    with pytest.raises(ReportError, match=r"holds no metrics\.jsonl"):
+    with pytest.raises(ReportError, match=r"has no metrics\.jsonl"):
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ReportError, match="holds no metrics yet"):
+    with pytest.raises(ReportError, match="has no metrics yet"):
         write_figure(tmp_path, tmp_path / "f.png")
 
 
@@ -262,27 +329,55 @@ def test_the_figure_is_a_png_of_the_run(run):
             assert colored[r * rows : (r + 1) * rows, c * columns : (c + 1) * columns].sum() > 200
 
 
+def dots(text: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r'<use href="#\w+" x="([\d.]+)" y="([\d.]+)"', text)]
+
+
 def test_charts_put_values_where_they_belong():
-    text = line_chart("T", "n", [Line("l", [(0, 0.0), (10, 1.0)], 0, marked=True)])
-    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', text)]
-    (x0, y0), (x1, y1) = dots
+    (x0, y0), (x1, y1) = dots(svg(Chart("T", "n", "u", [Line("l", [(0, 0.0), (10, 1.0)], 0, marked=True)])))
     assert x0 < x1 and y0 > y1
-    logs = line_chart("T", "n", [Line("l", [(0, 1e-3), (1, 1e-2), (2, 1e-1), (3, 0.0)], 0, marked=True)], log=True)
-    ys = [float(y) for y in re.findall(r'cy="([\d.]+)"', logs)]
+    points = [(0, 1e-3), (1, 1e-2), (2, 1e-1), (3, 0.0)]
+    ys = [y for _, y in dots(svg(Chart("T", "n", "u", [Line("l", points, 0, marked=True)], "log")))]
     assert len(ys) == 3 and ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
-    assert "did not log" in line_chart("T", "n", [Line("l", [(0, 0.0)], 0)], log=True)
+    assert not Chart("T", "n", "u", [Line("l", [(0, 0.0)], 0)], "log").drawn
     for flat in ([(1, 0.0)], [(1, 2.0), (2, 2.0)], [(1, -3.0)], [(1, 1e-12)], [(1, -1e9), (2, 1e9)]):
-        Page(line_chart("T", "n", [Line("l", flat, 0)]))
+        text = svg(Chart("T", "n", "u", [Line("l", flat, 0)]))
+        Page(text)
+        assert len(dots(text)) == len(flat) and all(0 < y < 206 for _, y in dots(text))
+
+
+def test_the_first_and_the_last_validation_have_their_values():
+    text = svg(Chart("T", "n", "u", [Line("l", [(0, 1.234), (5, 9.0), (10, 0.567)], 0, marked=True)]))
+    assert ">1.23</text>" in text and ">0.567</text>" in text
+
+
+def bands(chart: Chart) -> list[list[tuple[float, float]]]:
+    """The corners of the coloured shapes, which are paths or uses of a path defined elsewhere."""
+    root = ElementTree.fromstring(svg(chart))
+    defined = {"#" + e.attrib["id"]: e.get("d", "") for e in root.iter() if "id" in e.attrib}
+    found = []
+    for e in root.iter():
+        if re.search(r"fill: var\(--c\d\)", e.get("style", "")):
+            path, down = e.get("d") or defined[e.attrib["href"]], float(e.get("y", 0))
+            corners = re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)
+            found.append([(float(x), float(y) + down) for x, y in corners])
+    return found
 
 
 def test_a_stack_adds_up_and_one_slow_step_does_not_flatten_it():
     layers = [("a", [(s, 1.0) for s in range(100)]), ("b", [(s, 2.0 if s else 200.0) for s in range(100)])]
-    text = stacked_chart("T", "n", layers)
-    assert "Cut off above" in text and "the slowest step took 201" in text
-    bands = re.findall(r'class="band"[^>]*d="M([^Z]*)Z', text)
-    tops = [[float(p.split(",")[1]) for p in band.split("L")][50] for band in bands]
-    base = 168.0  # the axis
+    chart = step_time(layers)
+    assert "Cut off above" in chart.note and "the slowest step took 201" in chart.note
+    assert chart.y_ticks()[-1] < 10
+    base = 174.0  # the axis
+    tops = [min(y for x, y in band if x > 43) for band in bands(chart)]  # after the first step
     assert (base - tops[1]) / (base - tops[0]) == pytest.approx(3.0, rel=0.01)
+
+
+def test_the_stack_of_a_single_step_is_visible():
+    (band,) = bands(step_time([("a", [(1, 2.0)])]))
+    xs, ys = zip(*band, strict=True)
+    assert max(xs) - min(xs) > 50 and max(ys) - min(ys) > 50
 
 
 def test_the_trend_follows_a_line_to_its_ends_and_stays_positive_on_a_log_scale():

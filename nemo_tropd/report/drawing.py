@@ -1,0 +1,195 @@
+"""Charts drawn by matplotlib: inline SVG for the page, one PNG of six for a README."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nemo_tropd.files import complete_file
+from nemo_tropd.report.charts import COLORS, TICK_STEPS, Chart, charts_of
+from nemo_tropd.report.records import read_run, smooth, thin
+from nemo_tropd.report.text import number
+
+_WIDTH, _HEIGHT = 360, 206  # of an SVG, in its own units, which matplotlib calls points
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 16, 16, 32
+_STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "text.parse_math": False,  # names of runs and phases are not TeX
+    "lines.linewidth": 2,
+    "lines.solid_capstyle": "round",
+    "lines.markersize": 7,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.spines.bottom": False,
+    "axes.facecolor": "none",
+    "axes.labelcolor": COLORS["quiet"],
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.titlepad": 14,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLORS["rule"],
+    "grid.linewidth": 1,
+    "xtick.color": COLORS["quiet"],
+    "ytick.color": COLORS["quiet"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.major.pad": 6,
+    "ytick.major.pad": 6,
+    "legend.edgecolor": "none",
+    "legend.fontsize": 9,
+    "legend.handlelength": 1.2,
+    "legend.columnspacing": 1.2,
+    "svg.fonttype": "none",
+}
+
+
+@contextmanager
+def _style(font_size: float, salt: str = "") -> Iterator[None]:
+    """Set the style, whatever the user's matplotlibrc says.
+
+    Ids within an SVG are hashes of ``salt`` and content: charts of one page share none, a run always gets the same.
+    """
+    with matplotlib.style.context(["default", {**_STYLE, "font.size": font_size, "svg.hashsalt": salt}]):
+        yield
+
+
+def svg(chart: Chart) -> str:
+    """The chart as an ``<svg>`` element of an HTML page: colours are CSS variables, text is text in the page's font."""
+    with _style(11, chart.title):
+        # A figure of its own, without pyplot: no global state, no display.
+        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
+        figure.patch.set_visible(False)
+        size = (1 - (_LEFT + _RIGHT) / _WIDTH, 1 - (_TOP + _BOTTOM) / _HEIGHT)
+        draw(chart, figure.add_axes((_LEFT / _WIDTH, _BOTTOM / _HEIGHT, *size)))
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(file.getvalue())
+    root.remove(root[0])  # a style sheet, which would hold for all of the page
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', file.getvalue()))
+    for element in root.iter():
+        _simplify(element, used)
+    root.attrib = {
+        "viewBox": f"0 0 {_WIDTH} {_HEIGHT}",
+        "role": "img",
+        "aria-label": f"{chart.title}. {chart.values_in_words}",
+    }
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _simplify(element: ElementTree.Element, used: set[str]) -> None:
+    """Without namespaces, ids that nothing uses, needless digits; with the page's font and colours."""
+    element.tag = element.tag.rpartition("}")[2]
+    element.tail = None
+    if element.tag != "text":
+        element.text = None
+    attributes = {}
+    for key, value in element.attrib.items():
+        key = key.rpartition("}")[2]
+        if key in ("d", "x", "y"):
+            value = re.sub(r"\.(\d\d)\d+", r".\1", value).replace("\n", "")
+        elif key == "style":
+            value = re.sub(r"font-family:[^;]*(; )?", "", value)
+            for name, color in COLORS.items():
+                value = value.replace(color, f"var(--{name})")
+        unused = key == "id" and value not in used
+        if not unused and not value.startswith("rotate(-0 "):
+            attributes[key] = value
+    element.attrib = attributes
+
+
+def write_figure(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """Draw a run as one PNG of 2 x 3 charts at ``path``: KLs, trust, gradient norm, mismatch and seconds by phase.
+
+    A chart whose metrics were not logged says so. Raises ReportError if the directory has no metrics.
+    """
+    record, target = read_run(Path(run_dir)), Path(path)
+    charts = charts_of(record)
+    trust, guided = charts["Trust fraction"], charts["Guided fraction"]
+    charts["Trust fraction"] = replace(trust, title="Trust and guided fraction", lines=[*trust.lines, *guided.lines])
+    shown = ("Reverse KL", "Forward KL", "Trust fraction", "Gradient norm", "Engine against trainer", "Time of a step")
+    with _style(10):
+        figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout="constrained")
+        figure.suptitle(f"{record.name}: {record.length}", x=0.01, ha="left", fontsize=13)
+        for title, axis in zip(shown, figure.subplots(2, 3).flat, strict=True):
+            draw(charts[title], axis)
+            axis.set_title(charts[title].title)
+            axis.set_ylabel(charts[title].unit)
+            if charts[title].stacked and charts[title].drawn:
+                axis.set_ylim(top=1.35 * axis.get_ylim()[1])  # room for the legend
+                axis.legend(ncols=4, loc="upper right", fontsize=8).set_in_layout(False)
+            elif len(charts[title].drawn) > 1:
+                axis.legend().set_in_layout(False)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(target) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+    return target
+
+
+def draw(chart: Chart, axis: Axes) -> None:
+    """Draw a chart's lines or bands and its axes on ``axis``, without title and legend."""
+    lines = chart.drawn
+    if not lines:
+        axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color=COLORS["quiet"])
+        axis.set(xticks=[], yticks=[])
+        return
+    if chart.stacked:
+        layers = [thin([(x, max(y, 0.0)) for x, y in s.points]) for s in lines]
+        colors = [COLORS[f"c{s.color}"] for s in lines]
+        steps, columns = [x for x, _ in layers[0]], [[y for _, y in layer] for layer in layers]
+        if len(steps) == 1:  # a band needs a width
+            steps, columns = [steps[0] - 0.5, steps[0] + 0.5], [2 * column for column in columns]
+        labels = [s.label for s in lines]
+        axis.stackplot(steps, columns, labels=labels, colors=colors, edgecolor=COLORS["panel"], linewidth=0.6)
+    else:
+        _draw_lines(chart, axis)
+    if chart.scale == "log":
+        axis.set_yscale("log")
+    _draw_axes(chart, axis)
+
+
+def _draw_lines(chart: Chart, axis: Axes) -> None:
+    for line in chart.drawn:
+        points, color = thin(line.points), COLORS[f"c{line.color}"]
+        if line.marked or len(line.points) < 20:
+            marker = "o" if len(line.points) <= 60 else ""
+            axis.plot(*zip(*points, strict=True), color=color, marker=marker, label=line.label, clip_on=False)
+        else:
+            trend = smooth(points, log=chart.scale == "log")
+            axis.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.3, clip_on=False)
+            axis.plot(*zip(*trend, strict=True), color=color, label=line.label, clip_on=False)
+    if len(chart.drawn) == 1 and chart.drawn[0].marked:
+        values = chart.drawn[0].points
+        for x, y in dict.fromkeys((values[0], values[-1])):
+            text = axis.annotate(number(y), (x, y), (0, 8), textcoords="offset points", ha="center", zorder=1.5)
+            text.set(color=COLORS["quiet"], bbox={"facecolor": COLORS["panel"], "edgecolor": "none", "pad": 0.5})
+
+
+def _draw_axes(chart: Chart, axis: Axes) -> None:
+    steps = [x for s in chart.drawn for x, _ in s.points]
+    low, high = min(steps), max(steps)
+    # The values at the first and the last dot need room on both sides.
+    room = 0.06 * (high - low) if all(s.marked for s in chart.drawn) else 0.0
+    axis.set_xlim(low - room, high + room) if high > low else axis.set_xlim(low - 1, high + 1)
+    locator = MaxNLocator(5, steps=TICK_STEPS, integer=True)
+    inside = [float(t) for t in locator.tick_values(low, high) if low <= t <= high] if high > low else [float(low)]
+    axis.set_xticks(inside, [number(t) for t in inside])
+    axis.set_xlabel("step", loc="right", labelpad=3)
+    ticks = chart.y_ticks()
+    axis.set_yticks(ticks, [number(t) for t in ticks])
+    axis.set_yticks([], minor=True)
+    axis.set_ylim(ticks[0], ticks[-1])
