@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from nemo_tropd.config import ConfigError, TropdConfig
-from nemo_tropd.planner.machine import GIB, Machine
-from nemo_tropd.planner.memory import Memory
+import math
+from collections.abc import Iterable
 
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.machine import GIB, Machine
+from nemo_tropd.planner.memory import BYTES, Memory
+
+CPU_BLOCK = 128  # positions in a block of vLLM's cache on CPU
 # part of the plan -> (the key that changes it most, what to do)
 REMEDIES: dict[str, tuple[str, str]] = {
     "student": ("model.tensor_model_parallel_size", "raise it"),
@@ -79,3 +84,23 @@ def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
         f"the plan needs {gib(need)}{each} during {memory.peak_phase}, but only {gib(machine.bytes)} are available "
         f"({machine.where}): {numbers}. {advice}",
     )
+
+
+def check_kv_cache(cfg: TropdConfig, shapes: Iterable[ModelShape], machine: Machine) -> None:
+    """Refuse a CPU engine's cache that cannot hold one sequence of the greatest length, as vLLM would at its start.
+
+    Raises:
+        ConfigError: names the key, its value, and the least that is enough.
+    """
+    if machine.kind != "cpu":
+        return
+    r = cfg.model.rollout
+    blocks = math.ceil(cfg.model.encoder_seq_length / CPU_BLOCK) + 1  # vLLM keeps one block for itself
+    least = max(2 * s.layers * s.size("kv") for s in shapes) * blocks * CPU_BLOCK * BYTES[r.dtype]
+    if r.kv_cache_gib * GIB < least:
+        raise ConfigError(
+            "model.rollout.kv_cache_gib",
+            r.kv_cache_gib,
+            f"one sequence of model.encoder_seq_length = {cfg.model.encoder_seq_length} needs "
+            f"{math.ceil(least / GIB * 1000) / 1000:g} GiB; raise it",
+        )

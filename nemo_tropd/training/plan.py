@@ -19,7 +19,7 @@ from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.planner.machine import GIB, Machine, host_bytes
 from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
 from nemo_tropd.planner.roles import roles
-from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
+from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import Wire, estimate_wire
 from nemo_tropd.prompts import PromptError, PromptKeys, PromptSplit, load_prompts
 from nemo_tropd.teacher.fp8 import Fp8Settings
@@ -91,6 +91,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
     machine = machine_of(cfg)
     memory = estimate(cfg, student, teacher, machine)
     check_memory(cfg, memory, machine)
+    check_kv_cache(cfg, (student, teacher), machine)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Plan(
         student=student,

@@ -107,6 +107,23 @@ def test_unknown_objective_and_parameter(tiny: TinyRun, tmp_path: Path) -> None:
         plan(tiny, tmp_path, **{"model.tropd.objective": "opd", "model.tropd.gate": "soft"})
 
 
+def test_a_parameter_that_the_objective_does_not_take_is_named_by_its_key(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.tropd\.params\.tau = 'low': tropd: give a finite number"):
+        plan(tiny, tmp_path, **{"+model.tropd.params.tau": "low"})
+    with pytest.raises(ConfigError, match=r"^model\.tropd\.params\.gate = 'hard': tropd: choose one of bernoulli"):
+        plan(tiny, tmp_path, **{"+model.tropd.params.gate": "hard"})
+
+
+def test_a_cache_for_less_than_one_sequence(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        ConfigError, match=r"^model\.rollout\.kv_cache_gib = 1e-06: .*encoder_seq_length = 96 needs"
+    ) as e:
+        plan(tiny, tmp_path, **{"model.rollout.kv_cache_gib": 1e-6})
+    enough = float(str(e.value).split("needs ")[1].split()[0])
+    plan(tiny, tmp_path, **{"model.rollout.kv_cache_gib": enough})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("", "has no prompts"), ('{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"), ('{"text": "a"}\n', "'text'")],
