@@ -74,20 +74,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
         raise ConfigError("model.tropd.top_k", cfg.model.tropd.top_k, f"the vocabulary has only {vocab_size} tokens")
     directory = run_dir(cfg)
     _check_run_dir(directory, cfg)
-    prompts = load_prompts(
-        cfg.model.data.path,
-        tokenizer,
-        max_prompt_tokens=cfg.model.data.max_prompt_tokens,
-        held_out=cfg.model.data.held_out,
-        overlong=cfg.model.data.overlong,
-        keys=PromptKeys(
-            prompt=cfg.model.data.prompt_key,
-            messages=cfg.model.data.messages_key,
-            answer=cfg.model.data.answer_key,
-        ),
-        split=cfg.model.data.split,
-    )
-    _check_answers(prompts)
+    prompts = _prompts(cfg, tokenizer)
     machine = machine_of(cfg)
     memory = estimate(cfg, student, teacher, machine)
     check_memory(cfg, memory, machine)
@@ -106,6 +93,25 @@ def make_plan(cfg: TropdConfig) -> Plan:
         wire=estimate_wire(cfg, student, teacher, machine),
         run_dir=directory,
     )
+
+
+def _prompts(cfg: TropdConfig, tokenizer: Any) -> PromptSplit:
+    data = cfg.model.data
+    prompts = load_prompts(
+        data.path,
+        tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        held_out=data.held_out,
+        overlong=data.overlong,
+        keys=PromptKeys(
+            prompt=data.prompt_key,
+            messages=data.messages_key,
+            answer=data.answer_key,
+        ),
+        split=data.split,
+    )
+    _check_answers(prompts)
+    return prompts
 
 
 def _check_answers(prompts: PromptSplit) -> None:

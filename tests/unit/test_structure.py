@@ -45,6 +45,10 @@ ONE_PLACE = {
 TORCH_ALONE = ("objectives", "loss", "parallel/vocab.py", "batch.py", "fields.py")
 
 
+# limits: lines of a file, lines and parameters of a function
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
+
+
 @functools.cache
 def imports() -> dict[Path, set[str]]:
     """Every module each file imports, lazily or not, type checking aside."""
@@ -177,3 +181,26 @@ def test_circles_are_found() -> None:
     assert circle({"a": {"b"}, "b": {"c", "d"}, "c": {"d"}}) == []
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"d", "b"}}) == ["b", "c", "b"]
     assert circle({"a": {"a"}}) == ["a", "a"]
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    """Triton's kernels, which take pointers and sizes one by one, are excepted."""
+    wrong = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if any("jit" in ast.dump(decorator) for decorator in node.decorator_list):
+                continue
+            a, lines = node.args, (node.end_lineno or node.lineno) - node.lineno + 1
+            named = [arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if arg is not None]
+            count = len(named) - (named[:1] in (["self"], ["cls"]))
+            if lines > FUNCTION_LINES or count > PARAMETERS:
+                wrong.append(f"{file.relative_to(PACKAGE)}: {node.name} has {count} parameters and {lines} lines")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_are_small() -> None:
+    lines = {file: len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py")}
+    long = [f"{file.relative_to(PACKAGE)}: {count}" for file, count in lines.items() if count > FILE_LINES]
+    assert not long, "\n".join(long)
