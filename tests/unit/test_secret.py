@@ -1,0 +1,61 @@
+"""The secret of trainer and engine hosts: where it comes from, and what is refused before anything is allocated."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.rollout.placement import check_placement
+from nemo_tropd.rollout.secret import FILE_VARIABLE, VARIABLE, make_secret_file, read_secret
+
+LONG = "sixteen or more of them"
+
+
+def test_a_secret_comes_from_the_file_given_the_variable_or_the_file_it_names(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text(f" {LONG}\n")
+    (tmp_path / "b").write_text("another one, as long as it must be")
+    assert read_secret(env={VARIABLE: LONG}) == LONG.encode()
+    assert read_secret(env={FILE_VARIABLE: str(tmp_path / "a")}) == LONG.encode()
+    both = {VARIABLE: LONG, FILE_VARIABLE: str(tmp_path / "b")}
+    assert read_secret(env=both) == LONG.encode()
+    assert read_secret(tmp_path / "b", env=both) == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        ({}, f"{VARIABLE}.*no secret is set; the trainer and every engine host need the same secret"),
+        ({VARIABLE: "  "}, "no secret is set"),
+        ({VARIABLE: "short-and-shown"}, "the secret has 15 characters, which is too short"),
+        ({FILE_VARIABLE: "/nowhere/at/all"}, f"{FILE_VARIABLE}.*/nowhere/at/all.*cannot be read"),
+    ],
+)
+def test_a_missing_or_short_secret_is_refused_and_never_shown(env: dict[str, str], text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as raised:
+        read_secret(env=env)
+    assert "short-and-shown" not in str(raised.value)
+
+
+def test_dedicated_hosts_without_a_secret_are_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = TropdConfig()
+    cfg.model.rollout.placement = "dedicated"
+    for name in (VARIABLE, FILE_VARIABLE, "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=VARIABLE):
+        check_placement(cfg)
+    monkeypatch.setenv(VARIABLE, LONG)
+    check_placement(cfg)
+    cfg.model.rollout.placement = "process"
+    monkeypatch.delenv(VARIABLE)
+    check_placement(cfg)
+
+
+def test_the_launchers_secret_is_its_owners_alone_and_stays(tmp_path: Path) -> None:
+    path = make_secret_file(tmp_path / "run")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    secret = read_secret(path, env={})
+    assert len(secret) >= 32 and make_secret_file(tmp_path / "run") == path
+    assert read_secret(path, env={}) == secret != read_secret(make_secret_file(tmp_path / "other"), env={})
