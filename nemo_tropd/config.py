@@ -60,48 +60,48 @@ class TropdTrainerConfig:
     save_interval: int = integer(20, at_least=1)
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = integer(2, at_least=1)
-    """Whole checkpoints kept; older ones are removed after a newer one is whole."""
+    """Complete checkpoints kept; older ones are removed once a newer one is complete."""
     gradient_clip_val: float = number(1.0, at_least=0)
     """Largest global gradient norm (L2); 0 leaves gradients as they are."""
     max_skipped_steps: int = integer(5, at_least=0)
-    """Consecutive steps with a gradient that is not finite before the run ends with an error."""
+    """Consecutive steps with a gradient that is not finite before the run exits with an error."""
 
 
 @dataclass
 class TrainerConfig:
     num_nodes: int = integer(1, at_least=1)
     devices: int = integer(1, at_least=1)
-    """Processes a node, as torchrun's --nproc_per_node."""
+    """Processes per node, as torchrun's --nproc_per_node."""
     gpu_memory_gib: float | None = number(None, above=0)
     """Memory of a GPU that the plan may use, GiB (an 80 GB GPU reports 79): to plan for another machine, or to leave a
     part of this one's alone; null: what the device reports, or on a machine without one the host's."""
     precision: str = choice("bf16", "32")
     """Student's compute precision: "32" or "bf16" (bf16 keeps fp32 master weights and fp32 gradients)."""
     distributed_timeout_s: int = integer(3600, at_least=1, at_most=LONGEST_S)
-    """Seconds a collective may take before the run ends; must exceed model.rollout.request_timeout_s, since the other
+    """Seconds a collective may take before the run exits; must exceed model.rollout.request_timeout_s, since the other
     ranks wait while the engine generates. The ranks that do not answer are named within this time."""
     max_restarts: int = integer(3, at_least=0)
-    """Times docker/launch.sh starts a run's processes again after one of them died; the run goes on from its last whole
+    """Times docker/launch.sh restarts a run's processes after one of them died; the run resumes from its last complete
     checkpoint."""
     rendezvous: str | None = endpoint(None, default_port=RENDEZVOUS_PORT)
-    """host:port at which the launchers of several nodes meet, on any one of them (port 29400 if only a host is given);
-    null: as the scheduler's variables say."""
+    """Rendezvous endpoint of a multi-node run: host:port on one of its nodes (port 29400 if only a host is given);
+    null: from the scheduler's variables."""
     tropd: TropdTrainerConfig = field(default_factory=TropdTrainerConfig)
 
 
 @dataclass
 class ExpManagerConfig:
-    """Handed to NeMo's exp_manager."""
+    """Passed to NeMo's exp_manager."""
 
     explicit_log_dir: str | None = text(None)
-    """The run directory itself; wins over exp_dir."""
+    """The run directory itself; overrides exp_dir."""
     exp_dir: str | None = text("runs", optional=True)
     """The run directory is exp_dir/name."""
     create_tensorboard_logger: bool = flag(True)
     create_wandb_logger: bool = flag(False)
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict, metadata=FREE_FORM)
     resume_if_exists: bool = flag(True)
-    """Go on from the last whole checkpoint of the run directory; false refuses a directory that holds one."""
+    """Resume from the last complete checkpoint of the run directory; false refuses a directory that has one."""
 
 
 @dataclass
@@ -134,13 +134,13 @@ class OptimConfig:
 
 @dataclass
 class GuidanceConfig:
-    """Off-policy guidance: the student continues teacher-written prefixes (method, section 3.3)."""
+    """Off-policy guidance: the student continues teacher-generated prefixes (method, section 3.3)."""
 
     enabled: bool = flag(True)
     max_prefix_tokens: int = integer(256, at_least=0)
     """L of L_max(step) = L (1 + cos(pi step / total)) / 2."""
     prefix_draw: str = choice("uniform", "cap")
-    """uniform draws the length in 0 .. L_max; cap takes L_max. The paper does not say which."""
+    """uniform samples the length from 0 .. L_max; cap uses L_max. The paper does not say which."""
     anneal_fraction: float = number(1.0, above=0, at_most=1)
     """Share of trainer.tropd.max_steps after which the prefix length is 0 (the paper: all of them)."""
 
@@ -161,7 +161,7 @@ class ObjectiveConfig:
     """Further parameters of the objective by name, e.g. {tau: -3.0}. Every objective knows importance_cap: each student
     token's loss times min(exp(trainer's - engine's log-probability), cap), detached; unset: no weights."""
     top_k: int = integer(64, at_least=1)
-    """Teacher candidates a token."""
+    """Teacher candidates per token."""
     chunk_tokens: int | None = integer(None, at_least=1)
     """Tokens whose logits exist at a time; null: chosen from a memory bound."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -169,14 +169,14 @@ class ObjectiveConfig:
 
 @dataclass
 class AdmissionConfig:
-    """How far an FP8 teacher may be from the same teacher in bf16; measured at the start of a run, which ends where a
+    """How far an FP8 teacher may be from the same teacher in bf16; measured at the start of a run, which exits if a
     bound is passed. Read only with model.teacher.fp8. The defaults are the largest figures of an emulation on
     SmolLM2-135M, rounded up (examples/figures/fp8_teacher.md)."""
 
     prompts: int = integer(16, at_least=0)
-    """Held-out prompts, with the teacher's responses, to measure on; 0 runs unmeasured."""
+    """Held-out prompts, with the teacher's responses, to measure on; 0 skips the check."""
     top_k_kl: float = number(0.06, at_least=0)
-    """Nats a token: KL from bf16 to FP8 over bf16's 64 best tokens and one bucket for all others."""
+    """Nats per token: KL from bf16 to FP8 over bf16's 64 best tokens and one bucket for all others."""
     gate_flips: float = number(0.07, at_least=0, at_most=1)
     """Share of tokens whose Bernoulli gate falls the other way under the run's own draws."""
     ratio_error: float = number(0.4, at_least=0)
@@ -190,10 +190,10 @@ class TeacherConfig:
     precision: str | None = choice(None, "32", "bf16")
     """"32" or "bf16"; null: trainer.precision."""
     tensor_model_parallel_size: int | None = integer(None, at_least=1)
-    """The teacher's own tensor-parallel degree, without a pipeline; null: split as the student is. A divisor or a
+    """The teacher's own tensor-parallel degree, without a pipeline; null: split like the student. A divisor or a
     multiple of model.tensor_model_parallel_size."""
     response_tokens: int | None = integer(None, at_least=1)
-    """Length limit of what the teacher writes for prefixes and validation; null: model.rollout.max_new_tokens."""
+    """Length limit of the teacher's responses for prefixes and validation; null: model.rollout.max_new_tokens."""
     cache_dir: str | None = text(None)
     """Where teacher responses are kept; null: the user's cache directory."""
     fp8: str | None = choice(None, *FP8_RECIPES)
@@ -204,7 +204,7 @@ class TeacherConfig:
     fp8_first_last_bf16: int = integer(0, at_least=0)
     """Layers at each end that stay in bf16. Read only with fp8."""
     offload: bool = flag(False)
-    """Keep the teacher's weights in host memory (pinned, where there is a GPU) except while it scores."""
+    """Keep the teacher's weights in host memory (pinned, if there is a GPU) except while it scores."""
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
 
@@ -228,8 +228,8 @@ class RolloutConfig:
     """vLLM."""
 
     placement: str = choice("auto", "process", "colocated", "dedicated")
-    """process: a child process of the leader; colocated: in every rank's own process, on its GPU, split as the student
-    is, weights refreshed in place; dedicated: on hosts of their own, weights broadcast to them; auto: colocated on a
+    """process: a child process of rank 0; colocated: in every rank's own process, on its GPU, split like the student,
+    weights updated in place; dedicated: on hosts of their own, weights broadcast to them; auto: colocated on a
     GPU (without pipeline parallelism), else process."""
     dedicated: DedicatedConfig = field(default_factory=DedicatedConfig)
     sleep: bool = flag(True)
@@ -240,10 +240,10 @@ class RolloutConfig:
     dtype: str = choice("bfloat16", "float32")
     """float32 or bfloat16."""
     temperature: float = number(1.0, at_least=0.01, at_most=2)
-    """Above 0, since TrOPD needs samples; vLLM raises what is below 0.01 to it, and takes 2 at most."""
+    """Above 0, since TrOPD needs samples; vLLM raises anything below 0.01 to that, and accepts at most 2."""
     top_p: float = number(1.0, above=0, at_most=1)
     top_k: int = integer(0, at_least=0)
-    """0: the whole vocabulary."""
+    """0: the entire vocabulary."""
     max_new_tokens: int = integer(8096, at_least=1)
     samples_per_prompt: int = integer(4, at_least=1)
     max_num_seqs: int = integer(256, at_least=1)
@@ -254,7 +254,7 @@ class RolloutConfig:
     omp_threads: int = integer(1, at_least=1, at_most=1024)
     """Threads of the CPU engine; with 1 the same requests give the same bits on every run."""
     request_timeout_s: float = number(3000.0, above=0, at_most=LONGEST_S)
-    """Seconds one generate call may take before the engine is declared dead."""
+    """Seconds one generate call may take before the engine counts as dead."""
 
 
 @dataclass
@@ -279,25 +279,25 @@ class ValidationConfig:
     max_new_tokens: int | None = integer(None, at_least=1)
     """null: model.rollout.max_new_tokens."""
     kept_rollouts: int = integer(4, at_least=0)
-    """Training rollouts whose tokens are written for the report, at each validation."""
+    """Training rollouts whose tokens are saved for the report, at each validation."""
 
 
 @dataclass
 class ModelConfig:
     micro_batch_size: int = integer(1, at_least=1)
-    """Sequences a forward pass and data-parallel rank, padded to one length; unused with tokens_per_micro_batch."""
+    """Sequences per forward pass and data-parallel rank, padded to one length; unused with tokens_per_micro_batch."""
     tokens_per_micro_batch: int | None = integer(None, at_least=1)
-    """Lay sequences end to end, without padding, in rows of at most this many tokens, a row a forward pass and
+    """Pack sequences end to end, without padding, in rows of at most this many tokens, one row per forward pass and
     data-parallel rank; null: padded micro-batches of micro_batch_size sequences."""
     recompute: str | None = choice(*RECOMPUTE)
-    """The student's activations that are computed again in the backward pass: selective (the feed-forward part) or full
-    (whole layers); null: none."""
+    """The student's activations that are recomputed in the backward pass: selective (the feed-forward part) or full
+    (complete layers); null: none."""
     global_batch_size: int = integer(512, at_least=1)
-    """Rollouts a step: prompts x model.rollout.samples_per_prompt (the paper: 128 x 4)."""
+    """Rollouts per step: prompts x model.rollout.samples_per_prompt (the paper: 128 x 4)."""
     encoder_seq_length: int = integer(9216, at_least=2)
     """Longest sequence: prompt, teacher prefix and response."""
     seed: int = integer(1234, at_least=0, at_most=2**32 - 1)
-    """Of everything random; vLLM seeds numpy with it, which takes 32 bits."""
+    """Seed of everything random; vLLM seeds numpy with it, which accepts 32 bits."""
     tensor_model_parallel_size: int = integer(1, at_least=1)
     pipeline_model_parallel_size: int = integer(1, at_least=1)
     sequence_parallel: bool = flag(False)
@@ -313,7 +313,7 @@ class ModelConfig:
 class TropdConfig:
     name: str = file_name("tropd")
     check_only: bool = flag(False)
-    """Print the plan (ranks, shapes, memory, tokens a step) and end."""
+    """Print the plan (ranks, shapes, memory, tokens per step) and exit."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     pretrained_checkpoint: PretrainedCheckpointConfig = field(default_factory=PretrainedCheckpointConfig)

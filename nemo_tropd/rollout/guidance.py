@@ -1,4 +1,4 @@
-"""Off-policy guidance: the teacher writes the first tokens of a response, the student goes on.
+"""Off-policy guidance: the teacher generates the first tokens of a response, the student continues.
 
 TrOPD (arXiv 2606.01249, section on off-policy guidance): the longest prefix is annealed by a cosine to nothing at the
 end of training. How a prefix's length is drawn is not stated there; ``prefix_draw`` offers both readings.
