@@ -767,9 +767,9 @@ FAULTS: list[Fault] = [
         _OPTIMIZER + "test_steps_are_those_of_clipped_adamw",
     ),
     _optimizer(
-        "the decay is forgotten",
-        "start_wd=cfg.weight_decay,",
-        "start_wd=0.0,",
+        "the rate falls along another line",
+        "lr_decay_style=cfg.sched.name,",
+        'lr_decay_style="linear",',
         _OPTIMIZER + "test_steps_are_those_of_clipped_adamw",
     ),
     _optimizer(

@@ -185,7 +185,7 @@ def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path, monkeypa
     engine.update_weights(colocated.stream(), 0)
     engine.sleep()  # part of it still slept: vLLM would unmap that twice
     engine.sleep()
-    with pytest.raises(EngineError, match="has no weights .discarded by sleep"):
+    with pytest.raises(EngineError, match=r"has no weights .discarded by sleep"):
         engine.generate(requests())
     engine.update_weights(colocated.stream(), 1)
     assert {r.weight_version for r in engine.generate(requests())} == {1}
