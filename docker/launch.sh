@@ -6,9 +6,11 @@
 #
 # Rollout engines on hosts of their own (one process per engine, on a GPU that no rank uses), and the run they serve:
 #
-#   python -m nemo_tropd.rollout.engine_host --join node1:29600 --index 0                      then --index 1, and so on
+#   python -m nemo_tropd.rollout.engine_host --join node1:29600 --index 0 --secret-file FILE   then --index 1, and so on
 #   docker/launch.sh --config-name RECIPE model.rollout.placement=dedicated \
 #       model.rollout.dedicated.address=node1:29600 model.rollout.dedicated.engines=2
+#
+# FILE is a copy of the secret that this script makes and names, unless NEMO_TROPD_SECRET (or _FILE) is set.
 #
 # Under Slurm, PyTorchJob or torchrun's usual variables trainer.rendezvous is not needed. Every setting is a key of
 # nemo_tropd/config.py: trainer.num_nodes, trainer.devices, trainer.max_restarts, trainer.distributed_timeout_s.

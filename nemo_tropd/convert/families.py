@@ -126,8 +126,8 @@ class ModelShape:
         ):
             if tensor_parallel < 1 or count % tensor_parallel:
                 raise ConversionError(
-                    f"{count} {what} cannot be split over tensor parallel {tensor_parallel}; this model ({self.heads} "
-                    f"query, {self.kv_heads} key/value heads) has supported degrees: {supported}"
+                    f"{count} {what} cannot be split over tensor parallel {tensor_parallel}; supported degrees of "
+                    f"this model ({self.heads} query, {self.kv_heads} key/value heads): {supported}"
                 )
         if pipeline_parallel < 1 or self.layers % pipeline_parallel:
             stages = ", ".join(str(n) for n in range(1, self.layers + 1) if self.layers % n == 0)

@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
         print(shlex.join(["torchrun", *launch.arguments]))
         print("\n".join(f"{k}={v}" for k, v in sorted(launch.environment.items())))
         return 0
-    if cfg.model.rollout.placement == "dedicated" and not (env.get(VARIABLE) or env.get(FILE_VARIABLE)):
+    needs_secret = cfg.model.rollout.placement == "dedicated" and not cfg.check_only
+    if needs_secret and not (env.get(VARIABLE) or env.get(FILE_VARIABLE)):
         secret = make_secret_file(run_dir(cfg))
         print(f"launch: engine hosts need this run's secret: copy {secret} to each and give it by --secret-file")
         child[FILE_VARIABLE] = str(secret)

@@ -80,7 +80,9 @@ def test_corrupt_checkpoint(tiny: TinyRun, tmp_path: Path) -> None:
 
 
 def test_tensor_parallel_that_does_not_divide_the_heads(tiny: TinyRun, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"4 query heads cannot be split over tensor parallel 3.*degrees: 1, 2"):
+    with pytest.raises(
+        ConfigError, match=r"4 query heads cannot be split over tensor parallel 3; supported degrees of.*: 1, 2"
+    ):
         plan(tiny, tmp_path, tensor=3)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.launch import __main__ as launcher
 from nemo_tropd.rollout.placement import check_placement
 from nemo_tropd.rollout.secret import FILE_VARIABLE, VARIABLE, make_secret_file, read_secret
 
@@ -59,3 +60,41 @@ def test_the_launchers_secret_is_its_owners_alone_and_stays(tmp_path: Path) -> N
     secret = read_secret(path, env={})
     assert len(secret) >= 32 and make_secret_file(tmp_path / "run") == path
     assert read_secret(path, env={}) == secret != read_secret(make_secret_file(tmp_path / "other"), env={})
+
+
+class RecordedSupervisor:
+    """Takes the place of the supervisor that would start torchrun."""
+
+    def __init__(self, command: list[str], env: dict[str, str], restarts: int, patience_s: float) -> None:
+        self.given = env.get(FILE_VARIABLE)
+
+    def run(self) -> int:
+        given.append(self.given)
+        return 0
+
+
+given: list[str | None] = []
+
+
+def test_the_launcher_gives_the_run_a_secret_unless_one_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launcher, "Supervisor", RecordedSupervisor)
+    for name in (VARIABLE, FILE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    dedicated = (
+        "model.rollout.placement=dedicated",
+        "model.rollout.dedicated.address=127.0.0.1:29600",
+        "model.rollout.dedicated.engines=1",
+    )
+    arguments = ["--config-name", "smollm2_cpu", f"exp_manager.explicit_log_dir={tmp_path / 'run'}"]
+    arguments += ["pretrained_checkpoint.restore_from_path=student", "model.teacher.path=teacher"]
+    given.clear()
+    assert launcher.main([*arguments, *dedicated, "check_only=true"]) == launcher.main(arguments) == 0
+    assert given == [None, None] and not (tmp_path / "run").exists()
+    assert launcher.main([*arguments, *dedicated]) == 0
+    file = given[2]
+    assert file is not None and file in (said := capfd.readouterr().out)
+    assert read_secret(Path(file), env={}).decode() not in said
+    monkeypatch.setenv(VARIABLE, LONG)
+    assert launcher.main([*arguments, *dedicated]) == 0 and given[3] is None
