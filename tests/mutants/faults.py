@@ -40,7 +40,7 @@ _PROMPTS = "tests/unit/test_prompts.py::"
 _VOCAB = "tests/unit/test_vocab.py::"
 _HEAD = "tests/unit/test_head.py::"
 _EQUATIONS = _HEAD + "test_value_and_gradients"
-_SHARDS = "tests/dist/test_head_parallel.py::test_head_on_shards"
+_SHARDS = "tests/dist/test_head_parallel.py::test_head_on_shards[2]"
 _OPTIMIZER = "tests/unit/test_optimizer.py::"
 _CHECKPOINT = "tests/unit/test_checkpoint.py::"
 _CONVERT = "tests/unit/test_convert.py::"
@@ -855,12 +855,6 @@ FAULTS: list[Fault] = [
         _CHECKPOINT + "test_a_resumed_student_takes_the_steps_of_one_that_went_on",
     ),
     _resume(
-        "weights start anew",
-        "model.load_state_dict(weights, strict=True)",
-        "pass",
-        _CHECKPOINT + "test_a_resumed_student_takes_the_steps_of_one_that_went_on",
-    ),
-    _resume(
         "a resumed run repeats a step",
         'return RunState(**loaded["run_state"])',
         'return RunState(**{**loaded["run_state"], "step": loaded["run_state"]["step"] - 1})',
@@ -1063,7 +1057,7 @@ FAULTS: list[Fault] = [
         "gradients are averaged over data-parallel ranks",
         '"calculate_per_token_loss": True,',
         '"calculate_per_token_loss": False,',
-        _LAYOUTS + "test_layout_takes_the_same_steps[2-tied]",
+        _LAYOUTS + "test_layout_takes_the_same_steps[tied-2]",
     ),
     _several(
         "model/student_pass",
