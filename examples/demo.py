@@ -18,13 +18,18 @@ from types import FrameType
 import psutil
 
 from nemo_tropd.convert.smollm2 import build_smollm2, build_student
+from nemo_tropd.parallel.cpu import fast_bf16
 
+FP32 = ("trainer.precision=32", "model.rollout.dtype=float32")
 HERE = Path(__file__).resolve().parent
 
 
 def main(overrides: list[str]) -> int:
     """Build the checkpoints, then train; returns torchrun's exit code."""
     print(f"teacher  {build_smollm2()}\nstudent  {build_student()}", flush=True)
+    if not fast_bf16() and not any(o.startswith("trainer.precision=") for o in overrides):
+        print("This CPU has no AVX-512, which bf16 needs to be fast: the demo computes in fp32 instead.", flush=True)
+        overrides = [*FP32, *overrides]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--shutdown-timeout=120"]
     job = subprocess.Popen(
         [*launch, str(HERE / "train_tropd.py"), "--config-name", "smollm2_cpu", *overrides],

@@ -16,6 +16,7 @@ from nemo_tropd.config import ConfigError, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, ParameterError, build, parameters
+from nemo_tropd.parallel.cpu import fast_bf16
 from nemo_tropd.planner.machine import GIB, Machine, host_bytes
 from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
 from nemo_tropd.planner.roles import roles
@@ -253,12 +254,21 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
+        *_slow_bf16(cfg, plan.machine),
         *roles(cfg, plan.machine),
         *memory_lines(plan.memory, plan.machine),
         *(("sent by a rank in a step: " + kind, gib(size)) for kind, size in plan.wire.kinds.items() if size),
     ):
         table.add_row(label, value)
     Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100)).print(table)
+
+
+def _slow_bf16(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
+    """A warning if the ranks would compute in bf16 on a CPU that is not made for it."""
+    teacher = cfg.model.teacher.precision or cfg.trainer.precision
+    if machine.kind == "gpu" or "bf16" not in (cfg.trainer.precision, teacher) or fast_bf16():
+        return []
+    return [("slow", "bf16, about 100 times, on a CPU without AVX-512: set trainer.precision=32")]
 
 
 def _fp8(m: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nemo_tropd.parallel.cpu import fast_bf16
 from tests.dist.run_distributed import run_distributed
 from tests.doubles import GivenEngines, ReplayEngine
 
@@ -70,6 +71,8 @@ def measure(root: Path, *overrides: str, world_size: int = 3) -> list[tuple[floa
         "model.rollout.max_new_tokens": RESPONSE,
         "model.encoder_seq_length": 128 + RESPONSE,
     }
+    if not fast_bf16():
+        keys["trainer.precision"] = 32  # bf16 would take an hour
     given = [*(f"{k}={v}" for k, v in keys.items()), *overrides]
     return run_distributed(peak_of_a_run, world_size, given, timeout_s=280)
 

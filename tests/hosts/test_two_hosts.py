@@ -92,7 +92,7 @@ def test_two_hosts_take_the_steps_of_one_to_the_bit_though_one_of_them_is_killed
     assert "resuming from" in first and f"(step {SAVE_EVERY})" in first
     assert "PeerLost: rank 0" in first and "ranks 2, 3 on " in first
     for host, text in zip(pair.hosts, (first, second), strict=True):
-        assert f"here {host.address} on eth0" in text
+        assert f"this node is {host.address} on eth0" in text
 
 
 def test_a_cut_link_is_named_by_both_ends_in_time_and_nothing_is_lost(pair: Pair) -> None:

@@ -42,6 +42,25 @@ def test_a_plan_is_made_and_printed(tiny: TinyRun, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "run").exists()
 
 
+CASES = [("bf16", False, True), ("bf16", True, False), (32, False, False)]
+
+
+@pytest.mark.parametrize(("precision", "fast", "said"), CASES)
+def test_the_plan_says_if_bf16_would_be_slow(
+    tiny: TinyRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: object,
+    fast: bool,
+    said: bool,
+) -> None:
+    monkeypatch.setattr("nemo_tropd.training.plan.fast_bf16", lambda: fast)
+    cfg = compose_config(tiny.overrides(tmp_path / "run", **{"trainer.precision": precision}))
+    print_plan(cfg, make_plan(cfg))
+    assert ("trainer.precision=32" in capsys.readouterr().out) == said
+
+
 def test_a_plan_for_a_gpu_that_is_not_here(
     tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
