@@ -77,4 +77,8 @@ def test_three_ranks_take_the_steps_of_one() -> None:
     assert len(one) == STEPS and moved > 0
     for three, _ in run_distributed(_train, 3, str(student), ids, seed, timeout_s=180):
         for step, (got, want) in enumerate(zip(three, one, strict=True)):
-            assert got == pytest.approx(want, rel=1e-4, abs=1e-4), (seed, step)
+            # Means of terms that cancel are near 0: what rounding does to them does not shrink with them.
+            means = {k: v / want["tokens"] for k, v in want.items() if k not in ("loss", "grad_norm")}
+            assert {k: got[k] / got["tokens"] for k in means} == pytest.approx(means, rel=1e-4, abs=1e-5), (seed, step)
+            for k in ("loss", "grad_norm"):
+                assert got[k] == pytest.approx(want[k], rel=1e-4, abs=1e-4), (seed, step, k)

@@ -18,6 +18,7 @@ from nemo_tropd.config import ConfigError, ModelConfig, TropdConfig
 from nemo_tropd.model import tropd_model
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import Prompt, PromptSet
+from nemo_tropd.rollout.teacher_responses import TeacherResponses
 from nemo_tropd.teacher.scorer import TeacherScorer
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.packing import Packer
@@ -39,6 +40,8 @@ class Responses:
     def lookup(self, prompt_ids: Any) -> Any:
         length = 3 + int(prompt_ids[0])
         return type("Response", (), {"response_ids": [(7 * i + length) % VOCABULARY for i in range(length)]})
+
+    rollouts = TeacherResponses.rollouts  # the real one, over this lookup
 
 
 def held_out() -> PromptSet:
