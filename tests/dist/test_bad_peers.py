@@ -82,7 +82,7 @@ def nothing(connected: socket.socket, settings: EngineSettings) -> None:
 
 def drip(connected: socket.socket, settings: EngineSettings) -> None:
     with suppress(OSError):
-        connected.sendall(struct.pack("!i", 100))
+        connected.sendall(struct.pack("!i", 250))  # twelve seconds of drops, and no more than a proof may have
         while True:
             connected.sendall(b"x")
             time.sleep(0.05)
