@@ -115,11 +115,12 @@ class _Door:
             self._say(address, refusal)
 
     def _say(self, address: str, reason: str) -> None:
-        self.refused += 1
-        if self.refused <= _SHOWN:
-            print(f"refused a connection from {address}: {reason}", flush=True)
-        elif self.refused == _SHOWN + 1:
-            print("refused more connections, which are not shown", flush=True)
+        with self._lock:  # print() writes a line and its end apart: two threads' lines would run into one
+            self.refused += 1
+            if self.refused <= _SHOWN:
+                print(f"refused a connection from {address}: {reason}", flush=True)
+            elif self.refused == _SHOWN + 1:
+                print("refused more connections, which are not shown", flush=True)
 
 
 class DedicatedEngines(RemoteEngine):
