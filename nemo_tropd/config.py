@@ -30,6 +30,7 @@ from nemo_tropd.fields import (
     text,
 )
 
+ENGINE_TOKENS = 2048  # what the engine computes at a time at least, and so the most sequences
 SCHEMA_NAME = "tropd_schema"
 RECOMPUTE = (None, "selective", "full")
 # Recipes a teacher can run without gradients; Megatron's fourth, delayed, is refused by name.

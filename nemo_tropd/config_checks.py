@@ -11,11 +11,9 @@ import os
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig
 from nemo_tropd.config_keys import bad_value, typed, value_at
 from nemo_tropd.fields import refused
-
-ENGINE_TOKENS = 2048  # what the engine computes at a time at least, and so the most sequences
 
 
 def resolve(cfg: DictConfig) -> TropdConfig:

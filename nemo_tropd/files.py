@@ -103,7 +103,10 @@ def sync(path: Path) -> None:
 @contextmanager
 def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
     """An unused name beside ``path`` for a file or folder, which is removed afterwards if it still exists."""
-    _remove_stale(path.parent)
+    mark = (os.getpid(), path.parent.absolute())
+    if mark not in _cleaned:
+        _cleaned.add(mark)
+        remove_stale(path.parent)
     temporary = path.with_name(f".{path.name}.{kind}-{_MACHINE}-{secrets.token_hex(4)}-{os.getpid()}")
     _in_use.add(temporary)
     try:
@@ -113,17 +116,13 @@ def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
         _in_use.discard(temporary)
 
 
-def _remove_stale(folder: Path) -> None:
-    """Remove temporary files and folders of dead processes, once per process and folder.
+def remove_stale(folder: Path) -> None:
+    """Remove temporary files and folders of dead processes; a process's first write to a folder does so by itself.
 
     A folder moved aside by a process that died before the new one was in its place is moved back. Names from another
     machine, whose processes are not visible here, are removed once they are a day old.
     """
-    mark = (os.getpid(), folder.absolute())
-    if mark in _cleaned or not folder.is_dir():
-        return
-    _cleaned.add(mark)
-    for left_over in list(folder.iterdir()):
+    for left_over in list(folder.iterdir()) if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(left_over.name)
         if match is None or left_over in _in_use or not _is_stale(left_over, match["machine"], int(match["pid"])):
             continue

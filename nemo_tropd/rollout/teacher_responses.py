@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.files import complete_file, default_cache_dir
+from nemo_tropd.files import complete_file, default_cache_dir, remove_stale
 from nemo_tropd.parallel.agreement import Ranks, on_rank_zero
 from nemo_tropd.rollout.engine import EngineDied, RolloutEngine, RolloutRequest, Sampling
 from nemo_tropd.rollout.placement import EngineFactory, sampling_of
@@ -205,10 +205,7 @@ class TeacherResponses:
                     self._responses[entry[0]] = entry[1]
             if None in entries:
                 self._damaged[shard] = [line for line, entry in zip(lines, entries, strict=True) if entry is not None]
-        for left_over in self.folder.glob(".responses-*.tmp-*"):
-            owner = left_over.name.rpartition("-")[2]
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                left_over.unlink(missing_ok=True)
+        remove_stale(self.folder)
 
 
 def generate_teacher_responses(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nemo_tropd import files
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling, request_seed
 from nemo_tropd.rollout.guidance import Guidance, draw_prefix_length, max_prefix_length
@@ -283,7 +284,7 @@ def test_an_engine_that_dies_is_replaced_once_and_what_was_written_stays(tmp_pat
 def test_left_over_partial_files_of_gone_processes_are_removed(tmp_path: Path) -> None:
     responses = cache(tmp_path)
     responses.ensure(some_prompts(1), lambda: ScribeEngine([]))
-    left = responses.folder / ".responses-000009.jsonl.tmp-4194399"
+    left = responses.folder / f".responses-000009.jsonl.tmp-{files._MACHINE}-0123abcd-4194399"
     left.write_text("half")
     assert len(cache(tmp_path)) == 1 and not left.exists()
 

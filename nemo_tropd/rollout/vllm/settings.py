@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_tropd.config import ENGINE_TOKENS
 from nemo_tropd.rollout.engine import DTYPES, EngineError, Sampling
 from nemo_tropd.rollout.weights.stream import checkpoint_shapes
 
@@ -118,7 +119,7 @@ class EngineSettings:
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
             # A step takes complete prompts, so the list of requests alone decides what is computed together.
-            "max_num_batched_tokens": max(self.max_model_len, 2048 if self.enforce_eager else 8192),
+            "max_num_batched_tokens": max(self.max_model_len, ENGINE_TOKENS if self.enforce_eager else 8192),
             "enable_prefix_caching": True,
             "enforce_eager": self.enforce_eager,
             "tensor_parallel_size": self.tensor_parallel,
