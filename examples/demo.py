@@ -17,11 +17,14 @@ from types import FrameType
 
 import psutil
 
-from nemo_tropd.convert.smollm2 import build_smollm2, build_student
 from nemo_tropd.parallel.cpu import fast_bf16
 
-FP32 = ("trainer.precision=32", "model.rollout.dtype=float32")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run, its sibling is imported
+
+from examples.make_smollm2 import build_smollm2, build_student
+
 HERE = Path(__file__).resolve().parent
+FP32 = ("trainer.precision=32", "model.rollout.dtype=float32")
 
 
 def main(overrides: list[str]) -> int:

@@ -35,7 +35,7 @@ def test_logits_are_those_of_double_precision():
     """Its logits reach 35, where transformers' own fp32 is up to 1e-4 from its fp64: that is the yardstick."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_tropd.convert.smollm2 import build_smollm2
+    from examples.make_smollm2 import build_smollm2
 
     folder = build_smollm2()
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder)(TEXT).input_ids])

@@ -80,7 +80,7 @@ def measure(root: Path, *overrides: str, world_size: int = 3) -> list[tuple[floa
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.timeout(300)
 def test_the_plan_of_smollm2_is_within_15_percent_of_the_measured_peak(tmp_path: Path) -> None:
-    from nemo_tropd.convert.smollm2 import build_smollm2, build_student
+    from examples.make_smollm2 import build_smollm2, build_student
 
     build_smollm2()
     build_student()

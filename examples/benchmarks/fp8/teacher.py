@@ -21,7 +21,6 @@ from rich.console import Console
 
 from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.config import AdmissionConfig
-from nemo_tropd.convert.smollm2 import build_smollm2, build_student
 from nemo_tropd.files import write_text
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.admission import TOP_K, Admission, measure
@@ -31,6 +30,7 @@ from nemo_tropd.teacher.scorer import TeacherScorer
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run, its siblings are imported
 
 from examples.benchmarks.fp8.emulation import EmulatedScorer
+from examples.make_smollm2 import build_smollm2, build_student
 
 EXAMPLES = Path(__file__).resolve().parents[2]
 VARIANTS = [

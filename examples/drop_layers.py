@@ -1,9 +1,14 @@
-"""A student by dropping layers of its teacher."""
+"""A student by dropping layers of its teacher, of any Hugging Face checkpoint whose tensors are named ``*.layers.N.*``.
+
+python examples/drop_layers.py TEACHER STUDENT --drop 12 14 16
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,3 +94,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{path} is malformed: {error!r}") from error
     return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", help="Hugging Face folder")
+    parser.add_argument("student", help="folder to write; replaced if it exists")
+    parser.add_argument("--drop", type=int, nargs="+", required=True, help="layers to drop, counted from 0")
+    options = parser.parse_args()
+    try:
+        print(drop_layers(options.teacher, options.student, options.drop))
+    except ConversionError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
