@@ -11,6 +11,7 @@ most 1 GB is built in memory. Both depend on the largest tensor, not on the mode
 import argparse
 import sys
 
+import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from nemo_tropd.convert.commands import DTYPES, hf_to_megatron, megatron_to_hf
@@ -34,10 +35,37 @@ def main() -> int:
     hf_dir, checkpoint_dir = (args.hf, args.out) if "hf" in args else (args.out, args.checkpoint)
     print(f"{args.out}: {read_shape(hf_dir).describe()}")
     if args.verify:
-        from nemo_tropd.gpt.parity import largest_logit_difference
-
         print(f"largest logit difference: {largest_logit_difference(checkpoint_dir, hf_dir):.2e}")
     return 0
+
+
+@torch.no_grad()
+def largest_logit_difference(checkpoint_dir: str, hf_dir: str, *, length: int = 64, seed: int = 0) -> float:
+    """The largest |difference| between Megatron's and transformers' logits, fp32, over ``length`` random tokens.
+
+    Both models are in memory in fp32, one after the other. Starts and stops a topology of one process.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from nemo_tropd.convert.megatron_files import load_megatron
+    from nemo_tropd.gpt.build import build_gpt, head_weight
+    from nemo_tropd.parallel.topology import Topology
+
+    shape = read_shape(hf_dir)
+    ids = torch.randint(0, shape.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
+    topology = Topology.start(seed=seed)
+    try:
+        ids = ids.to(topology.device)
+        model = build_gpt(shape, topology, trainable=False)
+        load_megatron(model, checkpoint_dir, shape, topology)
+        hidden = model(ids, torch.arange(length, device=ids.device)[None], None)
+        logits = (hidden @ head_weight(model).T)[..., : shape.vocab_size]
+        del model
+        reference: torch.nn.Module = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        reference.to(topology.device).eval()
+        return (logits - reference(ids).logits).abs().max().item()
+    finally:
+        topology.stop()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from examples.benchmarks.isolated import memory_kib
+from examples.benchmarks.shapes import SHAPES as planner_shapes
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.planner.shapes import SHAPES as planner_shapes
 from nemo_tropd.rollout.engine import RefreshStats, RolloutRequest
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -10,6 +10,7 @@ sizes and peak rates of a DGX H100, not measurements.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,12 @@ from typing import Any
 
 from nemo_tropd.files import complete_file, write_text
 from nemo_tropd.loss.inputs import CHUNK_BYTES
-from nemo_tropd.planner.memory import layout, positions
-from nemo_tropd.planner.recipes import Recipe, gpu_recipes, plan_recipe, write_lines
+from nemo_tropd.planner.memory import layout, placement, positions
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
+
+from examples.benchmarks.recipes import Recipe, gpu_recipes, plan_recipe, write_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 512
@@ -65,7 +69,10 @@ def point(recipe: Recipe) -> Point:
     student = (2 * forward + 4) * recipe.student.parameters()
     operations = positions(cfg) * (student + 2 * recipe.teacher.parameters()) / ranks.world_size
     wire = recipe.wire
-    inside = sum(wire.kinds[kind] for kind in wire.within_node)
+    within_node = ["student, tensor parallel", "teacher, tensor parallel", "teacher's scores"]
+    if placement(cfg, recipe.machine) == "colocated":
+        within_node.append("weights to the engines")
+    inside = sum(wire.kinds[kind] for kind in within_node)
     outside = wire.total - inside
     several = cfg.trainer.num_nodes > 1
     return Point(

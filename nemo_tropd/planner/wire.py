@@ -30,10 +30,9 @@ ROLLOUT_TOKEN = 13
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes sent by one rank per step, by kind, and which kinds stay within a node if tensor-parallel groups do."""
+    """Bytes sent by one rank per step, by kind."""
 
     kinds: Mapping[str, float]
-    within_node: tuple[str, ...]
 
     @property
     def total(self) -> float:
@@ -76,10 +75,7 @@ def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, ma
         "rollouts": positions(cfg) * ROLLOUT_TOKEN if ranks.world_size > 1 else 0.0,
         "teacher's scores": _scores(cfg, scored),
     }
-    within = ["student, tensor parallel", "teacher, tensor parallel", "teacher's scores"]
-    if placement(cfg, machine) == "colocated":
-        within.append("weights to the engines")
-    return Wire(kinds, tuple(within))
+    return Wire(kinds)
 
 
 def _data_parallel(cfg: TropdConfig, numbers: float, width: int) -> float:

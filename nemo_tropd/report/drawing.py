@@ -1,14 +1,11 @@
-"""Charts drawn by matplotlib: inline SVG for the page, one PNG of six for a README."""
+"""Charts drawn by matplotlib: on any axes, and as inline SVG for the page."""
 
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib.style
@@ -16,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nemo_tropd.files import complete_file
-from nemo_tropd.report.charts import COLORS, TICK_STEPS, Chart, charts_of
-from nemo_tropd.report.records import read_run, smooth, thin
+from nemo_tropd.report.charts import COLORS, TICK_STEPS, Chart
+from nemo_tropd.report.records import smooth, thin
 from nemo_tropd.report.text import number
 
 _WIDTH, _HEIGHT = 360, 206  # of an SVG, in its own units, which matplotlib calls points
@@ -59,7 +55,7 @@ _STYLE = {
 
 
 @contextmanager
-def _style(font_size: float, salt: str = "") -> Iterator[None]:
+def style(font_size: float, salt: str = "") -> Iterator[None]:
     """Set the style, whatever the user's matplotlibrc says.
 
     Ids within an SVG are hashes of ``salt`` and content: charts of one page share none, a run always gets the same.
@@ -70,7 +66,7 @@ def _style(font_size: float, salt: str = "") -> Iterator[None]:
 
 def svg(chart: Chart) -> str:
     """The chart as an ``<svg>`` element of an HTML page: colours are CSS variables, text is text in the page's font."""
-    with _style(11, chart.title):
+    with style(11, chart.title):
         # A figure of its own, without pyplot: no global state, no display.
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
         figure.patch.set_visible(False)
@@ -110,34 +106,6 @@ def _simplify(element: ElementTree.Element, used: set[str]) -> None:
         if not unused and not value.startswith("rotate(-0 "):
             attributes[key] = value
     element.attrib = attributes
-
-
-def write_figure(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """Draw a run as one PNG of 2 x 3 charts at ``path``: KLs, trust, gradient norm, mismatch and seconds by phase.
-
-    A chart whose metrics were not logged says so. Raises ReportError if the directory has no metrics.
-    """
-    record, target = read_run(Path(run_dir)), Path(path)
-    charts = charts_of(record)
-    trust, guided = charts["Trust fraction"], charts["Guided fraction"]
-    charts["Trust fraction"] = replace(trust, title="Trust and guided fraction", lines=[*trust.lines, *guided.lines])
-    shown = ("Reverse KL", "Forward KL", "Trust fraction", "Gradient norm", "Engine against trainer", "Time of a step")
-    with _style(10):
-        figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout="constrained")
-        figure.suptitle(f"{record.name}: {record.length}", x=0.01, ha="left", fontsize=13)
-        for title, axis in zip(shown, figure.subplots(2, 3).flat, strict=True):
-            draw(charts[title], axis)
-            axis.set_title(charts[title].title)
-            axis.set_ylabel(charts[title].unit)
-            if charts[title].stacked and charts[title].drawn:
-                axis.set_ylim(top=1.35 * axis.get_ylim()[1])  # room for the legend
-                axis.legend(ncols=4, loc="upper right", fontsize=8).set_in_layout(False)
-            elif len(charts[title].drawn) > 1:
-                axis.legend().set_in_layout(False)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with complete_file(target) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
-    return target
 
 
 def draw(chart: Chart, axis: Axes) -> None:

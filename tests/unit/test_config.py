@@ -141,7 +141,7 @@ def test_every_shipped_file_composes_and_passes(path: Path) -> None:
     assert read("--config-name", path.stem, *required).name
 
 
-@pytest.mark.parametrize("module", ["command_line", "config_checks", "fields", "launch.command", "planner.recipes"])
+@pytest.mark.parametrize("module", ["command_line", "config_checks", "fields", "launch.command", "planner.wire"])
 def test_checking_imports_no_torch(module: str) -> None:
     code = f"import sys, nemo_tropd.{module}; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent, timeout=60)

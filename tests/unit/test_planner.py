@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from examples.benchmarks.recipes import MARK, gpu_recipes, plan_recipe
+from examples.benchmarks.shapes import SHAPES, known_shape
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ConfigError
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.parallel.ranks import RankLayout, nodes_of
 from nemo_tropd.planner.machine import GIB, Machine
 from nemo_tropd.planner.memory import Degrees, estimate, layout, stage_parameters
-from nemo_tropd.planner.recipes import MARK, gpu_recipes, plan_recipe
 from nemo_tropd.planner.roles import engine_groups, roles
-from nemo_tropd.planner.shapes import SHAPES, known_shape
 from nemo_tropd.planner.verdict import check_memory
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
 from tests.e2e.compose import CONF, compose_config
@@ -57,7 +57,7 @@ def test_shapes_are_found_by_folder_whatever_the_case() -> None:
 
 
 def test_the_planner_imports_no_torch() -> None:
-    code = "import sys, nemo_tropd.planner.recipes; assert 'torch' not in sys.modules, 'torch was imported'"
+    code = "import sys, examples.benchmarks.recipes; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONF.parent, timeout=60)
 
 

@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nemo_tropd.report import ReportError, write_figure, write_report
+from examples.figure import write_figure
+from nemo_tropd.report import ReportError, write_report
 from nemo_tropd.report.charts import COLORS, Chart, Line, charts_of, step_time
 from nemo_tropd.report.drawing import svg
 from nemo_tropd.report.records import read_run, smooth, thin

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from examples.benchmarks.gpu_check.rows import Row
 from examples.benchmarks.head import free_gpu, median_ms
 from examples.benchmarks.random_weights import random_weights
+from examples.benchmarks.shapes import SHAPES
 from nemo_tropd import objectives
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import OptimConfig
@@ -33,7 +34,6 @@ from nemo_tropd.loss.head import LossOptions, head_loss, score_tokens
 from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.planner.shapes import SHAPES
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.packing import Packer
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.benchmarks.shapes import known_shape
 from nemo_tropd.command_line import compose_command_line
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import resolve
@@ -15,7 +16,6 @@ from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.files import write_text
 from nemo_tropd.planner.machine import GIB, Machine
 from nemo_tropd.planner.memory import Memory, estimate, layout, loss_tokens, student_degrees, teacher_degrees
-from nemo_tropd.planner.shapes import known_shape
 from nemo_tropd.planner.verdict import check_memory
 from nemo_tropd.planner.wire import Wire, estimate_wire
 
@@ -99,7 +99,7 @@ def write_lines(conf: Path, chunk_bytes: float) -> list[Path]:
 def _shape(key: str, path: str) -> ModelShape:
     shape = known_shape(path)
     if shape is None:
-        raise ConfigError(key, path, "unknown architecture; add it to nemo_tropd/planner/shapes.py")
+        raise ConfigError(key, path, "unknown architecture; add it to examples/benchmarks/shapes.py")
     return shape
 
 
