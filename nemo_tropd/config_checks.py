@@ -46,9 +46,9 @@ def check(cfg: TropdConfig) -> None:
         ConfigError: names the key, the value and the remedy.
     """
     _require(
+        cfg,
         cfg.model.teacher.fp8 != "delayed",
         "model.teacher.fp8",
-        "delayed",
         "Transformer Engine updates delayed scales in backward passes, and the teacher has none, so they would stay at "
         "their first value; choose tensorwise or blockwise (Hopper) or mxfp8 (Blackwell)",
     )
@@ -63,99 +63,62 @@ def check(cfg: TropdConfig) -> None:
     _check_fp8(cfg)
 
 
-def _require(satisfied: bool, key: str, value: object, remedy: str) -> None:
+def _require(cfg: TropdConfig, satisfied: bool, key: str, remedy: str, effective: object = None) -> None:
+    """``effective``: the value that a null at ``key`` stands for."""
     if not satisfied:
-        raise ConfigError(key, value, remedy)
+        raise ConfigError(key, value_at(cfg, key) if effective is None else effective, remedy)
 
 
 def _check_logging(cfg: TropdConfig) -> None:
     key, e = "exp_manager", cfg.exp_manager
-    _require(
-        e.exp_dir is not None or e.explicit_log_dir is not None,
-        f"{key}.exp_dir",
-        e.exp_dir,
-        f"give a directory, here or in {key}.explicit_log_dir",
-    )
+    directory = f"give a directory, here or in {key}.explicit_log_dir"
+    _require(cfg, e.exp_dir is not None or e.explicit_log_dir is not None, f"{key}.exp_dir", directory)
     if e.create_wandb_logger:
-        kwargs = e.wandb_logger_kwargs
-        _require(
-            bool({"name", "project"} & kwargs.keys()),
-            f"{key}.wandb_logger_kwargs",
-            kwargs,
-            f"{key}.create_wandb_logger=true needs a project or a name: set {key}.wandb_logger_kwargs.project",
-        )
-        _require("version" not in kwargs, f"{key}.wandb_logger_kwargs.version", kwargs.get("version"), "NeMo sets it")
+        kwargs = f"{key}.wandb_logger_kwargs"
+        named = f"{key}.create_wandb_logger=true needs a project or a name: set {kwargs}.project"
+        _require(cfg, bool({"name", "project"} & e.wandb_logger_kwargs.keys()), kwargs, named)
+        _require(cfg, "version" not in e.wandb_logger_kwargs, f"{kwargs}.version", "NeMo sets it")
         installed = importlib.util.find_spec("wandb") is not None
-        _require(installed, f"{key}.create_wandb_logger", True, "wandb is not installed: install it, or set false")
+        _require(cfg, installed, f"{key}.create_wandb_logger", "wandb is not installed: install it, or set false")
 
 
 def _check_optimizer(cfg: TropdConfig) -> None:
     key, o, steps = "model.optim", cfg.model.optim, cfg.trainer.tropd.max_steps
-    _require(o.sched.min_lr <= o.lr, f"{key}.sched.min_lr", o.sched.min_lr, f"must not exceed {key}.lr = {o.lr}")
-    _require(
-        o.sched.warmup_steps < steps,
-        f"{key}.sched.warmup_steps",
-        o.sched.warmup_steps,
-        f"must be below trainer.tropd.max_steps = {steps}: the run would end before its warm-up",
-    )
-    _require(
-        o.name == "adam" or not o.distributed,
-        f"{key}.name",
-        o.name,
-        f"Megatron's distributed optimizer is adam only: choose adam, or set {key}.distributed=false",
-    )
+    _require(cfg, o.sched.min_lr <= o.lr, f"{key}.sched.min_lr", f"must not exceed {key}.lr = {o.lr}")
+    late = f"must be below trainer.tropd.max_steps = {steps}: the run would end before its warm-up"
+    _require(cfg, o.sched.warmup_steps < steps, f"{key}.sched.warmup_steps", late)
+    adam = f"Megatron's distributed optimizer is adam only: choose adam, or set {key}.distributed=false"
+    _require(cfg, o.name == "adam" or not o.distributed, f"{key}.name", adam)
 
 
 def _check_engine(cfg: TropdConfig) -> None:
     key, r, limit = "model.rollout", cfg.model.rollout, cfg.trainer.distributed_timeout_s
-    _require(
-        r.request_timeout_s < limit,
-        f"{key}.request_timeout_s",
-        r.request_timeout_s,
-        f"must be below trainer.distributed_timeout_s = {limit}: ranks wait for the engine",
-    )
+    below = f"must be below trainer.distributed_timeout_s = {limit}: ranks wait for the engine"
+    _require(cfg, r.request_timeout_s < limit, f"{key}.request_timeout_s", below)
     most = max(cfg.model.encoder_seq_length, ENGINE_TOKENS)
-    _require(
-        r.max_num_seqs <= most,
-        f"{key}.max_num_seqs",
-        r.max_num_seqs,
-        f"vLLM takes at most {most}, the tokens it computes at a time",
-    )
+    sequences = f"vLLM takes at most {most}, the tokens it computes at a time"
+    _require(cfg, r.max_num_seqs <= most, f"{key}.max_num_seqs", sequences)
     if r.placement == "dedicated":
         d, why = r.dedicated, f"{key}.placement=dedicated needs"
         listens = f"{why} host:port where rank 0 listens for the engine hosts"
-        _require(d.address is not None, f"{key}.dedicated.address", None, listens)
-        _require(d.engines is not None, f"{key}.dedicated.engines", None, f"{why} the number of engine hosts")
-        _require(
-            d.timeout_s < limit,
-            f"{key}.dedicated.timeout_s",
-            d.timeout_s,
-            f"must be below trainer.distributed_timeout_s = {limit}: ranks wait for the engine hosts",
-        )
+        _require(cfg, d.address is not None, f"{key}.dedicated.address", listens)
+        _require(cfg, d.engines is not None, f"{key}.dedicated.engines", f"{why} the number of engine hosts")
+        _require(cfg, d.timeout_s < limit, f"{key}.dedicated.timeout_s", f"{below} hosts")
 
 
 def _check_fp8(cfg: TropdConfig) -> None:
     key, teacher = "model.teacher", cfg.model.teacher
     if teacher.fp8 is None:
         return
-    _require(
-        teacher.fp8_param or not teacher.offload,
-        f"{key}.offload",
-        True,
-        "with fp8_param=false Transformer Engine keeps FP8 copies of the weights that cannot be moved; set "
-        f"{key}.fp8_param=true",
-    )
+    kept = "with fp8_param=false Transformer Engine keeps FP8 copies of the weights that cannot be moved; set "
+    _require(cfg, teacher.fp8_param or not teacher.offload, f"{key}.offload", f"{kept}{key}.fp8_param=true")
     precision = teacher.precision or cfg.trainer.precision
+    bf16 = f"{key}.fp8 = {teacher.fp8!r} needs a bf16 teacher: set {key}.precision=bf16, or fp8=null"
+    _require(cfg, precision == "bf16", f"{key}.precision", bf16, precision)
     _require(
-        precision == "bf16",
-        f"{key}.precision",
-        precision,
-        f"{key}.fp8 = {teacher.fp8!r} needs a bf16 teacher: set {key}.precision=bf16, or fp8=null",
-    )
-    _require(
+        cfg,
         cfg.model.data.held_out > 0 or not teacher.admission.prompts,
         "model.data.held_out",
-        0,
         "the FP8 teacher is measured on held-out prompts before a run: hold some out, or set "
         f"{key}.admission.prompts=0 to run unmeasured",
     )
@@ -165,31 +128,34 @@ def _check_layout(cfg: TropdConfig) -> None:
     m, t = cfg.model, cfg.trainer
     world = t.num_nodes * t.devices
     launched = os.environ.get("WORLD_SIZE", str(world))
-    _require(launched.isdecimal(), "WORLD_SIZE", launched, "the environment variable must be a number, or unset")
+    if not launched.isdecimal():
+        raise ConfigError("WORLD_SIZE", launched, "the environment variable must be a number, or unset")
     _require(
+        cfg,
         int(launched) == world,
         "trainer.devices",
-        t.devices,
         f"{launched} processes were launched, but trainer.num_nodes x trainer.devices is {world}: "
         f"launch torchrun with --nproc_per_node={t.devices} on {t.num_nodes} node(s) or change the keys",
     )
-    tp, model_ranks = m.tensor_model_parallel_size, m.tensor_model_parallel_size * m.pipeline_model_parallel_size
-    _require(
-        world % model_ranks == 0,
+    tensor, model_ranks = (
         "model.tensor_model_parallel_size",
-        tp,
+        m.tensor_model_parallel_size * m.pipeline_model_parallel_size,
+    )
+    _require(
+        cfg,
+        world % model_ranks == 0,
+        tensor,
         f"tensor x pipeline parallel is {model_ranks}, which does not divide the {world} processes of "
         f"trainer.num_nodes x trainer.devices",
     )
-    needs_tp = "needs model.tensor_model_parallel_size above 1"
-    _require(tp > 1 or not m.sequence_parallel, "model.sequence_parallel", True, needs_tp)
+    alone = m.sequence_parallel and m.tensor_model_parallel_size == 1
+    _require(cfg, not alone, "model.sequence_parallel", f"needs {tensor} above 1")
     size, samples, data = m.global_batch_size, m.rollout.samples_per_prompt, world // model_ranks
     multiple = f"must be a multiple of model.rollout.samples_per_prompt = {samples}"
-    _require(size % samples == 0, "model.global_batch_size", size, multiple)
-    divisible = f"must be divisible by the {data} data-parallel ranks"
-    _require(size % data == 0, "model.global_batch_size", size, divisible)
-    alone = "shards over data-parallel ranks, and there is only one: set it to false"
-    _require(data > 1 or not m.optim.distributed, "model.optim.distributed", True, alone)
+    _require(cfg, size % samples == 0, "model.global_batch_size", multiple)
+    _require(cfg, size % data == 0, "model.global_batch_size", f"must be divisible by the {data} data-parallel ranks")
+    one = "shards over data-parallel ranks, and there is only one: set it to false"
+    _require(cfg, data > 1 or not m.optim.distributed, "model.optim.distributed", one)
 
 
 def _check_teacher_degree(cfg: TropdConfig) -> None:
@@ -199,51 +165,46 @@ def _check_teacher_degree(cfg: TropdConfig) -> None:
     if degree is None:
         return
     _require(
+        cfg,
         tensor % degree == 0 or degree % tensor == 0,
         key,
-        degree,
         f"must divide model.tensor_model_parallel_size = {tensor} or be a multiple of it: a teacher group then lies "
         f"within one of the student's, or is made of complete ones",
     )
     ranks = f"must divide the {stage} ranks of a pipeline stage (tensor x data parallel of the student)"
-    _require(stage % degree == 0, key, degree, ranks)
+    _require(cfg, stage % degree == 0, key, ranks)
 
 
 def _check_lengths(cfg: TropdConfig) -> None:
     m, longest, limit = cfg.model, cfg.model.encoder_seq_length, "model.encoder_seq_length"
     prompt, response = m.data.max_prompt_tokens, m.rollout.max_new_tokens
     _require(
+        cfg,
         prompt + response <= longest,
         limit,
-        longest,
         f"a prompt of model.data.max_prompt_tokens = {prompt} and a response of model.rollout.max_new_tokens = "
         f"{response} need {prompt + response}",
     )
     written = m.teacher.response_tokens or response
-    prefix = m.tropd.guidance.max_prefix_tokens if m.tropd.guidance.enabled else 0
     _require(
-        prefix <= written,
+        cfg,
+        not m.tropd.guidance.enabled or m.tropd.guidance.max_prefix_tokens <= written,
         "model.tropd.guidance.max_prefix_tokens",
-        prefix,
         f"the teacher generates at most {written} tokens; raise model.teacher.response_tokens or lower this",
     )
     exceeds = (
         f"with model.data.max_prompt_tokens = {prompt} it exceeds {limit} = {longest}: lower it to {longest - prompt}"
     )
-    _require(prompt + written <= longest, "model.teacher.response_tokens", written, exceeds)
+    _require(cfg, prompt + written <= longest, "model.teacher.response_tokens", exceeds, written)
     validated = m.validation.max_new_tokens or response
-    _require(prompt + validated <= longest, "model.validation.max_new_tokens", validated, exceeds)
+    _require(cfg, prompt + validated <= longest, "model.validation.max_new_tokens", exceeds, validated)
     _require(
+        cfg,
         m.tokens_per_micro_batch is None or m.tokens_per_micro_batch >= longest,
         "model.tokens_per_micro_batch",
-        m.tokens_per_micro_batch,
         f"the longest sequence, {limit} = {longest}, must fit one micro-batch: raise model.tokens_per_micro_batch, "
         f"lower {limit}, or set the former to null for padded micro-batches",
     )
-    _require(
-        not m.sequence_parallel or longest % m.tensor_model_parallel_size == 0,
-        limit,
-        longest,
-        f"with sequence parallel it must be divisible by model.tensor_model_parallel_size = "
-        f"{m.tensor_model_parallel_size}",
-    )
+    tensor = m.tensor_model_parallel_size
+    divisible = f"with sequence parallel it must be divisible by model.tensor_model_parallel_size = {tensor}"
+    _require(cfg, not m.sequence_parallel or longest % tensor == 0, limit, divisible)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import is_dataclass
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -53,7 +54,7 @@ def scalar_section(tree: object) -> str:
 
 
 def value_at(tree: object, key: str) -> object:
-    """The value of a dotted key in nested dictionaries; None if it is not there."""
+    """The value of a dotted key in nested dictionaries or dataclasses; None if it is not there."""
     for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
+        tree = tree.get(name) if isinstance(tree, dict) else getattr(tree, name) if is_dataclass(tree) else None
     return tree

@@ -22,7 +22,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
@@ -50,6 +49,11 @@ class Finding:
     found: str
     state: str = OK
     remedy: str = ""
+
+
+def _verdict(what: str, found: str, good: bool, remedy: str, otherwise: str = WRONG) -> Finding:
+    """A row that has a remedy, and the state ``otherwise``, only if it is not ``good``."""
+    return Finding(what, found) if good else Finding(what, found, otherwise, remedy)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,7 +99,7 @@ def _python() -> Finding:
     version = platform.python_version()
     wanted = metadata.metadata("nemo_tropd")["Requires-Python"] or ""
     fits = Requirement(f"python{wanted}").specifier.contains(version)
-    return Finding("Python", version, OK if fits else WRONG, "" if fits else f"use Python {wanted}")
+    return _verdict("Python", version, fits, f"use Python {wanted}")
 
 
 def packages(role: str) -> Iterator[Finding]:
@@ -132,44 +136,34 @@ def installed(name: str) -> str | None:
 
 
 def source_builds() -> Iterator[Finding]:
-    """Packages that the GPU image builds from source."""
-    version, module = installed("transformer-engine-torch"), _has_module("transformer_engine_torch")
-    if version and module:
-        yield Finding("Transformer Engine's torch extension", version)
-    else:
-        yield Finding(
-            "Transformer Engine's torch extension",
-            "missing",
-            WRONG,
-            "pip install --no-build-isolation transformer-engine-torch in the version of transformer-engine, with a "
-            "CUDA build of torch installed; or use the image",
-        )
+    """Transformer Engine's part that is built from source."""
+    version = installed("transformer-engine-torch") if _has_module("transformer_engine_torch") else None
+    yield _verdict(
+        "Transformer Engine's torch extension",
+        version or "missing",
+        version is not None,
+        "pip install --no-build-isolation transformer-engine-torch in the version of transformer-engine, with a CUDA "
+        "build of torch installed; or use the image",
+    )
 
 
 def nemo_apex(*, wanted: bool) -> Finding:
     """NVIDIA's apex has fused kernels (amp_C, multi_tensor_apply); PyPI's package of that name is unrelated."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        state = WRONG if wanted else OK
         remedy = f"build NVIDIA's apex from its commit in {PIN_FILE} (never `pip install apex`), or use the image"
-        return Finding("apex", "missing" if wanted else "not installed, not needed", state, remedy if wanted else "")
-    folders = [Path(p) for p in spec.submodule_search_locations or []]
-    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        return Finding(
-            "apex",
-            "PyPI's, an unrelated web toolkit",
-            WRONG,
-            "pip uninstall apex: it shadows NVIDIA's apex, which is required",
-        )
+        return _verdict("apex", "missing" if wanted else "not installed, not needed", not wanted, remedy)
+    if not any((Path(folder) / "multi_tensor_apply").is_dir() for folder in spec.submodule_search_locations or []):
+        remedy = "pip uninstall apex: it shadows NVIDIA's apex, which is required"
+        return Finding("apex", "PyPI's, an unrelated web toolkit", WRONG, remedy)
     missing = [m for m in ("amp_C", "fused_weight_gradient_mlp_cuda") if not _has_module(m)]
-    if missing:
-        return Finding(
-            "apex",
-            f"NVIDIA's, built without {', '.join(missing)}",
-            WRONG if wanted else NOTICE,
-            "rebuild it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, as docker/Dockerfile does",
-        )
-    return Finding("apex", f"NVIDIA's {installed('apex') or ''}, with its kernels")
+    found = (
+        f"NVIDIA's, built without {', '.join(missing)}"
+        if missing
+        else f"NVIDIA's {installed('apex') or ''}, with its kernels"
+    )
+    remedy = "rebuild it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, as docker/Dockerfile does"
+    return _verdict("apex", found, not missing, remedy, WRONG if wanted else NOTICE)
 
 
 def _has_module(name: str) -> bool:
@@ -183,7 +177,6 @@ class Gpu:
     name: str
     capability: tuple[int, int]
     memory: int  # bytes
-    used: int
 
 
 @dataclass(frozen=True)
@@ -211,47 +204,30 @@ def read_gpus() -> Gpus:
         for i in range(nvml.nvmlDeviceGetCount()):
             handle = nvml.nvmlDeviceGetHandleByIndex(i)
             memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            name: Any = nvml.nvmlDeviceGetName(handle)
-            devices.append(
-                Gpu(
-                    name if isinstance(name, str) else name.decode(),
-                    tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)),
-                    int(memory.total),
-                    int(memory.used),
-                )
-            )
-        driver: Any = nvml.nvmlSystemGetDriverVersion()
-        return Gpus(
-            devices,
-            driver if isinstance(driver, str) else driver.decode(),
-            int(nvml.nvmlSystemGetCudaDriverVersion_v2()),
-        )
+            capability = tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle))
+            devices.append(Gpu(_text(nvml.nvmlDeviceGetName(handle)), capability, int(memory.total)))
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
+        return Gpus(devices, driver, int(nvml.nvmlSystemGetCudaDriverVersion_v2()))
     finally:
         nvml.nvmlShutdown()
+
+
+def _text(given: str | bytes) -> str:
+    return given if isinstance(given, str) else given.decode()  # older versions of nvidia-ml-py give bytes
 
 
 def gpu_findings(gpus: Gpus) -> Iterator[Finding]:
     """Devices, FP8 support, NCCL, and whether the driver supports torch's CUDA version."""
     if not gpus.devices:
-        text = gpus.problem or "the driver reports no devices"
-        yield Finding(
-            "GPU",
-            f"none: {text}",
-            WRONG,
-            "install the driver and check it with nvidia-smi; start the container with --gpus all",
-        )
+        remedy = "install the driver and check it with nvidia-smi; start the container with --gpus all"
+        yield Finding("GPU", f"none: {gpus.problem or 'the driver reports no devices'}", WRONG, remedy)
         yield Finding("FP8", "no GPU", WRONG, "needs a GPU of the Hopper generation or later")
     else:
         names = ", ".join(sorted({f"{g.name}, {g.memory / GIB:.0f} GiB" for g in gpus.devices}))
         yield Finding("GPU", f"{len(gpus.devices)} x {names}; driver {gpus.driver}")
-        slow = [g for g in gpus.devices if g.capability < _FP8_CAPABILITY]
-        found = ", ".join(sorted({f"{a}.{b}" for g in gpus.devices for a, b in [g.capability]}))
-        yield Finding(
-            "FP8",
-            f"compute capability {found}",
-            NOTICE if slow else OK,
-            "below 9.0: run the teacher in bf16" if slow else "",
-        )
+        fast = all(g.capability >= _FP8_CAPABILITY for g in gpus.devices)
+        found = ", ".join(sorted({"{}.{}".format(*g.capability) for g in gpus.devices}))
+        yield _verdict("FP8", f"compute capability {found}", fast, "below 9.0: run the teacher in bf16", NOTICE)
     yield _torch_cuda(gpus)
     yield _nccl()
 
@@ -264,84 +240,55 @@ def _torch_cuda(gpus: Gpus) -> Finding:
     file = Path(spec.origin).with_name("version.py")
     found = re.search(r"^cuda(?:: [^=]+)? = '([\d.]+)'", file.read_text() if file.is_file() else "", re.MULTILINE)
     if not found:
-        return Finding(
-            "torch's CUDA", "a CPU build", WRONG, "install a CUDA build of torch: uv's --torch-backend, or the image"
-        )
+        remedy = "install a CUDA build of torch: uv's --torch-backend, or the image"
+        return Finding("torch's CUDA", "a CPU build", WRONG, remedy)
     version = found.group(1)
     major = int(version.split(".")[0])
     if gpus.cuda and gpus.cuda // 1000 < major:
-        return Finding(
-            "torch's CUDA",
-            f"{version}; the driver supports {gpus.cuda // 1000}.{gpus.cuda % 1000 // 10}",
-            WRONG,
-            f"the driver is too old for CUDA {major}: update it",
-        )
+        version += f"; the driver supports {gpus.cuda // 1000}.{gpus.cuda % 1000 // 10}"
+        return Finding("torch's CUDA", version, WRONG, f"the driver is too old for CUDA {major}: update it")
     return Finding("torch's CUDA", version)
 
 
 def _nccl() -> Finding:
-    names = [d for d in ("nvidia-nccl-cu13", "nvidia-nccl-cu12") if installed(d)]
-    if names:
-        return Finding("NCCL", ", ".join(f"{installed(n)} ({n})" for n in names))
-    return Finding("NCCL", "missing", WRONG, "install a CUDA build of torch, which brings it (nvidia-nccl-cu13)")
+    names = [f"{installed(d)} ({d})" for d in ("nvidia-nccl-cu13", "nvidia-nccl-cu12") if installed(d)]
+    remedy = "install a CUDA build of torch, which brings it (nvidia-nccl-cu13)"
+    return _verdict("NCCL", ", ".join(names) or "missing", bool(names), remedy)
 
 
 def machine(role: str, runs: Path) -> Iterator[Finding]:
     """Memory, shared memory, disk space and limits."""
     minimum = _MINIMUM[role]
     # Totals, not free memory: the health check runs next to a healthy run that uses it.
-    yield _enough(
-        "memory",
-        psutil.virtual_memory().total / GIB,
-        minimum["memory"],
-        "in total",
-        "use a machine, or a container limit, with more",
-    )
+    remedy = "use a machine, or a container limit, with more"
+    yield _enough("memory", psutil.virtual_memory().total, minimum["memory"], "in total", remedy)
     shared = Path("/dev/shm")
     if shared.is_dir():
-        yield _enough(
-            "shared memory",
-            shutil.disk_usage(shared).total / GIB,
-            minimum["shared"],
-            "in /dev/shm",
-            "use docker run --ipc host, or --shm-size (compose: shm_size; Kubernetes: an emptyDir of medium Memory)",
+        remedy = (
+            "use docker run --ipc host, or --shm-size (compose: shm_size; Kubernetes: an emptyDir of medium Memory)"
         )
+        yield _enough("shared memory", shutil.disk_usage(shared).total, minimum["shared"], "in /dev/shm", remedy)
     folder = runs.absolute()
     while not folder.exists():
         folder = folder.parent
     if os.access(folder, os.W_OK):
-        free = shutil.disk_usage(folder).free / GIB
-        yield _enough(
-            "disk for runs",
-            free,
-            minimum["disk"],
-            f"free in {folder}",
-            "set exp_manager.exp_dir to a larger volume",
-            NOTICE,
-        )
+        free, remedy = shutil.disk_usage(folder).free, "set exp_manager.exp_dir to a larger volume"
+        yield _enough("disk for runs", free, minimum["disk"], f"free in {folder}", remedy, NOTICE)
     else:
-        yield Finding(
-            "disk for runs", f"{folder} is not writable", WRONG, "mount a writable volume, or set exp_manager.exp_dir"
-        )
+        remedy = "mount a writable volume, or set exp_manager.exp_dir"
+        yield Finding("disk for runs", f"{folder} is not writable", WRONG, remedy)
     if role == "gpu":
         locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         unlimited = locked == resource.RLIM_INFINITY
-        yield Finding(
-            "locked memory",
-            "unlimited" if unlimited else f"{locked // 1024} KiB",
-            OK if unlimited else NOTICE,
-            "" if unlimited else "InfiniBand registers pinned memory: start the container with --ulimit memlock=-1",
-        )
+        found = "unlimited" if unlimited else f"{locked // 1024} KiB"
+        remedy = "InfiniBand registers pinned memory: start the container with --ulimit memlock=-1"
+        yield _verdict("locked memory", found, unlimited, remedy, NOTICE)
 
 
-def _enough(what: str, have: float, minimum: float, where: str, remedy: str, state: str = WRONG) -> Finding:
-    enough = have >= minimum
-    return Finding(
-        what,
-        f"{have:.1f} GiB {where}",
-        OK if enough else state,
-        "" if enough else f"needs {minimum:g} GiB: {remedy}",
-    )
+def _enough(what: str, size: float, minimum: float, where: str, remedy: str, otherwise: str = WRONG) -> Finding:
+    """``size`` in bytes, ``minimum`` in GiB."""
+    have = size / GIB
+    return _verdict(what, f"{have:.1f} GiB {where}", have >= minimum, f"needs {minimum:g} GiB: {remedy}", otherwise)
 
 
 def free_port(port: int) -> Finding:
@@ -350,12 +297,8 @@ def free_port(port: int) -> Finding:
         with socket.socket() as probe:
             probe.bind(("", port))
     except OSError as error:
-        return Finding(
-            "rendezvous port",
-            f"{port}: {error.strerror}",
-            NOTICE,
-            "in use, possibly by a running job; otherwise choose another port in trainer.rendezvous",
-        )
+        remedy = "in use, possibly by a running job; otherwise choose another port in trainer.rendezvous"
+        return Finding("rendezvous port", f"{port}: {error.strerror}", NOTICE, remedy)
     return Finding("rendezvous port", f"{port} is free")
 
 
@@ -365,20 +308,10 @@ def own_name() -> Finding:
     try:
         addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
     except OSError:
-        return Finding(
-            "host name",
-            f"{name} does not resolve",
-            NOTICE,
-            "for multi-node runs, give an address in trainer.rendezvous",
-        )
-    if all(a.startswith("127.") or a == "::1" for a in addresses):
-        return Finding(
-            "host name",
-            f"{name} resolves to {', '.join(addresses)}",
-            NOTICE,
-            "for multi-node runs, give an address in trainer.rendezvous",
-        )
-    return Finding("host name", f"{name} resolves to {', '.join(addresses)}")
+        addresses = []
+    found = f"{name} resolves to {', '.join(addresses)}" if addresses else f"{name} does not resolve"
+    outside = any(not a.startswith("127.") and a != "::1" for a in addresses)
+    return _verdict("host name", found, outside, "for multi-node runs, give an address in trainer.rendezvous", NOTICE)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config_keys import value_at
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.planner.machine import GIB, Machine
 from nemo_tropd.planner.memory import BYTES, Memory
@@ -73,14 +74,11 @@ def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
             "trainer.devices",
             "No single part is as large as what is missing: use more devices, or devices with more memory",
         )
-    node: object = cfg
-    for name in key.split("."):
-        node = getattr(node, name)
     numbers = ", ".join(f"{part} {gib(size)}" for part, size in sorted(parts.items(), key=lambda p: -p[1]) if size)
     each = "" if machine.kind == "gpu" else f" ({cfg.trainer.devices} ranks of {gib(memory.rank)} per host)"
     raise ConfigError(
         key,
-        node,
+        value_at(cfg, key),
         f"the plan needs {gib(need)}{each} during {memory.peak_phase}, but only {gib(machine.bytes)} are available "
         f"({machine.where}): {numbers}. {advice}",
     )

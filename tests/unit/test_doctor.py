@@ -78,8 +78,8 @@ def states(gpus: Gpus) -> dict[str, str]:
 
 
 def test_gpus_and_fp8() -> None:
-    hopper = Gpu("H", (9, 0), 80 * GIB, 0)
-    ampere = Gpu("A", (8, 0), 80 * GIB, 0)
+    hopper = Gpu("H", (9, 0), 80 * GIB)
+    ampere = Gpu("A", (8, 0), 80 * GIB)
     assert states(Gpus([hopper] * 8, "580", 13000))["FP8"] == OK
     assert states(Gpus([hopper, ampere], "580", 13000))["FP8"] == NOTICE
     assert states(Gpus([], problem="no driver"))["GPU"] == WRONG
@@ -95,7 +95,7 @@ def test_driver_too_old_for_torch(
     (tmp_path / "version.py").write_text(f"__version__ = 'x'\n{line}\n")
     spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: spec)
-    found = doctor._torch_cuda(Gpus([Gpu("H", (9, 0), GIB, 0)], "x", driver))
+    found = doctor._torch_cuda(Gpus([Gpu("H", (9, 0), GIB)], "x", driver))
     assert found.state == state and (state == OK or found.remedy)
 
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "config_keys": {"config", "fields"},
     "config_checks": {"config", "config_keys", "fields"},
     "command_line": {"config", "config_keys", "fields"},
-    "planner": {"config", "convert", "parallel", "rollout"},
+    "planner": {"config", "config_keys", "convert", "parallel", "rollout"},
     "launch": {"command_line", "config", "config_checks", "parallel", "rollout"},
     "doctor": set(),
     "batch": set(),
