@@ -9,14 +9,10 @@ run.
 """
 
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
-from types import FrameType
 
-import psutil
-
+from nemo_tropd.launch.supervise import Supervisor
 from nemo_tropd.parallel.cpu import fast_bf16
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run, its sibling is imported
@@ -33,23 +29,10 @@ def main(overrides: list[str]) -> int:
     if not fast_bf16() and not any(o.startswith("trainer.precision=") for o in overrides):
         print("This CPU has no AVX-512, which bf16 needs to be fast: the demo computes in fp32 instead.", flush=True)
         overrides = [*FP32, *overrides]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--shutdown-timeout=120"]
-    job = subprocess.Popen(
-        [*launch, str(HERE / "train_tropd.py"), "--config-name", "smollm2_cpu", *overrides],
-        cwd=HERE.parent,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-        start_new_session=True,  # so that a terminal's Ctrl-C reaches only this process
-    )
-
-    def ask_to_stop(number: int, frame: FrameType | None) -> None:
-        """Signal the ranks themselves: they finish their step, save and exit normally, and so does the launcher."""
-        print("stopping after this step; rerun the same command to resume", flush=True)
-        for rank in psutil.Process(job.pid).children():
-            rank.send_signal(number)
-
-    signal.signal(signal.SIGINT, ask_to_stop)
-    signal.signal(signal.SIGTERM, ask_to_stop)
-    return job.wait()
+    command = [sys.executable, "-m", "nemo_tropd.launch.agent", "--nproc_per_node=3", str(HERE / "train_tropd.py")]
+    os.chdir(HERE.parent)
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    return Supervisor([*command, "--config-name", "smollm2_cpu", *overrides], env, restarts=0, patience_s=600).run()
 
 
 if __name__ == "__main__":

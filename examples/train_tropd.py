@@ -9,14 +9,17 @@ Any key of nemo_tropd/config.py can be set on the command line; ``check_only=tru
 import sys
 from pathlib import Path
 
-from nemo_tropd.command_line import compose_command_line, fail
-from nemo_tropd.config import ConfigError
-from nemo_tropd.config_checks import resolve
-from nemo_tropd.quiet import quiet_libraries
+from nemo_tropd.parallel.signals import STOP
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 if __name__ == "__main__":
+    STOP.install()  # before seconds of imports: a request to stop during them is not lost
+    from nemo_tropd.command_line import compose_command_line, fail
+    from nemo_tropd.config import ConfigError
+    from nemo_tropd.config_checks import resolve
+    from nemo_tropd.quiet import quiet_libraries
+
     try:
         cfg = compose_command_line(sys.argv[1:], CONF, usage=__doc__ or "")
         resolve(cfg)

@@ -47,7 +47,7 @@ class ConfigError(ValueError):
         super().__init__(f"{key} = {value!r}: {remedy}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.key, self.value, self.remedy)
+        return type(self), (self.key, self.value, self.remedy), self.__dict__  # with its notes
 
 
 @dataclass

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 
+from nemo_tropd.parallel.signals import die_with_parent
+
 RENDEZVOUS_LOST = 75
 # Seconds the ranks get after SIGTERM to finish the step and write a checkpoint; torch's own default is 30.
 SHUTDOWN_S = 120
@@ -40,4 +42,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()  # the supervisor's ranks must not outlive it
     sys.exit(main(sys.argv[1:]))

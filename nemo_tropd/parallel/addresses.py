@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import psutil
+
+ORIGIN = "raised on "
+
+
+def host_name() -> str:
+    """Host name, and the address that the others use, since host names are not always unique."""
+    interface = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME")
+    addresses = psutil.net_if_addrs().get(interface or "", [])
+    address = next((a.address for a in addresses if a.family == socket.AF_INET), None)
+    return f"{socket.gethostname()} ({address})" if address else socket.gethostname()
+
+
+def name_origin(error: BaseException) -> str:
+    """The rank and host where ``error`` was first raised; notes this one if no other is noted, for the others to see.
+
+    "" in a world of one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return ""
+    for note in getattr(error, "__notes__", []):
+        if note.startswith(ORIGIN):
+            return str(note.removeprefix(ORIGIN))
+    error.add_note(f"{ORIGIN}rank {os.environ.get('RANK', '0')} on {host_name()}")
+    return name_origin(error)
 
 
 def own_addresses() -> set[str]:

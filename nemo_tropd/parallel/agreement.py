@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from nemo_tropd.parallel.addresses import name_origin
+from nemo_tropd.parallel.signals import STOP, Stopped
+
 S = TypeVar("S")
 T = TypeVar("T")
 _HEARTBEAT_S = 20.0
+_POLL_S = 0.25
 
 
 class RankError(RuntimeError):
@@ -67,12 +72,14 @@ def on_rank_zero(
     *,
     unexpected: type[Exception] = RankError,
     heartbeat_s: float = _HEARTBEAT_S,
+    may_stop: bool = False,
 ) -> T:
     """Collective: rank 0 does ``work``; every rank returns its result or raises its exception.
 
     Rank 0 reports every ``heartbeat_s`` seconds that it is still working, so that the work may take longer than the
     process group's timeout. Results must be picklable; an exception whose class is not of this package arrives as an
-    ``unexpected`` that names it.
+    ``unexpected`` that names it. With ``may_stop`` every rank raises Stopped if the work is not done ``FINISH_S`` after
+    a request to stop; the work itself is abandoned in its thread.
     """
     if not ranks.is_leader:
         outcome, content = "working", b""
@@ -97,10 +104,17 @@ def on_rank_zero(
 
     worker = threading.Thread(target=attempt, name="rank-0-work", daemon=True)
     worker.start()
-    worker.join(heartbeat_s)
+    reported = time.monotonic()
+    worker.join(_POLL_S)
     while worker.is_alive():
-        ranks.broadcast_object(("working", b""))
-        worker.join(heartbeat_s)
+        if may_stop and STOP.overdue:
+            stopped = Stopped("asked to stop")
+            ranks.broadcast_object(("error", pickle.dumps(stopped)))
+            raise stopped
+        if time.monotonic() - reported >= heartbeat_s:
+            ranks.broadcast_object(("working", b""))
+            reported = time.monotonic()
+        worker.join(min(_POLL_S, heartbeat_s))
     ranks.broadcast_object(message[0])
     if cause:
         raise portable(cause[0], unexpected) from cause[0]
@@ -147,7 +161,9 @@ def on_stream(
 
 
 def portable(error: BaseException, unexpected: type[Exception]) -> BaseException:
-    """``error`` itself if it is of this package and survives pickling, else an ``unexpected`` that names it."""
+    """``error`` itself if it is of this package and survives pickling, else an ``unexpected`` that names it; with a
+    note of the rank and host where it was raised."""
+    name_origin(error)
     if type(error).__module__.partition(".")[0] == __name__.partition(".")[0]:
         try:
             copy = pickle.loads(pickle.dumps(error))
@@ -155,4 +171,7 @@ def portable(error: BaseException, unexpected: type[Exception]) -> BaseException
                 return copy
         except Exception:
             pass
-    return unexpected(f"{type(error).__name__}: {error}")
+    stranger = unexpected(f"{type(error).__name__}: {error}")
+    for note in error.__notes__ if hasattr(error, "__notes__") else ():
+        stranger.add_note(note)
+    return stranger

@@ -1,41 +1,48 @@
-"""Heartbeats of all ranks: names the ranks that do not respond when a collective fails or times out.
+"""What the ranks tell each other outside collectives: heartbeats, failures and requests to stop.
 
-torch reports that a connection was closed or that an operation timed out, but not which rank is missing. So every rank
-increments a counter under a key of its own in a store, from a thread, over a connection of its own. When a collective
-fails, the ranks whose counter has stopped are the ones that do not respond; if the store itself does not respond, they
-are the ranks of its host. A rank that gives up records that under its key, and the others do not report it as lost.
+torch reports that a connection was closed or that an operation timed out, but neither which rank is missing nor why. So
+from its start every rank has a connection of its own to the store that torchrun names, and a thread that, each second,
+counts up under the rank's key, passes on a request to stop, and looks for a failure that another rank announced. A rank
+that fails announces the error and exits without waiting for anybody; the others follow, also out of a collective or
+engine call that would never return. Ranks that fall silent without an announcement are named by those that miss them.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import pickle
 import re
-import signal
-import socket
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TypeVar
 
-import psutil
 import torch.distributed as dist
 
-from nemo_tropd.parallel.addresses import addresses_of, own_addresses
-from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.parallel.addresses import addresses_of, host_name, name_origin, own_addresses
+from nemo_tropd.parallel.agreement import RankError, portable
+from nemo_tropd.parallel.signals import STOP, Stopped
 
 T = TypeVar("T")
 _LEFT = "left:"
+FOLLOW_S = 3.0  # what a rank may take to exit by itself once another has announced a failure
 # gloo, and Megatron's checkpoint around it, raise plain RuntimeErrors with the library's name in the source's path.
 _COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore")
+_runs = 0  # run directories that this process has trained: each has keys of its own
 
 
 class PeerLost(RuntimeError):
     """Ranks did not respond: names them, their hosts, the time limit, and how to resume the run."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank announced an error and left; its own output says more."""
 
 
 @dataclass(frozen=True)
@@ -58,40 +65,133 @@ def collective_timeout_s(timeout_s: float) -> float:
 
 
 class RollCall:
-    """This rank's heartbeat, and its view of the others'. Start it collectively, on every rank."""
+    """This rank's part of it, as a context manager around all of a run; nothing to do in a world of one.
 
-    def __init__(self, members: Sequence[Member], rank: int, prefix: str, timeout_s: float) -> None:
-        """``timeout_s``: trainer.distributed_timeout_s. The store is the one torchrun names in MASTER_ADDR."""
-        self.members, self.rank, self.timeout_s = list(members), rank, timeout_s
+    An exception that leaves the context is announced, unless it is a collective that failed because of others: that
+    becomes PeerFailed if one of them announced why, else PeerLost. No collective may be called after either.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        """``timeout_s``: trainer.distributed_timeout_s. Not collective. The store is the one torchrun names."""
+        global _runs
+        self.timeout_s = timeout_s
         # Two reads of the counters, a beat and a half apart, and one unanswered request fit in the answer time.
         self.beat_s = answer_time_s(timeout_s) / 5
-        self._keys = [f"{prefix}/{m.rank}" for m in self.members]
+        self._pause_s = min(1.0, self.beat_s)
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.alone = self.world_size == 1 or "MASTER_ADDR" not in os.environ
+        self.members: list[Member] = []
+        self.failed = False
+        if self.alone:
+            return
+        _runs += 1
+        self._prefix = f"nemo_tropd/roll_call/{_runs}"
+        self._keys = [f"{self._prefix}/{rank}" for rank in range(self.world_size)]
         self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        self._store = self._connect()
+        own = Member(self.rank, host_name(), _is_this_machine(self._address[0]))
+        self.members = [own if r == self.rank else Member(r, "an unknown host", False) for r in range(self.world_size)]
+        self._store = self._connect(serve=self.rank == 0 and not _agent_serves())
         self._asking = self._connect()  # a client handles one request at a time, and the heartbeat must not wait
-        self._done = threading.Event()
+        self._asking.set(self._member_key(self.rank), json.dumps(vars(own)))
+        self._done, self._deadline = threading.Event(), threading.Timer(0, lambda: None)
         self._count = 0
         # One rank a host, and only with NCCL, whose collectives do not raise: not all ranks poll the store.
-        self._watches = dist.get_backend() == "nccl" and os.environ.get("LOCAL_RANK", "0") == "0"
+        self._watches = os.environ.get("LOCAL_RANK", "0") == "0"
         self._seen: dict[int, tuple[str, float]] = {}
         self._told: set[int] = set()
         self._thread = threading.Thread(target=self._beat, name="roll-call", daemon=True)
         self._thread.start()
 
-    @classmethod
-    def start(cls, topology: Topology, timeout_s: float) -> RollCall | None:
-        """Collective. None if this is the only rank."""
-        if topology.world_size == 1 or "MASTER_ADDR" not in os.environ:
-            return None
-        address = os.environ["MASTER_ADDR"]
-        own = Member(topology.rank, _host_name(), _is_this_machine(address))
-        members = topology.gather_objects(own)
-        prefix = topology.broadcast_object(f"nemo_tropd/roll_call/{uuid.uuid4().hex}")
-        return cls(members, topology.rank, prefix, timeout_s)
+    def __enter__(self) -> RollCall:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.alone or error is None or isinstance(error, PeerLost | PeerFailed | Stopped):
+            self.stop()
+            return
+        if failed_collective(error):
+            if why := self._announced():
+                self._report_elsewhere(why)
+                left: RuntimeError = PeerFailed(why)
+            else:
+                left = self.find()
+                cause = (str(error).strip().splitlines() or [""])[-1][:300]
+                print(f"PeerLost: {left}\n({type(error).__name__}: {cause})", file=sys.stderr, flush=True)
+            self._linger()
+            self.stop()
+            raise left from error
+        self.announce(error)
+        self._linger()
+        self.stop()
 
     def stop(self) -> None:
-        """End the thread."""
-        self._done.set()
+        """End the thread, and what ``announce`` started."""
+        if not self.alone:
+            self._done.set()
+            self._deadline.cancel()
+
+    def announce(self, error: BaseException) -> None:
+        """Tell all ranks that this one fails, and print the error unless another rank was first. Not collective.
+
+        Call where the error is caught, before anything is taken down: that can take longer than others should wait.
+        """
+        if self.alone or self.failed or isinstance(error, Stopped | PeerLost | PeerFailed) or failed_collective(error):
+            return
+        self.failed = True
+        # What takes down this rank's own parts may hang as well.
+        self._deadline = threading.Timer(2 * FOLLOW_S, os._exit, (1,))
+        self._deadline.daemon = True
+        self._deadline.start()
+        text = f"{name_origin(error)}: {type(error).__name__}: {error}"
+        mine = json.dumps([self.rank, text])
+        if self._ask(lambda store: store.compare_set(self._failure_key, "", mine).decode() == mine) is not False:
+            expected = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+            lines = "" if expected else "".join(traceback.format_exception(error))
+            print(f"\n{lines}{text}", file=sys.stderr, flush=True)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Every rank does ``work``, before there are process groups; returns this rank's result.
+
+        If any rank failed, every rank raises the error of the lowest of them, which names its rank and host; Stopped
+        if any was asked to stop. Afterwards the hosts of all ranks are known.
+
+        Raises:
+            PeerLost: a rank fell silent, or was not there in time.
+        """
+        if self.alone:
+            return work()
+        failure: BaseException | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        if failure is None and STOP:
+            failure = Stopped("asked to stop")
+        told = pickle.dumps(portable(failure, RankError) if failure is not None else None)
+        self._asking.set(f"{self._prefix}/together/{self.rank}", told.hex())
+        if failure is not None:
+            self.announce(failure)  # here, where it has its traceback
+        keys = [f"{self._prefix}/together/{rank}" for rank in range(self.world_size)]
+        self._await(keys)
+        self.members = [Member(**json.loads(self._asking.get(self._member_key(m.rank)))) for m in self.members]
+        for answer in self._asking.multi_get(keys):
+            told_error: BaseException | None = pickle.loads(bytes.fromhex(answer.decode()))
+            if told_error is not None:
+                raise told_error from failure
+        return result
+
+    def _await(self, keys: Sequence[str]) -> None:
+        """Until all ``keys`` are set."""
+        began = time.monotonic()
+        while not self._asking.check(list(keys)):
+            if why := self._announced():
+                self._report_elsewhere(why)
+                raise PeerFailed(why)
+            if time.monotonic() - began > collective_timeout_s(self.timeout_s):
+                lost = self.find()
+                print(f"PeerLost: {lost}", file=sys.stderr, flush=True)
+                raise lost
+            time.sleep(0.1)
 
     def find(self) -> PeerLost:
         """Find out which ranks respond, within ``answer_time_s``, and mark this rank as gone."""
@@ -110,6 +210,7 @@ class RollCall:
             how = f"nor does the store at {self._address[0]}:{self._address[1]}"
         text = self._describe(silent, reasons, how)
         blamed = ", ".join(str(m.rank) for m in silent) or next(iter(reasons.values()), "")
+        self.failed = True
         self.stop()
         self._ask(lambda store: store.set(self._keys[self.rank], _LEFT + blamed))
         return PeerLost(text)
@@ -118,8 +219,7 @@ class RollCall:
         """The ranks lost with a store that does not respond: its host's, or if that refuses connections, the rank that
         served it."""
         hosts = [m for m in self.members if m.hosts_store and m.rank != self.rank]
-        kept_by_rank = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") != "True"
-        if refused and kept_by_rank and self.rank != 0:
+        if refused and not _agent_serves() and self.rank != 0:
             return [self.members[0]]
         return [m for m in hosts if m.host != self.members[self.rank].host] or hosts
 
@@ -142,16 +242,54 @@ class RollCall:
             f"network (trainer.rendezvous, GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and memory"
         )
 
+    @property
+    def _failure_key(self) -> str:
+        return f"{self._prefix}/failure"
+
+    @property
+    def _stop_key(self) -> str:
+        return f"{self._prefix}/stop"
+
+    def _member_key(self, rank: int) -> str:
+        return f"{self._prefix}/member/{rank}"
+
+    def _announced(self) -> str:
+        """What another rank announced; "" if nothing, or if the store does not respond."""
+        answer = self._ask(lambda s: s.get(self._failure_key) if s.check([self._failure_key]) else None)
+        return str(json.loads(answer)[1]) if isinstance(answer, bytes) else ""
+
+    def _report_elsewhere(self, why: str) -> None:
+        """Once on every host but the one whose rank failed and printed why: their outputs may go to different files."""
+        if os.environ.get("LOCAL_RANK", "0") == "0" and self.members[self.rank].host not in why.partition(": ")[0]:
+            print(f"rank {self.rank}: stopping, since another rank failed: {why}", file=sys.stderr, flush=True)
+
+    def _linger(self) -> None:
+        """A rank that serves the store leaves last: the others read from it why it left."""
+        if self.rank == 0 and not _agent_serves():
+            time.sleep(2 * self._pause_s)
+
     def _beat(self) -> None:
         while not self._done.is_set():
             self._count += 1
             try:
                 self._store.set(self._keys[self.rank], str(self._count))
-                if self._watches:
+                if STOP:
+                    self._store.set(self._stop_key, "1")
+                elif self._store.check([self._stop_key]):
+                    STOP.ask()
+                if self._store.check([self._failure_key]) and not self.failed:
+                    self._follow(str(json.loads(self._store.get(self._failure_key))[1]))
+                if self._watches and dist.is_initialized() and dist.get_backend() == "nccl":
                     self._watch(self._counts(self._store))
             except RuntimeError:
                 pass  # find() reports what it means
-            self._done.wait(self.beat_s)
+            self._done.wait(self._pause_s)
+
+    def _follow(self, why: str) -> None:
+        """Another rank failed: end this process, whatever the main thread waits for."""
+        if not self._done.wait(FOLLOW_S) and not self.failed:
+            self._report_elsewhere(why)
+            os._exit(1)
 
     def _watch(self, counts: list[str]) -> None:
         """Report silent ranks before NCCL's watchdog kills this process, which raises nothing here."""
@@ -186,36 +324,13 @@ class RollCall:
         thread.join(self.beat_s)
         return box[0] if box else None
 
-    def _connect(self) -> dist.TCPStore:
+    def _connect(self, *, serve: bool = False) -> dist.TCPStore:
+        """A connection of its own; with ``serve`` also the server, which torch will share when it makes its groups."""
         host, port = self._address
         patience = datetime.timedelta(seconds=max(1.0, collective_timeout_s(self.timeout_s)))
-        return dist.TCPStore(host, port, is_master=False, timeout=patience, wait_for_workers=False)
-
-
-@contextmanager
-def named_peers(topology: Topology, timeout_s: float) -> Iterator[None]:
-    """Collective failures inside become PeerLost, printed by each rank that saw one.
-
-    ``timeout_s``: trainer.distributed_timeout_s; the topology's groups have ``collective_timeout_s`` of it. After
-    PeerLost the groups are broken, no collective may be called again, and SIGTERM is ignored: the process must exit.
-    """
-    call = RollCall.start(topology, timeout_s)
-    try:
-        yield
-    except BaseException as error:
-        if call is None or not failed_collective(error):
-            raise
-        # torchrun kills a host's other ranks as soon as the first has exited; each should print its message before.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        lost = call.find()
-        print(f"PeerLost: {lost}", file=sys.stderr, flush=True)
-        if topology.is_leader:
-            time.sleep(answer_time_s(timeout_s))  # its process serves the store that the others read
-        raise lost from error
-    finally:
-        if call is not None:
-            call.stop()
+        return dist.TCPStore(
+            host, port, is_master=serve, timeout=patience, wait_for_workers=False, multi_tenant=serve
+        )  # fmt: skip
 
 
 def failed_collective(error: BaseException) -> bool:
@@ -224,12 +339,18 @@ def failed_collective(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, dist.DistError):
             return True
-        # torch's CheckpointException has the ranks' own errors as text, and is not an Exception.
-        carries_text = isinstance(seen, RuntimeError) or type(seen).__name__ == "CheckpointException"
+        # torch's CheckpointException has the ranks' own errors as text, and is not an Exception. Errors of this
+        # package may quote an engine's last words.
+        carries_text = type(seen) is RuntimeError or type(seen).__name__ == "CheckpointException"
         if carries_text and _COLLECTIVE.search(str(seen)):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def _agent_serves() -> bool:
+    """Whether torchrun's own process serves the store, rather than rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True"
 
 
 def _ranks(members: Sequence[Member]) -> str:
@@ -239,14 +360,6 @@ def _ranks(members: Sequence[Member]) -> str:
     return "; ".join(
         f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} on {host}" for host, ranks in by_host.items()
     )
-
-
-def _host_name() -> str:
-    """Host name, and the address that the others use, since host names are not always unique."""
-    interface = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME")
-    addresses = psutil.net_if_addrs().get(interface or "", [])
-    address = next((a.address for a in addresses if a.family == socket.AF_INET), None)
-    return f"{socket.gethostname()} ({address})" if address else socket.gethostname()
 
 
 def _is_this_machine(host: str) -> bool:

@@ -179,13 +179,17 @@ class Topology:
         if self.world_size > 1:
             dist.barrier(group=self.control_group)
 
-    def stop(self) -> None:
-        """Destroy Megatron's groups, and the default process group if ``start`` made it."""
+    def stop(self, *, failed: bool = False) -> None:
+        """Destroy Megatron's groups, and the default process group if ``start`` made it.
+
+        After a failure no other rank is waited for: it may be gone, or in another collective.
+        """
         from megatron.core import parallel_state as state
 
-        self.barrier()
+        if not failed:
+            self.barrier()
         state.destroy_model_parallel()
-        if self.owns_process_group:
+        if self.owns_process_group and not (failed and self.world_size > 1):
             dist.destroy_process_group()
 
 

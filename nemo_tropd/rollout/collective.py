@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.parallel import agreement
+from nemo_tropd.parallel.signals import Stopped
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
@@ -88,7 +89,7 @@ class RankZeroRollouts:
 
         def generate() -> list[Rollout]:
             self._bring_to(version)
-            return self._on_rank_zero(lambda: self._generated(requests, version))
+            return self._on_rank_zero(lambda: self._generated(requests, version), may_stop=True)
 
         return self._with_restart(generate, version)
 
@@ -124,8 +125,8 @@ class RankZeroRollouts:
         check_versions(rollouts, requests, version)
         return rollouts
 
-    def _on_rank_zero(self, work: Callable[[], T]) -> T:
-        return agreement.on_rank_zero(self._ranks, work, unexpected=EngineError)
+    def _on_rank_zero(self, work: Callable[[], T], *, may_stop: bool = False) -> T:
+        return agreement.on_rank_zero(self._ranks, work, unexpected=EngineError, may_stop=may_stop)
 
     def _with_restart(self, work: Callable[[], T], version: int) -> T:
         while True:
@@ -139,7 +140,7 @@ class RankZeroRollouts:
                     ) from death
                 self._last_restart = version
                 self.restarts += 1
-            except EngineError as error:
+            except (EngineError, Stopped) as error:  # an engine that was still generating is of no more use, either
                 if not isinstance(error, RequestError):
                     self.close()
                 raise
@@ -147,7 +148,7 @@ class RankZeroRollouts:
     def _bring_to(self, version: int) -> RefreshStats:
         """Collective: start the engine if need be and give it the current weights unless it has ``version``."""
         if not self._running:
-            self._on_rank_zero(self._start)
+            self._on_rank_zero(self._start, may_stop=True)
             self._running, self._version = True, None
         if self._version != version:
             self.last_refresh = self._stream(version)

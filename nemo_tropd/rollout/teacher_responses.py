@@ -237,7 +237,7 @@ def generate_teacher_responses(
         )
         generated.append(responses)
 
-    on_rank_zero(ranks, generate)
+    on_rank_zero(ranks, generate, may_stop=True)
     return generated[0] if generated else None
 
 

@@ -24,6 +24,7 @@ from nemo_tropd.convert.folders import write_hf_sidecar
 from nemo_tropd.files import finish_folder
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.training.checkpoint_writer import write_in_this_process
 from nemo_tropd.training.optimizer import StudentOptimizer
 
 MODEL_PREFIX = "model."
@@ -62,6 +63,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, topology: Topology, *, hf_source: Path, keep: int) -> None:
         self.dir = run_dir / "checkpoints"
         self.topology, self.hf_source, self.keep = topology, hf_source, keep
+        write_in_this_process()
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

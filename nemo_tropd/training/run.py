@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
 from nemo_tropd.files import write_text
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
-from nemo_tropd.parallel.roll_call import PeerLost, collective_timeout_s, named_peers
+from nemo_tropd.parallel.roll_call import RollCall, collective_timeout_s
+from nemo_tropd.parallel.signals import STOP, Stopped, die_with_parent
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError
 from nemo_tropd.rollout.engine import EngineError
@@ -35,21 +36,36 @@ from nemo_tropd.training.plan import Plan, make_plan, print_plan
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.step import TrainStep
 from nemo_tropd.training.summary import print_summary, write_summary
-from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer
+from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer, stop_point
 from nemo_tropd.training.validation import Validator
 
 EXPECTED = (ConfigError, ConversionError, PromptError, EngineError, CheckpointError, TrainingError)
 
 
 def main(cfg: DictConfig, engines: EngineFactory | None = None) -> None:
-    """What ``examples/train_tropd.py`` calls. Expected errors end the process with code 2 and one readable message."""
+    """What ``examples/train_tropd.py`` calls. Expected errors end the process with code 2 and one readable message.
+
+    Of several ranks none waits for another after an error: it was printed by the rank that announced it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # torchrun: ranks must not train on without it
+    STOP.install()
     try:
-        train(resolve(cfg), engines)
-    except EXPECTED as error:
+        settings = resolve(cfg)
+    except ConfigError as error:
         fail(error)
-    except PeerLost:
-        # Said by every rank that saw it. Not sys.exit: taking broken groups apart can wait for the ranks that are gone.
-        os._exit(1)
+    try:
+        train(settings, engines)
+    except BaseException as error:
+        code = 2 if isinstance(error, EXPECTED) else 1
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            # Taking broken groups apart can wait for ranks that are gone.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        if code == 2:
+            fail(error)
+        raise
 
 
 def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | None:
@@ -60,18 +76,33 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
 
     Raises:
         ConfigError, ConversionError, PromptError: before anything is allocated.
-        EngineError, CheckpointError, TrainingError, PeerLost: later; complete checkpoints stay.
+        EngineError, CheckpointError, TrainingError, PeerLost, PeerFailed: later; complete checkpoints stay.
     """
+    try:
+        with STOP.handled(), RollCall(cfg.trainer.distributed_timeout_s) as call:
+            plan = call.together(lambda: _checked_plan(cfg))
+            return _with_plan(cfg, plan, engines or Engines(plan.vocab_size), call)
+    except Stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped before the first step; rerun the same command to start again", flush=True)
+        return Outcome(0, True, None, None)
+
+
+def _checked_plan(cfg: TropdConfig) -> Plan:
     plan = make_plan(cfg)
     check_placement(cfg)
+    if cfg.model.teacher.fp8 is not None and not cfg.check_only:
+        check_hardware(cfg.model.teacher.fp8)
+    return plan
+
+
+def _with_plan(cfg: TropdConfig, plan: Plan, engines: EngineFactory, call: RollCall) -> Outcome | None:
     if not cfg.check_only and already_finished(cfg, plan):
         return None
     if os.environ.get("RANK", "0") == "0":
         print_plan(cfg, plan)
     if cfg.check_only:
         return None
-    if cfg.model.teacher.fp8 is not None:
-        check_hardware(cfg.model.teacher.fp8)
     torch.manual_seed(cfg.model.seed)
     topology = Topology.start(
         cfg.model.tensor_model_parallel_size,
@@ -82,23 +113,21 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
         teacher_tensor_parallel=cfg.model.teacher.tensor_model_parallel_size,
     )
     try:
-        with named_peers(topology, cfg.trainer.distributed_timeout_s):
-            outcome = _train(Setup(cfg, plan, topology), engines or Engines(plan.vocab_size))
-    except PeerLost:
-        raise  # the groups are broken: nobody would come to take them down
-    except BaseException:
-        with suppress(RuntimeError):  # ranks that failed first may be gone; the error at hand is the one to show
-            topology.stop()
+        outcome = _train(Setup(cfg, plan, topology), engines, call)
+    except BaseException as error:
+        call.announce(error)
+        topology.stop(failed=True)
         raise
     topology.stop()
     return outcome
 
 
-def _train(setup: Setup, engines: EngineFactory) -> Outcome:
+def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
     cfg, plan, topology = setup.cfg, setup.plan, setup.topology
     lightning = make_lightning_trainer(cfg, setup.run_dir)
     prompts = [*plan.prompts.held_out, *(plan.prompts.train[i] for i in guided_prompts(cfg, len(plan.prompts.train)))]
     responses = generate_teacher_responses(cfg, [p.token_ids for p in prompts], topology, engines)
+    stop_point(topology)
     model = MegatronTrOPDModel(
         OmegaConf.structured(cfg.model),
         lightning,
@@ -107,15 +136,20 @@ def _train(setup: Setup, engines: EngineFactory) -> Outcome:
         student=StudentSource(setup.student_path, cfg.trainer.precision, plan.vocab_size),
         calibration=calibration_batches(cfg.model.teacher, plan.prompts.held_out, responses, setup.packer()),
     )
+    stop_point(topology)
     with rollouts_of(cfg, topology, model, engines) as rollouts:
-        model.attach_rollouts(rollouts)
-        trainer = _trainer(setup, model, responses, lightning)
-        outcome = trainer.fit()
-        if trainer.log is not None:
-            trainer.log.close()
-        if not outcome.stopped_by_signal:
-            finish(setup, model, outcome)
-            rollouts.close(run_over=True)  # after anything else gone wrong, engine hosts wait for the run to resume
+        try:
+            model.attach_rollouts(rollouts)
+            trainer = _trainer(setup, model, responses, lightning)
+            outcome = trainer.fit()
+            if trainer.log is not None:
+                trainer.log.close()
+            if not outcome.stopped_by_signal:
+                finish(setup, model, outcome)
+                rollouts.close(run_over=True)  # after anything else gone wrong, engine hosts wait for the run to resume
+        except BaseException as error:
+            call.announce(error)  # before the engine is closed, which takes its time
+            raise
     return outcome
 
 

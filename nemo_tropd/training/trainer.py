@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.files import write_json
+from nemo_tropd.parallel.signals import STOP, Stopped
+from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.checkpoint import Checkpoints, check_resumable
 from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.optimizer import StepResult
 from nemo_tropd.training.progress import RunProgress
 from nemo_tropd.training.setup import Setup
-from nemo_tropd.training.signals import StopRequest
 from nemo_tropd.training.step import TrainStep
 from nemo_tropd.training.validation import Validation, Validator
 
@@ -29,6 +31,12 @@ class Outcome:
     stopped_by_signal: bool
     before: Validation | None
     after: Validation | None
+
+
+def stop_point(topology: Topology) -> None:
+    """Collective: raises Stopped on every rank if any was asked to stop."""
+    if topology.any_rank(bool(STOP)):
+        raise Stopped("asked to stop")
 
 
 class TropdTrainer:
@@ -50,7 +58,6 @@ class TropdTrainer:
         self.one_step, self.model, self.optimizer = one_step, one_step.model, one_step.optimizer
         self.validator, self.checkpoints, self.state = validator, checkpoints, setup.first_state()
         self.log, self.rollout_file = log, rollout_file
-        self.stop = StopRequest()
         self._skipped_in_a_row = 0
 
     def fit(self) -> Outcome:
@@ -60,35 +67,43 @@ class TropdTrainer:
             CheckpointError, EngineError, TrainingError: on every rank; the run directory keeps its complete
                 checkpoints.
         """
-        self.stop.install()
         self._resume()
         self.model.prepare_for_training()
         first, last = self.state.step, self.settings.max_steps
         self.progress = RunProgress(enabled=self.topology.is_leader, first=first, total=last)
         try:
-            self.progress.phase("starting engine")
-            self.model.send_weights(first)
-            before = self._validate(first) if first == 0 else self.validator.read(0)
-            after = before if first == last == 0 else None
-            while self.state.step < last and not self.topology.any_rank(bool(self.stop)):
-                step = self.state.step
-                self._step(step)
-                done = step + 1
-                if self._due(done, self.settings.val_check_interval) or done == last:
-                    after = self._validate(done)
-                if self._due(done, self.settings.save_interval) or done == last:
-                    self._save()
-            stopped = self.state.step < last
+            with suppress(Stopped):
+                self._steps(last)
+            stopped = self.state.step < last or self.topology.any_rank(bool(STOP))
             if stopped:
-                self.progress.say(f"stopping after step {self.state.step}: writing a checkpoint")
-                self._save()
-            elif after is None:
-                after = self.validator.read(last)
+                self.progress.say(f"stopping after step {self.state.step}; rerun the same command to resume")
+                if self.state.step > first:
+                    self._save()
             self.model.finish_training()
-            return Outcome(self.state.step, stopped, before, after)
+            return Outcome(self.state.step, stopped, self.validator.read(0), self.validator.read(last))
         finally:
             self.progress.close()
-            self.stop.remove()
+
+    def _steps(self, last: int) -> None:
+        """Up to ``last`` steps. Raises Stopped between two phases, or out of rollouts that take too long."""
+        self.progress.phase("starting engine")
+        self.model.send_weights(self.state.step)
+        first = self.state.step
+        if first == 0 or self.validator.read(first) is None:  # else a stop prevented what was due
+            self._validate_if_due(last)
+        while self.state.step < last:
+            stop_point(self.topology)
+            self._step(self.state.step)
+            # First save, then validate: a request to stop does not wait for the validation.
+            if self._due(self.state.step, self.settings.save_interval) or self.state.step == last:
+                self._save()
+            self._validate_if_due(last)
+
+    def _validate_if_due(self, last: int) -> None:
+        step = self.state.step
+        if step in (0, last) or self._due(step, self.settings.val_check_interval):
+            stop_point(self.topology)
+            self._validate(step)
 
     def _step(self, step: int) -> None:
         record = self.one_step.run(step, keep_tokens=self._keeps_tokens(step), shown=self.progress.phase)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,13 +15,15 @@ import torch.distributed as dist
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.parallel.roll_call import (
+    PeerFailed,
     PeerLost,
     RollCall,
     answer_time_s,
     collective_timeout_s,
     failed_collective,
-    named_peers,
 )
+from nemo_tropd.prompts import PromptError
+from nemo_tropd.rollout.engine import EngineError
 from tests.dist.run_distributed import run_distributed
 
 pytestmark = pytest.mark.random
@@ -36,20 +39,17 @@ def silent_peer(rank: int, world_size: int, missing: int, timeout_s: float) -> s
     """Rank ``missing`` sends no more heartbeats and closes its connections; returns what the others say."""
     topology = start(200)
     ones = torch.ones(3)
-    call = RollCall.start(topology, timeout_s)
-    assert call is not None
-    dist.all_reduce(ones)
-    assert ones[0] == world_size
-    if rank == missing:
-        call.stop()
-        time.sleep(call.beat_s)
-        dist.destroy_process_group()
-        return ""
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(RollCall, "start", classmethod(lambda cls, t, s: call))
-            with named_peers(topology, timeout_s):
-                dist.all_reduce(ones)
+        with RollCall(timeout_s) as call:
+            assert call.together(lambda: rank) == rank
+            dist.all_reduce(ones)
+            assert ones[0] == world_size
+            if rank == missing:
+                call.stop()
+                time.sleep(call.beat_s)
+                dist.destroy_process_group()
+                return ""
+            dist.all_reduce(ones)
     except PeerLost as lost:
         return str(lost)
     return "nothing was noticed"
@@ -67,18 +67,71 @@ def test_the_missing_rank_is_named() -> None:
 
 
 def other_error(rank: int, world_size: int) -> str:
-    """An error that is no collective's passes unchanged, and the groups still work."""
+    """An error that is no collective's passes unchanged, announced by its rank; the others leave a collective."""
     topology = start(60)
-    with contextlib.suppress(ConfigError), named_peers(topology, 60):
-        raise ConfigError("model.seed", rank, "no")
-    ones = torch.ones(1)
-    dist.all_reduce(ones)
+    try:
+        with RollCall(60) as call:
+            call.together(lambda: None)
+            if rank == 1:
+                raise ConfigError("model.seed", rank, "no")
+            dist.all_reduce(torch.ones(1))
+    except ConfigError as error:
+        dist.destroy_process_group()
+        time.sleep(1)
+        return str(error)
+    except PeerFailed as failed:
+        return str(failed)
     topology.stop()
-    return str(ones.item())
+    return "nothing was noticed"
 
 
 def test_other_errors_pass() -> None:
-    assert run_distributed(other_error, 2, timeout_s=100, init_gloo=False) == ["2.0", "2.0"]
+    """Rank 0 hears in the collective that rank 1 has left, or is ended out of it."""
+    zero, one = run_distributed(other_error, 2, timeout_s=100, init_gloo=False)
+    assert one.startswith("model.seed = 1: no")
+    assert zero.startswith("rank 1 on ") and "ConfigError: model.seed = 1: no" in zero
+
+
+def together(rank: int, world_size: int) -> list[str]:
+    """What each rank gets: of good work, of one rank's errors, and of a request to stop on one."""
+    from nemo_tropd.parallel.signals import STOP, Stopped
+
+    def failing(error: Exception) -> Callable[[], int]:
+        def work() -> int:
+            if rank == 1:
+                raise error
+            return rank
+
+        return work
+
+    found = []
+    with RollCall(60) as call:
+        found.append(str(call.together(lambda: rank)))
+        call.announce = lambda error: None  # type: ignore[method-assign]  # which would end the other ranks
+        call.stop()
+        for i, error in enumerate((PromptError("line 3"), OSError("no such disk"))):
+            call._prefix = f"again/{i}"
+            call._asking.set(call._member_key(rank), json.dumps(vars(call.members[rank])))
+            try:
+                found.append(str(call.together(failing(error))))
+            except Exception as raised:
+                found.append(f"{type(raised).__name__}: {raised}; {raised.__notes__}")
+        call._prefix = "stop"
+        call._asking.set(call._member_key(rank), json.dumps(vars(call.members[rank])))
+        if rank == 1:
+            STOP.ask()
+        try:
+            call.together(lambda: rank)
+        except Stopped as stopped:
+            found.append(type(stopped).__name__)
+    return found
+
+
+def test_one_ranks_error_before_there_are_groups_is_everybodys() -> None:
+    for rank, found in enumerate(run_distributed(together, 2, timeout_s=100, init_gloo=False)):
+        assert found[0] == str(rank) and found[3] == "Stopped", found
+        assert found[1].startswith("PromptError: line 3; ['raised on rank 1 on"), found
+        assert found[2].startswith("RankError: OSError: no such disk; ['raised on rank 1 on"), found
 
 
 def test_what_counts_as_a_failed_collective() -> None:
@@ -87,7 +140,8 @@ def test_what_counts_as_a_failed_collective() -> None:
     wrapped.__cause__ = gloo
     assert failed_collective(gloo) and failed_collective(wrapped)
     assert failed_collective(dist.DistBackendError("NCCL error: unhandled system error"))
-    for other in (RuntimeError("shape mismatch"), OSError("disk full"), ValueError("gloo")):
+    quoting = EngineError("the engine's last lines: NCCL error, gloo, TCPStore")
+    for other in (RuntimeError("shape mismatch"), OSError("disk full"), ValueError("gloo"), quoting):
         assert not failed_collective(other)
 
 
@@ -101,8 +155,8 @@ def test_a_world_of_one_has_nobody_to_miss(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv(name, raising=False)
     topology = start(60)
     try:
-        assert RollCall.start(topology, 60) is None
-        with pytest.raises(RuntimeError, match="gloo"), named_peers(topology, 60):
+        with pytest.raises(RuntimeError, match="gloo"), RollCall(60) as call:
+            assert call.alone and call.together(lambda: 3) == 3
             raise RuntimeError("gloo says so")
     finally:
         topology.stop()

@@ -18,8 +18,8 @@ def figures(run_dir: Path) -> list[tuple[float, ...]]:
     return [tuple(by_step[s][k] for k in EXACT) for s in sorted(by_step)]
 
 
-def launch_command(tiny: TinyRun, run_dir: Path, **keys: object) -> list[str]:
-    """What each host runs."""
+def launch_command(tiny: TinyRun, run_dir: Path, ranks: int = 4, **keys: object) -> list[str]:
+    """What each host runs; 4 ``ranks`` are TP 2 x DP 2."""
     settings = {
         "trainer.tropd.max_steps": STEPS,
         "trainer.tropd.save_interval": SAVE_EVERY,
@@ -28,7 +28,8 @@ def launch_command(tiny: TinyRun, run_dir: Path, **keys: object) -> list[str]:
         "model.rollout.request_timeout_s": 30,
         **keys,
     }
-    overrides = tiny.overrides(run_dir, tensor=2, data=2, **settings)
+    tensor = 2 if ranks == 4 else 1
+    overrides = tiny.overrides(run_dir, tensor=tensor, data=ranks // tensor, **settings)
     script = ROOT / "tests" / "hosts" / "replay_train.py"
     return [str(ROOT / "docker" / "launch.sh"), "--script", str(script), *overrides]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from nemo_tropd.launch.agent import RENDEZVOUS_LOST
 from nemo_tropd.launch.supervise import Supervisor
 from tests.dist.run_distributed import run_distributed
+from tests.e2e.tiny_run import ROOT
 
 KILL_SELF = "import os, signal, pathlib; p = pathlib.Path({path!r}); first = not p.exists(); p.touch();"
 
@@ -49,3 +52,65 @@ def test_an_agent_that_hangs_without_ranks_is_killed() -> None:
     began = time.monotonic()
     assert run("import time; time.sleep(600)", restarts=0, patience_s=2) == (RENDEZVOUS_LOST, 0)
     assert time.monotonic() - began < 90
+
+
+RANK = """
+import signal, sys, time
+def leave(number, frame):
+    print(f"rank got {signal.Signals(number).name}", flush=True)
+    sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, leave)
+print("rank is up", flush=True)
+time.sleep(60)
+"""
+AGENT = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {RANK!r}]))"
+SUPERVISE = (
+    "import sys; from nemo_tropd.launch.supervise import Supervisor; "
+    "sys.exit(Supervisor([sys.executable, '-c', {code!r}], {{}}, {restarts}, 60).run())"
+)
+
+
+def started(code: str, restarts: int, until: str) -> subprocess.Popen[str]:
+    """A supervisor of ``code`` that has printed ``until``."""
+    command = [sys.executable, "-c", SUPERVISE.format(code=code, restarts=restarts)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if until in line:
+            return process
+    raise AssertionError(f"no line {until!r}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_go_to_the_ranks_whose_clean_end_is_the_launchers(number: signal.Signals) -> None:
+    process = started(AGENT, 3, "rank is up")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert f"rank got {number.name}" in output and process.returncode == 0, output
+
+
+@pytest.mark.parametrize("when", ["before a rank runs", "between two attempts"])
+def test_a_signal_that_finds_no_rank_is_not_lost(when: str) -> None:
+    code, until = "print('up', flush=True); import time; time.sleep(60)", "up"
+    if when == "between two attempts":
+        code, until = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "restarting it"
+    process = started(code, 5, until)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "restarting it" not in output, output
+    assert time.monotonic() - began < 10
+
+
+def test_ranks_that_do_not_stop_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = AGENT.replace("signal.signal(number, leave)", "signal.signal(number, signal.SIG_IGN)")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    quick = SUPERVISE.replace("Supervisor; ", "Supervisor; import nemo_tropd.launch.supervise as s; s.SHUTDOWN_S = 1; ")
+    command = [sys.executable, "-c", quick.format(code=deaf, restarts=0)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert "rank is up" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert "ranks still run after 1 s" in output and process.returncode == 128 + 9

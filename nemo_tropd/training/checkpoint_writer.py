@@ -1,0 +1,36 @@
+"""Megatron writes checkpoints here in the rank's own process.
+
+Its own writer forks two processes of a process with threads, waits for them without a limit even if they were killed,
+and collects their results through a manager process that a signal to the process group ends, the stop's own save with
+it; that process also outlives a killed rank.
+"""
+
+from __future__ import annotations
+
+import queue
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+
+def write_in_this_process() -> None:
+    """Replace Megatron's writer processes, for all saves of this process that follow."""
+    filesystem_async._results_queue = queue.Queue()
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write)
+
+
+def _write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+    """In the place of ``write_preloaded_data_multiproc``: one bucket, a file, after the other."""
+    written: dict[int, Any] = {}
+    for i, bucket in enumerate(buckets):
+        answer: queue.Queue[Any] = queue.Queue()
+        pending: queue.Queue[int] = queue.Queue()
+        pending.put(i)
+        FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, answer, pending, use_fsync=True)
+        _, outcome = answer.get()
+        if isinstance(outcome, Exception):
+            results.put(outcome)
+            return
+        written[i] = outcome
+    results.put(written)
