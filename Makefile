@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 ARGS ?=
 
-.PHONY: setup demo test mutants lint bench bench-loop roofline compare scaling gpu-check clean
+.PHONY: setup demo test mutants chaos lint bench bench-loop roofline compare scaling gpu-check clean
 
 setup: $(READY)
 
@@ -36,6 +36,10 @@ test: setup
 # Plants single faults in a copy, each of which a test must notice; ARGS="--only loss" for one room.
 mutants: setup
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+# Runs under random faults, compared with undisturbed ones; ARGS="--rounds 12 --engine-share 0" for a short session.
+chaos: setup
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

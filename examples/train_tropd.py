@@ -6,15 +6,18 @@
 Any key of nemo_tropd/config.py can be set on the command line; ``check_only=true`` prints the plan and exits.
 """
 
+import os
 import sys
 from pathlib import Path
 
-from nemo_tropd.parallel.signals import STOP
+from nemo_tropd.parallel.signals import STOP, die_with_parent
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 if __name__ == "__main__":
     STOP.install()  # before seconds of imports: a request to stop during them is not lost
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # torchrun: ranks must not train on without it
     from nemo_tropd.command_line import compose_command_line, fail
     from nemo_tropd.config import ConfigError
     from nemo_tropd.config_checks import resolve

@@ -90,10 +90,12 @@ class RollCall:
         self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         own = Member(self.rank, host_name(), _is_this_machine(self._address[0]))
         self.members = [own if r == self.rank else Member(r, "an unknown host", False) for r in range(self.world_size)]
+        self._done, self._deadline = threading.Event(), threading.Timer(0, lambda: None)
+        self._responded = time.monotonic()  # when the store last did
+        threading.Thread(target=self._guard, name="roll-call-guard", daemon=True).start()
         self._store = self._connect(serve=self.rank == 0 and not _agent_serves())
         self._asking = self._connect()  # a client handles one request at a time, and the heartbeat must not wait
         self._asking.set(self._member_key(self.rank), json.dumps(vars(own)))
-        self._done, self._deadline = threading.Event(), threading.Timer(0, lambda: None)
         self._count = 0
         # One rank a host, and only with NCCL, whose collectives do not raise: not all ranks poll the store.
         self._watches = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -273,9 +275,11 @@ class RollCall:
             self._count += 1
             try:
                 self._store.set(self._keys[self.rank], str(self._count))
+                stops = self._store.check([self._stop_key])
+                self._responded = time.monotonic()  # to the question: nothing comes back from a set
                 if STOP:
                     self._store.set(self._stop_key, "1")
-                elif self._store.check([self._stop_key]):
+                elif stops:
                     STOP.ask()
                 if self._store.check([self._failure_key]) and not self.failed:
                     self._follow(str(json.loads(self._store.get(self._failure_key))[1]))
@@ -284,6 +288,15 @@ class RollCall:
             except RuntimeError:
                 pass  # find() reports what it means
             self._done.wait(self._pause_s)
+
+    def _guard(self) -> None:
+        """torch waits without a limit for a store whose process hangs; such a run is over."""
+        while not self._done.wait(self._pause_s):
+            if time.monotonic() - self._responded > self.timeout_s and not self.failed:
+                how = f"nor does the store at {self._address[0]}:{self._address[1]}"
+                text = self._describe(self._lost_with_store(refused=False) or self.members[:1], {}, how)
+                print(f"PeerLost: {text}", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _follow(self, why: str) -> None:
         """Another rank failed: end this process, whatever the main thread waits for."""

@@ -20,7 +20,7 @@ from nemo_tropd.convert.hf_export import save_hf
 from nemo_tropd.files import write_text
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
 from nemo_tropd.parallel.roll_call import RollCall, collective_timeout_s
-from nemo_tropd.parallel.signals import STOP, Stopped, die_with_parent
+from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError
 from nemo_tropd.rollout.engine import EngineError
@@ -47,8 +47,6 @@ def main(cfg: DictConfig, engines: EngineFactory | None = None) -> None:
 
     Of several ranks none waits for another after an error: it was printed by the rank that announced it.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()  # torchrun: ranks must not train on without it
     STOP.install()
     try:
         settings = resolve(cfg)

@@ -7,8 +7,11 @@ import os
 import sys
 import time
 
+from nemo_tropd.parallel.signals import STOP, die_with_parent
 from nemo_tropd.quiet import quiet_libraries
 
+STOP.install()
+die_with_parent()
 quiet_libraries()
 
 from nemo_tropd.command_line import compose_command_line  # noqa: E402

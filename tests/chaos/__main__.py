@@ -1,0 +1,89 @@
+"""Runs of a tiny model under random faults; each must end as an undisturbed run does, to the bit.
+
+    make chaos                                    100 rounds, a fifth of them with the real engine
+    make chaos ARGS="--rounds 12 --engine-share 0 --seed 7"
+    make chaos ARGS="--hours 1"
+
+Faults: signals to the agent or a rank, SIGKILL to any process, stalled and frozen ranks, cut connections, a full disk
+(needs the right to mount a small tmpfs), damaged files, clocks off by a day. Prints a table and exits with 1 if any
+round lost a step, hung, left a process or a file behind, or ended otherwise than the undisturbed run. The folder of
+such a round is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+PRELOADED = (
+    "nemo_tropd.training.run",
+    "nemo_tropd.report",
+    "nemo_tropd.command_line",
+    "tests.doubles",
+    "lightning.pytorch",
+)
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def main() -> int:
+    """See above."""
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--hours", type=float, default=None, help="go on for so long instead of --rounds")
+    parser.add_argument("--seed", type=int, default=None, help="of the first round; each next one is one more")
+    parser.add_argument("--engine-share", type=float, default=0.2, help="share of the rounds with vLLM as the engine")
+    options = parser.parse_args()
+    first = random.SystemRandom().randrange(1 << 20) if options.seed is None else options.seed
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # to see who outlives an agent
+    from nemo_tropd.quiet import quiet_libraries
+
+    quiet_libraries()
+    for name in PRELOADED:
+        importlib.import_module(name)
+    from tests.chaos.round import Rounds, mount_small, unmount
+
+    folder = Path(tempfile.mkdtemp(prefix="chaos_"))
+    mounted = mount_small(folder)
+    if not mounted:
+        print("no small file system could be mounted: the disk is never full", flush=True)
+        from tests.chaos import disturb
+
+        del disturb.RUNNING["full disk"]
+    bad, began = 0, time.monotonic()
+    try:
+        rounds = Rounds(folder)
+        print("| seed | engine | attempts | seconds | what happened | outcome |\n|---|---|---|---|---|---|", flush=True)
+        number = 0
+        while time.monotonic() - began < options.hours * 3600 if options.hours else number < options.rounds:
+            seed = first + number
+            number += 1
+            report = rounds.play(seed, engine=random.Random(-seed).random() < options.engine_share)
+            print(report.line(), flush=True)
+            if report.faults:
+                bad += 1
+                kept = Path(tempfile.mkdtemp(prefix=f"chaos_failed_{seed}_"))
+                shutil.copytree(folder / f"round_{seed}", kept, dirs_exist_ok=True)
+                shutil.rmtree(folder / f"round_{seed}")
+                print(f"kept: {kept}", flush=True)
+    finally:
+        if mounted:
+            unmount(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"{number} rounds from seed {first} in {(time.monotonic() - began) / 60:.1f} min, {bad} with a fault",
+        flush=True,
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

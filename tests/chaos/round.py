@@ -1,0 +1,233 @@
+"""One round: a run that is disturbed, started again until it is finished, and compared with an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from tests.chaos import disturb
+from tests.chaos.world import World
+from tests.e2e.tiny_run import ROOT, TinyRun
+
+STEPS, RANKS, VOCABULARY = 6, 2, 131
+EXACT = ("loss", "grad_norm", "trust_fraction", "log_ratio_mean")
+KEYS: dict[str, object] = {
+    "trainer.tropd.max_steps": STEPS,
+    "trainer.tropd.save_interval": 2,
+    "trainer.tropd.val_check_interval": 3,
+    "trainer.tropd.keep_checkpoints": 2,
+    "trainer.distributed_timeout_s": 20,
+    "model.rollout.request_timeout_s": 18,
+    "exp_manager.create_tensorboard_logger": False,
+}
+HANG_S = 90.0  # no attempt may take longer, whatever happens to it
+LEFT_S = 10.0  # no process may outlive its agent longer
+
+
+@dataclass
+class Report:
+    """What happened in a round, and what was wrong."""
+
+    seed: int
+    engine: bool
+    events: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    attempts: int = 0
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        """One row of the table."""
+        kind = "vllm" if self.engine else "replay"
+        outcome = "; ".join(self.faults) if self.faults else "equal to the bit"
+        return f"| {self.seed} | {kind} | {self.attempts} | {self.seconds:.0f} | {', '.join(self.events)} | {outcome} |"
+
+
+def train_here(overrides: list[str], engine: bool, clock_s: float) -> None:
+    """What each rank does."""
+    from nemo_tropd.command_line import compose_command_line
+    from nemo_tropd.training import run
+    from tests.doubles import GivenEngines, ReplayEngine
+
+    torch.set_num_threads(1)
+    if clock_s:
+        true_time = time.time
+        time.time = lambda: true_time() + clock_s
+
+    class SlowEngine(ReplayEngine):
+        def generate(self, requests):  # type: ignore[no-untyped-def]
+            time.sleep(0.1)
+            return super().generate(requests)
+
+    engines = None if engine else GivenEngines(lambda: SlowEngine(VOCABULARY))
+    run.main(compose_command_line(overrides, ROOT / "conf"), engines)
+
+
+class Rounds:
+    """Rounds over the same models; ``folder`` is one file system of small size, if it could be mounted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tiny = TinyRun.make(folder / "models")
+        self._expected: dict[bool, tuple[dict[int, list[float]], dict[str, torch.Tensor]]] = {}
+
+    def overrides(self, run_dir: Path) -> list[str]:
+        """The run's command line."""
+        cache = {"model.teacher.cache_dir": run_dir.parent / "responses"}
+        return self.tiny.overrides(run_dir, data=RANKS, **KEYS, **cache)
+
+    def start(self, run_dir: Path, engine: bool, clock_s: float = 0.0) -> World:
+        """One attempt."""
+        overrides = self.overrides(run_dir)
+        return World(RANKS, lambda: train_here(overrides, engine, clock_s), {}, run_dir.parent / "log")
+
+    def expected(self, engine: bool) -> tuple[dict[int, list[float]], dict[str, torch.Tensor]]:
+        """Figures and weights of an undisturbed run."""
+        if engine not in self._expected:
+            run_dir = self.folder / f"straight_{engine}" / "run"
+            run_dir.parent.mkdir()
+            code = self.start(run_dir, engine).wait(4 * HANG_S)
+            assert code == 0, (run_dir.parent / "log").read_text()[-3000:]
+            self._expected[engine] = (figures(run_dir), load_file(run_dir / "hf" / "model.safetensors"))
+        return self._expected[engine]
+
+    def play(self, seed: int, engine: bool) -> Report:
+        """One round; everything in it follows from ``seed``, except how fast the processes are."""
+        expected = self.expected(engine)
+        draw, report, began = random.Random(seed), Report(seed, engine), time.monotonic()
+        base = self.folder / f"round_{seed}"
+        base.mkdir()
+        run_dir = base / "run"
+        shared_before = set(os.listdir("/dev/shm"))
+        for _ in range(draw.randint(1, 3)):
+            self._attempt(run_dir, report, draw, disturbed=True)
+            disturb.recover(run_dir)
+            if draw.random() < 0.4:
+                report.events.append(disturb.damage_files(run_dir, draw))
+        for _ in range(3):
+            if report.faults or self._attempt(run_dir, report, draw, disturbed=False) == 0:
+                break
+        else:
+            report.faults.append("three undisturbed attempts did not finish the run")
+        if not report.faults:
+            report.faults += differences(run_dir, expected)
+        left = {name for name in set(os.listdir("/dev/shm")) - shared_before if "nemo_tropd" in name}
+        if left:
+            report.faults.append(f"left in /dev/shm: {sorted(left)}")
+        report.seconds = time.monotonic() - began
+        if not report.faults:
+            disturb.remove(base)
+        return report
+
+    def _attempt(self, run_dir: Path, report: Report, draw: random.Random, *, disturbed: bool) -> int | None:
+        report.attempts += 1
+        clock_s = draw.choice([0.0, 0.0, 86400.0, -86400.0])
+        if clock_s:
+            report.events.append(f"clock {clock_s / 3600:+.0f} h")
+        world = self.start(run_dir, report.engine, clock_s)
+        what = ""
+        if disturbed:
+            name = draw.choice(sorted(disturb.RUNNING))
+            world.wait(draw.uniform(0.0, 12.0 if report.engine else 4.0))
+            what = disturb.RUNNING[name](world, run_dir, draw) if world.exit_code is None else f"{name} came too late"
+            report.events.append(what)
+        code = world.wait(HANG_S)
+        processes = world.processes()
+        if code is None:
+            report.faults.append(f"hangs {HANG_S:.0f} s after: {what or 'nothing'}")
+            for process in processes:
+                process.kill()
+            world.wait(5)
+        self._check_nobody_left(run_dir, report)
+        stopped = what.startswith(tuple(s.name for s in disturb.STOPS)) and "twice" not in what
+        if stopped and code is not None and last_step(run_dir) > max(saved_steps(run_dir), default=0):
+            report.faults.append(f"step {last_step(run_dir)} is lost after {what}")
+        return code
+
+    def _check_nobody_left(self, run_dir: Path, report: Report) -> None:
+        """Ranks and helpers carry the name of this process's session in no way: look for who works in the folder."""
+        deadline = time.monotonic() + LEFT_S
+        while left := [p for p in descendants_of_dead(os.getpid()) if p.pid != os.getpid()]:
+            if time.monotonic() > deadline:
+                report.faults.append(f"outlived their agent: {[' '.join(p.cmdline())[:80] for p in left]}")
+                for process in left:
+                    process.kill()
+                return
+            time.sleep(0.1)
+
+
+def descendants_of_dead(pid: int) -> list[psutil.Process]:
+    """With this process as the subreaper, everything that outlives its parent becomes its child."""
+    found = []
+    for child in psutil.Process(pid).children():
+        try:
+            if child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)
+            else:
+                found.append(child)
+        except (psutil.NoSuchProcess, ChildProcessError):
+            continue
+    return found
+
+
+def lines(run_dir: Path) -> list[dict[str, float]]:
+    """The train lines of metrics.jsonl that are whole."""
+    path, found = run_dir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [line for line in found if line["kind"] == "train"]
+
+
+def figures(run_dir: Path) -> dict[int, list[float]]:
+    """What must be the same to the bit, by step; of a repeated step, the last."""
+    return {int(line["step"]): [line[name] for name in EXACT] for line in lines(run_dir)}
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that was finished."""
+    return max((int(line["step"]) for line in lines(run_dir)), default=0)
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """The complete checkpoints' steps."""
+    return [int(p.name.removeprefix("step_")) for p in (run_dir / "checkpoints").glob("step_*")]
+
+
+def differences(run_dir: Path, expected: tuple[dict[int, list[float]], dict[str, torch.Tensor]]) -> list[str]:
+    """What is wrong with a finished run."""
+    wrong = []
+    steps, weights = expected
+    if (found := figures(run_dir)) != steps:
+        wrong.append(f"other figures in steps {[s for s in steps if found.get(s) != steps[s]]}")
+    exported = run_dir / "hf" / "model.safetensors"
+    if not exported.is_file():
+        return [*wrong, "no export"]
+    ours = load_file(exported)
+    if ours.keys() != weights.keys() or not all(torch.equal(ours[k], weights[k]) for k in weights):
+        wrong.append("other weights")
+    wrong += [f"no {name}" for name in ("report.html", "summary.json") if not (run_dir / name).is_file()]
+    wrong += [f"left over: {p.name}" for pattern in ("checkpoints/.*", ".hf*") for p in run_dir.glob(pattern)]
+    return wrong
+
+
+def mount_small(folder: Path, mebibytes: int = 96) -> bool:
+    """A small file system at ``folder``; False where this may not be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def unmount(folder: Path) -> None:
+    """What ``mount_small`` did."""
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
