@@ -14,6 +14,7 @@ import sys
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+from nemo_tropd.command_line import printable
 from nemo_tropd.convert.commands import DTYPES, hf_to_megatron, megatron_to_hf
 from nemo_tropd.convert.families import ConversionError, read_shape
 
@@ -30,7 +31,7 @@ def main() -> int:
             else:
                 megatron_to_hf(args.checkpoint, args.out, **options)
         except ConversionError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return 1
     hf_dir, checkpoint_dir = (args.hf, args.out) if "hf" in args else (args.out, args.checkpoint)
     print(f"{args.out}: {read_shape(hf_dir).describe()}")

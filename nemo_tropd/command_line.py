@@ -44,8 +44,13 @@ def fail(error: BaseException) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_RANK_0_S)
         who = f"rank {rank}: "
-    print(f"\n{who}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    print(f"\n{who}{type(error).__name__}: {printable(str(error))}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def printable(text: str) -> str:
+    """``text`` from prompts, models or paths with control characters escaped: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def compose_command_line(argv: Sequence[str], conf_dir: Path, usage: str = "") -> DictConfig:

@@ -65,7 +65,7 @@ class TropdTrainerConfig:
     gradient_clip_val: float = number(1.0, at_least=0)
     """Largest global gradient norm (L2); 0 leaves gradients as they are."""
     max_skipped_steps: int = integer(5, at_least=0)
-    """Consecutive steps with a gradient that is not finite before the run exits with an error."""
+    """Consecutive steps that may be skipped because logits, loss or gradient are not finite; one more ends the run."""
 
 
 @dataclass

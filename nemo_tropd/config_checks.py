@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -14,6 +16,9 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig
 from nemo_tropd.config_keys import bad_value, typed, value_at
 from nemo_tropd.fields import refused
+
+_SECRET = r"(?:api_?key|access_key|private_key|token|password|passwd|secret|credentials?)"
+_interpolated: set[str] = set()  # environment variables that this process's configuration refers to
 
 
 def resolve(cfg: DictConfig) -> TropdConfig:
@@ -24,6 +29,7 @@ def resolve(cfg: DictConfig) -> TropdConfig:
             values cannot go together.
     """
     merged = typed(cfg)
+    _interpolated.update(re.findall(r"oc\.env:\s*([^\s,}]+)", OmegaConf.to_yaml(merged)))
     try:
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(key, None, "has no default: set it in the file or on the command line")
@@ -37,6 +43,34 @@ def resolve(cfg: DictConfig) -> TropdConfig:
     assert isinstance(obj, TropdConfig)
     check(obj)
     return obj
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with what is assigned to a name like api_key masked, and with ``${oc.env:NAME}`` for the values of
+    environment variables with such names and of those that the configuration refers to."""
+    for name, value in os.environ.items():
+        secret = name in _interpolated or re.search(rf"(?i)(^|_){_SECRET}$", name)
+        if secret and value and (text == value or len(value) > 5):
+            text = text.replace(value, f"${{oc.env:{name}}}")
+    return re.sub(rf"(?i)({_SECRET}['\"]?\s*[:=]\s*)(?!\$\{{)[^\s,}}]+", r"\1***", text)
+
+
+def yaml_without_secrets(cfg: TropdConfig) -> str:
+    """The configuration as YAML, for files that others may read."""
+
+    def mask(node: Any) -> None:
+        keys = list(node) if isinstance(node, dict | DictConfig) else range(len(node))
+        for key in keys:
+            value = node[key]
+            if isinstance(value, str):
+                named = re.search(rf"(?i)(^|_){_SECRET}$", str(key))
+                node[key] = "***" if named else without_secrets(value)
+            elif OmegaConf.is_config(value):
+                mask(value)
+
+    copy = OmegaConf.structured(cfg)
+    mask(copy)
+    return OmegaConf.to_yaml(copy)
 
 
 def check(cfg: TropdConfig) -> None:
@@ -76,7 +110,8 @@ def _check_logging(cfg: TropdConfig) -> None:
     if e.create_wandb_logger:
         kwargs = f"{key}.wandb_logger_kwargs"
         named = f"{key}.create_wandb_logger=true needs a project or a name: set {kwargs}.project"
-        _require(cfg, bool({"name", "project"} & e.wandb_logger_kwargs.keys()), kwargs, named)
+        given = sorted(e.wandb_logger_kwargs)  # names alone: a value may be a secret
+        _require(cfg, bool({"name", "project"} & set(given)), kwargs, named, given)
         _require(cfg, "version" not in e.wandb_logger_kwargs, f"{kwargs}.version", "NeMo sets it")
         installed = importlib.util.find_spec("wandb") is not None
         _require(cfg, installed, f"{key}.create_wandb_logger", "wandb is not installed: install it, or set false")

@@ -236,6 +236,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise PromptError(f"{where}: not UTF-8 ({error})") from error
+            except RecursionError as error:
+                raise PromptError(f"{where}: not JSON that can be read: nested too deeply") from error
             except json.JSONDecodeError as error:
                 shown = line.decode("utf-8", "replace").strip()[:80]
                 raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown}") from error

@@ -245,7 +245,7 @@ def read_shape(hf_dir: str | Path) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist: a Hugging Face checkpoint folder is needed") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConversionError(f"{path} must contain a JSON object, not {type(config).__name__}")

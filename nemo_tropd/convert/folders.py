@@ -24,6 +24,8 @@ _WEIGHTS = (
     ".safetensors.index.json",
     ".bin.index.json",
 )
+_OTHERS = ("manifest.json", "adapter_config.json", "trainer_state.json")  # of other things than this model
+_TEMPLATES = "additional_chat_templates"
 _SPARE_BYTES = 64 * 2**20
 SIDECAR = "hf"
 
@@ -55,23 +57,24 @@ def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
 
 def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy every file of a Hugging Face folder that is not weights: config, generation config, tokenizer, chat
-    template.
+    templates; not those of adapters and trainers.
 
-    They stay the same byte for byte, except the dtype field of config.json if ``dtype`` is given and differs.
+    They stay the same byte for byte, except that config.json gets ``dtype``, under both names that readers know.
     """
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source_dir.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name != "manifest.json":
+        if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OTHERS:
             shutil.copyfile(file, target / file.name)
+    if (source_dir / _TEMPLATES).is_dir():
+        shutil.copytree(source_dir / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True)
     if dtype is None:
         return
     config_path = target / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    field = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    name = str(dtype).removeprefix("torch.")
-    if config.get(field) != name:
-        config[field] = name
-        write_json(config_path, config)
+    fields = {"torch_dtype", "dtype"} & config.keys() or {"dtype"}
+    changed = {**config, **dict.fromkeys(fields, str(dtype).removeprefix("torch."))}
+    if changed != config:
+        write_json(config_path, changed)
 
 
 def write_hf_sidecar(checkpoint_dir: str | Path, source_dir: str | Path) -> None:

@@ -159,7 +159,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConversionError(f"{index} is malformed ({error!r}): download it again") from None
         outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
         if outside or not names:

@@ -62,7 +62,7 @@ def load_hf(model: Module, hf_dir: str | Path, shape: ModelShape, topology: Plac
     """Fill every parameter of ``model`` on this rank from the safetensors files in ``hf_dir``, one at a time.
 
     Values are cast to the parameter's dtype. Rows past the vocabulary become zero. No collective is involved. Raises
-    ConversionError as ``HfCheckpoint`` does, before anything is written.
+    ConversionError as ``HfCheckpoint`` does, before anything is written, and for values that are not finite.
     """
     fill_model(model, HfSource(hf_dir, shape), shape, topology)
 
@@ -73,6 +73,11 @@ def fill_model(model: Module, source: WeightSource, shape: ModelShape, topology:
     for parameter, row in local_rows(model, shape):
         blocks = regions(row, topology.tensor_rank, topology.tensor_size, shape)
         part = torch.cat([source.read(row, block) for block in blocks])
+        if part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):  # NaN is both least and greatest
+            raise ConversionError(
+                f"{', '.join(_not_finite(source, row))} has NaN or infinite values: download the checkpoint again, or "
+                "use another one"
+            )
         padding = parameter.size(0) - part.size(0) if row.layout == "vocabulary" else 0
         if (part.size(0) + padding, *part.shape[1:]) != parameter.shape:
             raise ConversionError(f"{row.megatron}: shard {list(part.shape)} does not fit {list(parameter.shape)}")
@@ -81,6 +86,14 @@ def fill_model(model: Module, source: WeightSource, shape: ModelShape, topology:
             parameter[part.size(0) :].zero_()
         else:
             parameter.copy_(part)  # at once: a quantized parameter computes its scales from its source
+
+
+def _not_finite(source: WeightSource, row: Row) -> list[str]:
+    """The stored tensors of a row with values that are not finite; the row's own name if the source does not tell."""
+    if not isinstance(source, HfSource):
+        return [row.megatron]
+    checkpoint, names = source.checkpoint, [name for name, _ in row.hf]
+    return [f"{checkpoint.directory}: {n}" for n in names if not bool(checkpoint.read(n).isfinite().all())]
 
 
 def local_rows(model: Module, shape: ModelShape) -> Iterator[tuple[Parameter, Row]]:

@@ -53,6 +53,7 @@ from nemo_tropd.convert.families import ConversionError, ModelShape, Row, read_s
 from nemo_tropd.convert.folders import SIDECAR
 from nemo_tropd.convert.hf_import import FUSED_NORMS, Place, WeightSource, fill_model
 from nemo_tropd.convert.layouts import Region, full_shape, regions
+from nemo_tropd.convert.metadata_file import read_metadata
 from nemo_tropd.files import write_json
 
 PREFIX = "model."
@@ -83,7 +84,7 @@ class MegatronSource:
             raise ConversionError(f"{directory} has no .metadata file: it is not a complete distributed checkpoint")
         self.shape = shape or read_shape(self.directory / SIDECAR)
         self._reader = dcp.FileSystemReader(self.directory)
-        self._metadata = self._reader.read_metadata()
+        self._metadata = read_metadata(self.directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._check_files()
         for row in self.shape.rows():
@@ -106,7 +107,7 @@ class MegatronSource:
         target = torch.empty(block.sizes, dtype=stored.properties.dtype)
         try:
             self._reader.read_data(LoadPlan(items), _ReadInto(target)).wait()
-        except (RuntimeError, EOFError, ValueError) as error:
+        except (RuntimeError, EOFError, ValueError, OSError) as error:
             raise ConversionError(f"{self.directory}: {key} cannot be read: {error}") from error
         return target.view(region.sizes)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from nemo_tropd.parallel.vocab import VocabShard, check_finite, softmax_columns
+from nemo_tropd.parallel.vocab import VocabShard, softmax_columns
 
 from .chunks import TorchChunks
 from .inputs import HeadLayout, HiddenRows, check_head, chunk_size
@@ -31,7 +31,8 @@ def exact_divergences(
     (other groups, or padded to other sizes), the teacher's logits are gathered over its group, a chunk at a time.
     ``teacher_layout`` None: the student's. The student's ``layout`` says how tokens are cut into chunks for both. A
     rank that only has part of the teacher takes part in the gathers with ``student_hidden`` None, and gets an empty
-    dictionary. Raises ValueError for shapes or vocabularies that do not match and NonFiniteLogits for NaN.
+    dictionary. Tokens whose logits are not finite have NaN. Raises ValueError for shapes or vocabularies that do not
+    match.
     """
     teacher_layout = teacher_layout or layout
     if teacher_layout.vocab_size != layout.vocab_size:
@@ -99,6 +100,4 @@ def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:
     rows = logits.flatten(0, 1)
     no_ids = torch.empty(rows.size(0), 0, dtype=torch.int64, device=rows.device)
     log_z = softmax_columns(rows, no_ids, shard).log_z.view(logits.shape[:-1])
-    check_finite(log_z[0], "student logits")
-    check_finite(log_z[1], "teacher logits")
     return logits - log_z[..., None]

@@ -25,7 +25,7 @@ from nemo_tropd.parallel.vocab import SoftmaxTopK, check_finite, check_k
 
 from .backend import head_chunks
 from .chunks import StudentChunk
-from .inputs import HeadLayout, HiddenRows, check_head, check_tokens
+from .inputs import HeadLayout, HiddenRows, check_head, check_tokens, first_bad
 from .overlap import run_chunks
 from .weight_gradient import WeightGradient, add_scaled, scale_in_place
 
@@ -45,6 +45,7 @@ class HeadLoss:
     metrics: dict[str, Tensor]  # fp64 sums over student tokens; also tokens, guided_tokens, loss, guided_loss
     minima: dict[str, Tensor]  # over student tokens, +inf if there are none
     per_token: dict[str, Tensor]  # [T] each: every metric of the objective
+    bad: tuple[str, int] | None = None  # with ``carry_bad``: what is not finite, and the first such token
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,15 @@ class LossOptions:
     region_gradients      also sum the squared norms of the loss's hidden gradient over trusted, outlier and guided
                           tokens, ``gradient_square_*`` (each token's share by its trust); under sequence parallelism
                           one more collective.
+    carry_bad             logits or losses that are not finite are no error: loss and gradients become NaN, so that
+                          every rank sees it in the gradient norm, and ``HeadLoss.bad`` says what it was.
     """
 
     token_weights: Tensor | None = None
     reference_log_probs: Tensor | None = None
     accumulate_main_grad: bool = False
     region_gradients: bool = False
+    carry_bad: bool = False
 
 
 PLAIN = LossOptions()
@@ -102,7 +106,7 @@ def head_loss(
             raise ValueError(f"{name} has shape {tuple(values.shape)}; the micro-batch has {len(tokens)} loss tokens")
     run = _Run(tokens, teacher, objective, layout, scale, options, torch.is_grad_enabled())
     loss = _ChunkedHead.apply(hidden, weight, run)
-    return HeadLoss(loss, run.sums, run.minima, run.per_token)
+    return HeadLoss(loss, run.sums, run.minima, run.per_token, run.bad)
 
 
 @torch.no_grad()
@@ -115,11 +119,12 @@ def teacher_scores(
     layout: HeadLayout,
     *,
     entropy: bool = False,
+    carry_bad: bool = False,
 ) -> TeacherScores:
     """The frozen teacher's log pi_T(x), its top k and, if asked, its entropy, at ``rows`` of its hidden states.
 
-    Shapes as for ``head_loss``; rows and token_ids [T]. Results are fp32 (fp64 for an fp64 model), replicated.
-    Raises ValueError and NonFiniteLogits as ``head_loss`` does.
+    Shapes and errors as for ``head_loss``; rows and token_ids [T]. Results are fp32 (fp64 for an fp64 model),
+    replicated. ``carry_bad``: tokens whose logits are not finite get NaN and id 0.
     """
     shard = layout.shard(weight)
     check_head(hidden, weight, rows, token_ids, shard, layout.sequence_parallel)
@@ -147,7 +152,12 @@ def teacher_scores(
         slots=slots,
         device=rows.device,
     )
-    check_finite(log_z, "teacher logits")
+    if carry_bad:
+        bad = ~log_z.isfinite()
+        log_probs.masked_fill_(bad, torch.nan)
+        ids.masked_fill_(bad[:, None], 0)  # the place of the largest NaN may be no id
+    else:
+        check_finite(log_z, "teacher logits")
     return TeacherScores(log_probs, top, ids, entropies if entropy else None)
 
 
@@ -161,10 +171,11 @@ def score_tokens(
     *,
     entropy: bool = False,
     reference_log_probs: Tensor | None = None,
+    carry_bad: bool = False,
 ) -> TokenScores:
     """All of a micro-batch's ``TokenScores`` without gradient: for a first pass over the global batch, for instance.
 
-    Shapes and errors as for ``head_loss``. Results are fp32 (fp64 for an fp64 model), replicated.
+    Shapes, errors and ``carry_bad`` as for ``head_loss``. Results are fp32 (fp64 for an fp64 model), replicated.
     """
     shard = layout.shard(weight)
     check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel)
@@ -179,7 +190,8 @@ def score_tokens(
         log_probs[chunk], log_z[chunk] = out.log_probs, out.log_z
         if out.entropy is not None:
             entropies[chunk] = out.entropy
-    check_finite(log_z, "student logits")
+    if not carry_bad:
+        check_finite(log_z, "student logits")
     return token_scores(
         log_probs, tokens, teacher, entropy=entropies if entropy else None, reference_log_probs=reference_log_probs
     )
@@ -208,6 +220,7 @@ class _Run:
     sums: dict[str, Tensor] = field(default_factory=dict)
     minima: dict[str, Tensor] = field(default_factory=dict)
     per_token: dict[str, Tensor] = field(default_factory=dict)
+    bad: tuple[str, int] | None = None
 
     def objective_gradient(
         self, out: StudentChunk | KernelStudentChunk, chunk: slice
@@ -236,12 +249,11 @@ class _Run:
                 (grad,) = torch.autograd.grad((loss * self.scale).sum(), columns)
         return loss.detach(), grad, metrics
 
-    def close(self, losses: list[Tensor], metrics: list[dict[str, Tensor]], squares: Tensor | None) -> None:
+    def close(self, loss: Tensor, metrics: list[dict[str, Tensor]], squares: Tensor | None) -> None:
         """Sums, minima and per-token values of all chunks."""
         guided = self.tokens.guided
         student = ~guided
         self.per_token = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
-        loss = torch.cat(losses).double()
         self.sums = {name: torch.where(student, v, 0).double().sum() for name, v in self.per_token.items()}
         self.sums |= {"loss": torch.where(student, loss, 0).sum(), "guided_loss": torch.where(guided, loss, 0).sum()}
         self.sums |= {"tokens": student.sum().double(), "guided_tokens": guided.sum().double()}
@@ -321,16 +333,23 @@ class _ChunkedHead(torch.autograd.Function):
             want_weight=run.grad_enabled and ctx.needs_input_grad[1],
         )
         work.compute()
-        check_finite(torch.cat(work.log_z), "student logits")
+        losses, log_z, options = torch.cat(work.losses), torch.cat(work.log_z), run.options
+        if options.carry_bad:
+            run.bad = first_bad(run.teacher, options.reference_log_probs, log_z, losses)
+        else:
+            check_finite(log_z, "student logits")
         grad_hidden, squares = work.grad_hidden, None
+        grad_weight = None if work.grad_weight is None else work.grad_weight.total
+        for values in filter(torch.is_tensor, (losses, grad_hidden, grad_weight) if run.bad else ()):
+            values.fill_(torch.nan)
         if grad_hidden is not None:
             grad_hidden = work.states.reduce_gradient(grad_hidden)
-            squares = work.states.row_squares(grad_hidden).double() if run.options.region_gradients else None
-        run.close(work.losses, work.metrics, squares)
+            squares = work.states.row_squares(grad_hidden).double() if options.region_gradients else None
+        run.close(losses.double(), work.metrics, squares)
         # Neither is an input or an output of this function, so save_for_backward is not for them.
-        ctx.grads = (grad_hidden, None if work.grad_weight is None else work.grad_weight.total)
-        ctx.weight, ctx.accumulate_main_grad = weight, run.options.accumulate_main_grad
-        return (torch.cat(work.losses).double().sum() * run.scale).float()
+        ctx.grads = (grad_hidden, grad_weight)
+        ctx.weight, ctx.accumulate_main_grad = weight, options.accumulate_main_grad
+        return (losses.double().sum() * run.scale).float()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

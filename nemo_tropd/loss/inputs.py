@@ -139,6 +139,21 @@ def check_head(
     check_ids(token_ids, shard.vocab_size, "token_ids")
 
 
+def first_bad(
+    teacher: TeacherScores, reference: Tensor | None, log_z: Tensor, losses: Tensor
+) -> tuple[str, int] | None:
+    """What is not finite, where it began, and the first such token; one look at the device. All tensors are [T]."""
+    causes = {"the teacher's logits": teacher.log_probs.isnan()}
+    if reference is not None:
+        causes["the reference's logits"] = reference.isnan()
+    causes |= {"the student's logits": ~log_z.isfinite(), "the loss": ~losses.isfinite()}
+    found = torch.stack(list(causes.values())).nonzero()
+    if not len(found):
+        return None
+    cause, token = found[0].tolist()
+    return list(causes)[cause], token
+
+
 def check_tokens(tokens: LossTokens, teacher: TeacherScores, shard: VocabShard) -> None:
     """ValueError for per-token tensors that are not [T] and for a teacher's top k that is not [T, K] of true ids."""
     count = len(tokens)

@@ -86,11 +86,15 @@ class StudentPass:
                 token_weights=weights,
                 reference_log_probs=reference,
                 accumulate_main_grad=weight.dtype != weight.main_grad.dtype,
+                carry_bad=True,
             ),
         )
         if self.topology.tensor_rank == 0:
             _add_metrics(sums, tokens, teacher, result)
-            if self.keep_tokens:
+            if result.bad is not None:
+                sequence = int(batch.sequence_ids[tokens.sequence[result.bad[1]]])
+                sums.bad.append((result.bad[0], self.topology.rank, sequence))
+            elif self.keep_tokens:
                 sums.keep(batch, result.per_token)
         # The schedule divides what it is given in place; the count is unused, see gpt.ddp.data_parallel.
         return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}

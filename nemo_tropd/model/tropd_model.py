@@ -137,7 +137,7 @@ class MegatronTrOPDModel(ModelPT):
                 found.append(None)
                 continue
             tokens, weight = batch.loss_tokens(), head_weight(self.student)
-            found.append(score_tokens(hidden, weight, tokens, teacher, self._layout()))
+            found.append(score_tokens(hidden, weight, tokens, teacher, self._layout(), carry_bad=True))
         return found
 
     def attach_rollouts(self, rollouts: Rollouts) -> None:
@@ -282,6 +282,7 @@ class MegatronTrOPDModel(ModelPT):
                     self._layout(),
                     entropy=objective.needs_student_entropy,
                     reference_log_probs=ref,
+                    carry_bad=True,
                 )
                 own.append(objective.statistic(seen).cpu())
         mine = torch.cat(own).tolist() if own and self.topology.tensor_rank == 0 else []

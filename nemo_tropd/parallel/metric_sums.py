@@ -22,6 +22,7 @@ class MetricSums:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.minima: dict[str, float] = {}
+        self.bad: list[tuple[str, int, int]] = []  # what was not finite, on which rank, in which sequence
         self.kept: list[dict[str, Any]] = []  # sequences with their tokens' log-ratios and gates, for the report
 
     def add(self, sums: Mapping[str, float], minima: Mapping[str, float] | None = None) -> None:
@@ -52,13 +53,14 @@ class MetricSums:
         total = MetricSums()
         if not dist.is_initialized() or dist.get_world_size() == 1:
             total.add(self.sums, self.minima)
-            total.kept = list(self.kept)
+            total.kept, total.bad = list(self.kept), list(self.bad)
             return total
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (self.sums, self.minima, self.kept))
-        for sums, minima, kept in parts:
+        dist.all_gather_object(parts, (self.sums, self.minima, self.kept, self.bad))
+        for sums, minima, kept, bad in parts:
             total.add(sums, minima)
             total.kept += kept
+            total.bad += bad
         total.kept.sort(key=lambda sequence: sequence["sequence_id"])
         return total
 
@@ -71,6 +73,7 @@ class DeviceSums:
     """Sums and minima that stay on the device while micro-batches run: the host waits for them once, in ``collect``."""
 
     def __init__(self) -> None:
+        self.bad: list[tuple[str, int, int]] = []  # see MetricSums
         self._sums: dict[str, Tensor] = {}
         self._minima: dict[str, Tensor] = {}
         self._kept: list[tuple[TokenBatch, Mapping[str, Tensor]]] = []
@@ -91,6 +94,7 @@ class DeviceSums:
     def collect(self) -> MetricSums:
         """The same on the host. A minimum over nothing (infinite) is left out."""
         total = MetricSums()
+        total.bad = self.bad
         if self._sums:
             values = torch.stack([*self._sums.values(), *self._minima.values()]).tolist()
             minima = zip(self._minima, values[len(self._sums) :], strict=True)

@@ -125,7 +125,7 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             try:
                 entry = _parse(line)
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 entry = None
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                 yield entry
@@ -200,7 +200,7 @@ def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         summary = _parse(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"summary.json is unreadable ({error})")
         return {}
     return summary if isinstance(summary, dict) else {}

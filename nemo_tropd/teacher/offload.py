@@ -61,6 +61,31 @@ class WeightHome:
         return list(zip(found, copies, strict=True))
 
 
+class Checksums:
+    """Sums over the bytes of a frozen model's weights, made on their device: one read of the weights a check."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._storages: list[torch.UntypedStorage] = []
+        self._wanted: list[Tensor] = []
+
+    def check(self) -> None:
+        """RuntimeError naming a weight whose bytes have changed since the first call."""
+        self._storages = self._storages or list(storages(self._model))
+        sums = [_sum(storage) for storage in self._storages]
+        self._wanted = self._wanted or sums
+        if not sums or not bool((torch.stack(sums) != torch.stack(self._wanted)).any()):
+            return
+        changed = {s._cdata for s, a, b in zip(self._storages, sums, self._wanted, strict=True) if int(a) != int(b)}
+        named = (*self._model.named_parameters(), *self._model.named_buffers())
+        names = [n for n, t in named if any(part.untyped_storage()._cdata in changed for part in parts(t))]
+        raise RuntimeError(
+            f"the frozen weights {', '.join(names[:3])} ({len(names)} in all) are not the bytes that were loaded: "
+            "memory was overwritten or damaged. Rerun the command to load them again; if it recurs, set "
+            "model.teacher.offload=false and test the machine's memory"
+        )
+
+
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of parameters and buffers, each storage counted once."""
     return sum(storage.nbytes() for storage in storages(model))
@@ -93,6 +118,13 @@ def _pin(buffer: Tensor, owner: object) -> None:
     runtime = torch.cuda.cudart()
     torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
     weakref.finalize(owner, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), buffer)
+
+
+def _sum(storage: torch.UntypedStorage) -> Tensor:
+    """The sum of the storage's 64-bit words, modulo 2^64, and of the bytes behind them: in any order the same."""
+    raw = _bytes(storage)
+    words = raw.numel() // 8 * 8
+    return raw[:words].view(torch.int64).sum() + raw[words:].sum()
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

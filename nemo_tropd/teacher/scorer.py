@@ -20,7 +20,7 @@ from nemo_tropd.loss.head import score_tokens, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.fp8 import Fp8Settings, pad_tokens
-from nemo_tropd.teacher.offload import WeightHome
+from nemo_tropd.teacher.offload import Checksums, WeightHome
 
 R = TypeVar("R")
 
@@ -64,20 +64,25 @@ class TeacherScorer:
                 load_hf(self.model, source, self.shape, topology)
         self.model.eval().requires_grad_(False)
         self.home = WeightHome(self.model) if offload else None
+        self._checksums = Checksums(self.model)
         self._depth = 0
         if self.home is not None:
+            self._checksums.check()
             self.home.leave()
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """A phase in which the teacher is used: with offload on, its weights come back before and leave after.
 
-        ``score`` opens one of its own; open one around several calls, or around any use of ``head``.
+        ``score`` opens one of its own; open one around several calls, or around any use of ``head``. Raises
+        RuntimeError if the weights are not those that were loaded.
         """
         if self.home is not None and self._depth == 0:
             self.home.come_back()
         self._depth += 1
         try:
+            if self._depth == 1:
+                self._checksums.check()  # an engine that shares the device has been awake since
             yield
         finally:
             self._depth -= 1
@@ -115,7 +120,8 @@ class TeacherScorer:
     def score(
         self, batches: Sequence[TokenBatch], *, top_k: int, entropy: bool, chunk_tokens: int | None
     ) -> list[TeacherScores | None]:
-        """The teacher's scores of each batch's loss tokens; None except on the last pipeline stage."""
+        """The teacher's scores of each batch's loss tokens, NaN where its logits are not finite; None except on the
+        last pipeline stage."""
 
         def reduce(hidden: Tensor, tokens: LossTokens, _: int) -> TeacherScores:
             return teacher_scores(
@@ -126,6 +132,7 @@ class TeacherScorer:
                 top_k,
                 self.layout(chunk_tokens),
                 entropy=entropy,
+                carry_bad=True,
             )
 
         return self._reduced(batches, reduce)
@@ -140,7 +147,7 @@ class TeacherScorer:
         def reduce(hidden: Tensor, tokens: LossTokens, index: int) -> TokenScores:
             other = reference[index]
             assert other is not None
-            return score_tokens(hidden, self.head, tokens, other, self.layout(chunk_tokens))
+            return score_tokens(hidden, self.head, tokens, other, self.layout(chunk_tokens), carry_bad=True)
 
         return self._reduced(batches, reduce)
 

@@ -2,11 +2,15 @@
 
 Null: the answer is not a mathematical expression. Run as a script with a time limit (seconds a question) and a memory
 limit (bytes): beyond the first, the kernel kills the process with SIGALRM; beyond the second, the verdict is false.
+The first line says that it is ready. It ends with its pipe, or soon after its owner, and with no signal that stops a
+run: the owner may still want answers judged before it stops.
 """
 
 import json
 import logging
+import os
 import resource
+import select
 import signal
 import sys
 
@@ -25,14 +29,24 @@ def judge(response: str, answer: str) -> bool | None:
 
 
 def main() -> None:
-    """Judge the pairs that come on standard input, within the seconds and bytes given as arguments."""
-    seconds, memory = int(sys.argv[1]), int(sys.argv[2])
+    """Judge the pairs that come on standard input; arguments: seconds, bytes, and the process that asks."""
+    seconds, memory, owner = (int(argument) for argument in sys.argv[1:])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle; this process exits with its pipe
+    for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(stop, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # answers.py had them blocked until here
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns at each call without a time limit
-    for line in sys.stdin:
+    print("ready", flush=True)
+    while True:
+        # A process that the owner has forked may hold the pipe open after the owner is gone.
+        while not select.select([sys.stdin], [], [], 1.0)[0]:
+            if os.getppid() != owner:
+                return
+        line = sys.stdin.readline()
+        if not line:
+            return
         response, answer = json.loads(line)
         signal.alarm(seconds)
         try:

@@ -2,14 +2,15 @@
 
 Models write things like 9^9^9^9, and no signal interrupts Python once sympy has begun to evaluate that. Responses are
 judged in a child process with a time and a memory limit that the kernel enforces (answer_judge.py); it starts with the
-first question and exits with this process. That also lets any thread or rank ask, which math-verify's own time limits
-(signal handlers) do not.
+first question and exits with this process, but not by the signals that stop a run. That also lets any thread or rank
+ask, which math-verify's own time limits (signal handlers) do not.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 TIME_LIMIT_S = 5
 MEMORY_LIMIT_BYTES = 4 << 30
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LONGEST_RESPONSE = 4000  # characters; a longer response is cut from its start, since the answer comes last
 
 
@@ -30,7 +32,8 @@ def exact_match(response: str, answer: str) -> bool:
 
     ``answer`` is a number or a mathematical expression; of a worked solution in GSM8K's style, what follows ``####``.
     The response's answer is the last expression that math-verify finds in it, a boxed one first. A response with no
-    expression in it is wrong, and so is one that cannot be judged within ``TIME_LIMIT_S`` and ``MEMORY_LIMIT_BYTES``.
+    expression in it is wrong, and so is one that cannot be judged within ``TIME_LIMIT_S`` and ``MEMORY_LIMIT_BYTES``,
+    or at which the judging process dies twice (which is said on stderr).
 
     Safe to call from any thread or process. Raises AnswerError if ``answer`` has no expression, since no response
     could then be right, or when the judging process cannot run.
@@ -47,34 +50,50 @@ class _Judge:
 
     def ask(self, response: str, answer: str) -> bool:
         with self._lock:
-            child = self._child = self._child or self._start()
-            assert child.stdin is not None and child.stdout is not None
-            try:
-                child.stdin.write(json.dumps([response, answer]) + "\n")
-                child.stdin.flush()
-                reply = child.stdout.readline()
-            except OSError:  # it died before it could be asked
-                reply = ""
-            if not reply:
-                code = child.wait()
-                self._child = None
-                if code == -signal.SIGALRM:
-                    return False
-                raise AnswerError(f"the process that judges answers exited with code {code}; its error output is above")
+            reply = self._reply([response, answer])
+            if isinstance(reply, int) and reply != -signal.SIGALRM:
+                reply = self._reply([response, answer])
+        if isinstance(reply, int):
+            if reply != -signal.SIGALRM:
+                why = f"the process that judges answers died twice (code {reply}); the right answer is {answer!r}"
+                print(f"a response counts as wrong: {why}", file=sys.stderr, flush=True)
+            return False
         verdict = json.loads(reply)
         if verdict is None:
             raise AnswerError(f"the known answer {answer!r} is not a number or a mathematical expression")
         return bool(verdict)
 
+    def _reply(self, question: list[str]) -> str | int:
+        """The judge's line, or the code it exited with."""
+        child = self._child = self._child or self._start()
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(json.dumps(question) + "\n")
+            child.stdin.flush()
+            reply = child.stdout.readline()
+        except OSError:  # it died before it could be asked
+            reply = ""
+        if reply.endswith("\n"):
+            return reply
+        self._child = None
+        return child.wait()
+
     def _start(self) -> subprocess.Popen[str]:
         script = Path(__file__).with_name("answer_judge.py")
         # -P keeps this folder's modules from being found under the names of installed ones.
-        command = [sys.executable, "-P", str(script), str(TIME_LIMIT_S), str(MEMORY_LIMIT_BYTES)]
+        command = [sys.executable, "-P", str(script), str(TIME_LIMIT_S), str(MEMORY_LIMIT_BYTES), str(os.getpid())]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # inherited: the judge unblocks what it ignores
         try:
             child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:
             raise AnswerError(f"cannot start {' '.join(command)}: {error}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         atexit.register(_end, child)
+        assert child.stdout is not None
+        if not child.stdout.readline():
+            code = child.wait()
+            raise AnswerError(f"the process that judges answers exited with code {code}; its error output is above")
         return child
 
 

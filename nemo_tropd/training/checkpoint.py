@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # derives from
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.convert.folders import write_hf_sidecar
+from nemo_tropd.convert.metadata_file import without_code
 from nemo_tropd.files import finish_folder
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.topology import Topology
@@ -161,9 +162,13 @@ class Checkpoints:
                 "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True),
                 "model": model.sharded_state_dict(prefix=MODEL_PREFIX),
             }
-            loaded = dist_checkpointing.load(request, str(path))
+            with without_code(path):
+                loaded = dist_checkpointing.load(request, str(path))
             weights = {k.removeprefix(MODEL_PREFIX): v for k, v in loaded["model"].items()}
             model.load_state_dict(weights, strict=True)
+            for name, parameter in model.named_parameters():
+                if not bool(parameter.isfinite().all()):
+                    raise ValueError(f"{name} has NaN or infinite values")
             optimizer.load_state_dict(loaded["optimizer"])
             return RunState(**loaded["run_state"])
         except (Exception, CheckpointException) as error:

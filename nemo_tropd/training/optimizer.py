@@ -19,7 +19,7 @@ class StepResult:
     """What one optimizer step did; the same on every rank."""
 
     grad_norm: float  # global L2 norm before clipping; may be infinite or NaN
-    applied: bool  # False: the gradient was not finite and the weights are as they were
+    applied: bool  # False: the gradient was not finite, and weights and optimizer states are as they were
     learning_rate: float
 
 
@@ -86,6 +86,11 @@ class StudentOptimizer:
             return StepResult(grad_norm, False, learning_rate)
         self.megatron.step()
         return StepResult(grad_norm, True, learning_rate)
+
+    def bad_gradient(self) -> str | None:
+        """This rank's first parameter whose gradient is not finite."""
+        named = ((name, p.main_grad) for name, p in self.model.module.named_parameters())
+        return next((name for name, grad in named if not bool(grad.isfinite().all())), None)
 
     def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
         """The optimizer's part of a distributed checkpoint.

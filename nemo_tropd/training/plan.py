@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from nemo_tropd.command_line import printable
 from nemo_tropd.config import ConfigError, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.loss.inputs import CHUNK_BYTES
@@ -259,8 +260,8 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         *memory_lines(plan.memory, plan.machine),
         *(("sent by a rank in a step: " + kind, gib(size)) for kind, size in plan.wire.kinds.items() if size),
     ):
-        table.add_row(label, value)
-    Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100)).print(table)
+        table.add_row(label, printable(value))
+    Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100), markup=False, emoji=False).print(table)
 
 
 def _slow_bf16(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:

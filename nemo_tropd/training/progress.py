@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nemo_tropd.command_line import printable
+
 SHOWN = (
     ("loss", "loss", "{:.3f}"),
     ("trust_fraction", "trust", "{:.2f}"),
@@ -23,7 +25,7 @@ class RunProgress:
 
     def __init__(self, *, enabled: bool, first: int, total: int) -> None:
         self.enabled, self.total = enabled, total
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False, emoji=False)
         self.live = enabled and self.console.is_terminal
         self._began, self._first = time.monotonic(), first
         if self.live:
@@ -49,9 +51,9 @@ class RunProgress:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.live:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(printable(text), highlight=False)
         elif self.enabled:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def step_done(self, step: int, values: Mapping[str, float]) -> None:
         """Advance past step number ``step`` (from 0) and show its figures."""

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from nemo_tropd.command_line import fail
+from nemo_tropd.command_line import fail, printable
 from nemo_tropd.config import ConfigError, TropdConfig
-from nemo_tropd.config_checks import resolve
+from nemo_tropd.config_checks import resolve, without_secrets, yaml_without_secrets
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
 from nemo_tropd.files import write_text
@@ -212,7 +212,7 @@ def finish(setup: Setup, model: MegatronTrOPDModel, outcome: Outcome) -> None:
     if setup.topology.is_leader:
         write_summary(setup.run_dir, setup.cfg, outcome)
         report = write_report(setup.run_dir)
-        Console().print(f"student  {exported}\nreport   {report}", highlight=False)
+        print(printable(f"student  {exported}\nreport   {report}"), flush=True)
 
 
 def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
@@ -237,6 +237,7 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    given, sys.argv = sys.argv, [without_secrets(argument) for argument in sys.argv]  # exp_manager keeps them in a file
     exp_manager(
         lightning,
         OmegaConf.create(
@@ -245,7 +246,7 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
                 "name": cfg.name,
                 "create_tensorboard_logger": cfg.exp_manager.create_tensorboard_logger,
                 "create_wandb_logger": cfg.exp_manager.create_wandb_logger,
-                "wandb_logger_kwargs": dict(cfg.exp_manager.wandb_logger_kwargs),
+                "wandb_logger_kwargs": _wandb_kwargs(cfg, run_dir),
                 "create_checkpoint_callback": False,
                 "create_preemption_callback": False,
                 "log_step_timing": False,
@@ -254,6 +255,18 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
             }
         ),
     )
+    sys.argv = given
     if os.environ.get("RANK", "0") == "0":
-        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        write_text(run_dir / "config.yaml", yaml_without_secrets(cfg))
     return lightning
+
+
+def _wandb_kwargs(cfg: TropdConfig, run_dir: Path) -> dict[str, Any]:
+    """Those of the configuration, with the run's own id unless one is given: a resumed run continues its curves."""
+    kwargs = dict(cfg.exp_manager.wandb_logger_kwargs)
+    if cfg.exp_manager.create_wandb_logger and os.environ.get("RANK", "0") == "0":
+        path = run_dir / "wandb_id"
+        if not path.is_file():
+            write_text(path, secrets.token_hex(8))
+        kwargs.setdefault("id", path.read_text(encoding="utf-8").strip())
+    return kwargs

@@ -7,11 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from nemo_tropd.command_line import printable
 from nemo_tropd.config import TropdConfig
+from nemo_tropd.config_checks import yaml_without_secrets
 from nemo_tropd.files import write_json
 from nemo_tropd.training.trainer import Outcome
 
@@ -39,7 +40,7 @@ def write_summary(run_dir: Path, cfg: TropdConfig, outcome: Outcome) -> Path:
         ]
         if before and after
         else [],
-        "config": OmegaConf.to_yaml(OmegaConf.structured(cfg)),
+        "config": yaml_without_secrets(cfg),
         "versions": versions(),
     }
     path = run_dir / "summary.json"
@@ -70,12 +71,12 @@ def print_summary(content: dict[str, Any]) -> None:
             if name == "exact_match":
                 label += f" ({before.get('exact_match_of', 0):.0f} prompts)"
             table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", _change(before[name], after[name]))
-    console = Console(width=110)
+    console = Console(width=110, markup=False, emoji=False)
     console.print(table)
     for answer in content["answers"][:1]:
-        console.print(f"[bold]{answer['prompt']}[/bold]")
-        console.print(f"before: {answer['before']!r}", highlight=False, markup=False)
-        console.print(f"after:  {answer['after']!r}", highlight=False, markup=False)
+        console.print(printable(answer["prompt"]), style="bold", highlight=False)
+        console.print(f"before: {answer['before']!r}", highlight=False)
+        console.print(f"after:  {answer['after']!r}", highlight=False)
 
 
 def _change(before: float, after: float) -> str:

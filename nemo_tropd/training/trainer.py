@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from nemo_tropd.batch import Rollout
 from nemo_tropd.files import write_json
+from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.checkpoint import Checkpoints, check_resumable
 from nemo_tropd.training.metrics import MetricsLog, RolloutFile
-from nemo_tropd.training.optimizer import StepResult
 from nemo_tropd.training.progress import RunProgress
 from nemo_tropd.training.setup import Setup
-from nemo_tropd.training.step import TrainStep
+from nemo_tropd.training.step import StepRecord, TrainStep
 from nemo_tropd.training.validation import Validation, Validator
 
 
@@ -108,7 +106,7 @@ class TropdTrainer:
     def _step(self, step: int) -> None:
         record = self.one_step.run(step, keep_tokens=self._keeps_tokens(step), shown=self.progress.phase)
         self.state = replace(self.state, step=step + 1)
-        self._count_skipped(step, record.result, record.rollouts)
+        self._count_skipped(step, record)
         if self.log is not None:
             self.log.write(step + 1, "train", record.values)
         if self.rollout_file is not None and record.sums.kept:
@@ -120,24 +118,42 @@ class TropdTrainer:
         done = step + 1
         return done in (1, self.settings.max_steps) or self._due(done, self.settings.val_check_interval)
 
-    def _count_skipped(self, step: int, result: StepResult, rollouts: Sequence[Rollout]) -> None:
-        """Keep the rollouts behind a gradient that is not finite; end the run if it happens too often in a row."""
-        if result.applied:
+    def _count_skipped(self, step: int, record: StepRecord) -> None:
+        """Keep the rollouts of a step that was skipped; end the run if it happens too often in a row (collective)."""
+        if record.result.applied:
             self._skipped_in_a_row = 0
             return
         self._skipped_in_a_row += 1
         self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
         where = self.run_dir / "skipped" / f"step_{step + 1:08d}.json"
-        if self.topology.is_leader:
+        causes, norm = self._not_finite(record), record.result.grad_norm
+        rollouts = [vars(r) for r in record.rollouts]
+
+        def keep() -> None:
             where.parent.mkdir(exist_ok=True)
-            write_json(where, {"grad_norm": str(result.grad_norm), "rollouts": [vars(r) for r in rollouts]})
-        self.progress.say(f"step {step + 1}: gradient norm {result.grad_norm}; step skipped, rollouts kept in {where}")
+            write_json(where, {"not_finite": causes, "grad_norm": str(norm), "rollouts": rollouts})
+
+        on_rank_zero(self.topology, keep)
+        what = causes[0] + (f" and {len(causes) - 1} more" if len(causes) > 1 else "")
+        self.progress.say(f"step {step + 1} skipped: not finite: {what}; rollouts kept in {where}")
         if self._skipped_in_a_row > self.settings.max_skipped_steps:
+            remedy = "lower model.optim.lr or trainer.tropd.gradient_clip_val"
+            if causes[0].startswith("the teacher"):
+                remedy = "check the files of model.teacher.path, or set model.teacher.precision=32 and fp8=null"
             raise TrainingError(
-                f"step {step + 1}: {self._skipped_in_a_row} steps in a row had a gradient that is not finite "
-                f"(trainer.tropd.max_skipped_steps = {self.settings.max_skipped_steps}); see {where.parent}, and lower "
-                f"model.optim.lr or use trainer.precision=32"
+                f"step {step + 1}: {self._skipped_in_a_row} steps in a row were skipped "
+                f"(trainer.tropd.max_skipped_steps = {self.settings.max_skipped_steps}); not finite: {what}. The same "
+                f"command resumes from the last checkpoint and meets the same prompts and draws again: {remedy}, or "
+                f"raise max_skipped_steps to get past them. Their rollouts are in {where.parent}"
             )
+
+    def _not_finite(self, record: StepRecord) -> list[str]:
+        """What was not finite in a skipped step, on which rank, in which prompt or parameter (collective)."""
+        prompt_of = {r.sequence_id: self.one_step.prompts[r.prompt_index].where for r in record.rollouts}
+        logits = [f"{cause} on rank {rank}, prompt {prompt_of[s]}" for cause, rank, s in record.sums.bad]
+        names = self.topology.gather_objects(self.optimizer.bad_gradient())
+        gradients = [f"the gradient of {name} on rank {rank}" for rank, name in enumerate(names) if name]
+        return logits or gradients or ["the norm of the gradient, which overflowed"]
 
     def _due(self, done: int, interval: int) -> bool:
         return bool(interval) and done % interval == 0
@@ -145,7 +161,7 @@ class TropdTrainer:
     def _validate(self, step: int) -> Validation:
         self.progress.phase("validating")
         validation = self.validator.run(step)
-        if not validation.metrics:
+        if not (validation.metrics or validation.dropped):
             return validation
         if self.log is not None:
             self.log.write(step, "validation", validation.metrics)

@@ -29,6 +29,7 @@ class Validation:
     step: int
     metrics: dict[str, float]
     answers: list[dict[str, str]] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)  # metrics that were not finite
 
     def line(self) -> str:
         """One human-readable line."""
@@ -38,7 +39,8 @@ class Validation:
             ("one_minus_tv", "1 - TV"),
             ("exact_match", "exact match"),
         )
-        return ", ".join(f"{label} {self.metrics[n]:.3f}" for n, label in names if n in self.metrics)
+        figures = [f"{label} {self.metrics[n]:.3f}" for n, label in names if n in self.metrics]
+        return ", ".join([*figures, *(f"{name} not finite, left out" for name in self.dropped)])
 
 
 class Validator:
@@ -55,7 +57,8 @@ class Validator:
         """Validate the student as it is (collective); the same result on every rank.
 
         ``reverse_kl``, ``one_minus_tv`` and the entropies are means over the tokens of the student's own answers,
-        ``forward_kl`` over the tokens of the teacher's; ``exact_match`` over prompts with a known answer.
+        ``forward_kl`` over the tokens of the teacher's; ``exact_match`` over prompts with a known answer. A mean
+        that is not finite is left out.
         """
         if not self.prompts:
             return Validation(step, {})
@@ -80,7 +83,8 @@ class Validator:
             {"prompt": self.prompts[r.prompt_index].text, "answer": text}
             for r, text in list(zip(rollouts, texts, strict=True))[:8]
         ]
-        result = Validation(step, {k: v for k, v in metrics.items() if math.isfinite(v)}, answers)
+        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+        result = Validation(step, finite, answers, [k for k in metrics if k not in finite])
         if self.topology.is_leader:
             self.dir.mkdir(exist_ok=True)
             write_json(self._path(step), asdict(result))

@@ -37,6 +37,8 @@ _PACKING = "tests/unit/test_packing.py::"
 _OBJECTIVES = "tests/unit/test_objectives.py::"
 _GUIDANCE = "tests/unit/test_guidance.py::"
 _PROMPTS = "tests/unit/test_prompts.py::"
+_BAD_NUMBERS = "tests/unit/test_bad_numbers.py::"
+_STRANGERS = "tests/unit/test_strangers.py::"
 _VOCAB = "tests/unit/test_vocab.py::"
 _HEAD = "tests/unit/test_head.py::"
 _EQUATIONS = _HEAD + "test_value_and_gradients"
@@ -100,6 +102,14 @@ def _versions(what: str, line: str, becomes: str, *tests: str) -> Fault:
 
 def _several(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("training", what, f"nemo_tropd/{file}.py", line, becomes, tests, slow=True)
+
+
+def _numbers(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("numbers", what, f"nemo_tropd/{file}.py", line, becomes, tests)
+
+
+def _strangers(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("strangers", what, f"nemo_tropd/{file}.py", line, becomes, tests)
 
 
 def _resume(what: str, line: str, becomes: str, *tests: str) -> Fault:
@@ -1123,5 +1133,70 @@ FAULTS: list[Fault] = [
         "blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies",
         "blended = blend * frequencies / scaling.factor + (1 - blend) * frequencies",
         ("tests/unit/test_layouts.py::test_rotary_frequencies_are_scaled_as_transformers_scales_them",),
+    ),
+    # numbers: what is not finite is carried to every rank, named, and never used
+    _numbers(
+        "loss/head",
+        "bad logits leave the gradients as they are",
+        "for values in filter(torch.is_tensor, (losses, grad_hidden, grad_weight) if run.bad else ()):",
+        "for values in filter(torch.is_tensor, (losses,) if run.bad else ()):",
+        _BAD_NUMBERS + "test_bad_logits_of_the_student_make_loss_and_gradients_nan",
+    ),
+    _numbers(
+        "loss/inputs",
+        "bad scores of the teacher count only where the objective uses them",
+        """causes = {"the teacher's logits": teacher.log_probs.isnan()}""",
+        """causes = {"the teacher's logits": losses.isnan()}""",
+        _BAD_NUMBERS + "test_bad_scores_of_the_teacher_count_though_the_objective_leaves_the_token_out",
+    ),
+    _numbers(
+        "convert/hf_import",
+        "only NaN weights are refused, infinite ones are loaded",
+        "if part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):  # NaN is both least and greatest",
+        "if part.numel() and bool(torch.stack(part.aminmax()).isnan().any()):",
+        _BAD_NUMBERS + "test_weights_that_are_not_finite_are_named_by_tensor",
+    ),
+    _numbers(
+        "teacher/scorer",
+        "the teacher's bytes are never compared",
+        "self._checksums.check()  # an engine that shares the device has been awake since",
+        "pass",
+        _BAD_NUMBERS + "test_a_teachers_weight_that_changed_is_named_before_it_scores",
+    ),
+    # strangers: what comes from outside is neither run nor obeyed
+    _strangers(
+        "convert/metadata_file",
+        "any class may be unpickled",
+        "if name not in _ALLOWED.get(module, ()):",
+        "if module == 'os':",
+        _STRANGERS + "test_no_code_of_a_checkpoint_runs",
+    ),
+    _strangers(
+        "convert/metadata_file",
+        "objects beside the weights are loaded as programs",
+        'os.environ[_FORCE] = "1"',
+        'os.environ[_FORCE] = "0"',
+        _STRANGERS + "test_an_object_beside_the_weights_cannot_run_code",
+    ),
+    _strangers(
+        "command_line",
+        "control characters reach the terminal",
+        'return "".join(c if c.isprintable() or c in "\\n\\t" else c.encode("unicode_escape").decode() for c in text)',
+        "return text",
+        _STRANGERS + "test_text_from_data_is_printed_as_it_is_and_obeyed_by_no_terminal",
+    ),
+    _strangers(
+        "rollout/weights/shared_memory",
+        "another user's files are removed",
+        "if found.st_uid == os.getuid() and time.time() - found.st_mtime > _STALE_AFTER_S:",
+        "if time.time() - found.st_mtime > _STALE_AFTER_S:",
+        _STRANGERS + "test_another_users_bucket_files_are_left_alone",
+    ),
+    _strangers(
+        "training/answers",
+        "a stop reaches the judge before it is ready",
+        "before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # inherited: the judge unblocks what it ignores",
+        "before = signal.pthread_sigmask(signal.SIG_BLOCK, ())",
+        "tests/unit/test_answers.py::test_a_stop_before_the_judge_is_ready_does_not_end_it",
     ),
 ]

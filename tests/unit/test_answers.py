@@ -1,6 +1,12 @@
 """Exact match: right, wrong, nothing, and what no time limit in Python could stop."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +93,69 @@ def test_a_judge_that_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setattr(answers, "MEMORY_LIMIT_BYTES", "nonsense")
     with pytest.raises(AnswerError, match="exited with code 1"):
         exact_match("19", "19")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_signals_that_stop_a_run_do_not_end_the_judge(stop):
+    assert exact_match("19", "19")
+    child = answers._JUDGE._child
+    os.kill(child.pid, stop)
+    assert exact_match("19", "19") and not exact_match("18", "19")
+    assert answers._JUDGE._child is child
+
+
+def test_a_stop_before_the_judge_is_ready_does_not_end_it(monkeypatch):
+    judge = answers._Judge()
+    started = subprocess.Popen
+
+    def start(*args, **kw):
+        child = started(*args, **kw)
+        os.kill(child.pid, signal.SIGTERM)
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert judge.ask("19", "19")
+
+
+def test_a_killed_judge_is_started_once_more_and_then_the_answer_is_wrong(monkeypatch, capsys):
+    judge = answers._Judge()
+    assert judge.ask("19", "19")
+    judge._child.kill()
+    assert judge.ask("19", "19")
+    start = judge._start
+
+    def start_dying():
+        child = start()
+        child.kill()
+        child.wait()
+        return child
+
+    monkeypatch.setattr(judge, "_start", start_dying)
+    judge._child.kill()
+    assert not judge.ask("19", "19")
+    assert "counts as wrong: the process that judges answers died twice (code -9)" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert judge.ask("19", "19")
+
+
+def test_the_judge_ends_with_its_owner_though_another_process_holds_its_pipe():
+    """The owner is killed; a child that it forked lives on with all its open files."""
+    script = (
+        "import os, time\n"
+        "from nemo_tropd.training import answers\n"
+        "assert answers.exact_match('19', '19')\n"
+        "print(answers._JUDGE._child.pid, os.fork() or time.sleep(60), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    judge, forked = map(int, owner.stdout.readline().split())
+    try:
+        owner.kill()
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{judge}/cmdline").exists() and Path(f"/proc/{judge}/cmdline").read_bytes():
+            assert time.monotonic() < deadline, "the judge outlived its owner"
+            time.sleep(0.1)
+        assert Path(f"/proc/{forked}").exists()
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        owner.wait()

@@ -82,8 +82,8 @@ class SharedMemory:
             owner = re.match(rf"{_FILE_PREFIX}(\d+)-", file.name)
             if owner is None or Path(f"/proc/{owner.group(1)}").exists():
                 continue
-            # Another user's file can be neither removed nor do harm.
             with suppress(OSError):
+                found = file.lstat()
                 # Another container may share the folder but not the process numbers; its files live for seconds.
-                if time.time() - file.stat().st_mtime > _STALE_AFTER_S:
+                if found.st_uid == os.getuid() and time.time() - found.st_mtime > _STALE_AFTER_S:
                     file.unlink()
