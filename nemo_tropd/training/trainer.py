@@ -106,12 +106,12 @@ class TropdTrainer:
     def _step(self, step: int) -> None:
         record = self.one_step.run(step, keep_tokens=self._keeps_tokens(step), shown=self.progress.phase)
         self.state = replace(self.state, step=step + 1)
-        self._count_skipped(step, record)
         if self.log is not None:
             self.log.write(step + 1, "train", record.values)
         if self.rollout_file is not None and record.sums.kept:
             kept = record.sums.kept[: self.cfg.model.validation.kept_rollouts]
             self.rollout_file.write(step + 1, record.rollouts, kept)
+        self._count_skipped(step, record)
         self.progress.step_done(step, record.values)
 
     def _keeps_tokens(self, step: int) -> bool:

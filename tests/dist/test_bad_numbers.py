@@ -99,7 +99,7 @@ def run_here(rank: int, world_size: int, root: str, runs: list[tuple[str, str, i
     return results
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(220)
 def test_a_bad_value_on_one_rank_skips_the_step_on_all_and_too_many_end_the_run(tmp_path: Path) -> None:
     TinyRun.make(tmp_path)
     none = {"model.data.held_out": 0}
@@ -111,7 +111,7 @@ def test_a_bad_value_on_one_rank_skips_the_step_on_all_and_too_many_end_the_run(
         ("gradient-pipeline", "gradient", 0, False, {"pipeline": 2, **none}),
         ("teacher-data", "teacher", 0, True, {"data": 2, **none, **few, "model.tropd.objective": "entropy_opd"}),
     ]
-    by_rank = run_distributed(run_here, 2, str(tmp_path), runs, init_gloo=False, timeout_s=300)
+    by_rank = run_distributed(run_here, 2, str(tmp_path), runs, timeout_s=200)
     for i, (name, what, _, always, _) in enumerate(runs):
         run_dir = tmp_path / name
         lines = [json.loads(x, parse_constant=pytest.fail) for x in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -130,7 +130,7 @@ def test_a_bad_value_on_one_rank_skips_the_step_on_all_and_too_many_end_the_run(
         assert WHAT[what] in skipped["not_finite"][0] and len(skipped["rollouts"]) == 4
         assert what == "gradient" or "prompts.jsonl" in skipped["not_finite"][0]
         trained = [line for line in lines if line["kind"] == "train"]
-        assert [line["applied"] for line in trained] == ([0.0] if always else [1.0, 0.0, 1.0])
+        assert [line["applied"] for line in trained] == ([0.0, 0.0] if always else [1.0, 0.0, 1.0])
     assert len(train_lines(tmp_path / "student-data")) == 3
     validation = json.loads((tmp_path / "student-data" / "validation" / "step_00000003.json").read_text())
     assert "reverse_kl" in validation["dropped"] and not {"reverse_kl", "student_entropy"} & validation["metrics"].keys()
