@@ -138,14 +138,14 @@ def test_an_index_that_is_none_is_refused(model: Path, content: bytes) -> None:
 
 
 def test_json_nested_too_deeply_is_named_by_its_file(model: Path, tmp_path: Path) -> None:
-    nested = "[" * 100_000
+    nested, tokenizer = "[" * 100_000, AutoTokenizer.from_pretrained(model)
     (model / "config.json").write_text(nested)
     with pytest.raises(ConversionError, match=r"config\.json is not valid JSON"):
         read_shape(model)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(nested + "\n")
     with pytest.raises(PromptError, match=r"line 1: .* nested too deeply"):
-        load_prompts(str(prompts), AutoTokenizer.from_pretrained(model), max_prompt_tokens=9, held_out=0)
+        load_prompts(str(prompts), tokenizer, max_prompt_tokens=9, held_out=0)
     (tmp_path / "summary.json").write_text(nested)
     (tmp_path / "metrics.jsonl").write_text(nested + '\n{"step": 1, "kind": "train", "loss": 1.0}\n')
     assert any("summary.json is unreadable" in note for note in read_run(tmp_path).notes)
