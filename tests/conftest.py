@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import random
 
-import numpy as np
 import pytest
-import torch
+
+from tests.random_inputs import start_generators
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "random: the inputs differ in every run; see --draws and --seed")
     if config.option.seed is None:
         config.option.seed = int.from_bytes(os.urandom(4), "little")
-    start_generators(config.option.seed, "")
+    start_generators(f"{config.option.seed} ")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -37,7 +35,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_pycollect_makemodule(module_path: object, parent: pytest.Collector) -> None:
     """Numbers drawn while a module is imported."""
-    start_generators(parent.config.option.seed, str(module_path).rpartition("tests")[2])
+    start_generators(f"{parent.config.option.seed} {str(module_path).rpartition('tests')[2]}")
 
 
 @pytest.fixture(autouse=True)
@@ -54,15 +52,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    start_generators(item.config.option.seed, item.nodeid)
-
-
-def start_generators(seed: int, name: str) -> None:
-    """Start the generators of random, numpy and torch from ``seed`` and ``name``.
-
-    torch's would else start from a number of its own, the same in every run.
-    """
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    random.seed(digest)
-    np.random.seed(int.from_bytes(digest[:4], "little"))
-    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+    start_generators(f"{item.config.option.seed} {item.nodeid}")

@@ -1,4 +1,4 @@
-"""Run a function in several spawned gloo processes on this machine, under a deadline."""
+"""Run a function in several gloo processes on this machine, under a deadline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+
+from tests.random_inputs import start_generators
 
 GRACE_S = 2.0  # after a first failure, for the other ranks' own tracebacks
 
@@ -27,37 +30,76 @@ class DistributedFailure(AssertionError):
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, init_gloo: bool = True
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120,
+    init_gloo: bool = True,
+    fresh: bool = False,
 ) -> list[Any]:
-    """Call ``fn(rank, world_size, *args)`` in ``world_size`` spawned processes; return what they returned, by rank.
+    """Call ``fn(rank, world_size, *args)`` in ``world_size`` processes of its own; return what they returned, by rank.
 
     ``fn`` is a module-level function, ``args`` and results are picklable (tensors travel by value). Each process has
-    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, one torch thread, and a default gloo
-    process group that is already up (``init_gloo=False`` leaves that to ``fn``). All processes and whatever they
-    started are killed at ``timeout_s`` or soon after the first failure. Raises DistributedFailure naming the rank.
+    RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, one torch thread, generators started from
+    torch's seed here and its rank, and a default gloo process group that is already up (``init_gloo=False`` leaves that
+    to ``fn``). It is a fork of a server that has imported ``rank_imports`` and done nothing else; ``fresh`` starts an
+    interpreter instead, for what is read from the environment when a library is imported. All processes and whatever
+    they started are killed ``timeout_s`` after their start or soon after the first failure. Raises DistributedFailure
+    naming the rank.
     """
-    context = multiprocessing.get_context("spawn")
-    deadline = time.monotonic() + timeout_s
+    context = _context(fresh)
     port = _free_port()
     processes: list[Any] = []
     pipes: list[Connection] = []
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_child, args=(theirs, fn, rank, world_size, args, timeout_s, init_gloo), name=f"rank{rank}"
-            )
-            with environment(_child_environment(rank, world_size, port)):
-                process.start()
+            values = _child_environment(rank, world_size, port)
+            call = (theirs, fn, rank, world_size, args, timeout_s, init_gloo)
+            # Unpickled first of all: what ``fn``'s module reads and prints when it is imported is then right, too.
+            surroundings = _Surroundings({**os.environ, **values}, f"{torch.initial_seed()} {rank}")
+            process = context.Process(target=_child, args=(surroundings, *call), name=f"rank{rank}")
+            with environment(values):
+                process.start()  # the first one waits for the server's imports
             theirs.close()
             processes.append(process)
             pipes.append(ours)
-        return _collect(processes, pipes, deadline, timeout_s)
+        return _collect(processes, pipes, time.monotonic() + timeout_s, timeout_s)
     finally:
         for process in processes:
             _kill(process)
         for pipe in pipes:
             pipe.close()
+
+
+def _context(fresh: bool) -> Any:
+    if fresh:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.dist.rank_imports"])
+    with environment({"OMP_NUM_THREADS": "1"}):  # read when torch is imported; a pool of threads would not be forked
+        forkserver.ensure_running()
+    return context
+
+
+class _Surroundings:
+    """The caller's environment and streams: a process that unpickles this has them, and generators of its own."""
+
+    def __init__(self, values: dict[str, str], seed: str) -> None:
+        self.values, self.seed = values, seed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _enter, (self.values, self.seed, reduction.DupFd(1), reduction.DupFd(2))
+
+
+def _enter(values: dict[str, str], seed: str, *streams: Any) -> None:
+    os.environ.clear()
+    os.environ.update(values)
+    for target, stream in enumerate(streams, start=1):
+        if (given := stream.detach()) != target:
+            os.dup2(given, target)
+            os.close(given)
+    start_generators(seed)
 
 
 def _collect(processes: list[BaseProcess], pipes: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
@@ -89,6 +131,7 @@ def _collect(processes: list[BaseProcess], pipes: list[Connection], deadline: fl
 
 
 def _child(
+    surroundings: None,
     pipe: Connection,
     fn: Callable[..., Any],
     rank: int,
@@ -128,6 +171,7 @@ def _kill(process: BaseProcess) -> None:
         process.join(0.5)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # it may have been too young to have a group
     process.join()
 
 
@@ -140,7 +184,7 @@ def _child_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",  # read when torch is imported, before any line of ours runs in the child
+        "OMP_NUM_THREADS": "1",
     }
 
 

@@ -260,7 +260,7 @@ def test_kernels(world_size: int) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     with environment({"TRITON_INTERPRET": "1"}):
-        results = run_distributed(work, world_size, seed, timeout_s=270)
+        results = run_distributed(work, world_size, seed, timeout_s=270, fresh=True)
     for rank, (failures, count, seconds) in enumerate(results):
         print(f"rank {rank}: {count} checks in {seconds:.1f} s")
         assert count > (400 if world_size == 1 else 200)

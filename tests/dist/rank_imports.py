@@ -1,0 +1,10 @@
+"""What the ranks of ``run_distributed`` need: the server from which they are forked imports it once."""
+
+import gc
+
+import pytest  # noqa: F401
+
+import nemo_tropd.training.run  # noqa: F401
+
+gc.collect()
+gc.freeze()  # a collection in a rank would copy every page that it looks at
