@@ -1,8 +1,10 @@
 """The runner itself: results by rank, and every way a rank can fail is named."""
 
 import os
+import random
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +34,23 @@ def _die(rank: int, world_size: int) -> None:
 def _hang(rank: int, world_size: int) -> None:
     if rank == 1:
         time.sleep(600)
+
+
+def _surroundings(rank: int, world_size: int) -> tuple[object, ...]:
+    left_by_another = getattr(os, "left_behind", None)
+    os.left_behind = rank  # type: ignore[attr-defined]
+    return left_by_another, os.environ.get("GIVEN"), torch.initial_seed(), random.random(), float(np.random.rand())
+
+
+def test_ranks_have_the_callers_environment_own_generators_and_nothing_of_other_ranks(monkeypatch):
+    seen = []
+    for value in ("one", "two"):
+        monkeypatch.setenv("GIVEN", value)
+        seen.append(run_distributed(_surroundings, 2, timeout_s=60))
+        assert [rank[:2] for rank in seen[-1]] == [(None, value)] * 2
+    first, second = ([rank[2:] for rank in run] for run in seen)
+    assert first == second  # of the test's own seed
+    assert all(mine != theirs for mine, theirs in zip(*first, strict=True))
 
 
 def test_results_come_back_by_rank():
