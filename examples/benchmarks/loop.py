@@ -86,7 +86,7 @@ class OurLoop:
         """Warm up, then time some steps, of which the fastest counts; ``first`` is the number of the first."""
         from nemo_tropd.prompts import Prompt, PromptSet
         from nemo_tropd.rollout.collective import EveryRankRollouts
-        from nemo_tropd.rollout.guidance import Guidance
+        from nemo_tropd.training.guidance import Guidance
         from nemo_tropd.training.packing import Packer
         from nemo_tropd.training.step import TrainStep
 
@@ -94,7 +94,7 @@ class OurLoop:
         prompts = PromptSet(
             tuple(Prompt(str(i), "", (), None, tuple(ids), "random") for i, ids in enumerate(case.prompts()))
         )
-        rollouts = EveryRankRollouts(self.topology, make_engine, self.model.device_stream)
+        rollouts = EveryRankRollouts(self.topology, make_engine, self.model.device_stream, self.model.vocab_size)
         self.model.attach_rollouts(rollouts)
         m = self.cfg.model
         step = TrainStep(

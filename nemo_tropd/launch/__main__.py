@@ -8,6 +8,7 @@ torchrun command and exits.
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from nemo_tropd.config_checks import resolve
 from nemo_tropd.launch.command import plan_launch
 from nemo_tropd.launch.scheduler import CONSUMED, read_allocation
 from nemo_tropd.launch.supervise import Supervisor
-from nemo_tropd.rollout.secret import FILE_VARIABLE, VARIABLE, make_secret_file
+from nemo_tropd.rollout.secret import FILE_VARIABLE, REMEDY, VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "examples" / "train_tropd.py"
@@ -56,6 +57,24 @@ def main(argv: list[str]) -> int:
     print(f"launch: {launch.summary}", flush=True)
     command = [sys.executable, "-m", "nemo_tropd.launch.agent", *launch.arguments]
     return Supervisor(command, child, launch.restarts, launch.patience_s).run()
+
+
+def make_secret_file(folder: Path) -> Path:
+    """FOLDER/engine_hosts.secret, readable by its owner alone; made if it is not there.
+
+    Raises ConfigError if it cannot be written.
+    """
+    path = folder / "engine_hosts.secret"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return path  # of an earlier start, or of another node's launcher
+    except OSError as error:
+        raise ConfigError(FILE_VARIABLE, None, f"{path} cannot be made ({error}); {REMEDY}") from error
+    with os.fdopen(handle, "w") as file:
+        file.write(secrets.token_hex(32) + "\n")
+    return path
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """What the trainer asks of a rollout engine: requests in, rollouts out, weights in under a version.
 
-The trainer knows only what is in this file; ``vllm.child`` (a process of its own), ``vllm.hosts`` (hosts of their own)
-and ``vllm.in_process`` (the trainer's process) implement it with vLLM, tests with doubles.
+It knows no more of one; ``vllm/{child,hosts,in_process}.py`` implement it with vLLM, tests with doubles.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,35 +79,21 @@ class RolloutEngine(Protocol):
         """Load the model. Raises EngineError when it cannot; nothing of the engine is left running then."""
 
     def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
-        """One rollout a request, in the order of the requests, stamped with the version the engine itself reports.
-
-        The same list gives the same rollouts on a fresh engine with the same weights. The end-of-sequence token stays
-        in ``response_ids`` when it was sampled. Raises RequestError or EngineDied.
-        """
+        """One rollout a request, in order, stamped with the version the engine itself reports; the same list gives the
+        same rollouts on a fresh engine with the same weights. The end-of-sequence token stays in ``response_ids`` when
+        it was sampled. Raises RequestError or EngineDied."""
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
-        """Load (Hugging Face name, full tensor) pairs and number the result ``version``.
-
-        Raises WeightStreamError or EngineDied; the engine is of no use after either.
-        """
+        """Load (Hugging Face name, full tensor) pairs and number the result ``version``. Raises WeightStreamError or
+        EngineDied; the engine is of no use after either."""
 
     def sleep(self) -> bool:
-        """Give back to the trainer what memory of its device the engine has, until the next call.
-
-        True if the weights were dropped, too: the next call must then be ``update_weights``.
-        """
+        """Give back what memory of the trainer's device the engine has, until the next call. True if the weights were
+        dropped, too: the next call must then be ``update_weights``."""
 
     def close(self, *, run_over: bool = False) -> None:
-        """End every process of the engine and remove every temporary file.
-
-        Engine hosts are left waiting for the trainer to come back unless ``run_over``: then they exit.
-        """
-
-
-def request_seed(run_seed: int, step: int, prompt_index: int, sample: int) -> int:
-    """A 63-bit seed that depends on its four arguments alone, so that a resumed run samples what it would have."""
-    text = f"{run_seed}/{step}/{prompt_index}/{sample}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+        """End every process of the engine and remove every temporary file. Engine hosts are left waiting for the
+        trainer to come back unless ``run_over``: then they exit."""
 
 
 def check_requests(requests: Sequence[RolloutRequest], *, max_model_len: int, vocab_size: int) -> None:
@@ -125,9 +110,42 @@ def check_requests(requests: Sequence[RolloutRequest], *, max_model_len: int, vo
                 f"{r.max_new_tokens} new tokens are {total}, over the engine's context of {max_model_len}; "
                 "shorten or filter the prompt, ask for fewer new tokens, or raise the context"
             )
-        worst = max(r.prompt_ids + r.prefix_ids, key=lambda token: token if token >= 0 else vocab_size - token)
-        if not 0 <= worst < vocab_size:
-            raise RequestError(
-                f"prompt {r.prompt_index}: token id {worst} is outside the engine's vocabulary of {vocab_size}; "
-                "prompts and engine must share one tokenizer"
+        for token in (*r.prompt_ids, *r.prefix_ids):
+            if not 0 <= token < vocab_size:
+                raise RequestError(
+                    f"prompt {r.prompt_index}: token id {token} is outside the engine's vocabulary of {vocab_size}; "
+                    "prompts and engine must share one tokenizer"
+                )
+
+
+def check_rollouts(
+    rollouts: Sequence[Rollout], requests: Sequence[RolloutRequest], *, version: int | None, vocab_size: int
+) -> None:
+    """The one check of what engines generated, before anything is trained on it. Raises EngineError.
+
+    A rollout answers its request, was generated with the weights ``version`` (None: any), and has 1 to
+    ``max_new_tokens`` ids below ``vocab_size`` (exactly as many unless it is finished), with finite log-probabilities.
+    """
+    if len(rollouts) != len(requests):
+        raise EngineError(f"got {len(rollouts)} of {len(requests)} rollouts")
+    for asked, r in zip(requests, rollouts, strict=True):
+        if version is not None and r.weight_version != version:
+            raise EngineError(
+                f"sequence {r.sequence_id} was generated with weight version {r.weight_version} instead of {version}; "
+                "the engine was not refreshed"
             )
+        count, most = len(r.response_ids), asked.max_new_tokens
+        wrong = ""
+        if (r.sequence_id, r.prompt_index) != (asked.sequence_id, asked.prompt_index):
+            wrong = f"sequence {r.sequence_id} of prompt {r.prompt_index} in the place of sequence {asked.sequence_id}"
+        elif (r.prompt_ids, r.prefix_ids) != (asked.prompt_ids, asked.prefix_ids):
+            wrong = "another prompt or prefix than was asked for"
+        elif not (1 <= count <= most if r.finished else count == most):
+            wrong = f"{count} tokens, {'' if r.finished else 'not '}finished, where {most} were asked for"
+        for token, log_prob in zip(r.response_ids, r.response_log_probs, strict=True):
+            if not 0 <= token < vocab_size:
+                wrong = f"token id {token}, outside the vocabulary of {vocab_size}"
+            elif not math.isfinite(log_prob):
+                wrong = f"log-probability {log_prob} for token id {token}"
+        if wrong:
+            raise EngineError(f"prompt {asked.prompt_index}: the engine generated {wrong}")

@@ -23,11 +23,11 @@ import torch
 from nemo_tropd.config import ConfigError, host_and_port
 from nemo_tropd.rollout.engine import EngineError, RolloutEngine
 from nemo_tropd.rollout.secret import read_secret
+from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.child import VllmEngine
 from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
 from nemo_tropd.rollout.vllm.server import EngineMaker, EngineServer
 from nemo_tropd.rollout.vllm.settings import EngineSettings, model_fingerprint
-from nemo_tropd.rollout.vllm.wire import GREETING_BYTES, PROTOCOL, Disconnected, Done, Failed, Greeting, Hello, Wire
 
 _RETRY_S = 0.5
 _CONNECT_TIMEOUT_S = 10.0
@@ -35,18 +35,16 @@ _GREETING_TIMEOUT_S = 30.0
 
 
 def own_engine(settings: EngineSettings, threads: int, answer_timeout_s: float) -> RolloutEngine:
-    """vLLM: in this process on a GPU, which nothing else uses, else in a child process, since on CPU its threads and
-    allocator are set by variables that must be there before Python starts."""
+    """vLLM: in this process on a GPU; else in a child process, since a CPU engine's threads are set by variables that
+    must be there before Python starts."""
     if torch.cuda.is_available():
         return ColocatedEngine(settings, sleeps=False)
     return VllmEngine(settings, threads=threads, answer_timeout_s=answer_timeout_s)
 
 
 def serve(join: tuple[str, int], index: int, make_engine: EngineMaker, *, secret: bytes, wait_s: float) -> None:
-    """Host ``index``'s life: returns when the trainer has said that the run is over.
-
-    Raises EngineError if no trainer that has the secret listens for ``wait_s`` seconds, or it refuses this host.
-    """
+    """Host ``index``'s life: returns when the trainer has said that the run is over. Raises EngineError if no trainer
+    that has the secret listens for ``wait_s`` seconds, or it refuses this host."""
     server = EngineServer(make_engine, local=False)
     try:
         while not server.serve(_join(join, index, secret, wait_s)):
@@ -55,23 +53,13 @@ def serve(join: tuple[str, int], index: int, make_engine: EngineMaker, *, secret
         server.close()
 
 
-def _join(join: tuple[str, int], index: int, secret: bytes, wait_s: float) -> Wire:
+def _join(join: tuple[str, int], index: int, secret: bytes, wait_s: float) -> w.Wire:
     deadline, shown = time.monotonic() + wait_s, ""
     while True:
         try:
-            wire = Wire(socket.create_connection(join, timeout=_CONNECT_TIMEOUT_S))
-        except OSError as error:
-            reason = error.strerror or str(error)
-        else:
-            try:
-                _introduce(wire, index, secret)
-                return wire
-            except (Disconnected, TimeoutError) as error:
-                wire.close()
-                reason = str(error)
-            except BaseException:
-                wire.close()
-                raise
+            return _introduced(w.Wire(socket.create_connection(join, timeout=_CONNECT_TIMEOUT_S)), index, secret)
+        except (w.Disconnected, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
         if time.monotonic() > deadline:
             raise EngineError(
                 f"no trainer with this host's secret listened at {join[0]}:{join[1]} for {wait_s:g} s ({reason}); is "
@@ -83,35 +71,31 @@ def _join(join: tuple[str, int], index: int, secret: bytes, wait_s: float) -> Wi
         time.sleep(_RETRY_S)
 
 
-def _introduce(wire: Wire, index: int, secret: bytes) -> None:
+def _introduced(wire: w.Wire, index: int, secret: bytes) -> w.Wire:
     """Raises EngineError if the trainer refuses this host, Disconnected or TimeoutError if there is no trainer."""
-    wire.prove(secret, listening=False, timeout_s=_GREETING_TIMEOUT_S)
-    greeting = wire.receive(Greeting, timeout_s=_GREETING_TIMEOUT_S, most_bytes=GREETING_BYTES)
-    wire.send(
-        Hello(
-            protocol=PROTOCOL,
-            index=index,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            host=socket.gethostname(),
-            process=os.getpid(),
-            model=model_fingerprint(Path(greeting.model_dir)) if greeting.protocol == PROTOCOL else "",
-        )
-    )
-    answer = wire.receive(Done | Failed, timeout_s=_GREETING_TIMEOUT_S, most_bytes=GREETING_BYTES)
-    if isinstance(answer, Failed):
-        raise EngineError(f"rank 0 refused this host: {answer.error}")
+    try:
+        wire.prove(secret, listening=False, timeout_s=_GREETING_TIMEOUT_S)
+        greeting = wire.receive(w.Greeting, timeout_s=_GREETING_TIMEOUT_S, most_bytes=w.GREETING_BYTES)
+        model = model_fingerprint(Path(greeting.model_dir)) if greeting.protocol == w.PROTOCOL else ""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        wire.send(w.Hello(w.PROTOCOL, index, device, socket.gethostname(), os.getpid(), model))
+        answer = wire.receive(w.Done | w.Failed, timeout_s=_GREETING_TIMEOUT_S, most_bytes=w.GREETING_BYTES)
+        if isinstance(answer, w.Failed):
+            raise EngineError(f"rank 0 refused this host: {answer.error}")
+    except BaseException:
+        wire.close()
+        raise
+    return wire
 
 
 def main() -> None:
-    """The command of this module."""
     parser = argparse.ArgumentParser(prog="python -m nemo_tropd.rollout.engine_host", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--join", required=True, metavar="HOST:PORT", help="model.rollout.dedicated.address")
     parser.add_argument("--index", required=True, type=int, metavar="I", help="from 0 to engines - 1, each once")
     parser.add_argument("--secret-file", metavar="FILE", help="has the secret that the trainer has, too")
-    parser.add_argument(
-        "--wait-s", type=float, default=3600.0, help="seconds to wait for the trainer to listen (default %(default)g)"
-    )
+    wait = "seconds to wait for the trainer to listen (default %(default)g)"
+    parser.add_argument("--wait-s", type=float, default=3600.0, help=wait)
     given = parser.parse_args()
     try:
         secret = read_secret(given.secret_file)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_tropd.config import ConfigError, TropdConfig, host_and_port
 from nemo_tropd.rollout.secret import read_secret
@@ -18,7 +18,8 @@ from nemo_tropd.rollout.secret import read_secret
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nemo_tropd.rollout.collective import EngineRanks, Rollouts
+    from nemo_tropd.parallel.topology import Topology
+    from nemo_tropd.rollout.collective import Rollouts
     from nemo_tropd.rollout.engine import RolloutEngine, Sampling
     from nemo_tropd.rollout.vllm.settings import EngineSettings
 
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
 def placement_of(cfg: TropdConfig, *, on_gpu: bool | None = None) -> str:
     """``process``, ``colocated`` or ``dedicated``; ``auto`` is colocated on a GPU without pipeline parallelism.
 
-    ``on_gpu``: whether the ranks have GPUs; None asks torch.
-
-    Raises:
-        ConfigError: colocated without a GPU, or with pipeline parallelism.
+    ``on_gpu``: whether the ranks have GPUs; None asks torch. Raises ConfigError for what cannot be.
     """
     asked, pipeline = cfg.model.rollout.placement, cfg.model.pipeline_model_parallel_size
     if on_gpu is None:
@@ -38,38 +36,29 @@ def placement_of(cfg: TropdConfig, *, on_gpu: bool | None = None) -> str:
         on_gpu = torch.cuda.is_available()
     if asked == "auto":
         return "colocated" if on_gpu and pipeline == 1 else "process"
+    wrong = ""
     if asked == "colocated" and not on_gpu:
-        raise ConfigError(
-            "model.rollout.placement",
-            asked,
-            "there is no GPU here, and on CPU vLLM would take over the trainer's threads; choose process or auto",
+        wrong = "there is no GPU here, and on CPU vLLM would take over the trainer's threads; choose process or auto"
+    elif asked == "colocated" and pipeline > 1:
+        wrong = (
+            "the engine's tensor-parallel groups need complete layers, but model.pipeline_model_parallel_size is "
+            f"{pipeline}; set that to 1, or choose process"
         )
-    if asked == "colocated" and pipeline > 1:
-        raise ConfigError(
-            "model.rollout.placement",
-            asked,
-            f"the engine's tensor-parallel groups need complete layers, but model.pipeline_model_parallel_size is "
-            f"{pipeline}; set that to 1, or choose process",
-        )
+    if wrong:
+        raise ConfigError("model.rollout.placement", asked, wrong)
     return asked
 
 
 def check_placement(cfg: TropdConfig) -> None:
-    """Refuse what this machine cannot serve, and engine hosts without a secret, before anything is allocated.
-
-    Raises:
-        ConfigError: see ``placement_of`` and ``secret.read_secret``.
-    """
+    """Raise ConfigError for what this machine cannot serve and, before anything is allocated, for a missing secret."""
     if placement_of(cfg) == "dedicated" and not cfg.check_only and os.environ.get("RANK", "0") == "0":
         read_secret()
 
 
 def sampling_of(cfg: TropdConfig) -> Sampling:
-    """How the engine samples tokens."""
     from nemo_tropd.rollout.engine import Sampling
 
-    r = cfg.model.rollout
-    return Sampling(temperature=r.temperature, top_p=r.top_p, top_k=r.top_k)
+    return Sampling(cfg.model.rollout.temperature, cfg.model.rollout.top_p, cfg.model.rollout.top_k)
 
 
 class EngineFactory(Protocol):
@@ -89,48 +78,44 @@ class Engines:
         self._vocab_size, self._kv_cache_gib = vocab_size, kv_cache_gib
 
     def student(self, cfg: TropdConfig) -> RolloutEngine:
-        """The engine whose weights are the trainer's, placed as ``placement_of`` says; with colocated each rank's."""
+        """Placed as ``placement_of`` says; with colocated each rank's."""
         import torch
 
         from nemo_tropd.rollout.vllm.child import VllmEngine
         from nemo_tropd.rollout.vllm.hosts import DedicatedEngines
         from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
 
-        r, place = cfg.model.rollout, placement_of(cfg)
-        settings = self._settings(cfg, Path(cfg.pretrained_checkpoint.restore_from_path), place, refreshable=True)
+        r, place, options = cfg.model.rollout, placement_of(cfg), self._remote_options(cfg)
+        settings = self._settings(cfg, cfg.pretrained_checkpoint.restore_from_path, place, refreshable=True)
         if place == "colocated":
             world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
             return ColocatedEngine(settings, world_size=world, sleeps=r.sleep)
-        if place == "dedicated":
-            assert r.dedicated.address is not None and r.dedicated.engines is not None  # config_checks has seen to it
-            return DedicatedEngines(
-                settings,
-                address=host_and_port("model.rollout.dedicated.address", r.dedicated.address),
-                engines=r.dedicated.engines,
-                secret=read_secret(),
-                threads=r.omp_threads,
-                timeout_s=r.dedicated.timeout_s,
-                answer_timeout_s=r.request_timeout_s,
-            )
-        return VllmEngine(settings, threads=r.omp_threads, answer_timeout_s=r.request_timeout_s)
+        if place == "process":
+            return VllmEngine(settings, **options)
+        assert r.dedicated.address is not None and r.dedicated.engines is not None  # config_checks has seen to it
+        address = host_and_port("model.rollout.dedicated.address", r.dedicated.address)
+        options |= {"engines": r.dedicated.engines, "timeout_s": r.dedicated.timeout_s}
+        return DedicatedEngines(settings, address=address, secret=read_secret(), **options)
 
     def teacher(self, cfg: TropdConfig) -> RolloutEngine:
-        """The engine that generates the teacher's responses before training: a child process of rank 0, wherever the
-        student's is, with the checkpoint's own weights."""
+        """A child process of rank 0, wherever the student's is, with the checkpoint's own weights."""
         from nemo_tropd.rollout.vllm.child import VllmEngine
 
-        r = cfg.model.rollout
-        settings = self._settings(cfg, Path(cfg.model.teacher.path), "process", refreshable=False)
-        return VllmEngine(settings, threads=r.omp_threads, answer_timeout_s=r.request_timeout_s)
+        settings = self._settings(cfg, cfg.model.teacher.path, "process", refreshable=False)
+        return VllmEngine(settings, **self._remote_options(cfg))
 
-    def _settings(self, cfg: TropdConfig, model_dir: Path, place: str, *, refreshable: bool) -> EngineSettings:
+    @staticmethod
+    def _remote_options(cfg: TropdConfig) -> dict[str, Any]:
+        return {"threads": cfg.model.rollout.omp_threads, "answer_timeout_s": cfg.model.rollout.request_timeout_s}
+
+    def _settings(self, cfg: TropdConfig, model_dir: str, place: str, *, refreshable: bool) -> EngineSettings:
         import torch
 
         from nemo_tropd.rollout.vllm.settings import EngineSettings
 
         r, on_gpu = cfg.model.rollout, torch.cuda.is_available()
         return EngineSettings(
-            model_dir,
+            Path(model_dir),
             dtype=r.dtype,
             max_model_len=cfg.model.encoder_seq_length,
             max_num_seqs=r.max_num_seqs,
@@ -147,8 +132,10 @@ class Engines:
         )
 
 
-class StudentWeights(Protocol):
-    """What is needed of the run's model: streams of (Hugging Face name, full tensor)."""
+class Student(Protocol):
+    """What is needed of the run's model. Streams are of (Hugging Face name, full tensor)."""
+
+    vocab_size: int
 
     def export_stream(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -156,21 +143,13 @@ class StudentWeights(Protocol):
 
 
 @contextmanager
-def rollouts_of(
-    cfg: TropdConfig, topology: EngineRanks, model: StudentWeights, engines: EngineFactory
-) -> Iterator[Rollouts]:
+def rollouts_of(cfg: TropdConfig, topology: Topology, model: Student, engines: EngineFactory) -> Iterator[Rollouts]:
     """The trainer's view of the student's engine or engines, closed at the end whatever happens."""
     from nemo_tropd.rollout.collective import EveryRankRollouts, RankZeroRollouts
 
-    def make() -> RolloutEngine:
-        return engines.student(cfg)
-
-    rollouts: Rollouts = (
-        EveryRankRollouts(topology, make, model.device_stream)
-        if placement_of(cfg) == "colocated"
-        else RankZeroRollouts(topology, make, model.export_stream)
-    )
-    try:
+    kind: type[Rollouts] = RankZeroRollouts
+    weights = model.export_stream
+    if placement_of(cfg) == "colocated":
+        kind, weights = EveryRankRollouts, model.device_stream
+    with closing(kind(topology, lambda: engines.student(cfg), weights, model.vocab_size)) as rollouts:
         yield rollouts
-    finally:
-        rollouts.close()

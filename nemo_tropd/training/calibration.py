@@ -5,8 +5,8 @@ from __future__ import annotations
 from nemo_tropd.batch import TokenBatch
 from nemo_tropd.config import TeacherConfig
 from nemo_tropd.prompts import PromptSet
-from nemo_tropd.rollout.teacher_responses import TeacherResponses
 from nemo_tropd.training.packing import Packer
+from nemo_tropd.training.teacher_responses import TeacherResponses
 
 
 def calibration_batches(

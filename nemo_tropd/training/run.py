@@ -24,18 +24,18 @@ from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError
 from nemo_tropd.rollout.engine import EngineError
-from nemo_tropd.rollout.guidance import guided_prompts, make_guidance
 from nemo_tropd.rollout.placement import EngineFactory, Engines, check_placement, rollouts_of
-from nemo_tropd.rollout.teacher_responses import TeacherResponses, generate_teacher_responses
 from nemo_tropd.teacher.fp8 import check_hardware
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, checkpoint_name
+from nemo_tropd.training.guidance import guided_prompts, make_guidance
 from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.step import TrainStep
 from nemo_tropd.training.summary import print_summary, write_summary
+from nemo_tropd.training.teacher_responses import TeacherResponses, generate_teacher_responses
 from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer, stop_point
 from nemo_tropd.training.validation import Validator
 
@@ -124,7 +124,7 @@ def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
     cfg, plan, topology = setup.cfg, setup.plan, setup.topology
     lightning = make_lightning_trainer(cfg, setup.run_dir)
     prompts = [*plan.prompts.held_out, *(plan.prompts.train[i] for i in guided_prompts(cfg, len(plan.prompts.train)))]
-    responses = generate_teacher_responses(cfg, [p.token_ids for p in prompts], topology, engines)
+    responses = generate_teacher_responses(cfg, [p.token_ids for p in prompts], topology, engines, plan.vocab_size)
     stop_point(topology)
     model = MegatronTrOPDModel(
         OmegaConf.structured(cfg.model),

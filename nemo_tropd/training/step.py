@@ -23,7 +23,7 @@ from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.prompts import PromptOrder, PromptSet
 from nemo_tropd.rollout.engine import RolloutRequest
-from nemo_tropd.rollout.guidance import Guidance
+from nemo_tropd.training.guidance import Guidance
 from nemo_tropd.training.metrics import PhaseTimer
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
 from nemo_tropd.training.packing import Packer

@@ -13,10 +13,11 @@ from nemo_tropd.files import write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.metric_sums import MetricSums
-from nemo_tropd.rollout.engine import RolloutRequest, request_seed
-from nemo_tropd.rollout.teacher_responses import TeacherResponses
+from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.answers import exact_match
+from nemo_tropd.training.guidance import request_seed
 from nemo_tropd.training.setup import Setup
+from nemo_tropd.training.teacher_responses import TeacherResponses
 
 # Rollouts of validation draw from a stream of their own, the same at every validation.
 VALIDATION_STREAM = (1 << 62) + 1

@@ -34,8 +34,7 @@ ENGINE_ARGUMENTS = {
 }
 # Variables, attributes and methods of ours that hold a vllm.LLM.
 ENGINES = {
-    "rollout/vllm/generate.py": ("llm",),
-    "rollout/vllm/in_process.py": ("llm", "_llm", "_running"),
+    "rollout/vllm/in_process.py": ("llm", "_llm"),
 }
 # Attributes and methods of their objects that we use: class -> names.
 MEMBERS = {

@@ -249,7 +249,7 @@ def test_a_host_killed_in_the_stream_of_weights_is_waited_for_once(hosts: Hosts)
                 hosts.start(1)  # as a scheduler would
             yield name, tensor
 
-    supervisor = RankZeroRollouts(OneRank(), hosts.engines, stream)
+    supervisor = RankZeroRollouts(OneRank(), hosts.engines, stream, VOCABULARY)
     wanted = requests(6)
     assert supervisor.generate(wanted, 5) == written(wanted, 5)
     assert supervisor.restarts == 1
@@ -289,7 +289,7 @@ def test_a_silent_host_is_named_in_the_stream_of_weights(hosts: Hosts) -> None:
     hosts.start(0, 1)
     engines = hosts.engines()
     engines.start()
-    engines._timeout_s = 5.0  # from here on: to start two processes may take longer
+    engines.timeout_s = 5.0  # from here on: to start two processes may take longer
     hosts.kill(1, signal.SIGSTOP)
     with pytest.raises(EngineDied, match=r"^engine host 1 \(process .*: no answer within 5 s;"):
         engines.update_weights(iter(weights(hosts.settings).items()), 1)

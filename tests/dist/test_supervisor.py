@@ -26,6 +26,9 @@ from nemo_tropd.rollout.collective import RankZeroRollouts
 from tests.dist.run_distributed import run_distributed
 
 
+VOCABULARY = 97
+
+
 @dataclass
 class GlooRanks:
     """The three methods of a topology that the supervisor asks for."""
@@ -77,7 +80,7 @@ class ScriptedEngine:
         self.script.event("generate")
         time.sleep(self.slow_s)
         return [
-            Rollout(r.prompt_ids, [], [r.seed % 97], [-self.total], self.version, r.sequence_id, r.prompt_index, True)
+            Rollout(r.prompt_ids, [], [r.seed % VOCABULARY], [-self.total], self.version, r.sequence_id, r.prompt_index, True)
             for r in requests
         ]
 
@@ -122,7 +125,7 @@ def supervisor_of(rank: int, fail: dict[str, Exception]) -> tuple[RankZeroRollou
         assert rank == 0, "only the leader owns an engine"
         return ScriptedEngine(script)
 
-    return RankZeroRollouts(GlooRanks(rank), make, model.stream), model, script
+    return RankZeroRollouts(GlooRanks(rank), make, model.stream, VOCABULARY), model, script
 
 
 def two_steps(rank: int, world_size: int, fail: dict[str, Exception]) -> dict:
@@ -181,7 +184,7 @@ def torn_stream(rank: int, world_size: int) -> str:
             if self.rank == 1:
                 raise RuntimeError("rank 1 has no memory left")
 
-    supervisor = RankZeroRollouts(GlooRanks(rank), lambda: ScriptedEngine(Script()), Torn(rank).stream)
+    supervisor = RankZeroRollouts(GlooRanks(rank), lambda: ScriptedEngine(Script()), Torn(rank).stream, VOCABULARY)
     with pytest.raises(EngineError) as raised:
         supervisor.generate(requests(rank), 0)
     return str(raised.value)

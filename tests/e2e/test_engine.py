@@ -32,11 +32,11 @@ from nemo_tropd.rollout.engine import (
     RolloutRequest,
     Sampling,
     WeightStreamError,
-    request_seed,
 )
-from nemo_tropd.rollout.teacher_responses import TeacherResponses, checkpoint_fingerprint
 from nemo_tropd.rollout.vllm.child import VllmEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
+from nemo_tropd.training.guidance import request_seed
+from nemo_tropd.training.teacher_responses import TeacherResponses, checkpoint_fingerprint
 from tests.tiny_models import make_tiny
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.random]
@@ -282,7 +282,7 @@ def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(sh
             engines.append(engine_of(shared.model_dir, shared.exchange))
         return engines[-1]
 
-    supervisor = RankZeroRollouts(OneRank(), make, shared.weights)
+    supervisor = RankZeroRollouts(OneRank(), make, shared.weights, shared.engine.settings.vocab_size)
     try:
         again = supervisor.generate(shared.requests, 7)
         assert supervisor.restarts == 1 and len(engines) == 2
@@ -323,7 +323,11 @@ def test_in_bfloat16_it_agrees_loosely_and_writes_the_teachers_responses(
     assert served.engine.update_weights(served.weights(), 1).bytes == served.bytes_in(2)
     served.engine.start = lambda: None  # type: ignore[method-assign]  # it runs
     responses = TeacherResponses(
-        tmp_path, teacher=checkpoint_fingerprint(served.model_dir), sampling=TEACHER_SAMPLING, max_new_tokens=20
+        tmp_path,
+        teacher=checkpoint_fingerprint(served.model_dir),
+        sampling=TEACHER_SAMPLING,
+        max_new_tokens=20,
+        vocab_size=served.engine.settings.vocab_size,
     )
     prompts = [r.prompt_ids for r in served.requests]
     assert responses.ensure(prompts, lambda: served.engine, batch=4) == len(prompts)

@@ -317,7 +317,7 @@ def test_groups_share_the_requests_and_every_rank_gets_all_rollouts(size: int, t
     asked, engines = requests(count), [ForgetfulEngine(rank) for rank in range(size)]
 
     def work(ranks: ThreadRanks) -> Any:
-        rollouts = EveryRankRollouts(ranks, lambda: engines[ranks.rank], lambda: iter([("w", torch.ones(3))]))
+        rollouts = EveryRankRollouts(ranks, lambda: engines[ranks.rank], lambda: iter([("w", torch.ones(3))]), TOKENS)
         first = rollouts.generate(asked if ranks.is_leader else None, 5)
         rollouts.sleep()
         again = rollouts.generate(asked if ranks.is_leader else None, 5)  # refreshed by itself: it had no weights
@@ -338,7 +338,9 @@ def test_an_error_of_one_group_is_raised_on_every_rank() -> None:
     asked = [*requests(3), RolloutRequest([-1], [], 0, 99, 3, 4)]
 
     def work(ranks: ThreadRanks) -> Any:
-        rollouts = EveryRankRollouts(ranks, lambda: ForgetfulEngine(ranks.rank), lambda: iter([("w", torch.ones(3))]))
+        rollouts = EveryRankRollouts(
+            ranks, lambda: ForgetfulEngine(ranks.rank), lambda: iter([("w", torch.ones(3))]), TOKENS
+        )
         return rollouts.generate(asked if ranks.is_leader else None, 0)
 
     results = on_threads(4, 2, work)

@@ -18,11 +18,11 @@ from nemo_tropd.config import ConfigError, ModelConfig, TropdConfig
 from nemo_tropd.model import tropd_model
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import Prompt, PromptSet
-from nemo_tropd.rollout.teacher_responses import TeacherResponses
 from nemo_tropd.teacher.scorer import TeacherScorer
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.packing import Packer
 from nemo_tropd.training.setup import Setup
+from nemo_tropd.training.teacher_responses import TeacherResponses
 from tests.tiny_models import make_tiny
 
 VOCABULARY, HELD_OUT = 131, 5

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,9 @@ from safetensors.torch import save_file
 
 from nemo_tropd import files
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling, request_seed
-from nemo_tropd.rollout.guidance import Guidance, draw_prefix_length, max_prefix_length
-from nemo_tropd.rollout.teacher_responses import TeacherResponse, TeacherResponses, checkpoint_fingerprint
+from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling
+from nemo_tropd.training.guidance import Guidance, draw_prefix_length, max_prefix_length, request_seed
+from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses, checkpoint_fingerprint
 from tests.oracles import philox
 
 pytestmark = pytest.mark.random
@@ -58,7 +61,13 @@ class ScribeEngine:
 
 
 def cache(folder: Path, **changes: object) -> TeacherResponses:
-    settings: dict = {"teacher": "t", "sampling": Sampling(), "max_new_tokens": 12, "seed": 3} | changes
+    settings: dict = {
+        "teacher": "t",
+        "sampling": Sampling(),
+        "max_new_tokens": 12,
+        "vocab_size": 100,
+        "seed": 3,
+    } | changes
     return TeacherResponses(folder, **settings)
 
 
@@ -304,3 +313,33 @@ def test_fingerprints_tell_checkpoints_apart_but_not_their_places(tmp_path: Path
     assert len(set(prints.values())) == 3
     with pytest.raises(FileNotFoundError, match="holds no safetensors"):
         checkpoint_fingerprint(tmp_path)
+
+
+def test_a_fingerprint_reads_every_byte_once_and_again_after_any_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that is trained anew may lie anywhere, and some tools restore a file's times."""
+    folder, memory, read = tmp_path / "model", tmp_path / "cache" / "fingerprints.json", []
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    weights = folder / "model.safetensors"
+    save_file({"w": torch.zeros(40 << 20, dtype=torch.uint8)}, weights)
+    digest = hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        read.append(file.name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    first = checkpoint_fingerprint(folder, memory)
+    assert checkpoint_fingerprint(folder, memory) == first == checkpoint_fingerprint(folder) and len(read) == 2
+    before = weights.stat()
+    with weights.open("r+b") as file:
+        file.seek((2 << 20) + 77)
+        file.write(b"x")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = checkpoint_fingerprint(folder, memory)
+    assert changed != first and len(read) == 3
+    memory.write_text('{"cut')
+    assert checkpoint_fingerprint(folder, memory) == changed and len(read) == 4
+    assert checkpoint_fingerprint(folder, memory) == changed and len(read) == 4

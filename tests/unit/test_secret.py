@@ -10,7 +10,7 @@ import pytest
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.launch import __main__ as launcher
 from nemo_tropd.rollout.placement import check_placement
-from nemo_tropd.rollout.secret import FILE_VARIABLE, VARIABLE, make_secret_file, read_secret
+from nemo_tropd.rollout.secret import FILE_VARIABLE, VARIABLE, read_secret
 
 LONG = "sixteen or more of them"
 
@@ -55,11 +55,11 @@ def test_dedicated_hosts_without_a_secret_are_refused_at_the_start(monkeypatch: 
 
 
 def test_the_launchers_secret_is_its_owners_alone_and_stays(tmp_path: Path) -> None:
-    path = make_secret_file(tmp_path / "run")
+    path = launcher.make_secret_file(tmp_path / "run")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     secret = read_secret(path, env={})
-    assert len(secret) >= 32 and make_secret_file(tmp_path / "run") == path
-    assert read_secret(path, env={}) == secret != read_secret(make_secret_file(tmp_path / "other"), env={})
+    assert len(secret) >= 32 and launcher.make_secret_file(tmp_path / "run") == path
+    assert read_secret(path, env={}) == secret != read_secret(launcher.make_secret_file(tmp_path / "other"), env={})
 
 
 class RecordedSupervisor:

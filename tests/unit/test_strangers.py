@@ -29,7 +29,7 @@ from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.prompts import PromptError, load_prompts
 from nemo_tropd.report.records import read_run
 from nemo_tropd.rollout.engine import EngineError
-from nemo_tropd.rollout.weights import shared_memory
+from nemo_tropd.rollout.weights import senders
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints
 from nemo_tropd.training.progress import RunProgress
 from nemo_tropd.training.run import make_lightning_trainer
@@ -232,10 +232,10 @@ def test_another_users_bucket_files_are_left_alone(tmp_path: Path, monkeypatch: 
     os.utime(stale, (1, 1))
     me = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
-    shared_memory.SharedMemory(tmp_path)
+    senders.SharedMemory(tmp_path)
     assert stale.exists()
     monkeypatch.undo()
-    shared_memory.SharedMemory(tmp_path)
+    senders.SharedMemory(tmp_path)
     assert not stale.exists()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nemo_tropd.rollout.engine import (
     EngineError,
@@ -21,13 +24,13 @@ from nemo_tropd.rollout.engine import (
     Sampling,
     WeightStreamError,
     check_requests,
-    request_seed,
 )
 from nemo_tropd.rollout.vllm.child import VllmEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.vllm.wire import Bucket
-from nemo_tropd.rollout.weights.shared_memory import SharedMemory, read_bucket
+from nemo_tropd.rollout.weights.senders import SharedMemory
 from nemo_tropd.rollout.weights.stream import buckets, checked_stream, checkpoint_shapes
+from nemo_tropd.training.guidance import request_seed
 
 pytestmark = pytest.mark.random
 
@@ -103,7 +106,7 @@ def test_a_bucket_file_lives_as_long_as_it_is_received(tmp_path: Path) -> None:
     def receive() -> None:
         path = told[-1].path
         assert path is not None and (told[-1].names, told[-1].shapes, told[-1].dtype) == (["w"], [[7, 5]], "float32")
-        seen.append(dict(read_bucket(path)))
+        seen.append(load_file(path))
 
     files.send(tensors, told.append, receive)
     assert torch.equal(seen[0]["w"], tensors["w"]) and list(tmp_path.iterdir()) == []
@@ -189,7 +192,7 @@ def test_the_engines_process_ends_when_the_trainer_is_gone() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         server = subprocess.Popen(
-            [sys.executable, "-m", "nemo_tropd.rollout.vllm.server", str(theirs.fileno())],
+            [sys.executable, "-m", "nemo_tropd.rollout.vllm", str(theirs.fileno()), str(os.getpid())],
             pass_fds=(theirs.fileno(),),
             start_new_session=True,
             cwd=Path(__file__).parents[2],
@@ -201,3 +204,45 @@ def test_the_engines_process_ends_when_the_trainer_is_gone() -> None:
         assert server.wait(timeout=120) != 0  # it may still be importing
     finally:
         server.kill()
+
+
+OWNER = """
+import os, socket, subprocess, sys, time
+ours, theirs = socket.socketpair()
+command = [sys.executable, "-P", "-m", "nemo_tropd.rollout.vllm", str(theirs.fileno()), str(os.getpid())]
+server = subprocess.Popen(command, pass_fds=(theirs.fileno(),), start_new_session=True)
+theirs.close()
+helper = os.fork()  # as a library may: it keeps the owner's end of the connection open
+if helper:
+    print(server.pid, helper, flush=True)
+time.sleep(120)
+"""
+
+
+def test_the_engines_process_outlives_signals_but_not_its_owner(tmp_path: Path) -> None:
+    """All the while it imports torch, which can take longer than a scheduler waits."""
+    imports = tmp_path / "torch.py"
+    imports.write_text("import pathlib, time\npathlib.Path(__file__).with_name('began').touch()\ntime.sleep(120)\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, env=env)
+    assert owner.stdout is not None
+    server, helper = map(psutil.Process, map(int, owner.stdout.readline().split()))
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "began").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            server.send_signal(number)
+        time.sleep(1.5)
+        assert server.is_running() and server.status() != psutil.STATUS_ZOMBIE
+        owner.kill()
+        owner.wait()
+        psutil.wait_procs([server], timeout=10)
+        assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+        assert helper.is_running()
+    finally:
+        for process in (owner, server, helper):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        owner.wait()

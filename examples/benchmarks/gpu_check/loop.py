@@ -134,7 +134,6 @@ def _rollout_speed(engine: Any, loop: OurLoop, case: LoopCase) -> dict[str, floa
     import torch
 
     from nemo_tropd.rollout.engine import RolloutRequest
-    from nemo_tropd.rollout.vllm.generate import generate_plainly
 
     prompts = case.prompts()
     requests = [RolloutRequest(p, [], i, i, i, case.new_tokens) for i, p in enumerate(prompts)]
@@ -145,7 +144,7 @@ def _rollout_speed(engine: Any, loop: OurLoop, case: LoopCase) -> dict[str, floa
     ours = generated / (time.perf_counter() - began)
     engine.llm.reset_prefix_cache()
     began = time.perf_counter()
-    plain = generate_plainly(engine.llm, prompts, case.new_tokens) / (time.perf_counter() - began)
+    plain = _generate_plainly(engine.llm, prompts, case.new_tokens) / (time.perf_counter() - began)
     awake = _used_gib(torch)
     engine.sleep()
     return {
@@ -159,3 +158,13 @@ def _rollout_speed(engine: Any, loop: OurLoop, case: LoopCase) -> dict[str, floa
 def _used_gib(torch: Any) -> float:
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
+
+
+def _generate_plainly(llm: Any, prompts: list[list[int]], max_new_tokens: int) -> int:
+    """What our engine is timed against: vLLM without seeds, log-probabilities or padding. Returns how many tokens were
+    generated."""
+    from vllm import SamplingParams, TokensPrompt
+
+    parameters = SamplingParams(temperature=1.0, max_tokens=max_new_tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], parameters, use_tqdm=False)
+    return sum(len(output.outputs[0].token_ids) for output in outputs)

@@ -21,8 +21,6 @@ _FIXED_ARGUMENTS: dict[str, Any] = {
     "load_format": "safetensors",
     "worker_extension_cls": "nemo_tropd.rollout.weights.vllm_worker.WorkerExtension",
 }
-
-
 # Written by tools that copy a checkpoint, and of no meaning for its shape.
 _IGNORED_KEYS = ("_name_or_path", "transformers_version")
 
@@ -40,45 +38,41 @@ def model_fingerprint(model_dir: Path) -> str:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """A Hugging Face checkpoint and how it is to be run.
+    """A Hugging Face checkpoint and how it is to be run. Raises EngineError when ``model_dir`` is no such checkpoint.
 
-    Raises EngineError when ``model_dir`` is not a checkpoint in safetensors or a setting makes no sense.
+    ``dtype``: float32, bfloat16 or float16.
+    ``eos_ids``: tokens that end a response; None: those of the checkpoint's config files.
+    ``true_vocab_size``: the tokenizer's; ids from there on are padding and never sampled. None: the model's rows.
+    ``refreshable``: False for a frozen model, such as a teacher that generates responses.
+    ``weights_shapes``: shapes of the model's tensors by Hugging Face name, if the folder has a config.json but no
+    weights: they come by ``update_weights``. None: the folder's safetensors files hold them.
+    ``kv_cache_gib``: memory of the key-value cache; None (GPU only) takes what ``gpu_memory_utilization`` leaves.
+    ``enforce_eager``: False captures CUDA graphs, ``torch_compile`` then fuses kernels: a minute more at the start.
     """
 
     model_dir: Path
     dtype: str
-    """float32, bfloat16 or float16."""
     max_model_len: int
     max_num_seqs: int = 64
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] | None = None
-    """Tokens that end a response; None: those of the checkpoint's config files."""
     true_vocab_size: int | None = None
-    """The tokenizer's true size: ids from there on, which are padding, are never sampled. None: the model's rows."""
     refreshable: bool = True
-    """False for a frozen model, such as a teacher that generates responses."""
     weights_shapes: Mapping[str, tuple[int, ...]] | None = None
-    """Shapes of the model's tensors by Hugging Face name, if the folder has a config.json but no weights: they come
-    by ``update_weights``. None: the folder's safetensors files hold them."""
     kv_cache_gib: float | None = 1.0
-    """Memory of the key-value cache; None (GPU only) takes what ``gpu_memory_utilization`` leaves."""
     gpu_memory_utilization: float = 0.9
     tensor_parallel: int = 1
     enforce_eager: bool = True
-    """False captures CUDA graphs."""
     torch_compile: bool = False
-    """Fuse kernels by vLLM's torch.compile pass: about a minute more at the start; counts only without
-    ``enforce_eager``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model_dir", Path(self.model_dir))
         if not (self.model_dir / "config.json").is_file():
             raise EngineError(f"{self.model_dir} is not a Hugging Face checkpoint: it has no config.json")
         if self.dtype not in DTYPES:
             raise EngineError(f"dtype is {self.dtype!r}; the engine computes in one of {', '.join(DTYPES)}")
-        if min(self.max_model_len, self.max_num_seqs, self.tensor_parallel) < 1:
-            raise EngineError("max_model_len, max_num_seqs and tensor_parallel must be at least 1")
+        if not self.shapes[0]:
+            raise EngineError(f"{self.model_dir} has no tensors")
 
     @cached_property
     def model_rows(self) -> int:
@@ -92,7 +86,7 @@ class EngineSettings:
 
     @cached_property
     def shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-        """See ``weights.stream.checkpoint_shapes``."""
+        """Shapes of the model's tensors by name, and the names a stream of weights may leave out."""
         if self.weights_shapes is not None:
             return dict(self.weights_shapes), frozenset()
         return checkpoint_shapes(self.model_dir)
@@ -102,12 +96,11 @@ class EngineSettings:
         """Tokens that end a response, ascending."""
         if self.eos_ids is not None:
             return sorted(set(self.eos_ids))
-        found: list[int] = []
-        for name in ("config.json", "generation_config.json"):
-            file = self.model_dir / name
+        found: set[int] = set()
+        for file in (self.model_dir / "config.json", self.model_dir / "generation_config.json"):
             value = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-            found += value if isinstance(value, list) else [] if value is None else [value]
-        return sorted(set(found))
+            found.update(value if isinstance(value, list) else [] if value is None else [value])
+        return sorted(found)
 
     def llm_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``vllm.LLM``."""

@@ -16,11 +16,8 @@ _NAMED_AT_MOST = 8
 
 
 def checkpoint_shapes(model_dir: Path) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-    """Shapes of the tensors of a Hugging Face checkpoint by name, and the names a stream may leave out.
-
-    Those are the head of a tied model and rotary frequencies that old checkpoints stored. Raises EngineError when there
-    is no readable safetensors file.
-    """
+    """Shapes of the tensors of a Hugging Face checkpoint by name, and the names a stream may leave out: the head of a
+    tied model, and rotary frequencies. Raises EngineError when there is no readable safetensors file."""
     files = sorted(model_dir.glob("*.safetensors"))
     if not files:
         raise EngineError(f"{model_dir} has no safetensors file; provide a Hugging Face checkpoint in that format")
@@ -28,15 +25,13 @@ def checkpoint_shapes(model_dir: Path) -> tuple[dict[str, tuple[int, ...]], froz
     for file in files:
         try:
             with safe_open(str(file), framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise EngineError(
                 f"{file} is not a complete safetensors file ({error}); download or convert it again"
             ) from error
-    tied = bool(json.loads((model_dir / "config.json").read_text()).get("tie_word_embeddings", False))
     optional = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
-    if tied:
+    if json.loads((model_dir / "config.json").read_text()).get("tie_word_embeddings", False):
         optional.add("lm_head.weight")
         shapes.setdefault("lm_head.weight", shapes.get("model.embed_tokens.weight", ()))
     return shapes, frozenset(optional)
@@ -46,7 +41,6 @@ def checked_stream(
     stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], optional: frozenset[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Pass ``stream`` on; raise WeightStreamError when it does not have exactly the tensors of ``shapes``."""
-    missing = dict.fromkeys(name for name in shapes if name not in optional)
     seen: set[str] = set()
     for name, tensor in stream:
         if name not in shapes:
@@ -58,12 +52,11 @@ def checked_stream(
                 f"{name} comes as {list(tensor.shape)} but the engine's model has {list(shapes[name])}"
             )
         seen.add(name)
-        missing.pop(name, None)
         yield name, tensor
+    missing = [name for name in shapes if name not in seen | optional]
     if missing:
-        named = ", ".join(list(missing)[:_NAMED_AT_MOST])
-        more = f" and {len(missing) - _NAMED_AT_MOST} more" if len(missing) > _NAMED_AT_MOST else ""
-        raise WeightStreamError(f"the stream ended without {len(missing)} of the model's tensors: {named}{more}")
+        named = ", ".join(missing[:_NAMED_AT_MOST]) + (", ..." if len(missing) > _NAMED_AT_MOST else "")
+        raise WeightStreamError(f"the stream ended without {len(missing)} of the model's tensors: {named}")
 
 
 def buckets(

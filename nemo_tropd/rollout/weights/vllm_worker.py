@@ -24,7 +24,6 @@ class WorkerExtension:
     model_runner: Any
 
     def begin_tropd_refresh(self) -> None:
-        """Before the first tensor."""
         if self.device.type == "cpu":
             with set_current_vllm_config(self.vllm_config):
                 initialize_layerwise_reload(self.model_runner.get_model())
@@ -35,24 +34,17 @@ class WorkerExtension:
             self.model_runner.get_model().load_weights(tensors)
 
     def finish_tropd_refresh(self) -> None:
-        """After the last tensor."""
         if self.device.type == "cpu":
             with set_current_vllm_config(self.vllm_config):
                 finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
                 repack_shared_matrices(self.model_runner.get_model())
 
 
-def repack_shared_matrices(model: nn.Module) -> int:
-    """Pack anew every matrix that a CPU kernel keeps a packed copy of; returns how many.
-
-    With tied embeddings the layerwise reload refreshes the embedding but leaves the head on a packed copy of the
-    *old* matrix (vLLM 0.32): outputs look almost right, some tenths of a nat off.
-    """
-    packed = 0
+def repack_shared_matrices(model: nn.Module) -> None:
+    """Pack anew every matrix that a CPU kernel keeps a packed copy of: with tied embeddings the layerwise reload leaves
+    the head on a copy of the *old* matrix (vLLM 0.32), and outputs look almost right, some tenths of a nat off."""
     module: Any
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if getattr(module, "cpu_linear", None) is not None and weight is not None and weight.numel() > 0:
             module.quant_method.process_weights_after_loading(module)
-            packed += 1
-    return packed

@@ -6,6 +6,7 @@ end of training. How a prefix's length is drawn is not stated there; ``prefix_dr
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ import numpy as np
 
 from nemo_tropd.config import TropdConfig, anneal_steps
 from nemo_tropd.prompts import PromptOrder
-from nemo_tropd.rollout.engine import RolloutRequest, request_seed
-from nemo_tropd.rollout.teacher_responses import TeacherResponse, TeacherResponses
+from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses
 
 PrefixDraw = Literal["uniform", "cap"]
 # The gate's draws use word 3 of the Philox counter at 0; the prefix lengths of the same (seed, step, sequence) at 1.
@@ -43,6 +44,12 @@ def draw_prefix_length(limit: int, *, draw: PrefixDraw, seed: int, step: int, se
     stream = np.random.Philox(key=key, counter=np.array([0, 0, sequence_id & mask, _STREAM], dtype=np.uint64))
     uniform = int(stream.random_raw() >> np.uint64(11)) * 2.0**-53
     return int(uniform * (limit + 1))
+
+
+def request_seed(run_seed: int, step: int, prompt_index: int, sample: int) -> int:
+    """A 63-bit seed that depends on its four arguments alone, so that a resumed run samples what it would have."""
+    text = f"{run_seed}/{step}/{prompt_index}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)
