@@ -50,7 +50,8 @@ class ScribeEngine:
     def write(r: RolloutRequest) -> Rollout:
         rnd = random.Random(r.seed)
         finished = rnd.random() < 0.5
-        ids = [rnd.randrange(3, 100) for _ in range(rnd.randrange(0, r.max_new_tokens))] + [EOS if finished else 7]
+        length = rnd.randrange(0, r.max_new_tokens) if finished else r.max_new_tokens - 1
+        ids = [rnd.randrange(3, 100) for _ in range(length)] + [EOS if finished else 7]
         return Rollout(r.prompt_ids, [], ids, [-rnd.random() for _ in ids], 0, r.sequence_id, r.prompt_index, finished)
 
     def update_weights(self, stream: object, version: int) -> object:
