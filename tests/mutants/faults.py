@@ -1189,7 +1189,7 @@ FAULTS: list[Fault] = [
         _STRANGERS + "test_text_from_data_is_printed_as_it_is_and_obeyed_by_no_terminal",
     ),
     _strangers(
-        "rollout/weights/shared_memory",
+        "rollout/weights/senders",
         "another user's files are removed",
         "if found.st_uid == os.getuid() and time.time() - found.st_mtime > _STALE_AFTER_S:",
         "if time.time() - found.st_mtime > _STALE_AFTER_S:",
