@@ -115,10 +115,6 @@ class Segments:
     bounds: Tensor  # [sequences + 1] int32, from 0 to the row's width; a padded tail is a sequence of its own, the last
     longest: int  # tokens of the longest, the tail included
 
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence, the tail included; waits for the device that ``bounds`` is on."""
-        return self.bounds.diff().tolist()
-
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -171,13 +167,7 @@ class TokenBatch:
 
     @classmethod
     def pack(
-        cls,
-        rollouts: Sequence[Rollout],
-        *,
-        pad_id: int,
-        seed: int,
-        step: int,
-        pad_to_multiple: int = 1,
+        cls, rollouts: Sequence[Rollout], *, pad_id: int, seed: int, step: int, pad_to_multiple: int = 1
     ) -> TokenBatch:
         """Pad ``rollouts`` to a common length and shift labels by one.
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from nemo_tropd.teacher.offload import storages
+
 
 def random_weights(seed: int, layers: int, std: float = 0.02) -> Callable[[GPTModel], None]:
     """Returns a function that fills every parameter in place with the same bf16 values, whatever format stores them.
@@ -30,3 +32,8 @@ def random_weights(seed: int, layers: int, std: float = 0.02) -> Callable[[GPTMo
                 parameter.copy_(drawn.mul_(spread))
 
     return fill
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, each storage counted once."""
+    return sum(storage.nbytes() for storage in storages(model))

@@ -57,9 +57,6 @@ class LossOptions:
     accumulate_main_grad  backward adds the weight's gradient to ``weight.main_grad`` (Megatron's DDP buffer, usually
                           fp32) and sets ``grad_added_to_main_grad``; autograd then gets zeros. Use it for every
                           micro-batch or for none.
-    region_gradients      also sum the squared norms of the loss's hidden gradient over trusted, outlier and guided
-                          tokens, ``gradient_square_*`` (each token's share by its trust); under sequence parallelism
-                          one more collective.
     carry_bad             logits or losses that are not finite are no error: loss and gradients become NaN, so that
                           every rank sees it in the gradient norm, and ``HeadLoss.bad`` says what it was.
     """
@@ -67,7 +64,6 @@ class LossOptions:
     token_weights: Tensor | None = None
     reference_log_probs: Tensor | None = None
     accumulate_main_grad: bool = False
-    region_gradients: bool = False
     carry_bad: bool = False
 
 
@@ -174,9 +170,7 @@ def score_tokens(
     carry_bad: bool = False,
 ) -> TokenScores:
     """All of a micro-batch's ``TokenScores`` without gradient: for a first pass over the global batch, for instance.
-
-    Shapes, errors and ``carry_bad`` as for ``head_loss``. Results are fp32 (fp64 for an fp64 model), replicated.
-    """
+    Shapes, errors and ``carry_bad`` as for ``head_loss``. Results are fp32 (fp64 for an fp64 model), replicated."""
     shard = layout.shard(weight)
     check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel)
     check_tokens(tokens, teacher, shard)
@@ -199,9 +193,7 @@ def score_tokens(
 
 def sequence_mean_weights(tokens: LossTokens, global_tokens: int, global_sequences: int) -> Tensor:
     """[T] weights that turn a sum scaled by 1 / global_tokens into the mean over sequences of each sequence's mean.
-
-    For objectives whose ``denominator`` is ``sequences``. ``global_sequences`` counts those with a loss token.
-    """
+    For objectives whose ``denominator`` is ``sequences``. ``global_sequences`` counts those with a loss token."""
     lengths = torch.bincount(tokens.sequence)[tokens.sequence]
     return global_tokens / (global_sequences * lengths.double())
 
@@ -249,7 +241,7 @@ class _Run:
                 (grad,) = torch.autograd.grad((loss * self.scale).sum(), columns)
         return loss.detach(), grad, metrics
 
-    def close(self, loss: Tensor, metrics: list[dict[str, Tensor]], squares: Tensor | None) -> None:
+    def close(self, loss: Tensor, metrics: list[dict[str, Tensor]]) -> None:
         """Sums, minima and per-token values of all chunks."""
         guided = self.tokens.guided
         student = ~guided
@@ -263,13 +255,6 @@ class _Run:
             for name in ("log_ratio",)
             if name in self.per_token
         }
-        if squares is not None:
-            trust = torch.where(student, self.per_token["trust"].double(), 0)
-            self.sums |= {
-                "gradient_square_trusted": (trust * squares).sum(),
-                "gradient_square_outlier": (torch.where(student, 1 - trust, 0) * squares).sum(),
-                "gradient_square_guided": torch.where(guided, squares, 0).sum(),
-            }
 
 
 class _Pass:
@@ -338,14 +323,13 @@ class _ChunkedHead(torch.autograd.Function):
             run.bad = first_bad(run.teacher, options.reference_log_probs, log_z, losses)
         else:
             check_finite(log_z, "student logits")
-        grad_hidden, squares = work.grad_hidden, None
+        grad_hidden = work.grad_hidden
         grad_weight = None if work.grad_weight is None else work.grad_weight.total
         for values in filter(torch.is_tensor, (losses, grad_hidden, grad_weight) if run.bad else ()):
             values.fill_(torch.nan)
         if grad_hidden is not None:
             grad_hidden = work.states.reduce_gradient(grad_hidden)
-            squares = work.states.row_squares(grad_hidden).double() if options.region_gradients else None
-        run.close(losses.double(), work.metrics, squares)
+        run.close(losses.double(), work.metrics)
         # Neither is an input or an output of this function, so save_for_backward is not for them.
         ctx.grads = (grad_hidden, grad_weight)
         ctx.weight, ctx.accumulate_main_grad = weight, options.accumulate_main_grad

@@ -41,9 +41,7 @@ class HeadLayout:
 @dataclass(frozen=True)
 class HiddenRows:
     """Hidden states as a matrix whose rows are picked by ``index``; under sequence parallelism, all ranks' states.
-
-    The matrix keeps the order in which ranks were gathered, so that gathering and scattering move contiguous blocks.
-    """
+    The matrix keeps the order in which ranks were gathered, so that gathering and scattering move contiguous blocks."""
 
     states: Tensor  # [rows, H]
     index: Tensor  # [T] rows of ``states``
@@ -77,17 +75,6 @@ class HiddenRows:
             dist.all_reduce(grad, group=self.group)
         return grad.view(self.shape)
 
-    def row_squares(self, grad: Tensor) -> Tensor:
-        """[T] squared norms of the reduced gradient's rows; under sequence parallelism one more collective."""
-        flat = grad.view(-1, grad.size(-1)).float()
-        if not self.sequence_parallel:
-            return flat.square().sum(-1)[self.index]
-        local = self.index - dist.get_rank(self.group) * flat.size(0)
-        mine = (local >= 0) & (local < flat.size(0))
-        squares = torch.where(mine, flat.square().sum(-1)[torch.where(mine, local, 0)], 0.0)
-        dist.all_reduce(squares, group=self.group)
-        return squares
-
 
 def kernels_serve(tensor: Tensor) -> bool:
     """True if Triton's kernels stream the logits: on a GPU, for bf16, fp16 and fp32; the same on every rank."""
@@ -96,9 +83,7 @@ def kernels_serve(tensor: Tensor) -> bool:
 
 def chunk_size(tokens: int, columns: int, hidden: Tensor, chunk_tokens: int | None) -> int:
     """Tokens a chunk: ``chunk_tokens``, or as many as keep the logits within ``CHUNK_BYTES``, evenly split.
-
-    Depends on sizes that all ranks share, never on a rank's true columns.
-    """
+    Depends on sizes that all ranks share, never on a rank's true columns."""
     if chunk_tokens is not None:
         if chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; give a number of tokens above 0, or None")

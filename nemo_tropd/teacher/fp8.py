@@ -26,8 +26,7 @@ from nemo_tropd.parallel.topology import Topology
 # Rows and columns of every FP8 product must be multiples of this. Source: transformer_engine 2.20.2,
 # pytorch/utils.py assert_dim_for_fp8_exec (8 rows, 16 columns), and megatron-core's fp8_utils.get_fp8_align_size.
 MULTIPLES = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
-# Compute capabilities [least, below) that have the recipe. Source: transformer_engine 2.20.2, pytorch/quantization.py.
-CAPABILITIES = {"tensorwise": ((8, 9), (99, 0)), "blockwise": ((9, 0), (99, 0)), "mxfp8": ((10, 0), (12, 0))}
+# Source: transformer_engine 2.20.2, pytorch/quantization.py.
 HARDWARE = {
     "tensorwise": "Ada, Hopper or later",
     "blockwise": "Hopper or later, with CUDA 12.9",
@@ -99,13 +98,9 @@ class Fp8Settings:
             )
 
 
-def check_hardware(recipe: str, capability: tuple[int, int] | None = None) -> None:
-    """Raise ConfigError unless the machine can run ``recipe``; on a machine with a GPU, Transformer Engine decides.
-
-    ``capability``, (major, minor) of a CUDA compute capability, stands for a GPU that is not in this machine.
-    """
-    reason = _missing_for(recipe, capability) if capability is not None else _missing_here(recipe)
-    if reason:
+def check_hardware(recipe: str) -> None:
+    """Raise ConfigError unless the machine can run ``recipe``; on a machine with a GPU, Transformer Engine decides."""
+    if reason := _missing_for(recipe):
         raise ConfigError(
             "model.teacher.fp8",
             recipe,
@@ -114,14 +109,7 @@ def check_hardware(recipe: str, capability: tuple[int, int] | None = None) -> No
         )
 
 
-def _missing_for(recipe: str, capability: tuple[int, int]) -> str:
-    least, below = CAPABILITIES[recipe]
-    if least <= capability < below:
-        return ""
-    return f"compute capability {capability[0]}.{capability[1]} has no such FP8"
-
-
-def _missing_here(recipe: str) -> str:
+def _missing_for(recipe: str) -> str:
     if not torch.cuda.is_available():
         return "this machine has no CUDA device, and the CPU has no FP8 products"
     try:
@@ -139,9 +127,7 @@ def _missing_here(recipe: str) -> str:
 
 def padded_width(rows: int, width: int, multiple: int, shards: int) -> int:
     """The least width >= ``width`` with which each of ``shards`` equal parts of [rows, width] tokens is a multiple.
-
-    ``shards`` is the tensor-parallel degree under sequence parallelism, else 1.
-    """
+    ``shards`` is the tensor-parallel degree under sequence parallelism, else 1."""
     step = multiple // math.gcd(multiple, rows) * shards
     return -(-width // step) * step
 

@@ -17,10 +17,8 @@ class WeightHome:
 
     The bytes are moved, never the tensors: a weight keeps its identity, its views and its scales, and a quantized
     weight of Transformer Engine all buffers it is made of. The host's copy is made once and kept, since a frozen weight
-    never changes: leaving the device then costs nothing, and coming back one copy. Pinned if there is a GPU.
-
-    Args:
-        model: its parameters and buffers must not be written to from here on.
+    never changes: leaving the device then costs nothing, and coming back one copy. Pinned if there is a GPU. From here
+    on the model's parameters and buffers must not be written to.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -86,11 +84,6 @@ class Checksums:
         )
 
 
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers, each storage counted once."""
-    return sum(storage.nbytes() for storage in storages(model))
-
-
 def storages(model: torch.nn.Module) -> Iterator[torch.UntypedStorage]:
     """The storages behind parameters and buffers, each once, those of no bytes left out."""
     seen: set[int] = set()
@@ -104,9 +97,7 @@ def storages(model: torch.nn.Module) -> Iterator[torch.UntypedStorage]:
 
 def parts(tensor: Tensor) -> list[Tensor]:
     """The plain tensors a tensor is made of: itself, or a quantized tensor's data and scales.
-
-    Transformer Engine's quantized tensors name them in ``get_metadata`` (2.20.2, pytorch/tensor/storage).
-    """
+    Transformer Engine's quantized tensors name them in ``get_metadata`` (2.20.2, pytorch/tensor/storage)."""
     metadata = getattr(tensor, "get_metadata", None)
     if metadata is None:
         return [tensor.detach()]

@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from nemo_tropd.teacher.fp8 import CAPABILITIES, MULTIPLES, Fp8Settings
+from nemo_tropd.teacher.fp8 import MULTIPLES, Fp8Settings
 from tests.contract.sources import Definition, Library
 from tests.contract.uses import Use, gather, method_calls, string_keys
 from tests.contract.wheels import PACKAGES, NoIndex, pinned, python_files
@@ -215,12 +215,13 @@ def test_fp8_multiples_are_theirs(library: Library) -> None:
 
 
 def test_fp8_hardware_is_theirs(library: Library) -> None:
+    """What ``teacher.fp8.HARDWARE`` says: Ada, Hopper, and Blackwell below 12.0."""
     module = "transformer_engine.pytorch.quantization"
     plain = source(library, module, "_compute_fp8_support")
-    assert f"< {CAPABILITIES['tensorwise'][0]}" in plain
-    assert f">= {CAPABILITIES['blockwise'][0]}" in source(library, module, "_compute_fp8_block_scaling_support")
+    assert f"< {(8, 9)}" in plain
+    assert f">= {(9, 0)}" in source(library, module, "_compute_fp8_block_scaling_support")
     mxfp8 = source(library, module, "_compute_mxfp8_support")
-    assert all(f">= {bound}" in mxfp8 for bound in CAPABILITIES["mxfp8"])
+    assert all(f">= {bound}" in mxfp8 for bound in ((10, 0), (12, 0)))
 
 
 def test_delayed_scales_are_updated_in_backward_passes_or_with_gradients_alone(library: Library) -> None:

@@ -107,29 +107,6 @@ def check_collectives(checks: Checks, group: Any, seed: int) -> None:
     checks.true("collectives teacher", dict(forward) == {"all_gather_into_tensor": chunks}, forward)
 
 
-def check_regions(checks: Checks, group: Any, seed: int) -> None:
-    """The gradient's norm by region is that of the whole hidden gradient, sequence parallel or not."""
-    mb, rank, size = make(seed), dist.get_rank(group), dist.get_world_size(group)
-    full_h = mb.hidden.clone().requires_grad_(True)
-    objective, losses = objective_and_loss("tropd", world := mb.world(full_h, mb.weight))
-    (losses.sum() * 0.1).backward()
-    squares = full_h.grad.flatten(0, 1)[mb.tokens.rows].square().sum(-1)
-    student = ~mb.tokens.guided
-    want = {
-        "trusted": (world.trust() * squares)[student].sum(),
-        "outlier": ((1 - world.trust()) * squares)[student].sum(),
-        "guided": squares[~student].sum(),
-    }
-    for parallel in (False, True):
-        h = (mb.hidden.chunk(size, 1)[rank] if parallel else mb.hidden).float().clone().requires_grad_(True)
-        out = head_loss(
-            h, shard(mb.weight, rank, size, torch.float32), mb.tokens, mb.teacher_scores(), objective,
-            HeadLayout(mb.vocab_size, group, parallel), scale=0.1, options=LossOptions(region_gradients=True),
-        )  # fmt: skip
-        for name, value in want.items():
-            checks.close(f"region {name} sp {parallel}", out.metrics[f"gradient_square_{name}"], value, 1e-4)
-
-
 def check_teacher(checks: Checks, group: Any, seed: int) -> None:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     for layout in LAYOUTS:
@@ -255,7 +232,6 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
     check_vocabulary(checks, rank, world_size, seed)
     check_values_and_gradients(checks, group, seed)
     check_collectives(checks, group, seed)
-    check_regions(checks, group, seed)
     check_teacher(checks, group, seed)
     check_empty(checks, group)
     check_micro_batches(checks, group, None, seed)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from examples.benchmarks.random_weights import random_weights
+from examples.benchmarks.random_weights import random_weights, weight_bytes
 from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.teacher.offload import WeightHome, parts, storages, weight_bytes
+from nemo_tropd.teacher.offload import WeightHome, parts, storages
 from nemo_tropd.teacher.scorer import TeacherScorer
 from tests.tiny_models import make_tiny
 

@@ -82,7 +82,7 @@ def test_a_row_holds_what_its_sequences_hold_alone() -> None:
     row = TokenBatch.concatenate(rollouts, pad_id=0, seed=5, step=2, pad_to_multiple=8)
     assert row.segments is not None and row.input_ids.size(1) % 8 == 0
     bounds = row.segments.bounds.tolist()
-    assert bounds[-1] == row.input_ids.size(1) and row.segments.longest == max(row.segments.lengths())
+    assert bounds[-1] == row.input_ids.size(1) and row.segments.longest == int(row.segments.bounds.diff().max())
     tokens, seen = row.loss_tokens(), 0
     for i, r in enumerate(rollouts):
         alone = TokenBatch.pack([r], pad_id=0, seed=5, step=2)

@@ -16,7 +16,7 @@ import torch
 
 from examples.benchmarks.gpu_check.rows import Row
 from examples.benchmarks.head import free_gpu, median_ms
-from examples.benchmarks.random_weights import random_weights
+from examples.benchmarks.random_weights import random_weights, weight_bytes
 from examples.benchmarks.shapes import SHAPES
 from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch
 from nemo_tropd.config import ConfigError, TropdConfig
@@ -25,7 +25,7 @@ from nemo_tropd.objectives.terms import forward_kl
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.admission import TOP_K
 from nemo_tropd.teacher.fp8 import Fp8Settings, check_hardware
-from nemo_tropd.teacher.offload import WeightHome, weight_bytes
+from nemo_tropd.teacher.offload import WeightHome
 from nemo_tropd.teacher.scorer import TeacherScorer
 
 SEVEN_B = SHAPES["Qwen2.5-7B-Instruct"]
