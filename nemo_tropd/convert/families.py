@@ -76,10 +76,11 @@ class ModelShape:
     def rows(self) -> Iterator[Row]:
         """Every Megatron parameter of the full model, in the order of the forward pass."""
         present = [row for row in FAMILIES[self.family].table if row.when is None or row.when(self)]
-        yield from (row for row in present if row.megatron.startswith("embedding."))
+        layered = [row for row in present if "{i}" in row.megatron]
+        yield from (row for row in present if row.is_embedding)
         for layer in range(self.layers):
-            yield from (row.at(layer) for row in present if row.per_layer)
-        yield from (row for row in present if not row.per_layer and not row.megatron.startswith("embedding."))
+            yield from (row.at(layer) for row in layered)
+        yield from (row for row in present if row not in layered and not row.is_embedding)
 
     def hf_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor of the Hugging Face checkpoint, in the order of the forward pass."""
@@ -89,9 +90,7 @@ class ModelShape:
 
     def hf_optional_tensors(self) -> dict[str, tuple[int, ...]]:
         """Tensors that a Hugging Face checkpoint or weight stream may contain beside ``hf_tensors``, by name and shape.
-
-        A tied model's head repeats the embedding; rotary frequencies, which old checkpoints stored, are recomputed.
-        """
+        A tied model's head repeats the embedding; rotary frequencies, which old checkpoints stored, are recomputed."""
         names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(self.layers)]
         optional: dict[str, tuple[int, ...]] = dict.fromkeys(names, (self.head_dim // 2,))
         if self.tied:
@@ -106,28 +105,15 @@ class ModelShape:
             + (", tied" if self.tied else "")
         )
 
-    def tensor_parallel_degrees(self) -> list[int]:
-        """The tensor-parallel degrees this architecture can be split into: those that divide both head counts (a
-        key/value head is never split) and the feed-forward size."""
-        return [
-            n
-            for n in range(1, self.kv_heads + 1)
-            if self.heads % n == 0 and self.kv_heads % n == 0 and self.ffn % n == 0
-        ]
-
     def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
-        """Raise ConversionError if the model cannot be split this way; it names the sizes and the supported
-        degrees."""
-        supported = ", ".join(str(n) for n in self.tensor_parallel_degrees())
-        for what, count in (
-            ("query heads", self.heads),
-            ("key/value heads", self.kv_heads),
-            ("feed-forward columns", self.ffn),
-        ):
+        """Raise ConversionError, with the supported degrees, unless the model can be split this way."""
+        split = {"query heads": self.heads, "key/value heads": self.kv_heads, "feed-forward columns": self.ffn}
+        for what, count in split.items():
             if tensor_parallel < 1 or count % tensor_parallel:
+                degrees = (n for n in range(1, self.kv_heads + 1) if not any(size % n for size in split.values()))
                 raise ConversionError(
-                    f"{count} {what} cannot be split over tensor parallel {tensor_parallel}; supported degrees of "
-                    f"this model ({self.heads} query, {self.kv_heads} key/value heads): {supported}"
+                    f"{count} {what} cannot be split over tensor parallel {tensor_parallel}; supported degrees of this "
+                    f"model ({self.heads} query, {self.kv_heads} key/value heads): {', '.join(map(str, degrees))}"
                 )
         if pipeline_parallel < 1 or self.layers % pipeline_parallel:
             stages = ", ".join(str(n) for n in range(1, self.layers + 1) if self.layers % n == 0)
@@ -155,14 +141,14 @@ class Row:
     layer: int | None = None  # set on the rows of one layer
 
     @property
-    def per_layer(self) -> bool:
-        return "{i}" in self.megatron
+    def is_embedding(self) -> bool:
+        return self.megatron.startswith("embedding.")
 
     def stage(self, shape: ModelShape, pipeline_parallel: int) -> int:
         """The pipeline stage that owns the parameter; the last stage's copy of a tied head does not count."""
         if self.layer is not None:
             return self.layer // (shape.layers // pipeline_parallel)
-        return 0 if self.megatron.startswith("embedding.") else pipeline_parallel - 1
+        return 0 if self.is_embedding else pipeline_parallel - 1
 
     @property
     def split_dimension(self) -> int | None:
@@ -189,46 +175,45 @@ class Family:
 
 _L = "model.layers.{i}."
 _M = "decoder.layers.{i}."
+
+
+def _row(megatron: str, layout: Layout, *hf: str, when: Callable[[ModelShape], bool] | None = None) -> Row:
+    """A row of a table; each of ``hf`` is a name and its dimensions."""
+    return Row(megatron, tuple((name, tuple(sizes)) for name, *sizes in map(str.split, hf)), layout, when)
+
+
 _LLAMA: tuple[Row, ...] = (
-    Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", ("vocab", "hidden")),), "vocabulary"),
-    Row(_M + "input_layernorm.weight", ((_L + "input_layernorm.weight", ("hidden",)),), "copy"),
-    Row(
+    _row("embedding.word_embeddings.weight", "vocabulary", "model.embed_tokens.weight vocab hidden"),
+    _row(_M + "input_layernorm.weight", "copy", _L + "input_layernorm.weight hidden"),
+    _row(
         _M + "self_attention.linear_qkv.weight",
-        (
-            (_L + "self_attn.q_proj.weight", ("q", "hidden")),
-            (_L + "self_attn.k_proj.weight", ("kv", "hidden")),
-            (_L + "self_attn.v_proj.weight", ("kv", "hidden")),
-        ),
         "query_key_value",
+        _L + "self_attn.q_proj.weight q hidden",
+        _L + "self_attn.k_proj.weight kv hidden",
+        _L + "self_attn.v_proj.weight kv hidden",
     ),
-    Row(_M + "self_attention.linear_proj.weight", ((_L + "self_attn.o_proj.weight", ("hidden", "q")),), "columns"),
-    Row(_M + "pre_mlp_layernorm.weight", ((_L + "post_attention_layernorm.weight", ("hidden",)),), "copy"),
-    Row(
+    _row(_M + "self_attention.linear_proj.weight", "columns", _L + "self_attn.o_proj.weight hidden q"),
+    _row(_M + "pre_mlp_layernorm.weight", "copy", _L + "post_attention_layernorm.weight hidden"),
+    _row(
         _M + "mlp.linear_fc1.weight",
-        ((_L + "mlp.gate_proj.weight", ("ffn", "hidden")), (_L + "mlp.up_proj.weight", ("ffn", "hidden"))),
         "gate_up",
+        _L + "mlp.gate_proj.weight ffn hidden",
+        _L + "mlp.up_proj.weight ffn hidden",
     ),
-    Row(_M + "mlp.linear_fc2.weight", ((_L + "mlp.down_proj.weight", ("hidden", "ffn")),), "columns"),
-    Row("decoder.final_layernorm.weight", (("model.norm.weight", ("hidden",)),), "copy"),
-    Row(
-        "output_layer.weight",
-        (("lm_head.weight", ("vocab", "hidden")),),
-        "vocabulary",
-        when=lambda shape: not shape.tied,
-    ),
+    _row(_M + "mlp.linear_fc2.weight", "columns", _L + "mlp.down_proj.weight hidden ffn"),
+    _row("decoder.final_layernorm.weight", "copy", "model.norm.weight hidden"),
+    _row("output_layer.weight", "vocabulary", "lm_head.weight vocab hidden", when=lambda shape: not shape.tied),
 )
-_QKV_BIAS = Row(
+_QKV_BIAS = _row(
     _M + "self_attention.linear_qkv.bias",
-    (
-        (_L + "self_attn.q_proj.bias", ("q",)),
-        (_L + "self_attn.k_proj.bias", ("kv",)),
-        (_L + "self_attn.v_proj.bias", ("kv",)),
-    ),
     "query_key_value",
+    _L + "self_attn.q_proj.bias q",
+    _L + "self_attn.k_proj.bias kv",
+    _L + "self_attn.v_proj.bias kv",
 )
 _QK_NORM = (
-    Row(_M + "self_attention.q_layernorm.weight", ((_L + "self_attn.q_norm.weight", ("head",)),), "copy"),
-    Row(_M + "self_attention.k_layernorm.weight", ((_L + "self_attn.k_norm.weight", ("head",)),), "copy"),
+    _row(_M + "self_attention.q_layernorm.weight", "copy", _L + "self_attn.q_norm.weight head"),
+    _row(_M + "self_attention.k_layernorm.weight", "copy", _L + "self_attn.k_norm.weight head"),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -254,12 +239,8 @@ def read_shape(hf_dir: str | Path) -> ModelShape:
 
 def shape_of_config(config: dict[str, Any], where: str = "config.json") -> ModelShape:
     """The shape of a parsed Hugging Face config. Raises ConversionError as ``read_shape`` does."""
-    for key, kind in (
-        ("architectures", list),
-        ("layer_types", list),
-        ("rope_scaling", dict),
-        ("rope_parameters", dict),
-    ):
+    kinds = {"architectures": list, "layer_types": list, "rope_scaling": dict, "rope_parameters": dict}
+    for key, kind in kinds.items():
         if not isinstance(config.get(key) or kind(), kind):
             raise ConversionError(f"{where}: {key} must be a {kind.__name__}, not {config[key]!r}")
     family = _find_family(config, where)
@@ -329,12 +310,8 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
         return theta, None
     if kind != "llama3":
         raise ConversionError(f"{where}: unsupported rope type {kind!r}; supported: 'default', 'llama3'")
-    missing = [
-        key
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if key not in rope
-    ]
-    if missing:
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in needed if key not in rope]:
         raise ConversionError(f"{where}: rope type 'llama3' needs {missing}")
     return theta, RopeScaling(
         factor=_number(rope, "factor", where),
@@ -345,16 +322,14 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
 
 
 def _positive(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
+    value = default if config.get(key) is None else config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConversionError(f"{where}: {key} must be a positive integer, not {value!r}")
     return value
 
 
 def _number(config: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
-    value = config.get(key)
-    value = default if value is None else value
+    value = default if config.get(key) is None else config[key]
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ConversionError(f"{where}: {key} must be a positive number, not {value!r}")
     return float(value)

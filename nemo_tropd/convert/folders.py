@@ -13,17 +13,7 @@ import torch
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.files import complete_folder, write_json
 
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".safetensors.index.json",
-    ".bin.index.json",
-)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 _OTHERS = ("manifest.json", "adapter_config.json", "trainer_state.json")  # of other things than this model
 _TEMPLATES = "additional_chat_templates"
 _SPARE_BYTES = 64 * 2**20
@@ -56,11 +46,8 @@ def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
 
 
 def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy every file of a Hugging Face folder that is not weights: config, generation config, tokenizer, chat
-    templates; not those of adapters and trainers.
-
-    They stay the same byte for byte, except that config.json gets ``dtype``, under both names that readers know.
-    """
+    """Copy every file of a Hugging Face folder that is not weights, nor of adapters and trainers: config, tokenizer and
+    so on. They stay the same byte for byte, except that config.json gets ``dtype``, under both names in use."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source_dir.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OTHERS:
@@ -79,9 +66,7 @@ def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = Non
 
 def write_hf_sidecar(checkpoint_dir: str | Path, source_dir: str | Path) -> None:
     """Copy config and tokenizer of ``source_dir`` to ``checkpoint_dir/hf``, so that export needs no other folder.
-
-    ``source_dir`` is a Hugging Face folder, or a checkpoint that has such a folder itself.
-    """
+    ``source_dir`` is a Hugging Face folder, or a checkpoint that has such a folder itself."""
     source = Path(source_dir)
     if not (source / "config.json").is_file() and (source / SIDECAR / "config.json").is_file():
         source = source / SIDECAR

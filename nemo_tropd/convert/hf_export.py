@@ -109,22 +109,11 @@ def save_hf(
 
     def write(stream: Iterator[tuple[str, Tensor]]) -> None:
         try:
-            _write_folder(stream, out_dir, Path(source_dir), dtype, overwrite, max_shard_bytes)
+            shape = read_shape(source_dir)
+            with new_folder(out_dir, overwrite, shape.parameters() * dtype.itemsize) as folder:
+                write_weights(folder, stream, dict(shape.hf_tensors()), dtype, max_shard_bytes)
+                copy_sidecar(Path(source_dir), folder, dtype)
         except OSError as error:
             raise ConversionError(f"cannot write {out_dir}: {error}") from error
 
     on_stream(World(), stream, write, unexpected=ConversionError)
-
-
-def _write_folder(
-    stream: Iterator[tuple[str, Tensor]],
-    out_dir: Path,
-    source_dir: Path,
-    dtype: torch.dtype,
-    overwrite: bool,
-    max_shard_bytes: int,
-) -> None:
-    shape = read_shape(source_dir)
-    with new_folder(out_dir, overwrite, shape.parameters() * dtype.itemsize) as folder:
-        write_weights(folder, stream, dict(shape.hf_tensors()), dtype, max_shard_bytes)
-        copy_sidecar(source_dir, folder, dtype)

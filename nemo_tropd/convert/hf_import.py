@@ -38,9 +38,7 @@ class WeightSource(Protocol):
 
 class HfSource:
     """The Megatron parameters of a Hugging Face folder, built block by block on request.
-
-    Raises ConversionError as ``HfCheckpoint`` does.
-    """
+    Raises ConversionError as ``HfCheckpoint`` does."""
 
     def __init__(self, hf_dir: str | Path, shape: ModelShape) -> None:
         self.checkpoint = HfCheckpoint(hf_dir, shape)

@@ -43,11 +43,8 @@ class Region(NamedTuple):
 
 
 def regions(row: Row, rank: int, size: int, shape: ModelShape) -> list[Region]:
-    """The blocks of the full parameter that make up the shard of tensor rank ``rank`` of ``size``, stacked along the
-    first dimension.
-
-    Vocabulary padding is not part of the full parameter: the last ranks may get less than their shard, or nothing.
-    """
+    """The blocks of the full parameter that, stacked along the first dimension, are the shard of tensor rank ``rank``.
+    Vocabulary padding is not part of the full parameter: the last ranks may get less than their shard, or nothing."""
     full = full_shape(row, shape)
     dimension = row.split_dimension
     if dimension is None:

@@ -55,11 +55,7 @@ def memory_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
 
 
 def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
-    """Reject a plan that does not fit.
-
-    Raises:
-        ConfigError: names the key that affects the largest part, all sizes, and what to change.
-    """
+    """Raise ConfigError, with all sizes and the key that affects the largest part, if the plan does not fit."""
     need = needed(cfg, memory, machine)
     if need <= machine.bytes:
         return
@@ -85,11 +81,8 @@ def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
 
 
 def check_kv_cache(cfg: TropdConfig, shapes: Iterable[ModelShape], machine: Machine) -> None:
-    """Refuse a CPU engine's cache that cannot hold one sequence of the greatest length, as vLLM would at its start.
-
-    Raises:
-        ConfigError: names the key, its value, and the least that is enough.
-    """
+    """Raise ConfigError, with the least that is enough, if a CPU engine's cache cannot hold one sequence of the
+    greatest length, as vLLM would at its start."""
     if machine.kind != "cpu":
         return
     r = cfg.model.rollout

@@ -1116,9 +1116,9 @@ FAULTS: list[Fault] = [
     ),
     _convert(
         "families",
-        "gate and up are exchanged",
-        '((_L + "mlp.gate_proj.weight", ("ffn", "hidden")), (_L + "mlp.up_proj.weight", ("ffn", "hidden"))),',
-        '((_L + "mlp.up_proj.weight", ("ffn", "hidden")), (_L + "mlp.gate_proj.weight", ("ffn", "hidden"))),',
+        "the gate is a second copy of up",
+        '_L + "mlp.gate_proj.weight ffn hidden",',
+        '_L + "mlp.up_proj.weight ffn hidden",',
         "tests/unit/test_layouts.py::test_each_rank_holds_its_rows_of_gate_above_its_rows_of_up",
     ),
     Fault(

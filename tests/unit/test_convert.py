@@ -343,7 +343,6 @@ def test_refuses_heads_that_do_not_divide():
         "tie_word_embeddings": True,
     }
     shape = shape_of_config(config)
-    assert shape.tensor_parallel_degrees() == [1, 3]
     assert shape.parameters() == 134_515_008
     assert shape.padded_vocab(3) == 49152
     shape.check_layout(3, 2)
