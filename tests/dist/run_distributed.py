@@ -12,11 +12,12 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import forkserver, reduction
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -59,7 +60,7 @@ def run_distributed(
             # Unpickled first of all: what ``fn``'s module reads and prints when it is imported is then right, too.
             surroundings = _Surroundings({**os.environ, **values}, f"{torch.initial_seed()} {rank}")
             process = context.Process(target=_child, args=(surroundings, *call), name=f"rank{rank}")
-            with environment(values):
+            with mock.patch.dict(os.environ, values):
                 process.start()  # the first one waits for the server's imports
             theirs.close()
             processes.append(process)
@@ -77,7 +78,8 @@ def _context(fresh: bool) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.dist.rank_imports"])
-    with environment({"OMP_NUM_THREADS": "1"}):  # read when torch is imported; a pool of threads would not be forked
+    # Read when torch is imported; a pool of threads would not be forked.
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
     return context
 
@@ -186,20 +188,6 @@ def _child_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
-
-
-@contextlib.contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _free_port() -> int:

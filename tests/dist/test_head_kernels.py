@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import random
 import math
+import os
 import time
 from dataclasses import replace
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from nemo_tropd.loss import backend, inputs, weight_gradient
 from nemo_tropd.loss.head import head_loss, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
 from tests.dist.checks import Checks
-from tests.dist.run_distributed import environment, run_distributed
+from tests.dist.run_distributed import run_distributed
 from tests.dist.test_head_parallel import (
     LAYOUTS,
     TOLERANCE,
@@ -259,7 +261,7 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
 def test_kernels(world_size: int) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
-    with environment({"TRITON_INTERPRET": "1"}):
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
         results = run_distributed(work, world_size, seed, timeout_s=270, fresh=True)
     for rank, (failures, count, seconds) in enumerate(results):
         print(f"rank {rank}: {count} checks in {seconds:.1f} s")
