@@ -60,8 +60,7 @@ def compose_command_line(argv: Sequence[str], conf_dir: Path, usage: str = "") -
     ``--config-path`` replaces it, ``--config-dir`` adds another (both relative to the working directory).
     ``--help`` (with ``usage``) and ``--cfg job`` print and exit with code 0.
 
-    Raises:
-        ConfigError: a file, flag, key or value that there is not, or a value whose type does not fit its key.
+    Raises ConfigError for a file, flag, key or value that there is not, and a value whose type does not fit its key.
     """
     flags = _parse(argv)
     folders = [Path(flags.config_path).absolute() if flags.config_path else conf_dir.absolute()]

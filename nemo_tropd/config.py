@@ -325,11 +325,7 @@ ConfigStore.instance().store(name=SCHEMA_NAME, node=TropdConfig)
 
 
 def host_and_port(key: str, value: str, default_port: int | None = None) -> tuple[str, int]:
-    """Host and port of ``host:port`` or ``[v6]:port``, or with a default port of ``host`` alone.
-
-    Raises:
-        ConfigError: ``value``, that of ``key``, is none of these.
-    """
+    """Host and port of ``host:port`` or ``[v6]:port``, or with a default port of ``host`` alone; else ConfigError."""
     found = split_endpoint(value, default_port)
     if found is None:
         raise ConfigError(key, value, ENDPOINT_WANTED)

@@ -1,7 +1,4 @@
-"""Every check of a run's settings that needs no model: each value against its key, and values that must go together.
-
-Imports no torch, so that a file can be checked on any machine in a moment.
-"""
+"""Checks of a run's settings that need no model: each value against its key, and what must go together. No torch."""
 
 from __future__ import annotations
 
@@ -24,9 +21,8 @@ _interpolated: set[str] = set()  # environment variables that this process's con
 def resolve(cfg: DictConfig) -> TropdConfig:
     """The composed configuration as a checked object of the schema.
 
-    Raises:
-        ConfigError: an unknown key, a required key is missing, a value has the wrong type or is out of range, or
-            values cannot go together.
+    Raises ConfigError for an unknown key, a missing one that is required, a value of the wrong type or out of range,
+    and values that cannot go together.
     """
     merged = typed(cfg)
     _interpolated.update(re.findall(r"oc\.env:\s*([^\s,}]+)", OmegaConf.to_yaml(merged)))
@@ -74,11 +70,7 @@ def yaml_without_secrets(cfg: TropdConfig) -> str:
 
 
 def check(cfg: TropdConfig) -> None:
-    """Every check that needs no model: each value's own range, then what must go together.
-
-    Raises:
-        ConfigError: names the key, the value and the remedy.
-    """
+    """Every check that needs no model: each value's own range, then what must go together; else ConfigError."""
     _require(
         cfg,
         cfg.model.teacher.fp8 != "delayed",

@@ -33,10 +33,7 @@ def bad_value(key: str, value: object, reason: str, where: str = "") -> ConfigEr
 
 def typed(cfg: DictConfig, where: str = "") -> DictConfig:
     """A configuration with the schema's keys, types and defaults; ``where`` it comes from, for the message.
-
-    Raises:
-        ConfigError: a key that the schema does not have, or a value of the wrong type.
-    """
+    Raises ConfigError for a key that the schema does not have, and a value of the wrong type."""
     plain = OmegaConf.to_container(cfg)  # a section with a type would bring along keys that were added to it
     try:
         return DictConfig(OmegaConf.merge(OmegaConf.structured(TropdConfig), plain))

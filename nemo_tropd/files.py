@@ -70,9 +70,7 @@ def complete_folder(path: str | Path) -> Iterator[Path]:
 
 def finish_folder(temporary: Path, path: Path) -> None:
     """Flush the folder ``temporary`` and its files to the disk and rename it to ``path``, replacing an old one.
-
-    If the rename fails, the old folder is back in its place.
-    """
+    If the rename fails, the old folder is back in its place."""
     for folder, _, names in os.walk(temporary):
         for name in names:
             sync(Path(folder) / name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,11 +62,6 @@ class PromptSet(Sequence[Prompt]):
     def __getitem__(self, index: Any) -> Any:
         return self.prompts[index]
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt; 0 for an empty set."""
-        return max((len(p.token_ids) for p in self.prompts), default=0)
-
     def fingerprint(self) -> str:
         """A digest of ids, tokens and answers in order: a resumed run must see the same one."""
         digest = hashlib.sha256()
@@ -82,20 +77,6 @@ class PromptSplit:
     train: PromptSet
     held_out: PromptSet
     dropped: int
-
-
-@dataclass(frozen=True)
-class _Record:
-    """A validated record before the chat template."""
-
-    messages: tuple[Mapping[str, str], ...]
-    answer: str | None
-    id: str | None
-    where: str
-
-    @property
-    def text(self) -> str:
-        return self.messages[-1]["content"]
 
 
 @dataclass
@@ -141,18 +122,12 @@ def load_prompts(
 ) -> PromptSplit:
     """Read prompts, apply the chat template and split off the held-out ones.
 
-    Args:
-        path: a .jsonl or .parquet file, a directory written by ``datasets.save_to_disk``, or a data set's name
-            (``owner/name`` or ``owner/name:config``).
-        tokenizer: a Hugging Face tokenizer.
-        max_prompt_tokens: longest prompt in tokens, chat template included.
-        held_out: number of prompts to hold out. See :func:`split_held_out`.
-        overlong: what to do with a longer prompt, ``error`` or ``drop``.
-        split: split of a Hugging Face data set.
+    ``path`` is a .jsonl or .parquet file, a directory written by ``datasets.save_to_disk``, or the name of a data set
+    (``owner/name`` or ``owner/name:config``), of which ``split`` is read. A prompt of more than ``max_prompt_tokens``,
+    chat template included, is an error, or left out with ``overlong="drop"``.
 
-    Raises:
-        PromptError: no such file, nothing in it, a malformed or incomplete record (its line named), a prompt that is
-            too long, a tokenizer without a chat template, no prompt left for training.
+    Raises PromptError: no such file, nothing in it, a malformed or incomplete record (its line named), a prompt that is
+    too long, a tokenizer without a chat template, no prompt left for training.
     """
     if overlong not in ("error", "drop"):
         raise PromptError(f"overlong={overlong!r}: must be 'error' or 'drop'")
@@ -173,8 +148,7 @@ def load_prompts(
                     )
                 dropped += 1
                 continue
-            name = record.id if record.id is not None else _digest(record.messages).hex()[:16]
-            prompts.append(Prompt(name, record.text, record.messages, record.answer, tuple(ids), record.where))
+            prompts.append(replace(record, token_ids=tuple(ids)))
     if not prompts:
         raise PromptError(f"{path}: all {dropped} prompts are longer than max_prompt_tokens={max_prompt_tokens}")
     train, kept_out = split_held_out(prompts, held_out)
@@ -308,8 +282,8 @@ def _lookup(record: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys) -> _Record:
-    """The record with every field validated. Raises PromptError naming ``where``."""
+def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys) -> Prompt:
+    """The record with every field validated, not yet tokenized. Raises PromptError naming ``where``."""
     prompt, messages = _lookup(record, keys.prompt), _lookup(record, keys.messages)
     if prompt is None and messages is None:
         raise PromptError(
@@ -326,10 +300,12 @@ def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys) -> _Record
     for label, value in ((keys.answer, answer), ("id", name)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
             raise PromptError(f"{where}: {label!r} must be a string or a number, got {type(value).__name__}")
-    return _Record(
+    return Prompt(
+        id=_digest(turns).hex()[:16] if name is None else str(name),
+        text=turns[-1]["content"],
         messages=turns,
         answer=None if answer is None else str(answer),
-        id=None if name is None else str(name),
+        token_ids=(),
         where=where,
     )
 
@@ -341,8 +317,7 @@ def _checked_messages(messages: Any, where: str, key: str) -> tuple[Mapping[str,
         )
     turns = []
     for i, turn in enumerate(messages):
-        good = isinstance(turn, Mapping) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
-        if not good:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
             raise PromptError(f"{where}: {key!r}[{i}] must have 'role' and 'content', both strings; got {turn!r}")
         turns.append({"role": turn["role"], "content": turn["content"]})
     if turns[-1]["role"] == "assistant":
@@ -354,7 +329,7 @@ def _checked_messages(messages: Any, where: str, key: str) -> tuple[Mapping[str,
     return tuple(turns)
 
 
-def _encode(records: Sequence[_Record], tokenizer: Any) -> list[list[int]]:
+def _encode(records: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
     """Token ids of each prompt, chat template included."""
     conversations = [[dict(turn) for turn in r.messages] for r in records]
     try:

@@ -81,9 +81,7 @@ def build_gpt(
 
 def process_groups(topology: Topology) -> ProcessGroupCollection | None:
     """The groups of a model that is not split as Megatron's global state says; None for one that is.
-
-    Only what a forward pass without a pipeline asks for differs from the global state.
-    """
+    Only what a forward pass without a pipeline asks for differs from the global state."""
     if topology.from_megatron:
         return None
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -153,9 +151,7 @@ def transformer_config(
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3's scaled rotary frequencies, radians a position, same shape and dtype as ``frequencies``.
-
-    Source: Llama 3.1 reference code, apply_scaling. Megatron's own version fixes all but the factor.
-    """
+    Source: Llama 3.1 reference code, apply_scaling. Megatron's own version fixes all but the factor."""
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_positions / wavelengths
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -166,9 +162,7 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 def _mark_split_parameters(model: GPTModel, shape: ModelShape) -> None:
     """Say which parameters tensor parallel splits; Megatron does so only if it also initializes their values.
-
-    The gradient norm counts a parameter without the mark on tensor rank 0 alone.
-    """
+    The gradient norm counts a parameter without the mark on tensor rank 0 alone."""
     for parameter, row in local_rows(model, shape):
         dimension = row.split_dimension
         if dimension is not None:

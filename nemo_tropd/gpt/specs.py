@@ -60,9 +60,7 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
 
 class SegmentAttention(DotProductAttention):
     """Megatron's local attention, which refuses concatenated sequences, with one causal attention a sequence for them.
-
-    Source: torch's scaled_dot_product_attention, softmax in fp32. No dropout.
-    """
+    Source: torch's scaled_dot_product_attention, softmax in fp32. No dropout."""
 
     def forward(
         self,

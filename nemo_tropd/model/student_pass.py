@@ -45,9 +45,7 @@ class StudentPass:
         reference: Sequence[Tensor | None],
     ) -> MetricSums:
         """Gradients into DDP's buffers; returns this rank's sums (empty except on the last stage's tensor rank 0).
-
-        ``batches`` are the same number on every rank. Waits for the device once, at the end.
-        """
+        ``batches`` are the same number on every rank. Waits for the device once, at the end."""
         sums = DeviceSums()
 
         def forward_step(data: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:

@@ -116,7 +116,8 @@ class MegatronTrOPDModel(ModelPT):
                 "an FP8 teacher needs calibration batches; set model.teacher.admission.prompts=0 to skip the check"
             )
         teacher, found = admit(
-            lambda recipe: make(fp8=recipe), fp8, calibration, self._student_scores, settings.admission,
+            lambda recipe: make(fp8=recipe), fp8, calibration,
+            lambda batches, scores: list(self._student_scores(batches, scores)), settings.admission,
             chunk_tokens=self.settings.tropd.chunk_tokens,
             counts=self.topology.tensor_rank == 0 and self.topology.data_rank == 0,
         )  # fmt: skip
@@ -126,19 +127,32 @@ class MegatronTrOPDModel(ModelPT):
 
     @torch.no_grad()
     def _student_scores(
-        self, batches: Sequence[TokenBatch], scores: Sequence[TeacherScores | None]
-    ) -> list[TokenScores | None]:
-        """The student beside the teacher's ``scores``; None except on the last stage."""
-        found: list[TokenScores | None] = []
-        for batch, teacher, hidden in zip(
-            batches, scores, pipeline_forward(self.student, batches, self.topology), strict=True
+        self,
+        batches: Sequence[TokenBatch],
+        scores: Sequence[TeacherScores | None],
+        reference: Sequence[Tensor | None] | None = None,
+        *,
+        entropy: bool = False,
+    ) -> Iterator[TokenScores | None]:
+        """The student beside the teacher's ``scores`` of each batch; None except on the last stage."""
+        hidden = pipeline_forward(self.student, batches, self.topology)
+        for batch, teacher, ref, states in zip(
+            batches, scores, reference or [None] * len(batches), hidden, strict=True
         ):
-            if hidden is None or teacher is None:
-                found.append(None)
+            if states is None or teacher is None:
+                yield None
                 continue
             tokens, weight = batch.loss_tokens(), head_weight(self.student)
-            found.append(score_tokens(hidden, weight, tokens, teacher, self._layout(), carry_bad=True))
-        return found
+            yield score_tokens(
+                states,
+                weight,
+                tokens,
+                teacher,
+                self._layout(),
+                entropy=entropy,
+                reference_log_probs=ref,
+                carry_bad=True,
+            )
 
     def attach_rollouts(self, rollouts: Rollouts) -> None:
         """Give the model its rollout engine; whoever made it closes it."""
@@ -170,9 +184,7 @@ class MegatronTrOPDModel(ModelPT):
 
     def infer(self, requests: Sequence[RolloutRequest] | None) -> list[Rollout]:
         """Rollouts of ``requests`` (rank 0's; None elsewhere) by the student's current weights, on every rank.
-
-        Collective. Raises EngineError if the engine fails, or has other weights than the last ones sent.
-        """
+        Collective. Raises EngineError if the engine fails, or has other weights than the last ones sent."""
         return self.rollouts.generate(requests, self.weights_version)
 
     def finish_inference(self) -> None:
@@ -269,22 +281,8 @@ class MegatronTrOPDModel(ModelPT):
         reference: Sequence[Tensor | None],
     ) -> Tensor:
         """The objective's statistic of every loss token of the global batch, the same on every rank."""
-        own: list[Tensor] = []
-        for batch, teacher, ref, hidden in zip(
-            batches, scores, reference, pipeline_forward(self.student, batches, self.topology), strict=True
-        ):
-            if hidden is not None and teacher is not None:
-                seen = score_tokens(
-                    hidden,
-                    head_weight(self.student),
-                    batch.loss_tokens(),
-                    teacher,
-                    self._layout(),
-                    entropy=objective.needs_student_entropy,
-                    reference_log_probs=ref,
-                    carry_bad=True,
-                )
-                own.append(objective.statistic(seen).cpu())
+        seen = self._student_scores(batches, scores, reference, entropy=objective.needs_student_entropy)
+        own = [objective.statistic(s).cpu() for s in seen if s is not None]
         mine = torch.cat(own).tolist() if own and self.topology.tensor_rank == 0 else []
         everyone = self.topology.gather_objects(mine)
         return torch.tensor([x for part in everyone for x in part], device=self.topology.device)

@@ -4,8 +4,6 @@ To add one: a file with a frozen dataclass that derives from ``Objective`` and w
 equation, an entry below, and an oracle in tests/oracles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -43,9 +41,7 @@ _BOUND = frozenset({"step", "threshold", "factor", "baseline_value"})
 
 def build(name: str, **params: Any) -> Objective:
     """The objective of that name. Parameters left out take the defaults of its class; ``lambda`` is accepted as such.
-
-    Raises ValueError for an unknown name or parameter, listing the known ones, and for a value outside its range.
-    """
+    Raises ValueError for an unknown name or parameter, listing the known ones, and for a value outside its range."""
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
     given = {("lambda_" if key == "lambda" else key): value for key, value in params.items()}

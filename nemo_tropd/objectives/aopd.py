@@ -1,7 +1,5 @@
 """AOPD: forward KL where the teacher likes the sample less than the student does (arXiv 2605.06387, Eq. 10)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

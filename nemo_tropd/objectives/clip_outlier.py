@@ -1,7 +1,5 @@
 """OPD with the reward of outliers clipped (TrOPD paper, Table 1)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """OPD on the tokens where the student is least certain (TrOPD paper, Table 1, "Entropy OPD 20%")."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Entropy-aware OPD: reverse KL everywhere, forward KL where the teacher is uncertain (EOPD, arXiv 2603.07079)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Forward KL over the teacher's top k on the student's own states (TrOPD paper, Eq. 3, k = 64)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

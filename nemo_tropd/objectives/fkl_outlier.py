@@ -1,7 +1,5 @@
 """The trust gate with a forward KL on outliers (TrOPD paper, Eqs. 5-7)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """G-OPD: a reward that may go beyond the teacher, measured from a reference model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,9 +14,7 @@ from .terms import policy_gradient
 @dataclass(frozen=True, kw_only=True)
 class GOPD(Objective):
     """-stopgrad(lambda log(pi_T / pi_ref) - log(pi_S / pi_ref)) l.
-
-    Its expected gradient is that of KL(pi_S || pi_T^lambda pi_ref^(1 - lambda) / Z); lambda = 1 is OPD.
-    """
+    Its expected gradient is that of KL(pi_S || pi_T^lambda pi_ref^(1 - lambda) / Z); lambda = 1 is OPD."""
 
     name = "gopd"
     needs_reference = True

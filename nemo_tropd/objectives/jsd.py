@@ -1,7 +1,5 @@
 """Jensen-Shannon divergence with weight beta (TrOPD paper, Eq. 4, beta = 0.5)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """OPD with outliers left out (TrOPD paper, Table 1)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

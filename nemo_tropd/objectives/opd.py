@@ -1,7 +1,5 @@
 """On-policy distillation with the K1 estimator of the reverse KL."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """REOPOLD: OPD with a floor under the reward (arXiv 2603.11137)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """REOPOLD in two stages: exploration by reward, then refinement by entropy (arXiv 2603.11137)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

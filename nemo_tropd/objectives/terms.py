@@ -4,8 +4,6 @@ l = log pi_S(x), carries gradient          R = stopgrad(log pi_T(x) - log pi_S(x
 V_k = the teacher's top-k tokens           F_k = sum over V_k of pi_T (log pi_T - log pi_S)
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

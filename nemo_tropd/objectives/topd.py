@@ -1,7 +1,5 @@
 """TOP-D: a proximal teacher between student and teacher (arXiv 2607.04751)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """TrOPD: trust-region on-policy distillation (arXiv 2606.01249, Eqs. 5-9)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """TrOPD with AOPD's term on positive tokens added (TrOPD paper, Table 6)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

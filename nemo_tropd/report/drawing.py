@@ -25,10 +25,7 @@ _STYLE = {
     "lines.linewidth": 2,
     "lines.solid_capstyle": "round",
     "lines.markersize": 7,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.spines.bottom": False,
+    **dict.fromkeys((f"axes.spines.{side}" for side in ("left", "right", "top", "bottom")), False),
     "axes.facecolor": "none",
     "axes.labelcolor": COLORS["quiet"],
     "axes.titlelocation": "left",
@@ -40,12 +37,9 @@ _STYLE = {
     "axes.axisbelow": True,
     "grid.color": COLORS["rule"],
     "grid.linewidth": 1,
-    "xtick.color": COLORS["quiet"],
-    "ytick.color": COLORS["quiet"],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.major.pad": 6,
-    "ytick.major.pad": 6,
+    **dict.fromkeys(("xtick.color", "ytick.color"), COLORS["quiet"]),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+    **dict.fromkeys(("xtick.major.pad", "ytick.major.pad"), 6),
     "legend.edgecolor": "none",
     "legend.fontsize": 9,
     "legend.handlelength": 1.2,
@@ -57,9 +51,7 @@ _STYLE = {
 @contextmanager
 def style(font_size: float, salt: str = "") -> Iterator[None]:
     """Set the style, whatever the user's matplotlibrc says.
-
-    Ids within an SVG are hashes of ``salt`` and content: charts of one page share none, a run always gets the same.
-    """
+    Ids within an SVG are hashes of ``salt`` and content: charts of one page share none, a run always gets the same."""
     with matplotlib.style.context(["default", {**_STYLE, "font.size": font_size, "svg.hashsalt": salt}]):
         yield
 

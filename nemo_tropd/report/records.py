@@ -137,11 +137,7 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers among an entry's values."""
-    return {
-        k: float(v)
-        for k, v in entry.items()
-        if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-    }
+    return {k: v for k, given in entry.items() if not isinstance(given, bool) and (v := _finite(given)) is not None}
 
 
 def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, float]]]:
@@ -194,9 +190,8 @@ def _read_rollouts(path: Path, notes: list[str]) -> list[TokenTrace]:
 
 def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
-        notes.append(
-            "summary.json is missing (the run has not ended): before and after are the first and last validation"
-        )
+        missing = "summary.json is missing (the run has not ended)"
+        notes.append(f"{missing}: before and after are the first and last validation")
         return {}
     try:
         summary = _parse(path.read_text(encoding="utf-8"))
@@ -207,8 +202,7 @@ def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> float | None:
-    number = isinstance(value, int | float) and math.isfinite(value)
-    return float(value) if number else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def thin(points: Sequence[tuple[float, float]], limit: int = 300) -> list[tuple[float, float]]:
@@ -222,9 +216,7 @@ def thin(points: Sequence[tuple[float, float]], limit: int = 300) -> list[tuple[
 
 def smooth(points: Sequence[tuple[float, float]], *, log: bool = False) -> list[tuple[float, float]]:
     """The trend at each point: a straight line fitted to the tenth of the run around it, within the values seen there.
-
-    ``log`` fits the logarithms, for positive values. Fewer than 20 points are returned unchanged.
-    """
+    ``log`` fits the logarithms, for positive values. Fewer than 20 points are returned unchanged."""
     if len(points) < 20:
         return list(points)
     width = max(len(points) // 10, 5)

@@ -1,11 +1,10 @@
-"""The check that admits an FP8 teacher: it is compared with itself in bf16, on the same tokens, before the first
-step."""
+"""Admits an FP8 teacher: it is compared with itself in bf16, on the same tokens, before the first step."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,17 +39,12 @@ class Admission:
 
     def check(self, bounds: AdmissionConfig, first_last_bf16: int = 0) -> None:
         """Raise ConfigError, with every exceeded bound and its value, unless all are satisfied.
-
-        A non-finite value counts as exceeding every bound.
-        """
+        A non-finite value counts as exceeding every bound."""
+        labels = {"top_k_kl": f"top-{TOP_K} KL", "gate_flips": "share of gate flips", "ratio_error": "error of R"}
         exceeded = [
-            f"{label} {value:.4g} is above model.teacher.admission.{key} = {bound:g}"
-            for key, label, value, bound in (
-                ("top_k_kl", f"top-{TOP_K} KL", self.top_k_kl, bounds.top_k_kl),
-                ("gate_flips", "share of gate flips", self.gate_flips, bounds.gate_flips),
-                ("ratio_error", "error of R", self.ratio_error, bounds.ratio_error),
-            )
-            if not value <= bound
+            f"{label} {getattr(self, key):.4g} is above model.teacher.admission.{key} = {getattr(bounds, key):g}"
+            for key, label in labels.items()
+            if not getattr(self, key) <= getattr(bounds, key)
         ]
         if exceeded:
             raise ConfigError(
@@ -63,12 +57,8 @@ class Admission:
 
 
 def measure(student: Sequence[TokenScores], quantized: Sequence[TokenScores], recipe: str) -> Admission:
-    """The figures of an FP8 teacher, over all ranks (collective).
-
-    Args:
-        student: the student's scores beside the bf16 teacher's.
-        quantized: the FP8 teacher's in the student's place, beside the same bf16 scores (``score_like``).
-    """
+    """The figures of an FP8 teacher, over all ranks (collective): ``student`` are the student's scores beside the bf16
+    teacher's, ``quantized`` the FP8 teacher's in the student's place (``score_like``)."""
     sums = MetricSums()
     for mine, other in zip(student, quantized, strict=True):
         sums.add(_sums(mine, other))
@@ -84,14 +74,7 @@ def measure(student: Sequence[TokenScores], quantized: Sequence[TokenScores], re
 
 
 def _sums(student: TokenScores, quantized: TokenScores) -> dict[str, float]:
-    swapped = TokenScores(
-        student.student_log_probs,
-        student.student_top_k_log_probs,
-        quantized.student_log_probs,
-        student.teacher_top_k_log_probs,
-        student.guided,
-        student.uniforms,
-    )
+    swapped = replace(student, teacher_log_probs=quantized.student_log_probs)
     flips = trust_gate(student, "bernoulli") != trust_gate(swapped, "bernoulli")
     error = (quantized.student_log_probs - student.teacher_log_probs).abs()
     return {

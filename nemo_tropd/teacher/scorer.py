@@ -73,10 +73,8 @@ class TeacherScorer:
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """A phase in which the teacher is used: with offload on, its weights come back before and leave after.
-
         ``score`` opens one of its own; open one around several calls, or around any use of ``head``. Raises
-        RuntimeError if the weights are not those that were loaded.
-        """
+        RuntimeError if the weights are not those that were loaded."""
         if self.home is not None and self._depth == 0:
             self.home.come_back()
         self._depth += 1
@@ -92,9 +90,7 @@ class TeacherScorer:
     @torch.no_grad()
     def hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:
         """Hidden states [B, S, H] (sequence parallel: [B, S/TP, H]) of each batch; None except on the last stage.
-
-        FP8's padding is removed again, for which sequence parallelism gathers and splits once more.
-        """
+        FP8's padding is removed again, for which sequence parallelism gathers and splits once more."""
         with self.scoring():
             padded = self._padded(batches)
             states = pipeline_forward(self.model, padded, self.topology)

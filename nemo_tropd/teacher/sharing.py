@@ -25,12 +25,8 @@ from nemo_tropd.teacher.scorer import TeacherScorer
 
 
 class TeacherSharing:
-    """Scores and divergences for the student's ranks, from a teacher built over ``topology.for_teacher()``.
-
-    Args:
-        teacher: this rank's part of the teacher.
-        topology: the student's.
-    """
+    """Scores and divergences for the student's ranks. ``topology`` is the student's; ``teacher`` is this rank's part of
+    one that was built over ``topology.for_teacher()``."""
 
     def __init__(self, teacher: TeacherScorer, topology: Topology) -> None:
         self.teacher, self.topology, self.ranks = teacher, topology, topology.ranks
@@ -42,9 +38,7 @@ class TeacherSharing:
         self, batches: Sequence[TokenBatch], *, top_k: int, entropy: bool, chunk_tokens: int | None
     ) -> list[TeacherScores | None]:
         """The teacher's scores of this data rank's micro-batches, on all ranks of the last stage (collective).
-
-        ``batches`` are the same number on every rank.
-        """
+        ``batches`` are the same number on every rank."""
         score = partial(self.teacher.score, top_k=top_k, entropy=entropy, chunk_tokens=chunk_tokens)
         if not self.own_degree:
             return score(batches)

@@ -155,7 +155,7 @@ def test_an_overlong_prompt_is_named_with_both_lengths_or_dropped(tmp_path):
     with pytest.raises(PromptError, match=r"line 2: the prompt has 6 tokens .*max_prompt_tokens is 5"):
         load(path, max_prompt_tokens=5)
     split = load(path, max_prompt_tokens=5, overlong="drop")
-    assert (len(split.train), split.dropped, split.train.longest) == (1, 1, 4)
+    assert (len(split.train), split.dropped, len(split.train[0].token_ids)) == (1, 1, 4)
     assert len(load(path, max_prompt_tokens=6).train) == 2
     with pytest.raises(PromptError, match="all 2 prompts are longer"):
         load(path, max_prompt_tokens=3, overlong="drop")
