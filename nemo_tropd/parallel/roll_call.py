@@ -82,6 +82,7 @@ class RollCall:
         self.alone = self.world_size == 1 or "MASTER_ADDR" not in os.environ
         self.members: list[Member] = []
         self.failed = False
+        self._why = ""  # what another rank announced
         if self.alone:
             return
         _runs += 1
@@ -112,7 +113,7 @@ class RollCall:
             self.stop()
             return
         if failed_collective(error):
-            if why := self._announced():
+            if why := self._why or self._announced():
                 self._report_elsewhere(why)
                 left: RuntimeError = PeerFailed(why)
             else:
@@ -282,7 +283,8 @@ class RollCall:
                 elif stops:
                     STOP.ask()
                 if self._store.check([self._failure_key]) and not self.failed:
-                    self._follow(str(json.loads(self._store.get(self._failure_key))[1]))
+                    self._why = str(json.loads(self._store.get(self._failure_key))[1])
+                    self._follow(self._why)
                 if self._watches and dist.is_initialized() and dist.get_backend() == "nccl":
                     self._watch(self._counts(self._store))
             except RuntimeError:
