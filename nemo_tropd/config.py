@@ -20,6 +20,7 @@ from omegaconf import MISSING
 from nemo_tropd.fields import (
     ENDPOINT_WANTED,
     FREE_FORM,
+    NAMES,
     choice,
     endpoint,
     file_name,
@@ -66,6 +67,9 @@ class TropdTrainerConfig:
     """Largest global gradient norm (L2); 0 leaves gradients as they are."""
     max_skipped_steps: int = integer(5, at_least=0)
     """Consecutive steps that may be skipped because logits, loss or gradient are not finite; one more ends the run."""
+    accept_changes: list[str] = field(default_factory=list, metadata=NAMES)
+    """Keys that a resumed run may change although they alter draws or loss, e.g. [model.tropd.objective]; other such
+    changes are refused. A changed learning rate, schedule or number of steps needs no consent, see conf/README.md."""
 
 
 @dataclass
@@ -117,6 +121,9 @@ class SchedConfig:
     """constant, linear or cosine, after the warm-up."""
     warmup_steps: int = integer(0, at_least=0)
     min_lr: float = number(0.0, at_least=0)
+    decay_steps: int | None = integer(None, at_least=1)
+    """The step at which linear and cosine reach min_lr; null: trainer.tropd.max_steps at the run's first start. With
+    min_lr = 0 the last step still has a little: the step after it would have none."""
 
 
 @dataclass
@@ -143,7 +150,10 @@ class GuidanceConfig:
     prefix_draw: str = choice("uniform", "cap")
     """uniform samples the length from 0 .. L_max; cap uses L_max. The paper does not say which."""
     anneal_fraction: float = number(1.0, above=0, at_most=1)
-    """Share of trainer.tropd.max_steps after which the prefix length is 0 (the paper: all of them)."""
+    """Share of trainer.tropd.max_steps, as it is at the run's first start, after which the prefix length is 0 (the
+    paper: all of them)."""
+    anneal_steps: int | None = integer(None, at_least=1)
+    """The step at which the prefix length is 0; null: from anneal_fraction."""
 
 
 @dataclass
@@ -342,6 +352,8 @@ def run_dir(cfg: TropdConfig) -> Path:
 
 def anneal_steps(cfg: TropdConfig) -> int:
     """Steps over which teacher prefixes anneal to nothing."""
+    if cfg.model.tropd.guidance.anneal_steps is not None:
+        return cfg.model.tropd.guidance.anneal_steps
     return max(1, round(cfg.model.tropd.guidance.anneal_fraction * cfg.trainer.tropd.max_steps))
 
 

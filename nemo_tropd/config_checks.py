@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig
-from nemo_tropd.config_keys import bad_value, typed, value_at
+from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig, schema_keys
+from nemo_tropd.config_keys import bad_value, typed, unknown_key, value_at
 from nemo_tropd.fields import refused
 
 _SECRET = r"(?:api_?key|access_key|private_key|token|password|passwd|secret|credentials?)"
@@ -116,6 +116,29 @@ def _check_optimizer(cfg: TropdConfig) -> None:
     _require(cfg, o.sched.warmup_steps < steps, f"{key}.sched.warmup_steps", late)
     adam = f"Megatron's distributed optimizer is adam only: choose adam, or set {key}.distributed=false"
     _require(cfg, o.name == "adam" or not o.distributed, f"{key}.name", adam)
+    check_decay(cfg)
+    for changed in cfg.trainer.tropd.accept_changes:
+        if changed not in schema_keys() and not changed.startswith("model.tropd.params."):
+            raise unknown_key(changed, None, "trainer.tropd.accept_changes names it, but ")
+
+
+def check_decay(cfg: TropdConfig) -> None:
+    """Refuse a schedule that leaves steps without a learning rate.
+
+    Raises:
+        ConfigError: it decays to 0 before the run ends, or ends within its warm-up.
+    """
+    key, sched, steps = "model.optim.sched.decay_steps", cfg.model.optim.sched, cfg.trainer.tropd.max_steps
+    end = sched.decay_steps
+    if sched.name == "constant" or end is None:
+        return
+    warm_up = f"must exceed model.optim.sched.warmup_steps = {sched.warmup_steps}"
+    _require(cfg, end > sched.warmup_steps, key, warm_up)
+    lost = (
+        f"the learning rate ({sched.name}) is 0 after step {end}, so steps {end + 1} to {steps} would learn nothing: "
+        f"set {key}={steps} (the rate is then that of a run of {steps} steps), or model.optim.sched.min_lr"
+    )
+    _require(cfg, end >= steps or sched.min_lr > 0, key, lost)
 
 
 def _check_engine(cfg: TropdConfig) -> None:

@@ -124,6 +124,11 @@ FREE_FORM: Mapping[str, Any] = {
     "check": lambda value: None if isinstance(value, Mapping) and _is_plain(value) else _PLAIN
 }
 _PLAIN = "give names with plain, finite values"
+# Metadata of a list of names.
+NAMES: Mapping[str, Any] = {
+    "check": lambda value: None if isinstance(value, list) and all(isinstance(v, str) for v in value) else _NAMES
+}
+_NAMES = "give a list of names, such as [a,b]"
 
 
 def _each(check: Check, default: tuple[float, ...]) -> Check:

@@ -51,6 +51,20 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in ``path``; None if there is no such file, or, with a line that says so, if it is cut."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        pass
+    print(f"{path} is empty or damaged: continuing without it", flush=True)
+    return None
+
+
 @contextmanager
 def complete_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``path``, renamed to ``path`` if the block ends without an exception.
@@ -114,15 +128,18 @@ def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
         _in_use.discard(temporary)
 
 
-def remove_stale(folder: Path) -> None:
+def remove_stale(folder: Path, *, ours: bool = False) -> None:
     """Remove temporary files and folders of dead processes; a process's first write to a folder does so by itself.
+    ``ours``: no other process writes to the folder, so every one is stale.
 
     A folder moved aside by a process that died before the new one was in its place is moved back. Names from another
     machine, whose processes are not visible here, are removed once they are a day old.
     """
     for left_over in list(folder.iterdir()) if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(left_over.name)
-        if match is None or left_over in _in_use or not _is_stale(left_over, match["machine"], int(match["pid"])):
+        if match is None or left_over in _in_use:
+            continue
+        if not ours and not _is_stale(left_over, match["machine"], int(match["pid"])):
             continue
         target = folder / match["name"]
         with suppress(FileNotFoundError):  # another process may remove it at the same time

@@ -48,7 +48,7 @@ def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
 def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy every file of a Hugging Face folder that is not weights, nor of adapters and trainers: config, tokenizer and
     so on. They stay the same byte for byte, except that config.json gets ``dtype``, under both names in use."""
-    target.mkdir(parents=True, exist_ok=True)
+    target.mkdir(exist_ok=True)  # not its parents: a checkpoint that another process removed must not come back hollow
     for file in sorted(source_dir.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OTHERS:
             shutil.copyfile(file, target / file.name)

@@ -84,9 +84,8 @@ class MegatronSource:
             raise ConversionError(f"{directory} has no .metadata file: it is not a complete distributed checkpoint")
         self.shape = shape or read_shape(self.directory / SIDECAR)
         self._reader = dcp.FileSystemReader(self.directory)
-        self._metadata = read_metadata(self.directory)
+        self._metadata = check_files(self.directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self._check_files()
         for row in self.shape.rows():
             self._find(row)
 
@@ -135,16 +134,19 @@ class MegatronSource:
             return PREFIX + key, stored, leading
         raise ConversionError(f"{self.directory} lacks {PREFIX + stacked}")
 
-    def _check_files(self) -> None:
-        ends: dict[str, int] = {}
-        for info in self._metadata.storage_data.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-        for name, end in ends.items():
-            path = self.directory / name
-            if not path.is_file():
-                raise ConversionError(f"{path} does not exist, but the checkpoint's .metadata names it")
-            if path.stat().st_size < end:
-                raise ConversionError(f"{path} is truncated: {path.stat().st_size} bytes instead of {end}")
+
+def check_files(directory: Path) -> Any:
+    """The checkpoint's .metadata. Raises ConversionError if a file that it names is missing or cut."""
+    metadata, ends = read_metadata(directory), dict[str, int]()
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        path = directory / name
+        if not path.is_file():
+            raise ConversionError(f"{path} does not exist, but the checkpoint's .metadata names it")
+        if path.stat().st_size < end:
+            raise ConversionError(f"{path} is truncated: {path.stat().st_size} bytes instead of {end}")
+    return metadata
 
 
 def load_megatron(model: Module, directory: str | Path, shape: ModelShape, topology: Place) -> None:

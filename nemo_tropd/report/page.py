@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -40,15 +41,16 @@ class _Row:
     tone: str = ""
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` into a run's directory from its metrics.jsonl, rollouts.jsonl and summary.json.
+def write_report(run_dir: str | os.PathLike[str], summary: dict[str, Any] | None = None) -> Path:
+    """Write ``report.html`` into a run's directory from its metrics.jsonl, rollouts.jsonl and summary.json (or
+    ``summary``, before that is written).
 
     Self-contained: no outside resource. Metrics that the run did not log leave a note in their chart's place; files
     other than metrics.jsonl may be missing. Replaces an earlier report atomically. Returns the page's path.
 
     Raises ReportError if the directory has no metrics.
     """
-    record = read_run(Path(run_dir))
+    record = read_run(Path(run_dir), summary)
     path = Path(run_dir) / "report.html"
     write_text(path, render(record))
     return path

@@ -81,8 +81,8 @@ class RunRecord:
         return layers
 
 
-def read_run(run_dir: str | Path) -> RunRecord:
-    """Read a run's directory. Raises ReportError if it has no metrics."""
+def read_run(run_dir: str | Path, summary: dict[str, Any] | None = None) -> RunRecord:
+    """Read a run's directory; ``summary`` stands for its summary.json. Raises ReportError if it has no metrics."""
     folder = Path(run_dir)
     if not (folder / "metrics.jsonl").is_file():
         raise ReportError(f"{folder} has no metrics.jsonl: it is not the directory of a run that has started")
@@ -90,7 +90,7 @@ def read_run(run_dir: str | Path) -> RunRecord:
     train, validation = _read_metrics(folder / "metrics.jsonl", notes)
     if not train and not validation:
         raise ReportError(f"{folder / 'metrics.jsonl'} has no metrics yet: report on the run after its first step")
-    summary = _read_summary(folder / "summary.json", notes)
+    summary = summary or _read_summary(folder / "summary.json", notes)
     first, last = (validation[min(validation)], validation[max(validation)]) if validation else ({}, {})
     versions = summary.get("versions")
     return RunRecord(

@@ -3,54 +3,50 @@
     RUN/checkpoints/step_00000020/     Megatron's files: model (keys under ``model.``), optimizer, run state
     RUN/checkpoints/step_00000020/hf/  config.json, tokenizer and chat template: export needs nothing else
 
-A checkpoint is written under a temporary name and renamed when every rank has written its part, so a directory with a
-final name is complete. Temporary directories left by a killed run are removed at the next start.
+A checkpoint is written under a temporary name, flushed to the disk and renamed when every rank has written its part, so
+a directory with a final name is complete; older ones are removed after that. One that cannot be read nevertheless
+(damaged later) is reported, and the one before it is used; once that is loaded, the damaged one is renamed to
+``step_N.damaged``.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
-from nemo_tropd.config import ConfigError
 from nemo_tropd.convert.folders import write_hf_sidecar
+from nemo_tropd.convert.megatron_files import check_files
 from nemo_tropd.convert.metadata_file import without_code
-from nemo_tropd.files import finish_folder
-from nemo_tropd.parallel.agreement import on_rank_zero
+from nemo_tropd.files import finish_folder, sync
+from nemo_tropd.parallel.agreement import on_every_rank, on_rank_zero
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.checkpoint_writer import write_in_this_process
 from nemo_tropd.training.optimizer import StudentOptimizer
+from nemo_tropd.training.resume import CheckpointError, RunState
+
+T = TypeVar("T")
 
 MODEL_PREFIX = "model."
 _NAME = re.compile(r"step_(\d{8})")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read: names the path, what is wrong and what to do."""
+_MEGATRON = ("metadata.json", "common.pt", ".metadata")  # beside the tensors' files, which .metadata names
 
 
-@dataclass(frozen=True)
-class RunState:
-    """What a resumed run must agree with, besides weights and optimizer states.
-
-    Draws, data order, schedule and prefix length are functions of ``step`` and the seed, so nothing else is state.
-    """
-
-    step: int  # optimizer steps done
-    seed: int
-    global_batch_size: int
-    samples_per_prompt: int
-    prompts: str  # fingerprint of the training prompts
-    teacher: str
-    student: str
-    skipped_steps: int = 0
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose files are missing, empty, cut or changed."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -58,8 +54,53 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Those with a final name, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name))
+
+
+def newest_readable(
+    folder: Path, before: Path | None = None, damage: Sequence[str] = ()
+) -> tuple[Path | None, RunState | None, list[str]]:
+    """The newest checkpoint (older than ``before``) whose files are all there, its state, and what is wrong with each
+    newer one; Nones if there is no checkpoint at all. ``damage``: what was found before.
+
+    Raises:
+        CheckpointError: every one is damaged, or the newest is of another version or cannot be looked at.
+    """
+    found = [path for path in complete_checkpoints(folder) if before is None or path.name < before.name]
+    damage = list(damage)
+    for path in reversed(found):
+        try:
+            return path, _state_of(path), damage
+        except DamagedCheckpoint as error:
+            damage.append(str(error))
+    if damage:
+        raise CheckpointError(
+            "\n  ".join([f"no checkpoint in {folder} can be loaded:", *damage])
+            + "\nRestore one of them, or set exp_manager.explicit_log_dir to start a new run"
+        )
+    return None, None, damage
+
+
+def _state_of(path: Path) -> RunState:
+    """The state in a checkpoint, after a look at the sizes of all of its files."""
+    try:
+        for name in _MEGATRON:
+            if not (path / name).stat().st_size:
+                raise EOFError(f"{name} is empty")
+        json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+        check_files(path)
+        saved = torch.load(path / "common.pt", map_location="cpu", weights_only=True)["run_state"]
+    except Exception as error:
+        raise _load_error(path, error) from error
+    return RunState.read(saved, path)
+
+
 class Checkpoints:
-    """The checkpoints of one run directory. Every method but :meth:`latest` is collective."""
+    """The checkpoints of one run directory. Every method but :meth:`complete` and :meth:`latest` is collective."""
 
     def __init__(self, run_dir: Path, topology: Topology, *, hf_source: Path, keep: int) -> None:
         self.dir = run_dir / "checkpoints"
@@ -68,16 +109,16 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        if not self.dir.is_dir():
-            return []
-        return sorted(p for p in self.dir.iterdir() if p.is_dir() and _NAME.fullmatch(p.name))
+        return complete_checkpoints(self.dir)
 
     def remove_unfinished(self) -> None:
         """Remove incomplete checkpoints of a killed run."""
-        if self.topology.is_leader and self.dir.is_dir():
-            for path in self.dir.glob(".tmp-*"):
+
+        def remove() -> None:
+            for path in self.dir.glob(".tmp-*") if self.dir.is_dir() else ():
                 shutil.rmtree(path)
-        self.topology.barrier()
+
+        self._on_rank_zero(remove, f"cannot clean {self.dir}")
 
     def save(self, model: GPTModel, optimizer: StudentOptimizer, state: RunState) -> Path:
         """Write a checkpoint; on return it is complete and older ones beyond ``keep`` are removed.
@@ -86,10 +127,10 @@ class Checkpoints:
             CheckpointError: no room, or a write failed; earlier checkpoints are untouched.
         """
         final = self.dir / checkpoint_name(state.step)
-        if final.exists():
+        if self._on_rank_zero(final.exists, f"cannot look at {final}"):
             return final
         temporary = self.dir / f".tmp-{final.name}"
-        self._check_room(model, optimizer)
+        self._check_room(model)
         self._on_rank_zero(lambda: self._fresh(temporary), f"cannot write {temporary}")
         try:
             sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
@@ -109,6 +150,9 @@ class Checkpoints:
         return final
 
     def _finish(self, temporary: Path, final: Path) -> None:
+        for name in _MEGATRON:
+            if not (temporary / name).is_file():
+                raise FileNotFoundError(f"{temporary / name} is gone: another process has removed it")
         write_hf_sidecar(temporary, self.hf_source)
         finish_folder(temporary, final)
         for old in self.complete()[: -self.keep]:
@@ -119,18 +163,18 @@ class Checkpoints:
             shutil.rmtree(path)
         path.mkdir(parents=True)
 
-    def _on_rank_zero(self, action: Callable[[], None], message: str) -> None:
-        """Run ``action`` on rank 0; an error there is raised on every rank."""
+    def _on_rank_zero(self, action: Callable[[], T], message: str) -> T:
+        """Run ``action`` on rank 0; its result is returned, or its error raised, on every rank."""
 
-        def attempt() -> None:
+        def attempt() -> T:
             try:
-                action()
-            except OSError as error:
-                raise CheckpointError(f"{message}: {error}; earlier checkpoints are untouched") from error
+                return action()
+            except Exception as error:
+                raise CheckpointError(f"{message}: {_cause(error)}; earlier checkpoints are untouched") from error
 
-        on_rank_zero(self.topology, attempt, unexpected=CheckpointError)
+        return on_rank_zero(self.topology, attempt, unexpected=CheckpointError)
 
-    def _check_room(self, model: GPTModel, optimizer: StudentOptimizer) -> None:
+    def _check_room(self, model: GPTModel) -> None:
         local = sum(p.numel() * p.element_size() for p in model.parameters())
         # fp32 master weights and two Adam moments beside the weights: 12 bytes a parameter, sharded or saved once.
         local += 12 * sum(p.numel() for p in model.parameters())
@@ -138,7 +182,9 @@ class Checkpoints:
         need = local * self.topology.tensor_size * self.topology.pipeline_size
 
         def check() -> None:
-            self.dir.mkdir(parents=True, exist_ok=True)
+            if not self.dir.is_dir():
+                self.dir.mkdir(parents=True)
+                sync(self.dir.parent)
             free = shutil.disk_usage(self.dir).free
             if free < need:
                 raise OSError(f"needs {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
@@ -154,55 +200,83 @@ class Checkpoints:
         """Fill model and optimizer from ``path`` (saved under any parallel layout) and return the run's state.
 
         Raises:
-            CheckpointError: the checkpoint is damaged or of another model.
+            DamagedCheckpoint: its files are damaged. Model and optimizer may be filled in part.
+            CheckpointError: it cannot be loaded for another reason, or is of another version. On every rank.
         """
-        try:
-            sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
-            request = {
-                "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True),
-                "model": model.sharded_state_dict(prefix=MODEL_PREFIX),
-            }
-            with without_code(path):
-                loaded = dist_checkpointing.load(request, str(path))
-            weights = {k.removeprefix(MODEL_PREFIX): v for k, v in loaded["model"].items()}
-            model.load_state_dict(weights, strict=True)
-            for name, parameter in model.named_parameters():
-                if not bool(parameter.isfinite().all()):
-                    raise ValueError(f"{name} has NaN or infinite values")
-            optimizer.load_state_dict(loaded["optimizer"])
-            return RunState(**loaded["run_state"])
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(
-                f"{path} cannot be loaded ({_cause(error)}); remove this directory to resume from the checkpoint "
-                f"before it, or set exp_manager.explicit_log_dir to start a new run"
-            ) from error
+
+        def attempt() -> RunState:
+            try:
+                sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
+                request = {
+                    "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True),
+                    "model": model.sharded_state_dict(prefix=MODEL_PREFIX),
+                }
+                with without_code(path):
+                    loaded = dist_checkpointing.load(request, str(path))
+                weights = {k.removeprefix(MODEL_PREFIX): v for k, v in loaded["model"].items()}
+                model.load_state_dict(weights, strict=True)
+                for name, parameter in model.named_parameters():
+                    if not bool(parameter.isfinite().all()):
+                        raise ValueError(f"{name} has NaN or infinite values")
+                optimizer.load_state_dict(loaded["optimizer"])
+                saved = loaded["run_state"]
+            except (Exception, CheckpointException) as error:
+                raise _load_error(path, error) from error
+            return RunState.read(saved, path)
+
+        return on_every_rank(self.topology, attempt, unexpected=CheckpointError)
+
+    def restore(self, path: Path, model: GPTModel, optimizer: StudentOptimizer) -> tuple[Path, RunState]:
+        """:meth:`load` from ``path``, or from the newest checkpoint before it that can be loaded; the damaged ones are
+        reported, and renamed once another one is loaded, so that they stand in no new one's way.
+
+        Raises:
+            CheckpointError: none can be loaded.
+        """
+        tried: list[str] = []
+        while True:
+            try:
+                state = self.load(path, model, optimizer)
+                break
+            except DamagedCheckpoint as error:
+                tried.append(str(error))
+                path = on_rank_zero(self.topology, partial(self._before, path, tried), unexpected=CheckpointError)
+        self._on_rank_zero(lambda: self._set_aside(path), f"cannot rename checkpoints after {path}")
+        return path, state
+
+    def _before(self, path: Path, tried: list[str]) -> Path:
+        found, _, damage = newest_readable(self.dir, path, tried)
+        for line in damage[len(tried) - 1 :]:
+            print(f"{line}; using the checkpoint before it", flush=True)
+        assert found is not None
+        return found
+
+    def _set_aside(self, loaded: Path) -> None:
+        for damaged in (path for path in self.complete() if path.name > loaded.name):
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            damaged.rename(aside)
+            print(f"{damaged} is now {aside.name}; it can be removed", flush=True)
+
+
+def _load_error(path: Path, error: BaseException) -> CheckpointError:
+    """Damage where files are missing, cut or changed; else what the machine, not the checkpoint, is to blame for."""
+    causes = list(_causes(error))
+    if all(isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT) for cause in causes):
+        return CheckpointError(f"{path} cannot be read ({_cause(error)}); rerun the command when the file system works")
+    if any(isinstance(cause, MemoryError | torch.OutOfMemoryError) or "allocate" in str(cause) for cause in causes):
+        return CheckpointError(f"{path} cannot be loaded: out of memory ({_cause(error)})")
+    return DamagedCheckpoint(f"{path} cannot be loaded (it is damaged: {_cause(error)})")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The errors of all ranks that failed, where torch collects them; else ``error``."""
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    yield from (failure[0] for failure in failures.values()) if failures else (error,)
 
 
 def _cause(error: BaseException) -> str:
     """The last line of an error: torch puts the rank's own exception there, behind a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
-
-
-def check_resumable(saved: RunState, now: RunState) -> None:
-    """Refuse to resume with settings that would silently change random draws or data order.
-
-    Raises:
-        ConfigError: names the setting, its value now, and the value of the checkpoint.
-    """
-    for name, key in (
-        ("seed", "model.seed"),
-        ("global_batch_size", "model.global_batch_size"),
-        ("samples_per_prompt", "model.rollout.samples_per_prompt"),
-        ("prompts", "model.data.path"),
-        ("teacher", "model.teacher.path"),
-        ("student", "pretrained_checkpoint.restore_from_path"),
-    ):
-        was, is_now = getattr(saved, name), getattr(now, name)
-        if was != is_now:
-            raise ConfigError(
-                key,
-                is_now,
-                f"the run's checkpoint was made with {was!r}; restore that value, or set "
-                f"exp_manager.explicit_log_dir to start another run",
-            )

@@ -52,13 +52,21 @@ class StudentOptimizer:
             ),
             [model],
         )
+        self.parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        for part in self.parts:
+            if cfg.name == "sgd":
+                part.init_state_fn = _momentum_of_zeros
+            if cfg.distributed:
+                _steps_stay(part)
         self.schedule = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0 if cfg.sched.warmup_steps else cfg.lr,
             max_lr=cfg.lr,
             min_lr=cfg.sched.min_lr,
             lr_warmup_steps=cfg.sched.warmup_steps,
-            lr_decay_steps=max(max_steps, cfg.sched.warmup_steps + 1),
+            # At min_lr 0 the schedule ends a step later: one at rate 0 would be lost.
+            lr_decay_steps=max(cfg.sched.decay_steps or max_steps, cfg.sched.warmup_steps + 1)
+            + (cfg.sched.min_lr == 0),
             lr_decay_style=cfg.sched.name,
             start_wd=cfg.weight_decay,
             end_wd=cfg.weight_decay,
@@ -92,20 +100,54 @@ class StudentOptimizer:
         named = ((name, p.main_grad) for name, p in self.model.module.named_parameters())
         return next((name for name, grad in named if not bool(grad.isfinite().all())), None)
 
-    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
-        """The optimizer's part of a distributed checkpoint.
+    def make_states(self) -> None:
+        """States as before a first step where there are none yet: Megatron saves and loads only what is there."""
+        for part in self.parts:
+            part.init_state_fn(part.optimizer, part.config)
+            if isinstance(part.optimizer, torch.optim.Adam):  # AdamW among them; others count in the group
+                for state in part.optimizer.state.values():
+                    state.setdefault("step", torch.tensor(0.0))
 
-        Sharded by parameter if possible, so that another tensor- or pipeline-parallel layout can load it. The
-        distributed optimizer on CPU knows only the layout that keeps data-parallel buckets.
-        """
+    def sharded_state_dict(self, model_state: dict[str, Any], *, is_loading: bool = False) -> dict[str, Any]:
+        """The optimizer's part of a distributed checkpoint, sharded by parameter, so that any layout can load it."""
+        self.make_states()
         if not self.distributed:
             return self.megatron.sharded_state_dict(model_state, is_loading=is_loading)
-        kind = "fully_reshardable" if torch.cuda.is_available() else "dp_reshardable"
-        return self.megatron.sharded_state_dict(
-            model_state, is_loading=is_loading, metadata={"distrib_optim_sharding_type": kind}
-        )
+        kind = {"distrib_optim_sharding_type": "fully_reshardable"}
+        return self.megatron.sharded_state_dict(model_state, is_loading=is_loading, metadata=kind)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state loaded by Megatron's distributed checkpoint."""
+        """Restore states loaded by Megatron's distributed checkpoint; rates, decay and betas stay those of this run."""
+        groups = self.megatron.param_groups
+        own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in groups]
+        moments = state.get("optimizer", state).get("state")
+        if moments is not None and isinstance(self.parts[0].optimizer, torch.optim.Adam):
+            moments.setdefault("common_step", torch.tensor(0.0))  # Megatron does not save a count of 0
         with torch.no_grad():
             self.megatron.load_state_dict(state)
+        for group, settings in zip(self.megatron.param_groups, own, strict=True):
+            group.update(settings)
+        for part in self.parts:
+            for entry in part.optimizer.state.values():
+                if torch.is_tensor(entry.get("step")):
+                    entry["step"] = entry["step"].clone()  # Megatron gives all parameters one tensor to count in
+
+
+def _momentum_of_zeros(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Megatron has no such function for SGD. With zeros the first step is the one without a buffer."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def _steps_stay(part: Any) -> None:
+    """torch's Adam counts steps in each parameter's state, where megatron-core 0.16.1 looks for them in a resharded
+    checkpoint in vain; it has restored them from the groups by then."""
+    fill = part._set_main_param_and_optimizer_states
+
+    def fill_all_but_steps(parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, place = part.model_param_group_index_map[parameter]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
+        fill(parameter, {**{k: v for k, v in state.items() if k == "step"}, **tensors})
+
+    part._set_main_param_and_optimizer_states = fill_all_but_steps

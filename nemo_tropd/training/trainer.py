@@ -9,7 +9,7 @@ from nemo_tropd.files import write_json
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.training.checkpoint import Checkpoints, check_resumable
+from nemo_tropd.training.checkpoint import Checkpoints
 from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.progress import RunProgress
 from nemo_tropd.training.setup import Setup
@@ -54,7 +54,9 @@ class TropdTrainer:
         self.cfg, self.settings = setup.cfg, setup.cfg.trainer.tropd
         self.topology, self.run_dir = setup.topology, setup.run_dir
         self.one_step, self.model, self.optimizer = one_step, one_step.model, one_step.optimizer
-        self.validator, self.checkpoints, self.state = validator, checkpoints, setup.first_state()
+        assert setup.start is not None
+        self.validator, self.checkpoints = validator, checkpoints
+        self.start, self.state = setup.start, setup.start.state
         self.log, self.rollout_file = log, rollout_file
         self._skipped_in_a_row = 0
 
@@ -175,11 +177,9 @@ class TropdTrainer:
 
     def _resume(self) -> None:
         self.checkpoints.remove_unfinished()
-        latest = self.checkpoints.latest()
-        if latest is None:
+        if self.start.path is None:
             return
-        saved = self.checkpoints.load(latest, self.model.student, self.optimizer)
-        check_resumable(saved, self.state)
-        self.state = saved
+        path, saved = self.checkpoints.restore(self.start.path, self.model.student, self.optimizer)
+        self.state = replace(self.state, step=saved.step, skipped_steps=saved.skipped_steps)
         if self.topology.is_leader:
-            print(f"resuming from {latest} (step {saved.step})", flush=True)
+            print(f"resuming from {path} (step {saved.step})", flush=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.files import write_json
+from nemo_tropd.files import read_json, write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.metric_sums import MetricSums
@@ -93,9 +92,12 @@ class Validator:
 
     def read(self, step: int) -> Validation | None:
         """The validation an earlier part of this run made after ``step``."""
-        path = self._path(step)
-        found = Validation(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-        return self.topology.broadcast_object(found)
+
+        def found() -> Validation | None:
+            content = read_json(self._path(step))
+            return Validation(**content) if content else None
+
+        return on_rank_zero(self.topology, found)
 
     def _path(self, step: int) -> Path:
         return self.dir / f"step_{step:08d}.json"

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 
-from nemo_tropd.config import ConfigError
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.objectives import build
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.training.checkpoint import Checkpoints, RunState, check_resumable
+from nemo_tropd.training import checkpoint
+from nemo_tropd.training.checkpoint import Checkpoints
+from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state
 from tests.tiny_models import make_tiny
 from tests.unit.test_optimizer import Student
 
 pytestmark = pytest.mark.random
 
-STATE = RunState(
-    step=3, seed=11, global_batch_size=8, samples_per_prompt=2, prompts="p", teacher="t", student="s", skipped_steps=1
-)
+SETTINGS: dict[str, Any] = {
+    "model.seed": 11,
+    "model.global_batch_size": 8,
+    "model.rollout.samples_per_prompt": 2,
+    "model.data.path": "p",
+    "model.teacher.path": "t",
+    "pretrained_checkpoint.restore_from_path": "s",
+}
+STATE = RunState(step=3, settings=SETTINGS, run_id="r", skipped_steps=1)
 
 
 @pytest.fixture
@@ -66,20 +78,101 @@ def test_the_newest_complete_checkpoints_are_kept_and_the_rest_removed(
     assert sorted(p.name for p in checkpoints.dir.iterdir()) == ["step_00000009", "step_00000010"]
 
 
-OTHERS: dict[str, tuple[str, Any]] = {
-    "seed": ("model.seed", 12),
-    "global_batch_size": ("model.global_batch_size", 16),
-    "samples_per_prompt": ("model.rollout.samples_per_prompt", 1),
-    "prompts": ("model.data.path", "q"),
-    "teacher": ("model.teacher.path", "u"),
-    "student": ("pretrained_checkpoint.restore_from_path", "v"),
+OTHERS: dict[str, Any] = {
+    "model.seed": 12,
+    "model.global_batch_size": 16,
+    "model.rollout.samples_per_prompt": 1,
+    "model.data.path": "q",
+    "model.teacher.path": "u",
+    "pretrained_checkpoint.restore_from_path": "v",
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_run_of_other_settings_may_not_resume(name: str) -> None:
-    key, value = OTHERS[name]
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_run_of_other_settings_may_not_resume(key: str) -> None:
+    value, other = OTHERS[key], replace(STATE, step=0, settings={**SETTINGS, key: OTHERS[key]})
     with pytest.raises(ConfigError) as error:
-        check_resumable(STATE, replace(STATE, step=0, **{name: value}))
-    assert str(error.value).startswith(f"{key} = {value!r}: ") and repr(getattr(STATE, name)) in str(error.value)
+        check_resumable(STATE, other)
+    assert str(error.value).startswith(f"{key} = {value!r}: ") and repr(SETTINGS[key]) in str(error.value)
     check_resumable(STATE, replace(STATE, step=0, skipped_steps=0))
+    assert check_resumable(STATE, other, [key]) == [f"{key}: {SETTINGS[key]} up to step 3, {value} from here on"]
+
+
+def test_every_setting_is_classified() -> None:
+    """What is neither free nor adjustable is kept: a key added to the schema is kept until somebody says otherwise."""
+    cfg = TropdConfig()
+    cfg.pretrained_checkpoint.restore_from_path = cfg.model.teacher.path = cfg.model.data.path = "x"
+    state = first_state(cfg, build("tropd"), {}, "r")
+    assert {"model.seed", "model.tropd.gate", "model.rollout.top_k", "trainer.precision"} <= state.settings.keys()
+    assert {"model.optim.lr", "model.optim.sched.min_lr", "trainer.tropd.max_steps"} <= state.adjustable.keys()
+    kept = state.settings.keys() | state.adjustable.keys()
+    assert not {"model.micro_batch_size", "model.tokens_per_micro_batch", "model.rollout.placement", "name"} & kept
+    assert not state.settings.keys() & state.adjustable.keys()
+
+
+def test_a_checkpoint_whose_files_are_gone_is_not_finished(
+    folder: Path, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another process removed it: no folder comes back without its weights, and older ones stay."""
+    checkpoints = Checkpoints(tmp_path / "run", topology, hf_source=folder, keep=1)
+    student = Student(folder, topology)
+    first = checkpoints.save(student.ddp.module, student.optimizer, STATE)
+    save = dist_checkpointing.save
+
+    def save_and_lose(content: Any, path: str) -> None:
+        save(content, path)
+        shutil.rmtree(path)
+
+    monkeypatch.setattr(dist_checkpointing, "save", save_and_lose)
+    with pytest.raises(CheckpointError, match="is gone: another process has removed it"):
+        checkpoints.save(student.ddp.module, student.optimizer, replace(STATE, step=4))
+    assert [p.name for p in checkpoints.dir.iterdir()] == [first.name]
+
+
+def test_an_error_of_any_kind_on_rank_zero_is_a_checkpoint_error(
+    folder: Path, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*args: Any) -> None:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    checkpoints = Checkpoints(tmp_path / "run", topology, hf_source=folder, keep=1)
+    student = Student(folder, topology)
+    first = checkpoints.save(student.ddp.module, student.optimizer, STATE)
+    monkeypatch.setattr(checkpoint, "write_hf_sidecar", unreadable)
+    with pytest.raises(CheckpointError, match=r"UnicodeDecodeError.*earlier checkpoints are untouched"):
+        checkpoints.save(student.ddp.module, student.optimizer, replace(STATE, step=4))
+    assert checkpoints.latest() == first
+
+
+def test_everything_is_on_the_disk_before_an_older_checkpoint_goes(
+    folder: Path, topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "run", topology, hf_source=folder, keep=1)
+    student = Student(folder, topology)
+    checkpoints.save(student.ddp.module, student.optimizer, STATE)
+    events: list[tuple[str, str]] = []
+    fsync, rename, rmtree = os.fsync, Path.rename, shutil.rmtree
+
+    def log(event: str, path: str | Path) -> None:
+        events.append((event, os.path.relpath(path, checkpoints.dir)))
+
+    def logged_fsync(file: Any) -> None:
+        log("fsync", os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}"))
+        fsync(file)
+
+    def logged_rename(path: Path, to: Path) -> Path:
+        log("rename", path)
+        return rename(path, to)
+
+    def logged_rmtree(path: Path, **keys: Any) -> None:
+        log("remove", path)
+        rmtree(path, **keys)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(Path, "rename", logged_rename)
+    monkeypatch.setattr(shutil, "rmtree", logged_rmtree)
+    new = checkpoints.save(student.ddp.module, student.optimizer, replace(STATE, step=4))
+    renamed, removed = events.index(("rename", ".tmp-step_00000004")), events.index(("remove", "step_00000003"))
+    files = {Path(".tmp-step_00000004") / p.relative_to(new) for p in (new, *new.rglob("*"))}
+    assert {str(p) for p in files} <= {path for event, path in events[:renamed] if event == "fsync"}
+    assert ("fsync", ".") in events[renamed:removed]

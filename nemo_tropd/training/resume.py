@@ -1,0 +1,189 @@
+"""What a checkpoint says of its run, and what a resumed run may change: each setting is of one of four kinds.
+
+fixed      the states of one value do not fit another (precision, optimizer): refused
+settings   alters draws or loss: refused, unless trainer.tropd.accept_changes names the key
+adjustable learning rate, schedule, decay, clipping, max_steps: the new value is used, and a line says so
+free       where, how fast and how often something is computed: may change in silence
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import nemo_tropd
+from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, schema_fields
+from nemo_tropd.config_checks import check_decay
+from nemo_tropd.config_keys import value_at
+from nemo_tropd.objectives import Objective
+
+_FIXED = ("trainer.precision", "model.optim.name", "model.optim.distributed")
+_MAX_STEPS, _DECAY_STEPS = "trainer.tropd.max_steps", "model.optim.sched.decay_steps"
+_ANNEAL_STEPS, _ANNEAL_FRACTION = "model.tropd.guidance.anneal_steps", "model.tropd.guidance.anneal_fraction"
+_ADJUSTABLE = ("model.optim.", "trainer.tropd.gradient_clip_val", _MAX_STEPS)
+# Keys of model. that alter neither draws nor loss beyond rounding. Every other one does, new ones among them. The data
+# are compared by their tokens, models by their weights.
+_FREE = tuple(
+    "model." + key
+    for key in (
+        *("micro_batch_size", "tokens_per_micro_batch", "recompute", "encoder_seq_length"),
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "tropd.chunk_tokens"),
+        *("teacher.path", "teacher.tensor_model_parallel_size", "teacher.cache_dir", "teacher.offload"),
+        *("teacher.admission.", "rollout.placement", "rollout.dedicated.", "rollout.sleep", "rollout.torch_compile"),
+        *("rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "rollout.omp_threads"),
+        *("rollout.request_timeout_s", "data.", "validation."),
+    )
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read: names the path, what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint keeps besides weights and optimizer states.
+
+    Draws, data order, schedule and prefix length are functions of ``step`` and these settings, so nothing else is
+    state. What is compared by content is a dictionary with its ``digest`` and, for messages, its ``path``.
+    """
+
+    step: int  # optimizer steps done
+    settings: dict[str, Any] = field(default_factory=dict)  # by key
+    adjustable: dict[str, Any] = field(default_factory=dict)  # by key
+    run_id: str = ""  # of the run's first start
+    skipped_steps: int = 0
+    version: str = nemo_tropd.__version__
+
+    @classmethod
+    def read(cls, saved: dict[str, Any], where: object) -> RunState:
+        """The state in a checkpoint at ``where``; fields that this version does not know are ignored.
+
+        Raises:
+            CheckpointError: another version wrote it, without a field that is needed.
+        """
+        known = {f.name for f in fields(cls)}
+        if not {"step", "settings", "adjustable"} <= saved.keys():
+            raise CheckpointError(
+                f"{where} was written by another version of nemo_tropd ({saved.get('version', 'before 0.1.0')}; this "
+                f"is {nemo_tropd.__version__}): resume it with that version, or start another run from its exported "
+                f"weights with exp_manager.explicit_log_dir"
+            )
+        return cls(**{k: v for k, v in saved.items() if k in known})
+
+
+def first_state(cfg: TropdConfig, objective: Objective, contents: dict[str, Any], run_id: str) -> RunState:
+    """The state of a run before its first step. ``contents``: what is compared by content, by key."""
+    settings, adjustable = dict(contents), {}
+    for key, value in ((key, value_at(cfg, key)) for key, f in schema_fields() if "check" in f.metadata):
+        if key == _MAX_STEPS or (key.startswith(_ADJUSTABLE) and key not in _FIXED):
+            adjustable[key] = value
+        elif key == "trainer.precision" or (key.startswith("model.") and not key.startswith(_FREE)):
+            settings[key] = value
+    m = cfg.model
+    # At the end: the key that such a value was taken from is named before it.
+    for key, value in (
+        ("model.teacher.precision", m.teacher.precision or cfg.trainer.precision),
+        ("model.teacher.response_tokens", m.teacher.response_tokens or m.rollout.max_new_tokens),
+    ):
+        settings.pop(key)
+        settings[key] = value
+    for name in ("gate", "outlier", "tail", "guidance_weight", "params"):
+        del settings[f"model.tropd.{name}"]  # an objective's own defaults stand for null: see what it became
+    for f in fields(objective):
+        own = hasattr(m.tropd, f.name.rstrip("_"))
+        settings[f"model.tropd.{'' if own else 'params.'}{f.name.rstrip('_')}"] = getattr(objective, f.name)
+    settings, adjustable = json.loads(json.dumps([settings, adjustable], default=str))  # lists and tuples are one
+    return RunState(0, settings, adjustable, run_id)
+
+
+def settled(cfg: TropdConfig, saved: RunState | None) -> TropdConfig:
+    """``cfg`` with the steps at which schedule and prefixes end as numbers: those of the run's first start, so that a
+    raised max_steps rewinds neither.
+
+    Raises:
+        ConfigError: the learning rate would be 0 before the run ends.
+    """
+    cfg = copy.deepcopy(cfg)
+    sched, guidance = cfg.model.optim.sched, cfg.model.tropd.guidance
+    was = saved.adjustable if saved else {}
+    if sched.decay_steps is None:
+        kept = was.get(_DECAY_STEPS) if was.get("model.optim.sched.name", "constant") != "constant" else None
+        sched.decay_steps = kept or cfg.trainer.tropd.max_steps
+    if guidance.anneal_steps is None:
+        same = saved is not None and saved.settings.get(_ANNEAL_FRACTION) == guidance.anneal_fraction
+        guidance.anneal_steps = (saved.settings.get(_ANNEAL_STEPS) if saved and same else None) or anneal_steps(cfg)
+    check_decay(cfg)
+    return cfg
+
+
+def check_resumable(saved: RunState, now: RunState, accepted: Collection[str] = ()) -> list[str]:
+    """What has changed since the checkpoint and is used from here on, a line each.
+
+    Raises:
+        ConfigError: a setting that alters draws or loss has changed and is not ``accepted``, or cannot change at all:
+            names the key, its value now and that of the checkpoint.
+    """
+    both = [key for key in now.settings if key in saved.settings]  # others: of another version
+    changed = [key for key in both if _identity(saved.settings[key]) != _identity(now.settings[key])]
+    for key in sorted(changed, key=lambda key: key not in _FIXED):
+        was, is_now = _shown(saved.settings[key]), _shown(now.settings[key])
+        if key in _FIXED:
+            raise ConfigError(
+                key,
+                is_now,
+                f"the run's checkpoint was made with {was!r}, and its optimizer states do not fit another value; "
+                f"restore that, or start another run (exp_manager.explicit_log_dir) from its weights, which "
+                f"examples/convert_checkpoint.py megatron-to-hf exports",
+            )
+        if key not in accepted:
+            keys = ",".join(k for k in changed if k not in accepted)
+            raise ConfigError(
+                key,
+                is_now,
+                f"the run's checkpoint was made with {was!r}; restore that value, set exp_manager.explicit_log_dir to "
+                f"start another run, or continue this one with the new value: "
+                f"trainer.tropd.accept_changes='[{keys}]'",
+            )
+    longest = now.adjustable.get(_MAX_STEPS, saved.step)
+    if longest < saved.step:
+        raise ConfigError(
+            _MAX_STEPS, longest, f"the run's checkpoint has {saved.step} steps already; give at least as many"
+        )
+    lines = [
+        f"{key}: {_shown(saved.settings[key])} up to step {saved.step}, {_shown(now.settings[key])} from here on"
+        for key in changed
+    ]
+    lines += [
+        f"{key}: {saved.adjustable[key]} up to step {saved.step}, {value} from here on"
+        for key, value in now.adjustable.items()
+        if key in saved.adjustable and saved.adjustable[key] != value and not _is_idle(key, now)
+    ]
+    if longest > saved.adjustable.get(_MAX_STEPS, longest):
+        lines += [f"  {line}" for line in _ends(now)]
+    return lines
+
+
+def _ends(now: RunState) -> Iterator[str]:
+    name = now.adjustable.get("model.optim.sched.name", "constant")
+    if name != "constant":
+        yield f"the learning rate ({name}) still ends at step {now.adjustable[_DECAY_STEPS]} ({_DECAY_STEPS})"
+    if now.settings.get("model.tropd.guidance.enabled"):
+        yield f"teacher prefixes still end at step {now.settings[_ANNEAL_STEPS]} ({_ANNEAL_STEPS})"
+
+
+def _is_idle(key: str, now: RunState) -> bool:
+    return key == _DECAY_STEPS and now.adjustable.get("model.optim.sched.name") == "constant"
+
+
+def _identity(value: Any) -> Any:
+    return value["digest"] if isinstance(value, dict) and "digest" in value else value
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, dict) and "digest" in value:
+        return f"{value.get('path')} (content {value['digest'][:12]})"
+    return value

@@ -1,0 +1,109 @@
+"""Where a run starts: rank 0 decides, every rank hears it. Nothing in the run directory changes before that."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.files import read_json, remove_stale
+from nemo_tropd.objectives import Objective
+from nemo_tropd.parallel.agreement import on_rank_zero
+from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.training.checkpoint import newest_readable
+from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state, settled
+from nemo_tropd.training.run_lock import check_shared, run_lock
+from nemo_tropd.training.teacher_responses import checkpoint_fingerprint
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint a run starts from (None: the student as it is), its state, and the settings it goes on with."""
+
+    cfg: TropdConfig
+    path: Path | None
+    state: RunState
+    finished: bool  # the run has its last step, its export, its report and its summary
+    notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def opened(cfg: TropdConfig, run_dir: Path, objective: Objective, prompts: str, topology: Topology) -> Iterator[Start]:
+    """Where the run starts (collective). Rank 0 holds the directory inside the block, unless the run is finished.
+
+    ``prompts`` is the fingerprint of the training prompts.
+
+    Raises:
+        ConfigError, CheckpointError: on every rank: what has changed since the checkpoint may not, another process
+            runs in the directory, a rank does not see it, or none of its checkpoints can be read.
+    """
+    key = "exp_manager.explicit_log_dir" if cfg.exp_manager.explicit_log_dir else "exp_manager.exp_dir"
+    contents: dict[str, object] = {}
+
+    def find() -> Start:
+        contents.update(contents or _contents(cfg, prompts))
+        return find_start(cfg, run_dir, objective, contents)
+
+    start = on_rank_zero(topology, find, unexpected=CheckpointError)
+    if start.finished:
+        yield start
+        return
+    with ExitStack() as held:
+
+        def lock() -> None:
+            held.enter_context(run_lock(run_dir, key))
+
+        def prepare() -> Start:
+            start = find()  # once more: another process may have come further, or finished
+            if not start.finished:
+                for folder in (run_dir, run_dir / "checkpoints", run_dir / "validation", run_dir / "skipped"):
+                    remove_stale(folder, ours=True)
+            for line in start.notes:
+                print(line, flush=True)
+            return start
+
+        on_rank_zero(topology, lock, unexpected=CheckpointError)
+        check_shared(run_dir, key, topology)
+        yield on_rank_zero(topology, prepare, unexpected=CheckpointError)
+
+
+def find_start(cfg: TropdConfig, run_dir: Path, objective: Objective, contents: dict[str, object]) -> Start:
+    """Where a run in ``run_dir`` starts; reads only.
+
+    Raises:
+        ConfigError, CheckpointError: see :func:`opened`.
+    """
+    path, saved, damage = newest_readable(run_dir / "checkpoints")
+    notes = [f"{line}; using the checkpoint before it" for line in damage]
+    cfg = settled(cfg, saved)
+    now = first_state(cfg, objective, contents, saved.run_id if saved else secrets.token_hex(8))
+    if saved is None:
+        return Start(cfg, None, now, False, tuple(notes))
+    notes += check_resumable(saved, now, cfg.trainer.tropd.accept_changes)
+    done = saved.step == cfg.trainer.tropd.max_steps and _is_complete(run_dir, saved)
+    state = RunState(saved.step, now.settings, now.adjustable, saved.run_id, saved.skipped_steps)
+    return Start(cfg, path, state, done, tuple(notes))
+
+
+def _is_complete(run_dir: Path, state: RunState) -> bool:
+    """Whether export and report are those of ``state``: the summary is written after them."""
+    summary = read_json(run_dir / "summary.json") or {}
+    same = summary.get("steps") == state.step and summary.get("run_id") == state.run_id
+    parts = (run_dir / "report.html", run_dir / "hf" / "config.json")
+    return same and all(part.is_file() for part in parts) and any((run_dir / "hf").glob("*.safetensors"))
+
+
+def _contents(cfg: TropdConfig, prompts: str) -> dict[str, object]:
+    found: dict[str, object] = {"model.data.path": {"digest": prompts, "path": cfg.model.data.path}}
+    for key, path in (
+        ("model.teacher.path", cfg.model.teacher.path),
+        ("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path),
+    ):
+        try:
+            found[key] = {"digest": checkpoint_fingerprint(path), "path": str(Path(path).absolute())}
+        except OSError as error:
+            raise ConfigError(key, path, f"cannot be read: {error}") from error
+    return found
