@@ -18,7 +18,7 @@ from nemo_tropd.parallel.signals import STOP, Stopped
 
 S = TypeVar("S")
 T = TypeVar("T")
-_HEARTBEAT_S = 20.0
+_HEARTBEAT_S = 2.0  # below any timeout of a collective
 _POLL_S = 0.25
 
 
