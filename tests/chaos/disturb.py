@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from nemo_tropd import files
 from tests.chaos.world import World
 
 DEAD = 4_194_305  # above any process number
@@ -153,7 +154,7 @@ def _damage(path: Path, draw: random.Random) -> str:
 def _left_overs(run_dir: Path) -> str:
     """As killed runs leave them."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoints/.tmp-step_00000099", f".hf.partial-{DEAD}"):
+    for name in ("checkpoints/.tmp-step_00000099", f".hf.tmp-{files._MACHINE}-0123abcd-{DEAD}"):
         (run_dir / name).mkdir(parents=True, exist_ok=True)
         (run_dir / name / "junk").write_text("half")
     return "left-overs of a killed run"
