@@ -1,12 +1,20 @@
-"""Fresh random inputs in every run, reproducible: each test's generators start from one printed seed and its name."""
+"""Fresh random inputs in every run, reproducible: each test's generators start from one printed seed and its name.
+
+Also which tests stay together when several processes share them (pytest-xdist, as ``make test`` uses it).
+"""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
 from tests.random_inputs import start_generators
+
+# What these folders start is shared by all their files. First those that take longest, hosts for what they wait.
+TOGETHER = ("hosts", "e2e")
+FIRST = (*TOGETHER, "dist", "benchmarks")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,6 +56,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     draws = metafunc.config.option.draws
     if draws > 1 and metafunc.definition.get_closest_marker("random"):
         metafunc.parametrize("repetition", range(draws), indirect=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests, or a folder's of ``TOGETHER``, run in one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return _folder(file) if _folder(file) in TOGETHER else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long ones first, so that no process is left with them at the end."""
+    if hasattr(config, "workerinput"):  # of xdist
+        items.sort(key=lambda item: _place(_folder(item.nodeid)))
+
+
+def _place(folder: str) -> int:
+    return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+
+def _folder(nodeid: str) -> str:
+    """tests/dist/test_loop.py::test_order -> dist."""
+    return nodeid.partition("::")[0].split("/")[-2]
 
 
 @pytest.hookimpl(tryfirst=True)
