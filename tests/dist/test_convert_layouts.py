@@ -103,7 +103,7 @@ def _load(topology: Any, folder: str, checkpoint: str) -> list[str]:
 
 
 def test_a_checkpoint_saved_at_one_layout_loads_at_others(tmp_path: Path):
-    from nemo_tropd.convert.commands import hf_to_megatron, megatron_to_hf
+    from examples.convert_checkpoint import hf_to_megatron, megatron_to_hf
     from nemo_tropd.convert.families import read_shape
     from nemo_tropd.convert.hf_files import HfCheckpoint
 

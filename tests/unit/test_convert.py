@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from examples.convert_checkpoint import MANIFEST, hf_to_megatron, megatron_to_hf
 from nemo_tropd.convert import folders
-from nemo_tropd.convert.commands import MANIFEST, hf_to_megatron, megatron_to_hf
 from nemo_tropd.convert.families import ConversionError, read_shape, shape_of_config
 from nemo_tropd.convert.hf_files import INDEX, SINGLE, write_weights
 from tests.tiny_models import FAMILIES, make_tiny

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from examples.convert_checkpoint import hf_to_megatron, megatron_to_hf
 from nemo_tropd.command_line import fail, printable
-from nemo_tropd.convert.commands import hf_to_megatron, megatron_to_hf
 from nemo_tropd.convert.families import ConversionError, read_shape
 from nemo_tropd.convert.folders import copy_sidecar
 from nemo_tropd.convert.hf_files import INDEX, HfCheckpoint
