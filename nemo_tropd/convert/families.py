@@ -1,7 +1,6 @@
 """The supported model families: one table of tensor names and shapes each. Imports no torch.
 
-A row pairs one Megatron parameter (the name it has in a distributed checkpoint) with the Hugging Face tensors it is
-made of, their shapes, and how they are laid out. To add a family, add a table to ``FAMILIES`` and a parity test.
+To add a family, add a table to ``FAMILIES`` and a parity test.
 """
 
 from __future__ import annotations
@@ -54,15 +53,8 @@ class ModelShape:
 
     def size(self, dimension: str) -> int:
         """The length of a dimension by its name in the tables."""
-        sizes = {
-            "vocab": self.vocab_size,
-            "hidden": self.hidden,
-            "ffn": self.ffn,
-            "q": self.heads * self.head_dim,
-            "kv": self.kv_heads * self.head_dim,
-            "head": self.head_dim,
-        }
-        return sizes[dimension]
+        sizes = {"vocab": self.vocab_size, "hidden": self.hidden, "ffn": self.ffn, "head": self.head_dim}
+        return {**sizes, "q": self.heads * self.head_dim, "kv": self.kv_heads * self.head_dim}[dimension]
 
     def padded_vocab(self, tensor_parallel: int) -> int:
         """The vocabulary padded so that every tensor-parallel shard is a multiple of 128 rows."""
@@ -125,7 +117,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter: its name, the HF tensors ``(name, dimensions)`` it is made of, and their layout.
+    """One Megatron parameter, by its name in a distributed checkpoint, and the HF tensors it is made of.
 
     copy             one tensor, the same on every tensor-parallel rank
     vocabulary       one tensor, padded to the padded vocabulary, rows split over ranks
@@ -135,7 +127,7 @@ class Row:
     """
 
     megatron: str
-    hf: tuple[tuple[str, tuple[str, ...]], ...]
+    hf: tuple[tuple[str, tuple[str, ...]], ...]  # names and dimensions
     layout: Layout
     when: Callable[[ModelShape], bool] | None = None
     layer: int | None = None  # set on the rows of one layer
@@ -156,7 +148,6 @@ class Row:
         return {"copy": None, "columns": 1}.get(self.layout, 0)
 
     def at(self, layer: int) -> Row:
-        """The row of one layer."""
         hf = tuple((name.replace("{i}", str(layer)), dimensions) for name, dimensions in self.hf)
         return Row(self.megatron.replace("{i}", str(layer)), hf, self.layout, self.when, layer)
 
@@ -245,8 +236,7 @@ def shape_of_config(config: dict[str, Any], where: str = "config.json") -> Model
             raise ConversionError(f"{where}: {key} must be a {kind.__name__}, not {config[key]!r}")
     family = _find_family(config, where)
     _refuse_unsupported(config, where)
-    heads = _positive(config, "num_attention_heads", where)
-    hidden = _positive(config, "hidden_size", where)
+    heads, hidden = (_positive(config, key, where) for key in ("num_attention_heads", "hidden_size"))
     table = FAMILIES[family]
     head_dim = _positive(config, "head_dim", where, table.head_dim_default or hidden // heads)
     kv_heads = _positive(config, "num_key_value_heads", where, table.kv_heads_default or heads)

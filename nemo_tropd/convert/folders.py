@@ -22,27 +22,21 @@ SIDECAR = "hf"
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
-    """A folder that appears as ``path`` once complete, see :func:`nemo_tropd.files.complete_folder`.
-
-    Raises ConversionError before anything is written if ``path`` exists and ``overwrite`` is off, or if the disk has
-    less than ``needed_bytes`` free. An old folder stays until the new one is complete.
-    """
+    """:func:`nemo_tropd.files.complete_folder` after :func:`check_free_to_write`; an old folder stays until then."""
     check_free_to_write(Path(path), overwrite, needed_bytes)
     with complete_folder(path) as folder:
         yield folder
 
 
 def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
-    """Raise ConversionError if ``path`` exists, or its disk has no room for ``needed_bytes``."""
+    """Raise ConversionError if ``path`` exists and ``overwrite`` is off, or its disk lacks ``needed_bytes``."""
     if path.exists() and not overwrite:
         raise ConversionError(f"{path} exists: choose another folder, or pass --overwrite (overwrite=True)")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes + _SPARE_BYTES * bool(needed_bytes):
-        raise ConversionError(
-            f"{existing} has {free / 1e9:.2f} GB free, but {needed_bytes / 1e9:.2f} GB are needed: free disk space or "
-            "choose another disk"
-        )
+        sizes = f"{free / 1e9:.2f} GB free, but {needed_bytes / 1e9:.2f} GB are needed"
+        raise ConversionError(f"{existing} has {sizes}: free disk space or choose another disk")
 
 
 def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -56,12 +50,11 @@ def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = Non
         shutil.copytree(source_dir / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True)
     if dtype is None:
         return
-    config_path = target / "config.json"
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     fields = {"torch_dtype", "dtype"} & config.keys() or {"dtype"}
     changed = {**config, **dict.fromkeys(fields, str(dtype).removeprefix("torch."))}
     if changed != config:
-        write_json(config_path, changed)
+        write_json(target / "config.json", changed)
 
 
 def write_hf_sidecar(checkpoint_dir: str | Path, source_dir: str | Path) -> None:

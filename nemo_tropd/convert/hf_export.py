@@ -22,9 +22,8 @@ from nemo_tropd.parallel.topology import Topology
 def hf_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[tuple[str, Tensor]]:
     """The model as (HF name, full CPU tensor) pairs, in the order of the forward pass, on rank 0.
 
-    **Every rank must exhaust it**: other ranks get nothing but take part in the collectives of the model's data rank 0.
-    One parameter is in flight at a time; tensors have the model's dtype, are cut to the true vocabulary, contiguous,
-    and belong to the caller. A tied head is not repeated.
+    **Every rank must exhaust it**: collective over the model's data rank 0. One parameter is in flight at a time;
+    tensors have the model's dtype and the true vocabulary, and belong to the caller. A tied head is not repeated.
     """
     if topology.data_rank != 0:
         return
@@ -46,9 +45,9 @@ def hf_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[
 def device_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[tuple[str, Tensor]]:
     """The model as (HF name, full tensor) pairs on the model's device, in its dtype, **on every rank**.
 
-    For an engine that shares the trainer's process. Every rank of a tensor-parallel group must exhaust it; one
-    parameter is gathered at a time. A tensor may be a view of a parameter: it must be read before the next optimizer
-    step, and never written to. A tied head is not repeated. Raises ConversionError under pipeline parallelism.
+    Every rank of a tensor-parallel group must exhaust it; one parameter is gathered at a time. A tensor may be a view
+    of a parameter: read it before the next optimizer step, and never write to it. A tied head is not repeated. Raises
+    ConversionError under pipeline parallelism.
     """
     if topology.pipeline_size > 1:
         raise ConversionError("device_stream needs pipeline parallel 1: a rank must hold a shard of every layer")
@@ -97,13 +96,11 @@ def save_hf(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write ``stream`` as a Hugging Face folder that transformers and vLLM load without changes.
+    """Write ``stream`` as a Hugging Face folder, which appears once complete (collective; rank 0 writes).
 
-    Every rank of the default process group calls it and exhausts its stream; rank 0 (or the only process) writes.
-    Weights are sharded safetensors in ``dtype``, one shard in memory at a time; ``config.json`` is the source's with
-    its dtype field set, every other file of ``source_dir`` that is not weights (generation config, tokenizer, chat
-    template) is copied unchanged. The folder appears under its name only once complete. Raises ConversionError, on
-    every rank, if the folder exists and ``overwrite`` is off, the disk is too small, or rank 0 fails to write.
+    Weights are sharded safetensors in ``dtype``, one shard in memory at a time; config, tokenizer and the like are
+    ``source_dir``'s (``folders.copy_sidecar``). Raises ConversionError, on every rank, if the folder exists and
+    ``overwrite`` is off, the disk is too small, or rank 0 fails to write.
     """
     out_dir = Path(out_dir)
 

@@ -25,9 +25,8 @@ MAX_SHARD_BYTES = 10**9
 class HfCheckpoint:
     """The weights of a Hugging Face folder, checked on opening against the names and shapes of ``shape``.
 
-    A tensor is mapped from its file, which is open only until the tensor is freed: what is read once does not stay in
-    memory. Raises ConversionError naming a missing, damaged or truncated file, a tensor that is missing, duplicated,
-    unexpected or of an unsupported dtype, and both shapes if they differ.
+    A tensor is mapped from its file only until it is freed. Raises ConversionError naming a missing, damaged or
+    truncated file, a tensor that is missing, duplicated, unexpected or of another shape or unsupported dtype.
     """
 
     def __init__(self, directory: str | Path, shape: ModelShape) -> None:
@@ -39,32 +38,25 @@ class HfCheckpoint:
             with open_safetensors(path) as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping: it only offers keys())
                     if name in self._files:
-                        raise ConversionError(
-                            f"{self.directory}: {name} is stored twice, in {self._files[name].name} and in {path.name}"
-                        )
+                        both = f"in {self._files[name].name} and in {path.name}"
+                        raise ConversionError(f"{self.directory}: {name} is stored twice, {both}")
                     self._files[name] = path
                     entry = file.get_slice(name)
                     shapes[name], dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
         wanted, optional = dict(shape.hf_tensors()), shape.hf_optional_tensors()
-        missing = [name for name in wanted if name not in shapes]
-        if missing:
+        if missing := [name for name in wanted if name not in shapes]:
             raise ConversionError(f"{self.directory} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
         for name, expected in wanted.items():
-            if shapes[name] != expected:
-                raise ConversionError(
-                    f"{self.directory}: {name} has shape {list(shapes[name])}, but config.json asks for "
-                    f"{list(expected)}"
-                )
-            if dtypes[name] not in DTYPES:
-                raise ConversionError(
-                    f"{self._files[name]}: {name} has dtype {dtypes[name]}; supported dtypes: {', '.join(DTYPES)}"
-                )
-        extra = [name for name in shapes if name not in wanted and name not in optional]
-        if extra:
-            raise ConversionError(
-                f"{self.directory} has {len(extra)} tensors that a {shape.family} model has no place for: "
-                f"{_some(extra)}"
-            )
+            found, dtype = shapes[name], dtypes[name]
+            if found != expected:
+                asked = f"but config.json asks for {list(expected)}"
+                raise ConversionError(f"{self.directory}: {name} has shape {list(found)}, {asked}")
+            if dtype not in DTYPES:
+                supported = f"supported dtypes: {', '.join(DTYPES)}"
+                raise ConversionError(f"{self._files[name]}: {name} has dtype {dtype}; {supported}")
+        if extra := [name for name in shapes if name not in wanted and name not in optional]:
+            what = f"{len(extra)} tensors that a {shape.family} model has no place for"
+            raise ConversionError(f"{self.directory} has {what}: {_some(extra)}")
         self._dtypes = {name: DTYPES[dtypes[name]] for name in wanted}
 
     def read(self, name: str, *ranges: slice) -> Tensor:
@@ -86,10 +78,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist, but the checkpoint's index names it") from None
     except (SafetensorError, OSError) as error:
-        size = f"{path.stat().st_size} bytes" if path.is_file() else "not a file"
-        raise ConversionError(
-            f"{path} is damaged or truncated ({size}; {error}): download or build it again"
-        ) from error
+        found = f"{path.stat().st_size} bytes; {error}" if path.is_file() else f"not a file; {error}"
+        raise ConversionError(f"{path} is damaged or truncated ({found}): download or build it again") from error
 
 
 def write_weights(
@@ -101,10 +91,9 @@ def write_weights(
 ) -> None:
     """Write ``stream`` to safetensors files in ``directory``, cast to ``dtype``, and the index of more than one file.
 
-    The tensors of one file are in memory at a time: at most ``max_shard_bytes``, or one tensor if it is larger. A
-    tensor of the stream must stay unchanged until its file is written. ``tensors`` gives the names and shapes that the
-    stream must have, in any order. Raises ConversionError for a tensor that is unexpected, repeated, missing or of
-    another shape, and for a failed write.
+    One file of at most ``max_shard_bytes``, or one tensor, is in memory at a time; a tensor must stay unchanged until
+    its file is written. ``tensors`` has the names and shapes that the stream must have, in any order. Raises
+    ConversionError for a tensor that is unexpected, repeated, missing or of another shape, and for a failed write.
     """
     missing = dict(tensors)
     shards: list[list[str]] = []
@@ -138,15 +127,12 @@ def write_weights(
         (directory / f"part-{number}.safetensors").rename(directory / file)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(directory / INDEX, index)
+        sizes = {"total_size": total}
+        write_json(directory / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Save as safetensors, with the permissions of any file: the library makes its files private.
-
-    Raises ConversionError if the file cannot be written.
-    """
+    """Save as safetensors with the permissions of any file, which the library makes private; or ConversionError."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(0o644)

@@ -37,12 +37,10 @@ class WeightSource(Protocol):
 
 
 class HfSource:
-    """The Megatron parameters of a Hugging Face folder, built block by block on request.
-    Raises ConversionError as ``HfCheckpoint`` does."""
+    """The Megatron parameters of a Hugging Face folder, block by block; ConversionError as ``HfCheckpoint``."""
 
     def __init__(self, hf_dir: str | Path, shape: ModelShape) -> None:
-        self.checkpoint = HfCheckpoint(hf_dir, shape)
-        self.shape = shape
+        self.checkpoint, self.shape = HfCheckpoint(hf_dir, shape), shape
 
     def read(self, row: Row, region: Region) -> Tensor:
         """The block, in the dtype of the files."""
@@ -57,10 +55,10 @@ class HfSource:
 
 
 def load_hf(model: Module, hf_dir: str | Path, shape: ModelShape, topology: Place) -> None:
-    """Fill every parameter of ``model`` on this rank from the safetensors files in ``hf_dir``, one at a time.
+    """Fill every parameter of ``model`` on this rank from ``hf_dir``, cast to its dtype; no collective.
 
-    Values are cast to the parameter's dtype. Rows past the vocabulary become zero. No collective is involved. Raises
-    ConversionError as ``HfCheckpoint`` does, before anything is written, and for values that are not finite.
+    Rows past the vocabulary become zero. Raises ConversionError as ``HfCheckpoint`` does, before anything is written,
+    and for values that are not finite.
     """
     fill_model(model, HfSource(hf_dir, shape), shape, topology)
 
@@ -72,10 +70,8 @@ def fill_model(model: Module, source: WeightSource, shape: ModelShape, topology:
         blocks = regions(row, topology.tensor_rank, topology.tensor_size, shape)
         part = torch.cat([source.read(row, block) for block in blocks])
         if part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):  # NaN is both least and greatest
-            raise ConversionError(
-                f"{', '.join(_not_finite(source, row))} has NaN or infinite values: download the checkpoint again, or "
-                "use another one"
-            )
+            remedy = "download the checkpoint again, or use another one"
+            raise ConversionError(f"{', '.join(_not_finite(source, row))} has NaN or infinite values: {remedy}")
         padding = parameter.size(0) - part.size(0) if row.layout == "vocabulary" else 0
         if (part.size(0) + padding, *part.shape[1:]) != parameter.shape:
             raise ConversionError(f"{row.megatron}: shard {list(part.shape)} does not fit {list(parameter.shape)}")
@@ -95,11 +91,8 @@ def _not_finite(source: WeightSource, row: Row) -> list[str]:
 
 
 def local_rows(model: Module, shape: ModelShape) -> Iterator[tuple[Parameter, Row]]:
-    """Each parameter of this rank with its row of the table; layers are numbered over the full model.
-
-    The last stage's copy of a tied embedding has the embedding's row. Raises ConversionError for a parameter that the
-    family's table lacks.
-    """
+    """Each parameter of this rank with its row of the table, layers numbered over the full model.
+    A tied head has the embedding's row. Raises ConversionError for a parameter that the family's table lacks."""
     inner = unwrap(model)
     rows = {row.megatron: row for row in shape.rows()}
     numbers = [layer.layer_number - 1 for layer in inner.decoder.layers]  # type: ignore[union-attr]

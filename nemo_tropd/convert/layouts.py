@@ -61,9 +61,8 @@ def regions(row: Row, rank: int, size: int, shape: ModelShape) -> list[Region]:
 
 
 def _block(full: tuple[int, ...], dimension: int, start: int, length: int) -> Region:
-    offsets = tuple(start if d == dimension else 0 for d in range(len(full)))
-    sizes = tuple(length if d == dimension else n for d, n in enumerate(full))
-    return Region(offsets, sizes)
+    before, after = full[:dimension], full[dimension + 1 :]
+    return Region((*(0 for _ in before), start, *(0 for _ in after)), (*before, length, *after))
 
 
 def unshard(row: Row, shards: Sequence[Tensor], shape: ModelShape) -> Tensor:

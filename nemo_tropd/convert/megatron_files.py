@@ -1,17 +1,12 @@
 """Megatron's distributed checkpoint, read and written block by block, without Megatron and without a process group.
 
-Layout of a checkpoint folder, the same for a converted one and for one that training saved:
+A folder, converted or saved by training at any degrees, has:
 
-    .metadata, __R_N.distcp     torch.distributed.checkpoint: every weight under ``model.`` + Megatron's sharded
-    key, e.g.
-                                ``model.decoder.layers.mlp.linear_fc1.weight`` [layers, 2 * ffn, hidden]; training adds
-                                optimizer state beside it, which export ignores
+    .metadata, __R_N.distcp     torch.distributed.checkpoint: every weight under ``model.`` + Megatron's sharded key,
+                                e.g. ``model.decoder.layers.mlp.linear_fc1.weight`` [layers, 2 * ffn, hidden]; training
+                                adds optimizer state beside it, which export ignores
     common.pt, metadata.json    required by Megatron's dist_checkpointing
-    hf/                         config, generation config, tokenizer and chat template of the Hugging Face folder
-                                (``folders.write_hf_sidecar``), so that export needs no other source
-
-A trainer writes it with ``dist_checkpointing.save(model.sharded_state_dict(prefix="model."), folder)`` and
-``write_hf_sidecar``. The weights do not depend on the degrees they were saved at.
+    hf/                         config, tokenizer and so on (``folders.write_hf_sidecar``)
 """
 
 from __future__ import annotations
@@ -72,11 +67,8 @@ def stored_key(row: Row) -> tuple[str, tuple[int, ...]]:
 
 
 class MegatronSource:
-    """The weights of a checkpoint folder saved at any degrees; only requested blocks are read.
-
-    Raises ConversionError for a folder that is not a distributed checkpoint, a missing or truncated file, a missing
-    parameter and a shape that differs from the config's.
-    """
+    """The weights of a checkpoint folder saved at any degrees; only requested blocks are read. Raises ConversionError
+    for a folder that is no distributed checkpoint, a missing or truncated file, a missing parameter, another shape."""
 
     def __init__(self, directory: str | Path, shape: ModelShape | None = None) -> None:
         self.directory = Path(directory)
@@ -150,10 +142,7 @@ def check_files(directory: Path) -> Any:
 
 
 def load_megatron(model: Module, directory: str | Path, shape: ModelShape, topology: Place) -> None:
-    """Fill every parameter of ``model`` on this rank from a checkpoint folder saved at any degrees.
-
-    As ``hf_import.load_hf`` in every other way; raises ConversionError as ``MegatronSource`` does.
-    """
+    """``hf_import.load_hf`` from a checkpoint folder saved at any degrees; ConversionError as ``MegatronSource``."""
     fill_model(model, MegatronSource(directory, shape), shape, topology)
 
 
@@ -166,10 +155,10 @@ def write_checkpoint(
     tensor_parallel: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write the weights of ``source`` as a distributed checkpoint, one block in memory at a time.
+    """Write the weights of ``source`` as a distributed checkpoint, one block in memory at a time, without padding.
 
     Blocks are the shards of ``tensor_parallel`` ranks, so that loading at that degree reads nothing twice; it loads at
-    any other degree too. ``progress`` is called with the bytes of each block. The vocabulary is stored without padding.
+    any other degree too. ``progress`` is called with the bytes of each block.
     """
     planner = _StreamingPlanner(list(_blocks(shape, dtype, tensor_parallel)), source, dtype, progress)
     writer = dcp.FileSystemWriter(directory, thread_count=1)

@@ -40,11 +40,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """The metadata of the checkpoint in ``directory``.
-
-    Raises ConversionError for content that is no metadata, is damaged or could run code, and for names of files outside
-    the directory.
-    """
+    """The metadata of the checkpoint in ``directory``; ConversionError for content that is no metadata, is damaged or
+    could run code, and for names of files outside the directory."""
     path = directory / ".metadata"
     try:
         with path.open("rb") as file:
