@@ -17,7 +17,7 @@ from nemo_tropd.files import write_text
 from nemo_tropd.planner.machine import GIB, Machine
 from nemo_tropd.planner.memory import Memory, estimate, layout, loss_tokens, student_degrees, teacher_degrees
 from nemo_tropd.planner.verdict import check_memory
-from nemo_tropd.planner.wire import Wire, estimate_wire
+from nemo_tropd.planner.wire import estimate_wire
 
 MARK = "# Plan: "
 
@@ -32,7 +32,7 @@ class Recipe:
     teacher: ModelShape
     machine: Machine
     memory: Memory
-    wire: Wire
+    wire: dict[str, float]
 
     @property
     def name(self) -> str:

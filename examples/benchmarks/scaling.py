@@ -72,13 +72,13 @@ def point(recipe: Recipe) -> Point:
     within_node = ["student, tensor parallel", "teacher, tensor parallel", "teacher's scores"]
     if placement(cfg, recipe.machine) == "colocated":
         within_node.append("weights to the engines")
-    inside = sum(wire.kinds[kind] for kind in within_node)
-    outside = wire.total - inside
+    inside = sum(wire[kind] for kind in within_node)
+    outside = sum(wire.values()) - inside
     several = cfg.trainer.num_nodes > 1
     return Point(
         gpus=ranks.world_size,
         memory=recipe.memory.total,
-        kinds=dict(wire.kinds),
+        kinds=wire,
         compute_s=operations / OPERATIONS,
         inside_s=(inside + (0 if several else outside)) / INSIDE,
         outside_s=outside / OUTSIDE if several else 0.0,

@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 GIB = 2**30
-
-# Share of a GPU's memory that torch's allocator loses to fragmentation.
-FRAGMENTATION = 0.04
-# Bytes a GPU rank's process takes before its first tensor: CUDA context, NCCL buffers, cuBLAS and cuDNN workspaces.
-GPU_CONTEXT = 2.0 * GIB
-# Bytes vLLM keeps on a GPU while asleep: CUDA graphs and workspaces.
-ASLEEP = 1.5 * GIB
-# Bytes of a CPU rank's process besides its tensors: imported torch, Megatron, NeMo and Transformers, gloo's buffers.
-CPU_PROCESS = 0.85 * GIB
-# Bytes of all processes of the CPU engine before they load weights.
-CPU_ENGINE = 2.5 * GIB
+FRAGMENTATION = 0.04  # share of a GPU's memory that torch's allocator loses
+GPU_CONTEXT = 2.0 * GIB  # of a GPU rank's process before its first tensor: CUDA, NCCL, cuBLAS and cuDNN
+ASLEEP = 1.5 * GIB  # what vLLM keeps on a GPU while asleep: CUDA graphs and workspaces
+CPU_PROCESS = 0.85 * GIB  # of a CPU rank's process besides its tensors: imported libraries, gloo's buffers
+CPU_ENGINE = 2.5 * GIB  # of all processes of the CPU engine before they load weights
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Memory of one rank in bytes: what is resident all through a run, and what each phase of a step adds.
+"""Memory of one rank in bytes, in the worst case of its settings: full rows and responses of maximum length.
 
 Activations are counted tensor by tensor as Megatron's layers keep them for the backward pass (no attention scores,
 except by the local attention on CPU, for padded rows); Korthikanti et al. 2022 (arXiv 2205.05198) count the same way.
-A plan assumes the worst case of its settings: full rows and responses of maximum length.
 """
 
 from __future__ import annotations
@@ -38,17 +37,14 @@ class Memory:
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs the most."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def rank(self) -> float:
-        """A rank's peak."""
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
     @property
     def total(self) -> float:
-        """The peak of a rank, plus the engine next to it."""
         return self.rank + self.engine
 
 
@@ -62,20 +58,13 @@ class Degrees:
 
 
 def layout(cfg: TropdConfig) -> RankLayout:
-    """The rank layout of a checked configuration."""
-    m, t = cfg.model, cfg.trainer
-    return RankLayout(
-        t.num_nodes * t.devices,
-        m.tensor_model_parallel_size,
-        m.pipeline_model_parallel_size,
-        m.teacher.tensor_model_parallel_size,
-    )
+    m, ranks = cfg.model, cfg.trainer.num_nodes * cfg.trainer.devices
+    tensor, pipeline = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    return RankLayout(ranks, tensor, pipeline, m.teacher.tensor_model_parallel_size)
 
 
 def student_degrees(cfg: TropdConfig) -> Degrees:
-    """The student's degrees."""
-    m = cfg.model
-    tensor = m.tensor_model_parallel_size
+    m, tensor = cfg.model, cfg.model.tensor_model_parallel_size
     return Degrees(tensor, m.pipeline_model_parallel_size, tensor if m.sequence_parallel else 1)
 
 
@@ -104,8 +93,7 @@ def positions(cfg: TropdConfig) -> int:
 
 def stage_parameters(shape: ModelShape, degrees: Degrees) -> tuple[float, float]:
     """(parameters in layers, parameters in embedding and head) of the fullest rank, with the padded vocabulary."""
-    layers = [0.0] * degrees.pipeline
-    ends = [0.0] * degrees.pipeline
+    layers, ends = [0.0] * degrees.pipeline, [0.0] * degrees.pipeline
     vocabulary = shape.padded_vocab(degrees.tensor) / degrees.tensor * shape.hidden
     for row in shape.rows():
         stage = row.stage(shape, degrees.pipeline)
@@ -166,15 +154,14 @@ def student_activations(cfg: TropdConfig, shape: ModelShape, machine: Machine) -
     attention, feed_forward, entry = layer_activations(shape, degrees, width, fused=machine.kind == "gpu")
     if machine.kind == "cpu" and cfg.model.tokens_per_micro_batch is None:
         attention += padded_attention(shape, degrees, width, cfg.model.encoder_seq_length)
-    mode = cfg.model.recompute
-    kept = {None: attention + feed_forward, "selective": attention, "full": entry}[mode]
-    again = {None: 0.0, "selective": feed_forward, "full": attention + feed_forward}[mode]
+    both = attention + feed_forward
+    modes = {None: (both, 0.0), "selective": (attention, feed_forward), "full": (entry, both)}
+    kept, again = modes[cfg.model.recompute]
     in_flight = min(degrees.pipeline, micro_batches(cfg))
     # Backward needs the gradients of a layer's widest tensors and of the hidden states at the same time.
-    h, f = shape.hidden, shape.ffn
-    working = again + width * (3 * f / degrees.tensor + 3 * h)
+    working = again + width * (3 * shape.ffn / degrees.tensor + 3 * shape.hidden)
     # The embedding's output, the final norm's input and output.
-    ends = 3 * width * h / degrees.sequence
+    ends = 3 * width * shape.hidden / degrees.sequence
     return {
         "activations": rows * (kept * shape.layers / degrees.pipeline * in_flight + ends),
         "backward of one layer": rows * working,
@@ -229,7 +216,6 @@ def estimate(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine
     own, theirs = student_degrees(cfg), teacher_degrees(cfg)
     ranks, width, rows = layout(cfg), BYTES[cfg.trainer.precision], row_tokens(cfg)
     numbers = sum(stage_parameters(student, own))
-    frozen = teacher_weights(cfg, teacher)
     tokens = loss_tokens(cfg) / ranks.data
     scores = tokens * (FP32 + cfg.model.tropd.top_k * (FP32 + 8))
     batches = positions(cfg) / ranks.data * BATCH_POSITION
@@ -238,13 +224,10 @@ def estimate(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine
         "teacher's layer": rows * (attention + feed_forward),
         "teacher's head": head_bytes(cfg, teacher, theirs, machine, gradient=False),
     }
-    training = {
-        **student_activations(cfg, student, machine),
-        "head": head_bytes(cfg, student, own, machine, gradient=True),
-    }
+    head = head_bytes(cfg, student, own, machine, gradient=True)
     phases: dict[str, dict[str, float]] = {
         "teacher scores": scoring,
-        "student passes": training,
+        "student passes": {**student_activations(cfg, student, machine), "head": head},
         "optimizer step": {"largest update": 2 * FP32 * _largest(student, own)},
         "weights to the engine": {"gathered tensors": 3 * student.vocab_size * student.hidden * width},
     }
@@ -253,18 +236,16 @@ def estimate(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine
         "student": numbers * width,
         "gradients": numbers * FP32,
         "optimizer": optimizer_bytes(cfg, numbers),
-        "teacher": frozen,
+        "teacher": teacher_weights(cfg, teacher),
         "micro-batches and scores": batches + scores,
     }
     if cfg.model.teacher.offload:
         scoring["teacher"] = resident.pop("teacher")
     if machine.kind == "gpu":
         resident["fragments"] = FRAGMENTATION * machine.bytes
-    if placement(cfg, machine) == "dedicated":
-        return Memory(resident, phases, 0.0)
-    engine = engine_bytes(cfg, student, machine)
-    if placement(cfg, machine) == "process":
-        return Memory(resident, phases, engine)
+    where, engine = placement(cfg, machine), engine_bytes(cfg, student, machine)
+    if where != "colocated":
+        return Memory(resident, phases, engine if where == "process" else 0.0)
     if cfg.model.rollout.sleep:
         resident["engine asleep"] = ASLEEP
         phases["rollouts"] = {"engine awake": engine - ASLEEP}

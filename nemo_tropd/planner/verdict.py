@@ -66,10 +66,8 @@ def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
     key, remedy = REMEDIES[largest]
     advice = f"The largest part that a key can change is {largest}: {remedy}"
     if parts[largest] < need - machine.bytes:
-        key, advice = (
-            "trainer.devices",
-            "No single part is as large as what is missing: use more devices, or devices with more memory",
-        )
+        key = "trainer.devices"
+        advice = "No single part is as large as what is missing: use more devices, or devices with more memory"
     numbers = ", ".join(f"{part} {gib(size)}" for part, size in sorted(parts.items(), key=lambda p: -p[1]) if size)
     each = "" if machine.kind == "gpu" else f" ({cfg.trainer.devices} ranks of {gib(memory.rank)} per host)"
     raise ConfigError(

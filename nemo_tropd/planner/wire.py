@@ -1,11 +1,6 @@
-"""Bytes that a GPU sends per step, by kind. Ring collectives: in an all-reduce of N bytes over p ranks each rank sends
-2 N (p - 1) / p, in a gather or a reduce-scatter N (p - 1) / p. Worst case, as in ``planner.memory``.
-"""
+"""Bytes that a GPU sends per step, by kind: worst case, as in ``planner.memory``, by ring collectives."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
@@ -28,25 +23,13 @@ from nemo_tropd.planner.memory import (
 ROLLOUT_TOKEN = 13
 
 
-@dataclass(frozen=True)
-class Wire:
-    """Bytes sent by one rank per step, by kind."""
-
-    kinds: Mapping[str, float]
-
-    @property
-    def total(self) -> float:
-        """The sum over all kinds."""
-        return sum(self.kinds.values())
-
-
 def ring(size: float, ranks: int, *, reduce: bool = False) -> float:
     """Bytes one of ``ranks`` sends to gather or scatter ``size`` bytes, or with ``reduce`` to all-reduce them."""
     return (2 if reduce else 1) * size * (ranks - 1) / ranks
 
 
-def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> Wire:
-    """Bytes of one step of a checked configuration."""
+def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> dict[str, float]:
+    """Bytes sent by one rank per step of a checked configuration, by kind."""
     ranks, own, theirs = layout(cfg), student_degrees(cfg), teacher_degrees(cfg)
     m, width = cfg.model, BYTES[cfg.trainer.precision]
     teacher_width = BYTES[m.teacher.precision or cfg.trainer.precision]
@@ -56,9 +39,8 @@ def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, ma
     # A layer's two blocks each reduce the hidden states, forward and backward; recomputation adds a forward pass.
     passes = {None: 2, "selective": 2.5, "full": 3}[m.recompute]
     hidden = ring(mine * student.hidden * width, own.tensor)
-    reduces = 2 * passes * 2
     again = 2 if own.sequence > 1 else 0  # backward gathers each block's input again, for the weights' gradients
-    student_tensor = hidden * (reduces + again) * student.layers / own.pipeline
+    student_tensor = hidden * (2 * passes * 2 + again) * student.layers / own.pipeline
     student_head = ring(mine * student.hidden * width, own.tensor, reduce=True)
     columns = ring(scored * (m.tropd.top_k + 4) * FP32, own.tensor, reduce=True)
     # A teacher group scores the rows of several data-parallel ranks, or a share of one's.
@@ -66,7 +48,7 @@ def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, ma
     teacher_hidden = ring(seen * teacher.hidden * teacher_width, theirs.tensor, reduce=True)
     candidates = scored * ranks.owners / ranks.replicas * (m.tropd.top_k * (FP32 + 8) + 3 * FP32) * (theirs.tensor - 1)
     sends = 2 if own.pipeline > 2 else 1 if own.pipeline == 2 else 0
-    kinds = {
+    return {
         "student, tensor parallel": student_tensor + student_head + columns,
         "teacher, tensor parallel": teacher_hidden * 2 * teacher.layers / theirs.pipeline + candidates,
         "pipeline": sends * mine * student.hidden * width / own.sequence,
@@ -75,7 +57,6 @@ def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, ma
         "rollouts": positions(cfg) * ROLLOUT_TOKEN if ranks.world_size > 1 else 0.0,
         "teacher's scores": _scores(cfg, scored),
     }
-    return Wire(kinds)
 
 
 def _data_parallel(cfg: TropdConfig, numbers: float, width: int) -> float:

@@ -57,11 +57,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over steps, or bands that add up if ``stacked`` (every band then has the same steps).
+    """Lines over steps, or bands that add up.
 
     ``scale``: ``share`` fixes the axis to 0 .. 1, ``zero`` begins it at 0, ``log`` is logarithmic and leaves out values
-    that are not positive, ``""`` begins at 0 unless the values would then be all but flat. ``top`` cuts the axis off at
-    the next tick.
+    that are not positive, ``""`` begins at 0 unless the values would then be all but flat.
     """
 
     title: str
@@ -69,8 +68,8 @@ class Chart:
     unit: str
     lines: Sequence[Line]
     scale: str = ""
-    stacked: bool = False
-    top: float | None = None
+    stacked: bool = False  # bands, all of the same steps
+    top: float | None = None  # cuts the axis off at the next tick
 
     @property
     def drawn(self) -> list[Line]:
@@ -116,10 +115,7 @@ def charts_of(record: RunRecord) -> dict[str, Chart]:
 
 
 def step_time(layers: Sequence[tuple[str, Points]]) -> Chart:
-    """The seconds of a step by phase, stacked.
-
-    One slow step (the first, or a checkpoint's) does not flatten all others: the axis is cut off and the note says so.
-    """
+    """The seconds of a step by phase, stacked. One slow step does not flatten all others: the axis is cut off."""
     lines = [Line(label, points, i % _LINE_COLORS) for i, (label, points) in enumerate(layers)]
     chart = Chart("Time of a step", "Seconds by phase.", "seconds", lines, stacked=True, top=0.0)
     totals = sorted(sum(y for _, y in column) for column in zip(*(points for _, points in layers), strict=True))

@@ -71,11 +71,8 @@ def svg(chart: Chart) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', file.getvalue()))
     for element in root.iter():
         _simplify(element, used)
-    root.attrib = {
-        "viewBox": f"0 0 {_WIDTH} {_HEIGHT}",
-        "role": "img",
-        "aria-label": f"{chart.title}. {chart.values_in_words}",
-    }
+    label = f"{chart.title}. {chart.values_in_words}"
+    root.attrib = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img", "aria-label": label}
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -94,8 +91,7 @@ def _simplify(element: ElementTree.Element, used: set[str]) -> None:
             value = re.sub(r"font-family:[^;]*(; )?", "", value)
             for name, color in COLORS.items():
                 value = value.replace(color, f"var(--{name})")
-        unused = key == "id" and value not in used
-        if not unused and not value.startswith("rotate(-0 "):
+        if (key != "id" or value in used) and not value.startswith("rotate(-0 "):
             attributes[key] = value
     element.attrib = attributes
 

@@ -42,28 +42,21 @@ class _Row:
 
 
 def write_report(run_dir: str | os.PathLike[str], summary: dict[str, Any] | None = None) -> Path:
-    """Write ``report.html`` into a run's directory from its metrics.jsonl, rollouts.jsonl and summary.json (or
-    ``summary``, before that is written).
+    """Write ``report.html`` into a run's directory, replacing an earlier one atomically; returns its path.
 
-    Self-contained: no outside resource. Metrics that the run did not log leave a note in their chart's place; files
-    other than metrics.jsonl may be missing. Replaces an earlier report atomically. Returns the page's path.
-
-    Raises ReportError if the directory has no metrics.
+    Read are metrics.jsonl (without any: ReportError), rollouts.jsonl and summary.json (or ``summary``, before that is
+    written). What is missing leaves a note in its place.
     """
-    record = read_run(Path(run_dir), summary)
     path = Path(run_dir) / "report.html"
-    write_text(path, render(record))
+    write_text(path, render(read_run(Path(run_dir), summary)))
     return path
 
 
 def render(record: RunRecord) -> str:
     """The page as text. All text of the run is escaped by the template."""
+    loader = PackageLoader("nemo_tropd.report", package_path="")
     environment = Environment(
-        loader=PackageLoader("nemo_tropd.report", package_path=""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html").render(
         record=record,

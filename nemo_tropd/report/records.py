@@ -25,18 +25,14 @@ class ReportError(RuntimeError):
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """One rollout, token by token.
-
-    ``log_ratio`` is log pi_T - log pi_S in nats, None for a token that the teacher wrote; ``gate`` is the trust gate, 1
-    inside and 0 outside (between them for a soft gate); ``guided`` marks tokens of the teacher's prefix.
-    """
+    """One rollout, token by token."""
 
     step: int
     prompt: str
     tokens: list[str]
-    log_ratio: list[float | None]
-    gate: list[float | None]
-    guided: list[bool]
+    log_ratio: list[float | None]  # log pi_T - log pi_S in nats; None for a token that the teacher wrote
+    gate: list[float | None]  # the trust gate: 1 inside, 0 outside, between them for a soft gate
+    guided: list[bool]  # of the teacher's prefix
 
 
 @dataclass(frozen=True)
@@ -61,16 +57,12 @@ class RunRecord:
         return f"{self.steps} step" + ("" if self.steps == 1 else "s")
 
     def series(self, kind: str, name: str) -> Points:
-        """(step, value) in order of step, of the steps that logged the metric; ``kind`` is train or validation."""
+        """(step, value) of the steps that logged the metric, in order; ``kind`` is train or validation."""
         by_step = self.train if kind == "train" else self.validation
         return [(step, by_step[step][name]) for step in sorted(by_step) if name in by_step[step]]
 
     def seconds(self) -> list[tuple[str, Points]]:
-        """Seconds by phase, in the order of first appearance, all for the same steps.
-
-        What the steps took beyond their phases comes last as ``other``, if it exceeds 1 percent (less is rounding and
-        bookkeeping).
-        """
+        """Seconds by phase, all for the same steps; then as ``other`` what steps took beyond them, if over 1 %."""
         timed = {s: values for s, values in sorted(self.train.items()) if any(k.startswith("seconds/") for k in values)}
         phases = dict.fromkeys(k for v in timed.values() for k in v if k.startswith("seconds/") and k != "seconds/step")
         layers = [(k.removeprefix("seconds/"), [(s, v.get(k, 0.0)) for s, v in timed.items()]) for k in phases]
@@ -189,12 +181,12 @@ def _read_rollouts(path: Path, notes: list[str]) -> list[TokenTrace]:
 
 
 def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        missing = "summary.json is missing (the run has not ended)"
-        notes.append(f"{missing}: before and after are the first and last validation")
-        return {}
     try:
         summary = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        validations = "before and after are the first and last validation"
+        notes.append(f"summary.json is missing (the run has not ended): {validations}")
+        return {}
     except (ValueError, RecursionError) as error:
         notes.append(f"summary.json is unreadable ({error})")
         return {}

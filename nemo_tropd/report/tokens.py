@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from nemo_tropd.report.records import TokenTrace
 from nemo_tropd.report.text import number, signed
 
-# The log-ratio (nats) at which a colour is full, and how much of a rollout or a run is shown.
-FULL_COLOR_AT = 4.0
+FULL_COLOR_AT = 4.0  # nats of log-ratio
 _TOKENS_SHOWN = 600
 _ROLLOUTS_SHOWN = 12
 
@@ -47,9 +46,8 @@ def swatches() -> list[Token]:
 def shown_rollouts(rollouts: Sequence[TokenTrace]) -> list[Rollout]:
     """The last rollout first; at most 12, of the first and last steps and of some between."""
     ordered = sorted(rollouts, key=lambda r: r.step)
-    last = len(ordered) - 1
     if len(ordered) > _ROLLOUTS_SHOWN:
-        ordered = [ordered[round(i * last / (_ROLLOUTS_SHOWN - 1))] for i in range(_ROLLOUTS_SHOWN)]
+        ordered = [ordered[round(i * (len(ordered) - 1) / (_ROLLOUTS_SHOWN - 1))] for i in range(_ROLLOUTS_SHOWN)]
     return [_rollout(r) for r in reversed(ordered)]
 
 
@@ -71,14 +69,10 @@ def _token(text: str, log_ratio: float | None, gate: float | None, guided: bool)
     classes, share = _color(None if guided else log_ratio)
     if guided:
         mark, verdict = " guided", "written by the teacher"
-    elif gate is None:
-        mark, verdict = "", "gate unknown"
-    elif gate >= 1:
-        mark, verdict = "", "trusted"
-    elif gate <= 0:
-        mark, verdict = " out", "outlier"
+    elif gate is None or gate >= 1:
+        mark, verdict = "", "gate unknown" if gate is None else "trusted"
     else:
-        mark, verdict = " soft", f"trusted by {number(gate)}"
+        mark, verdict = (" out", "outlier") if gate <= 0 else (" soft", f"trusted by {number(gate)}")
     facts = ["log-ratio " + signed(f"{log_ratio:+.2f}")] if log_ratio is not None else []
     return Token(text.replace("\n", "↵\n"), classes + mark, share, ", ".join([repr(text), *facts, verdict]))
 

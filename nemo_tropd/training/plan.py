@@ -22,7 +22,7 @@ from nemo_tropd.planner.machine import GIB, Machine, host_bytes
 from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
 from nemo_tropd.planner.roles import roles
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory_lines
-from nemo_tropd.planner.wire import Wire, estimate_wire
+from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.prompts import PromptError, PromptKeys, PromptSplit, load_prompts
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.training.answers import AnswerError, exact_match
@@ -43,7 +43,7 @@ class Plan:
     objective: Objective
     machine: Machine
     memory: Memory
-    wire: Wire
+    wire: dict[str, float]  # bytes that a rank sends per step, by kind
     run_dir: Path
 
 
@@ -258,7 +258,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         *_slow_bf16(cfg, plan.machine),
         *roles(cfg, plan.machine),
         *memory_lines(plan.memory, plan.machine),
-        *(("sent by a rank in a step: " + kind, gib(size)) for kind, size in plan.wire.kinds.items() if size),
+        *(("sent by a rank in a step: " + kind, gib(size)) for kind, size in plan.wire.items() if size),
     ):
         table.add_row(label, printable(value))
     Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100), markup=False, emoji=False).print(table)

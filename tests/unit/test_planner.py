@@ -195,9 +195,7 @@ def test_engines_on_hosts_of_their_own_take_nothing_of_the_ranks() -> None:
     assert said == "3 engine host(s) that join rank 0 at node1:29600; none on the ranks"
     ours, theirs = (estimate(cfg, student, teacher, machine) for cfg in (apart, beside))
     assert ours.engine == 0 and "rollouts" not in ours.phases and ours.resident == theirs.resident
-    sent, less = (
-        estimate_wire(cfg, student, teacher, machine).kinds["weights to the engines"] for cfg in (apart, beside)
-    )
+    sent, less = (estimate_wire(cfg, student, teacher, machine)["weights to the engines"] for cfg in (apart, beside))
     assert sent - less == pytest.approx(2 * student.parameters())  # once, in bf16
 
 
