@@ -32,19 +32,15 @@ class TorchChunks:
 
     def narrow(self, wide: Tensor) -> Tensor:
         """``wide`` in the dtype of products; overwrites the logits."""
-        if wide.dtype == self.weight.dtype:
-            return wide
-        return self._logits[: wide.size(0)].copy_(wide)
+        return wide if wide.dtype == self.weight.dtype else self._logits[: wide.size(0)].copy_(wide)
 
     def student(self, logits: Tensor, token_ids: Tensor, *, entropy: bool) -> StudentChunk:
-        """token_ids [C, N] global -> their log-probabilities; overwrites ``logits``. One MAX and one SUM over the
-        group."""
+        """token_ids [C, N] global -> log-probabilities; overwrites ``logits``. One MAX and one SUM over the group."""
         softmax = softmax_columns(logits, token_ids, self.shard, entropy=entropy, overwrite=True)
         return StudentChunk(softmax.log_probs, softmax.log_z, softmax.entropy, softmax, self)
 
     def teacher(self, logits: Tensor, token_ids: Tensor, k: int, *, entropy: bool) -> SoftmaxTopK:
-        """token_ids [C, N] global -> top k, log-probabilities, entropy; overwrites ``logits``. One gather over the
-        group."""
+        """token_ids [C, N] global -> top k, log-probabilities, entropy; overwrites ``logits``. One gather."""
         return softmax_top_k(logits, token_ids, k, self.shard, entropy=entropy, overwrite=True)
 
 
@@ -59,9 +55,7 @@ class StudentChunk:
     product: TorchChunks
 
     def logit_gradient(self, grad: Tensor) -> Tensor:
-        """scatter(grad) - softmax * sum(grad), [C, width] in the products' dtype, from grad [C, N]; overwrites the
-        exponentials.
-        """
+        """grad [C, N] -> scatter(grad) - softmax * sum(grad), [C, width], products' dtype; overwrites exponentials."""
         softmax = self.softmax
         assert softmax.exponentials is not None
         slope = softmax.exponentials.mul_((-grad.sum(-1) / softmax.denominator)[:, None])

@@ -27,19 +27,15 @@ def exact_divergences(
 ) -> dict[str, Tensor]:
     """KL(S || T), KL(T || S), 1 - TV = sum min(pi_S, pi_T), H_S and H_T at ``rows``: [T] each, nats, fp32, replicated.
 
-    Hidden states and weights as for ``head_loss``, each model with its own H; rows [T]. If the two are not split alike
-    (other groups, or padded to other sizes), the teacher's logits are gathered over its group, a chunk at a time.
-    ``teacher_layout`` None: the student's. The student's ``layout`` says how tokens are cut into chunks for both. A
-    rank that only has part of the teacher takes part in the gathers with ``student_hidden`` None, and gets an empty
-    dictionary. Tokens whose logits are not finite have NaN. Raises ValueError for shapes or vocabularies that do not
-    match.
+    Hidden states and weights as for ``head_loss``, each model with its own H; rows [T]. If the two are not split alike,
+    the teacher's logits are gathered over its group, a chunk at a time; the student's ``layout`` cuts both into chunks.
+    A rank that only has part of the teacher gives ``student_hidden`` None and gets an empty dictionary. Tokens whose
+    logits are not finite have NaN. Raises ValueError for shapes or vocabularies that do not match.
     """
     teacher_layout = teacher_layout or layout
-    if teacher_layout.vocab_size != layout.vocab_size:
-        raise ValueError(
-            f"the teacher's vocab_size is {teacher_layout.vocab_size}, the student's {layout.vocab_size}; "
-            "divergences need one vocabulary"
-        )
+    theirs, ours = teacher_layout.vocab_size, layout.vocab_size
+    if theirs != ours:
+        raise ValueError(f"the teacher's vocab_size is {theirs}, the student's {ours}; divergences need one vocabulary")
     student, teacher = layout.shard(student_weight), teacher_layout.shard(teacher_weight)
     zeros = torch.zeros_like(rows)
     check_head(teacher_hidden, teacher_weight, rows, zeros, teacher, teacher_layout.sequence_parallel)
@@ -57,10 +53,10 @@ def exact_divergences(
     out = torch.empty(len(NAMES), rows.numel(), device=rows.device)
     for start in range(0, rows.numel(), size):
         chunk = slice(start, start + size)
-        theirs = _align(teacher_product.compute(teacher_states.pick(chunk)), teacher, student)
+        aligned = _align(teacher_product.compute(teacher_states.pick(chunk)), teacher, student)
         if states is not None:
             mine = product.compute(states.pick(chunk))
-            out[:, chunk] = _divergences(mine, theirs.to(product.wide_dtype), student)
+            out[:, chunk] = _divergences(mine, aligned.to(product.wide_dtype), student)
     return {} if states is None else dict(zip(NAMES, out, strict=True))
 
 
@@ -83,16 +79,9 @@ def _divergences(student: Tensor, teacher: Tensor, shard: VocabShard) -> Tensor:
     """[5, C] in the order of NAMES, from the logits [C, width] of the same columns."""
     log_s, log_t = _log_softmax(torch.stack([student, teacher]), shard)
     s, t = log_s.exp(), log_t.exp()
-    sums = torch.stack(
-        [
-            (s * (log_s - log_t)).sum(-1),
-            (t * (log_t - log_s)).sum(-1),
-            torch.minimum(s, t).sum(-1),
-            -(s * log_s).sum(-1),
-            -(t * log_t).sum(-1),
-        ]
-    )
-    return shard.reduce(sums, ReduceOp.SUM)
+    entropies = [-(s * log_s).sum(-1), -(t * log_t).sum(-1)]
+    kl = [(s * (log_s - log_t)).sum(-1), (t * (log_t - log_s)).sum(-1)]
+    return shard.reduce(torch.stack([*kl, torch.minimum(s, t).sum(-1), *entropies]), ReduceOp.SUM)
 
 
 def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:

@@ -1,8 +1,7 @@
 """The chunked head: hidden states and a vocabulary shard of the head's weight in, loss and gradients out.
 
 For each chunk of tokens: head product, log-sum-exp and K + 1 columns, objective, gradient over the logits, two products
-back. Gradients are made in the forward pass, so logits live for one chunk and nothing is recomputed. The teacher's head
-runs the same way and is reduced to its top k at once.
+back. Gradients are made in the forward pass, so logits live for one chunk and nothing is recomputed.
 
 Collectives over the tensor-parallel group: student, one MAX and one SUM a chunk; teacher, one gather a chunk; then one
 all-reduce of the hidden gradient (under sequence parallelism one gather of the hidden states and one reduce-scatter of
@@ -37,9 +36,7 @@ ObjectiveFunction = Callable[[TokenScores], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """The loss of one micro-batch and its metrics. All but ``loss`` is detached; the sums add up over micro-batches and
-    data-parallel ranks, the minima by taking the smallest.
-    """
+    """The loss of one micro-batch and its metrics; all but ``loss`` is detached."""
 
     loss: Tensor  # scalar fp32, times ``scale``; carries the gradient of hidden and weight
     metrics: dict[str, Tensor]  # fp64 sums over student tokens; also tokens, guided_tokens, loss, guided_loss
@@ -50,20 +47,15 @@ class HeadLoss:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What only some calls of ``head_loss`` need.
+    """What only some calls of ``head_loss`` need."""
 
-    token_weights         [T] factors of the tokens' losses, for other denominators (see ``sequence_mean_weights``).
-    reference_log_probs   [T] log-probabilities under a reference model, for objectives that need one.
-    accumulate_main_grad  backward adds the weight's gradient to ``weight.main_grad`` (Megatron's DDP buffer, usually
-                          fp32) and sets ``grad_added_to_main_grad``; autograd then gets zeros. Use it for every
-                          micro-batch or for none.
-    carry_bad             logits or losses that are not finite are no error: loss and gradients become NaN, so that
-                          every rank sees it in the gradient norm, and ``HeadLoss.bad`` says what it was.
-    """
-
-    token_weights: Tensor | None = None
-    reference_log_probs: Tensor | None = None
+    token_weights: Tensor | None = None  # [T] factors of the tokens' losses, see ``sequence_mean_weights``
+    reference_log_probs: Tensor | None = None  # [T] under a reference model, for objectives that need one
+    # Backward adds the weight's gradient to ``weight.main_grad`` (Megatron's DDP buffer, usually fp32) and sets
+    # ``grad_added_to_main_grad``; autograd then gets zeros. For every micro-batch or for none.
     accumulate_main_grad: bool = False
+    # Logits or losses that are not finite are no error: loss and gradients become NaN, so that every rank sees it in
+    # the gradient norm, and ``HeadLoss.bad`` says what it was.
     carry_bad: bool = False
 
 
@@ -140,14 +132,10 @@ def teacher_scores(
             entropies[chunk] = out.entropy
         return out
 
-    run_chunks(
-        chunks,
-        lambda chunk, slot: product.compute(states.pick(chunk), slot),
-        reduce,
-        lambda chunk, out: None,
-        slots=slots,
-        device=rows.device,
-    )
+    def compute(chunk: slice, slot: int) -> Tensor:
+        return product.compute(states.pick(chunk), slot)
+
+    run_chunks(chunks, compute, reduce, lambda chunk, out: None, slots=slots, device=rows.device)
     if carry_bad:
         bad = ~log_z.isfinite()
         log_probs.masked_fill_(bad, torch.nan)
@@ -219,21 +207,14 @@ class _Run:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss [C] (weighted, unscaled, detached), gradient [C, K + 1] of the scaled sum, and metrics of one chunk."""
         with torch.enable_grad():
-            columns = out.log_probs.requires_grad_(self.grad_enabled)
+            columns, reference = out.log_probs.requires_grad_(self.grad_enabled), self.options.reference_log_probs
             scores = token_scores(
-                columns,
-                self.tokens,
-                self.teacher,
-                entropy=out.entropy,
-                reference_log_probs=self.options.reference_log_probs,
-                chunk=chunk,
+                columns, self.tokens, self.teacher, entropy=out.entropy, reference_log_probs=reference, chunk=chunk
             )
             loss, metrics = self.objective(scores)
             for name, values in {"loss": loss, **metrics}.items():
-                if values.shape != scores.student_log_probs.shape:
-                    raise ValueError(
-                        f"the objective's {name!r} has shape {tuple(values.shape)}; give one value a token"
-                    )
+                if (shape := values.shape) != scores.student_log_probs.shape:
+                    raise ValueError(f"the objective's {name!r} has shape {tuple(shape)}; give one value a token")
             if self.options.token_weights is not None:
                 loss = loss * self.options.token_weights[chunk].to(loss.dtype)
             grad = torch.zeros_like(columns)
@@ -249,12 +230,10 @@ class _Run:
         self.sums = {name: torch.where(student, v, 0).double().sum() for name, v in self.per_token.items()}
         self.sums |= {"loss": torch.where(student, loss, 0).sum(), "guided_loss": torch.where(guided, loss, 0).sum()}
         self.sums |= {"tokens": student.sum().double(), "guided_tokens": guided.sum().double()}
-        floor = loss.new_full((1,), float("inf"))
-        self.minima = {
-            name: torch.cat([floor, torch.where(student, self.per_token[name].double(), torch.inf)]).min()
-            for name in ("log_ratio",)
-            if name in self.per_token
-        }
+        if (ratio := self.per_token.get("log_ratio")) is not None:
+            floor = loss.new_full((1,), float("inf"))
+            least = torch.cat([floor, torch.where(student, ratio.double(), torch.inf)]).min()
+            self.minima = {"log_ratio": least}
 
 
 class _Pass:
@@ -269,18 +248,14 @@ class _Pass:
         self.ids = _columns(run.tokens, run.teacher)
         self.entropy = getattr(run.objective, "needs_student_entropy", False)
         self.grad_hidden = torch.zeros_like(self.states.states) if want_hidden else None
-        self.grad_weight = (
-            WeightGradient(weight, self.product.columns, len(self.chunks) if len(run.tokens) else 0)
-            if want_weight
-            else None
-        )
+        count = len(self.chunks) if len(run.tokens) else 0
+        self.grad_weight = WeightGradient(weight, self.product.columns, count) if want_weight else None
         self.losses: list[Tensor] = []
         self.metrics: list[dict[str, Tensor]] = []
         self.log_z: list[Tensor] = []
         self._picked: dict[int, Tensor] = {}  # hidden states [C, H] of the chunks in flight, by their first token
 
     def compute(self) -> None:
-        """Run every chunk."""
         device = self.ids.device
         run_chunks(self.chunks, self._product, self._reduce, self._back, slots=self.slots, device=device)
 
@@ -310,13 +285,8 @@ class _Pass:
 class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, run: _Run) -> Tensor:
-        work = _Pass(
-            hidden,
-            weight,
-            run,
-            want_hidden=run.grad_enabled and ctx.needs_input_grad[0],
-            want_weight=run.grad_enabled and ctx.needs_input_grad[1],
-        )
+        want_hidden, want_weight = (run.grad_enabled and ctx.needs_input_grad[i] for i in (0, 1))
+        work = _Pass(hidden, weight, run, want_hidden=want_hidden, want_weight=want_weight)
         work.compute()
         losses, log_z, options = torch.cat(work.losses), torch.cat(work.log_z), run.options
         if options.carry_bad:
@@ -367,9 +337,7 @@ def token_scores(
     reference_log_probs: Tensor | None = None,
     chunk: slice = slice(None),
 ) -> TokenScores:
-    """What an objective sees of the tokens in ``chunk``: ``columns`` [C, K + 1] and ``entropy`` [C] are that chunk's,
-    the other tensors the complete micro-batch's.
-    """
+    """What an objective sees of the tokens in ``chunk``, of which ``columns`` [C, K + 1] and ``entropy`` [C] are."""
     return TokenScores(
         student_log_probs=columns[:, 0],
         student_top_k_log_probs=columns[:, 1:],

@@ -22,16 +22,12 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """How the head of one model is split over ranks, and how its tokens are cut into chunks.
+    """How the head of one model is split over ranks, and how its tokens are cut into chunks."""
 
-    ``vocab_size`` is the true size (the tokenizer's): columns past it are padding, which enters nothing. ``group`` is
-    the tensor-parallel group, None for one rank. ``chunk_tokens`` None: as many as a memory bound allows.
-    """
-
-    vocab_size: int
-    group: ProcessGroup | None = None
+    vocab_size: int  # the true size (the tokenizer's): columns past it are padding, which enters nothing
+    group: ProcessGroup | None = None  # the tensor-parallel group
     sequence_parallel: bool = False
-    chunk_tokens: int | None = None
+    chunk_tokens: int | None = None  # None: as many as a memory bound allows
 
     def shard(self, weight: Tensor) -> VocabShard:
         """The shard that ``weight`` [V_local, H] is; ValueError if all shards are too narrow for the vocabulary."""
@@ -105,9 +101,8 @@ def check_head(
     if hidden.dim() != 3:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}; give [B, S, H], batch first")
     if weight.dim() != 2 or weight.size(1) != hidden.size(2):
-        raise ValueError(
-            f"weight is {tuple(weight.shape)} but hidden {tuple(hidden.shape)}; give weight [V_local, H] of the same H"
-        )
+        shapes = f"weight is {tuple(weight.shape)} but hidden {tuple(hidden.shape)}"
+        raise ValueError(f"{shapes}; give weight [V_local, H] of the same H")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(f"hidden is {hidden.dtype} but weight {weight.dtype}; give the same floating type")
     if rows.dim() != 1 or token_ids.shape != rows.shape:
@@ -142,21 +137,14 @@ def first_bad(
 def check_tokens(tokens: LossTokens, teacher: TeacherScores, shard: VocabShard) -> None:
     """ValueError for per-token tensors that are not [T] and for a teacher's top k that is not [T, K] of true ids."""
     count = len(tokens)
-    named = {
-        "tokens.guided": tokens.guided,
-        "tokens.uniforms": tokens.uniforms,
-        "tokens.behavior_log_probs": tokens.behavior_log_probs,
-        "teacher.log_probs": teacher.log_probs,
-        "teacher.entropy": teacher.entropy,
-    }
+    named = {f"tokens.{name}": getattr(tokens, name) for name in ("guided", "uniforms", "behavior_log_probs")}
+    named |= {"teacher.log_probs": teacher.log_probs, "teacher.entropy": teacher.entropy}
     for name, values in named.items():
         if values is not None and values.shape != (count,):
             raise ValueError(f"{name} has shape {tuple(values.shape)}; the micro-batch has {count} loss tokens")
     ids = teacher.top_k_ids
     if ids.dim() != 2 or ids.size(0) != count or ids.shape != teacher.top_k_log_probs.shape:
-        raise ValueError(
-            f"teacher.top_k_ids {tuple(ids.shape)} and top_k_log_probs {tuple(teacher.top_k_log_probs.shape)} "
-            f"must both be [{count}, K]"
-        )
+        both = f"teacher.top_k_ids {tuple(ids.shape)} and top_k_log_probs {tuple(teacher.top_k_log_probs.shape)}"
+        raise ValueError(f"{both} must both be [{count}, K]")
     check_k(ids.size(1), shard.vocab_size)
     check_ids(ids, shard.vocab_size, "teacher.top_k_ids")

@@ -79,9 +79,8 @@ class KernelStudentChunk:
 
     def logit_gradient(self, grad: Tensor) -> Tensor:
         """scatter(grad) - softmax * sum(grad), [C, columns], from grad [C, N]; overwrites the logits."""
-        kernels.write_gradient(
-            self.logits, self.width, self.local, self.log_z, grad.contiguous(), self.log_probs.detach()
-        )
+        grad, log_probs = grad.contiguous(), self.log_probs.detach()
+        kernels.write_gradient(self.logits, self.width, self.local, self.log_z, grad, log_probs)
         return self.logits
 
 

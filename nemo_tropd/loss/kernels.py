@@ -1,14 +1,9 @@
 """Triton kernels of the chunked head: what is left of a loss between its matrix products.
 
 Every kernel streams rows of logits [C, stride] where a product left them, in their own dtype (bf16, fp16 or fp32), and
-computes in fp32. A row is read once for the student's log-sum-exp and columns, once more and written for its gradient;
-once for the teacher's log-sum-exp and block maxima, with which ``loss.kernels_top_k`` begins.
-
-Padding: columns at and past ``width`` never count, whatever they contain, and get gradient 0. Buffers end on a multiple
-of 16 columns (``aligned``), so that loads and stores are 128 bits wide.
-
-Nothing here talks to other ranks: each function gives this shard's partial results, and
-``loss.kernel_chunks`` reduces them. Log-probabilities that travel are relative to the row's maximum on this shard.
+computes in fp32. Columns at and past ``width`` never count, whatever they contain, and get gradient 0. Buffers end on a
+multiple of 16 columns (``aligned``), so that loads and stores are 128 bits wide. Results are this shard's alone, and
+relative to the row's maximum on it; ``loss.kernel_chunks`` reduces them.
 
 Each row has a program of its own, unless ``programs`` asks for fewer, which then walk several rows each and leave
 multiprocessors to a product that runs beside. With TRITON_INTERPRET=1 set before Triton is first imported, all of it
@@ -232,4 +227,4 @@ def check_rows(logits: Tensor, width: int) -> None:
 
 def power_of_two(count: int) -> int:
     """The least power of two that is at least ``count``."""
-    return 1 << max(0, count - 1).bit_length() if count > 1 else 1
+    return 1 << max(0, count - 1).bit_length()

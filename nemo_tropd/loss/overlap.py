@@ -24,10 +24,9 @@ def run_chunks(
 ) -> None:
     """For every chunk ``back(chunk, reduce(chunk, product(chunk, slot)))``.
 
-    With two slots on a GPU, ``reduce`` runs on a stream of its own: ``product`` and ``back``, which are matrix products
-    and bound by arithmetic, run for the neighbouring chunks while ``reduce``, bound by memory, streams the logits of
-    this one. Tensors that ``reduce`` makes may be used on the caller's stream once this returns. A collective in
-    ``reduce`` is called in the same order on every rank.
+    With two slots on a GPU, ``reduce``, bound by memory, runs on a stream of its own beside the neighbouring chunks'
+    ``product`` and ``back``, which are bound by arithmetic. Tensors that ``reduce`` makes may be used on the caller's
+    stream once this returns. A collective in ``reduce`` is called in the same order on every rank.
     """
     if slots < 2 or device.type != "cuda" or len(chunks) < 2:
         for chunk in chunks:

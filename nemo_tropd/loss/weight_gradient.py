@@ -30,10 +30,7 @@ class WeightGradient:
         if not slope.size(0):
             return
         if self._true.dtype == slope.dtype:
-            if self._fresh:
-                torch.mm(slope.t(), states, out=self._true)
-            else:
-                self._true.addmm_(slope.t(), states)
+            torch.mm(slope.t(), states, out=self._true) if self._fresh else self._true.addmm_(slope.t(), states)
         elif slope.device.type == "cuda":
             # Products of bf16 summed in fp32 by the matrix library itself: no product is ever stored.
             if self._fresh:

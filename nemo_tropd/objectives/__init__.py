@@ -46,8 +46,7 @@ def build(name: str, **params: Any) -> Objective:
         raise ValueError(f"unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
     given = {("lambda_" if key == "lambda" else key): value for key, value in params.items()}
     known = parameters(name)
-    unknown = [key for key in given if key not in known]
-    if unknown:
+    if unknown := [key for key in given if key not in known]:
         raise ValueError(f"objective {name!r} has no parameter {_list(unknown)}; it knows {_list(known)}")
     return OBJECTIVES[name](**given)
 

@@ -14,9 +14,7 @@ from .terms import log_ratio, policy_gradient
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyOPD(Objective):
-    """-1[H_S > tau] R l. Unless ``tau`` (nats) is given, it is the ``quantile`` of H_S over the global batch, found by
-    a first pass.
-    """
+    """-1[H_S > tau] R l; ``tau`` (nats) unless given is the ``quantile`` of H_S over the global batch (first pass)."""
 
     name = "entropy_opd"
     needs_student_entropy = True
@@ -37,9 +35,8 @@ class EntropyOPD(Objective):
 
     def token_loss(self, scores: TokenScores) -> tuple[Tensor, Metrics]:
         if self.tau is None:
-            raise ValueError(
-                "objective 'entropy_opd' needs tau: bind it to the global batch's entropies, or give a number"
-            )
+            remedy = "bind it to the global batch's entropies, or give a number"
+            raise ValueError(f"objective 'entropy_opd' needs tau: {remedy}")
         assert scores.student_entropy is not None
         keep = (scores.student_entropy > self.tau).to(scores.student_log_probs.dtype)
         return policy_gradient(scores, keep * log_ratio(scores)), {"kept": keep}
@@ -51,6 +48,5 @@ def quantile(values: Tensor, q: float) -> float:
         return float("inf")
     ordered = values.detach().flatten().double().sort().values
     place = q * (ordered.numel() - 1)
-    low = int(place)
-    high = min(low + 1, ordered.numel() - 1)
+    low, high = int(place), min(int(place) + 1, ordered.numel() - 1)
     return float(torch.lerp(ordered[low], ordered[high], place - low))

@@ -18,9 +18,8 @@ class JSD(Objective):
     """beta sum over V_k of pi_T log(pi_T / pi_M) - (1 - beta) stopgrad(log pi_M(x) - log pi_S(x)) l,
     with pi_M = beta pi_T + (1 - beta) pi_S.
 
-    The second term's expected gradient is already the complete gradient of JSD_beta, so the paper's literal sum, the
-    default, counts the first term's gradient twice. ``teacher_term="detached"`` keeps the value and takes the
-    gradient of the second term alone, which is exact. The paper does not discuss it.
+    The second term's expected gradient is already that of JSD_beta, so the paper's literal sum, the default, counts the
+    first term's twice. ``teacher_term="detached"`` keeps the value and takes the second term's gradient alone.
     """
 
     name = "jsd"

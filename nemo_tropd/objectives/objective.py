@@ -29,16 +29,13 @@ class Objective:
 
     Shared parameters, both off by default:
         guidance_weight  tokens the teacher wrote get ``-guidance_weight * log pi_S(x)`` in place of the objective's own
-                         loss (TrOPD, Eq. 9, has 0.001); None leaves them to the objective.
+                         loss (TrOPD, Eq. 9, has 0.001).
         importance_cap   multiply the loss of each student token by ``min(pi_S(x) / behavior(x), cap)``, detached: the
-                         correction for rollouts of stale or mismatched weights. Tokens whose behavior log-probability
-                         is NaN (the student did not sample them) have weight 1. Needs ``behavior_log_probs``.
+                         correction for rollouts of stale or mismatched weights; 1 where the behavior is NaN.
 
-    Metrics always hold ``trust`` (the gate's weight; where an objective has no gate, the probability ``min(rho, 1)``
-    that the paper's gate would trust the token) and ``log_ratio`` (R); ``forward_kl`` where the objective computes it.
-
-    What a caller has to provide is declared on the class or the instance: ``needs_student_entropy``,
-    ``needs_teacher_entropy``, ``needs_reference``, ``needs_first_pass`` and ``denominator``:
+    Metrics always hold ``trust`` (the gate's weight; without a gate ``min(rho, 1)``) and ``log_ratio`` (R);
+    ``forward_kl`` where the objective computes it. What a caller has to provide is declared as ``needs_*`` and
+    ``denominator``:
         tokens     the sum over the global batch is divided by its number of loss tokens
         sequences  the mean over sequences of each sequence's mean: weight a token by N / (sequences * its length)
         mask       divided by the sum of the objective's mask; the objective rescales itself once it is bound
@@ -91,13 +88,9 @@ class Objective:
         return loss, {name: values.detach() for name, values in metrics.items()}
 
     def _check_needs(self, scores: TokenScores) -> None:
-        wanted = {
-            "student_entropy": self.needs_student_entropy,
-            "teacher_entropy": self.needs_teacher_entropy,
-            "reference_log_probs": self.needs_reference,
-        }
-        missing = [name for name, needed in wanted.items() if needed and getattr(scores, name) is None]
-        if missing:
+        wanted = {"student_entropy": self.needs_student_entropy, "teacher_entropy": self.needs_teacher_entropy}
+        wanted["reference_log_probs"] = self.needs_reference
+        if missing := [name for name, needed in wanted.items() if needed and getattr(scores, name) is None]:
             raise ValueError(f"objective {self.name!r} needs TokenScores.{', '.join(missing)}, which is None")
 
     def _bound(self, **values: Any) -> Objective:

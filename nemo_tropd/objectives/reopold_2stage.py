@@ -19,10 +19,8 @@ class REOPOLDTwoStage(REOPOLD):
 
     Before ``switch_step`` mask = 1[R >= c]; from it on mask = 1[H_S >= tau_beta], tau_beta the (1 - beta) quantile of
     H_S over the global batch. Call ``at_step``, then ``bind`` with a first pass's statistic: R in stage 1, H_S in
-    stage 2. ``switch_step`` 100 (half of the paper's 200 steps) and ``beta`` 0.2 are this project's.
-
-    A loss summed over N tokens and scaled by 1 / N comes out divided by the mask's sum: ``bind`` keeps the factor
-    N / sum(mask).
+    stage 2; it keeps the factor N / sum(mask) for losses scaled by 1 / N. ``switch_step`` 100 (half of the paper's 200
+    steps) and ``beta`` 0.2 are this project's.
     """
 
     name = "reopold_2stage"

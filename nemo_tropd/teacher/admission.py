@@ -31,7 +31,6 @@ class Admission:
     ratio_error: float  # |R of FP8 - R of bf16|, R = log pi_T(x) - log pi_S(x)
 
     def line(self) -> str:
-        """One human-readable line."""
         return (
             f"FP8 teacher ({self.recipe}) against bf16 on {self.tokens} tokens: top-{TOP_K} KL {self.top_k_kl:.4f} "
             f"nats, gate flips {self.gate_flips:.2%}, error of R {self.ratio_error:.4f} nats"
@@ -64,13 +63,7 @@ def measure(student: Sequence[TokenScores], quantized: Sequence[TokenScores], re
         sums.add(_sums(mine, other))
     total = sums.gather()
     tokens = total.sums.get("tokens", 0)
-    return Admission(
-        recipe,
-        int(tokens),
-        top_k_kl=total.mean("kl", tokens),
-        gate_flips=total.mean("flips", tokens),
-        ratio_error=total.mean("error", tokens),
-    )
+    return Admission(recipe, int(tokens), *(total.mean(name, tokens) for name in ("kl", "flips", "error")))
 
 
 def _sums(student: TokenScores, quantized: TokenScores) -> dict[str, float]:
@@ -97,9 +90,8 @@ def admit(
 ) -> tuple[TeacherScorer, Admission]:
     """The FP8 teacher and its figures if they satisfy ``bounds``, else ConfigError (collective).
 
-    The bf16 teacher is built first, its scores kept and itself freed, then the FP8 teacher is built: the two are never
-    in memory together. ``batches`` are the same on every data-parallel rank; ``counts`` is False on ranks that only
-    repeat what another finds.
+    The two teachers are never in memory together. ``batches`` are the same on every data-parallel rank; ``counts`` is
+    False on ranks that only repeat what another finds.
     """
     teacher = make_teacher(None)
     reference = teacher.score(batches, top_k=min(TOP_K, teacher.vocab_size), entropy=False, chunk_tokens=chunk_tokens)

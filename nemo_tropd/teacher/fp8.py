@@ -1,10 +1,8 @@
 """Transformer Engine's FP8 for a frozen teacher: recipes, the hardware that has them, and the shapes they need.
 
-How FP8 works here: a linear layer's weight and input are each divided by a scale, so that their largest value becomes
-448, the largest of e4m3, and cast to 8 bits; the product is accumulated in fp32 and multiplied by both scales. A recipe
-says which values share a scale: ``tensorwise`` all of a tensor, ``blockwise`` 1 x 128 of an input and 128 x 128 of a
-weight, ``mxfp8`` 32 in a row. Scales come from the very tensor they serve ("current" scaling). Delayed scaling takes
-them from earlier passes and updates its history in backward passes, which a teacher never has, so it is refused.
+A recipe says which values share a scale, which comes from the very tensor it serves ("current" scaling):
+``tensorwise`` all of a tensor, ``blockwise`` 1 x 128 of an input and 128 x 128 of a weight, ``mxfp8`` 32 in a row.
+Delayed scaling updates its history in backward passes, which a teacher never has, so it is refused.
 
 Only the four linear layers of each transformer layer run in FP8; embedding, norms, attention and head stay in bf16.
 """
@@ -55,11 +53,7 @@ class Fp8Settings:
         return MULTIPLES[self.recipe]
 
     def transformer_fields(self) -> dict[str, Any]:
-        """Fields of megatron-core's TransformerConfig.
-
-        Weights in FP8 have no bf16 copy. e4m3 is the format of both recipes' forward passes ("hybrid" differs in the
-        backward pass alone). Attention's own products stay in bf16.
-        """
+        """Fields of megatron-core's TransformerConfig. e4m3: "hybrid" differs in the backward pass alone."""
         ends = self.first_last_bf16
         return {
             "fp8": "e4m3",
@@ -82,31 +76,20 @@ class Fp8Settings:
         }
         for what, size in sizes.items():
             if size % self.multiple:
-                raise ConfigError(
-                    "model.teacher.fp8",
-                    self.recipe,
-                    f"the teacher's {what}, {size}, is not a multiple of {self.multiple}, as FP8 products require; "
-                    "choose another tensor-parallel degree, or fp8=null",
-                )
-        most = shape.layers // pipeline_parallel
-        if self.first_last_bf16 > most:
-            raise ConfigError(
-                "model.teacher.fp8_first_last_bf16",
-                self.first_last_bf16,
-                f"a pipeline stage of the teacher has {most} of its {shape.layers} layers; choose at most {most}, "
-                "or fp8=null",
-            )
+                odd = f"the teacher's {what}, {size}, is not a multiple of {self.multiple}, as FP8 products require"
+                remedy = "choose another tensor-parallel degree, or fp8=null"
+                raise ConfigError("model.teacher.fp8", self.recipe, f"{odd}; {remedy}")
+        most, ends = shape.layers // pipeline_parallel, self.first_last_bf16
+        if ends > most:
+            has = f"a pipeline stage of the teacher has {most} of its {shape.layers} layers"
+            raise ConfigError("model.teacher.fp8_first_last_bf16", ends, f"{has}; choose at most {most}, or fp8=null")
 
 
 def check_hardware(recipe: str) -> None:
     """Raise ConfigError unless the machine can run ``recipe``; on a machine with a GPU, Transformer Engine decides."""
     if reason := _missing_for(recipe):
-        raise ConfigError(
-            "model.teacher.fp8",
-            recipe,
-            f"{reason} ({recipe} needs {HARDWARE[recipe]}); set it to null to run the teacher in "
-            "model.teacher.precision",
-        )
+        remedy = "set it to null to run the teacher in model.teacher.precision"
+        raise ConfigError("model.teacher.fp8", recipe, f"{reason} ({recipe} needs {HARDWARE[recipe]}); {remedy}")
 
 
 def _missing_for(recipe: str) -> str:
@@ -134,10 +117,8 @@ def padded_width(rows: int, width: int, multiple: int, shards: int) -> int:
 
 def pad_tokens(batch: TokenBatch, multiple: int, topology: Topology) -> TokenBatch:
     """The batch widened at its right end until FP8 takes its tokens; the same object if it fits already.
-
-    What is added enters no loss, so ``loss_tokens`` gives the same tokens in the same order, and no real token attends
-    to it: in a padded batch it lies behind them under a causal mask, in a concatenated row it is a sequence of its own.
-    """
+    ``loss_tokens`` stays the same, and no real token attends to what is added: in a concatenated row it is a sequence
+    of its own."""
     rows, width = batch.input_ids.shape
     target = padded_width(rows, width, multiple, topology.tensor_size if topology.sequence_parallel else 1)
     if target == width:

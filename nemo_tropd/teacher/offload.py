@@ -13,12 +13,10 @@ ALIGNMENT = 256  # bytes, of each weight in the host's buffer
 
 
 class WeightHome:
-    """Moves what a frozen model's weights are stored in to host memory and back.
+    """Moves the bytes of a frozen model's weights to host memory and back; tensors keep their identity and views.
 
-    The bytes are moved, never the tensors: a weight keeps its identity, its views and its scales, and a quantized
-    weight of Transformer Engine all buffers it is made of. The host's copy is made once and kept, since a frozen weight
-    never changes: leaving the device then costs nothing, and coming back one copy. Pinned if there is a GPU. From here
-    on the model's parameters and buffers must not be written to.
+    The host's copy is made once and kept, pinned if there is a GPU: leaving the device then costs nothing, and coming
+    back one copy. The model's parameters and buffers must not be written to.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

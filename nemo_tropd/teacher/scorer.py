@@ -28,12 +28,9 @@ R = TypeVar("R")
 class TeacherScorer:
     """A Megatron GPTModel without gradients, optimizer or gradient buffers.
 
-    Args:
-        source: a Hugging Face checkpoint directory, or a shape whose weights ``fill`` writes.
-        fp8: run the layers in FP8 (``fp8.check_hardware`` first).
-        offload: keep the weights in host memory except inside ``scoring``.
-        fill: writes every parameter of the model in place; None reads the checkpoint.
-        overrides: further fields of megatron-core's TransformerConfig.
+    ``source`` is a Hugging Face checkpoint directory, or a shape whose weights ``fill`` writes in place. ``fp8`` runs
+    the layers in FP8 (``fp8.check_hardware`` first); ``offload`` keeps the weights in host memory except inside
+    ``scoring``; ``overrides`` are further fields of megatron-core's TransformerConfig.
     """
 
     def __init__(
@@ -118,17 +115,11 @@ class TeacherScorer:
     ) -> list[TeacherScores | None]:
         """The teacher's scores of each batch's loss tokens, NaN where its logits are not finite; None except on the
         last pipeline stage."""
+        layout = self.layout(chunk_tokens)
 
         def reduce(hidden: Tensor, tokens: LossTokens, _: int) -> TeacherScores:
             return teacher_scores(
-                hidden,
-                self.head,
-                tokens.rows,
-                tokens.token_ids,
-                top_k,
-                self.layout(chunk_tokens),
-                entropy=entropy,
-                carry_bad=True,
+                hidden, self.head, tokens.rows, tokens.token_ids, top_k, layout, entropy=entropy, carry_bad=True
             )
 
         return self._reduced(batches, reduce)
@@ -161,9 +152,8 @@ class TeacherScorer:
             return reduced
 
     def _padded(self, batches: Sequence[TokenBatch]) -> list[TokenBatch]:
-        if self.fp8 is None:
-            return list(batches)
-        return [pad_tokens(batch, self.fp8.multiple, self.topology) for batch in batches]
+        fp8 = self.fp8
+        return list(batches) if fp8 is None else [pad_tokens(b, fp8.multiple, self.topology) for b in batches]
 
     def _unpadded(self, hidden: Tensor | None, batch: TokenBatch) -> Tensor | None:
         if hidden is None:

@@ -1,10 +1,8 @@
-"""A teacher whose tensor-parallel degree is not the student's: which rank scores which micro-batch, and who gets the
-scores.
+"""A teacher whose tensor-parallel degree is not the student's: which rank scores which micro-batch.
 
-A smaller degree than the student's: the ranks that see the same rollouts have several teacher replicas, which take the
-micro-batches in turn and pass the scores on. A larger one: a teacher spans several data-parallel ranks, which show each
-other their micro-batches first. Token ids and scores travel, never hidden states or logits (except in validation, which
-gathers the teacher's logits a chunk at a time). A teacher split as the student is scores for itself.
+Of a smaller degree, several replicas see the same rollouts, take the micro-batches in turn and pass the scores on. Of a
+larger one, a teacher spans several data-parallel ranks, which show each other their micro-batches first. Token ids and
+scores travel, never hidden states or logits (except in validation, which gathers logits a chunk at a time).
 """
 
 from __future__ import annotations
@@ -63,15 +61,11 @@ class TeacherSharing:
         layout: HeadLayout,
     ) -> list[dict[str, Tensor] | None]:
         """``exact_divergences`` at each micro-batch's loss tokens; None except on the last stage (collective).
-
-        ``student_hidden`` and ``student_head`` are as ``pipeline_forward`` and ``head_weight`` give them; ``layout`` is
-        the student's.
-        """
+        The student's are as ``pipeline_forward`` and ``head_weight`` give them; ``layout`` is its own, too."""
         if self.own_degree and not self.topology.is_last_stage:
             return [None] * len(batches)
         found: list[dict[str, Tensor] | None] = [None] * len(batches)
-        everyone = self._all_batches(batches) if self.own_degree else [list(batches)]
-        jobs = self._jobs(everyone)
+        jobs = self._jobs(self._all_batches(batches) if self.own_degree else [list(batches)])
         with self.teacher.scoring():
             for (owner, i, batch), hidden in zip(jobs, self.teacher.hidden([b for _, _, b in jobs]), strict=True):
                 if hidden is None or student_head is None:

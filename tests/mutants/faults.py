@@ -728,7 +728,7 @@ FAULTS: list[Fault] = [
     _loss(
         "weight_gradient",
         "only the last chunk's weight gradient is kept",
-        "self._true.addmm_(slope.t(), states)",
+        "torch.mm(slope.t(), states, out=self._true) if self._fresh else self._true.addmm_(slope.t(), states)",
         "torch.mm(slope.t(), states, out=self._true)",
         _EQUATIONS,
     ),
@@ -763,15 +763,15 @@ FAULTS: list[Fault] = [
     _loss(
         "divergence",
         "the teacher's overlap is a union",
-        "torch.minimum(s, t).sum(-1),",
-        "torch.maximum(s, t).sum(-1),",
+        "return shard.reduce(torch.stack([*kl, torch.minimum(s, t).sum(-1), *entropies]), ReduceOp.SUM)",
+        "return shard.reduce(torch.stack([*kl, torch.maximum(s, t).sum(-1), *entropies]), ReduceOp.SUM)",
         _HEAD + "test_exact_divergences",
     ),
     _loss(
         "divergence",
         "the reverse KL is weighed by the teacher",
-        "(s * (log_s - log_t)).sum(-1),",
-        "(t * (log_s - log_t)).sum(-1),",
+        "kl = [(s * (log_s - log_t)).sum(-1), (t * (log_t - log_s)).sum(-1)]",
+        "kl = [(t * (log_s - log_t)).sum(-1), (t * (log_t - log_s)).sum(-1)]",
         _HEAD + "test_exact_divergences",
     ),
     # optimizer
