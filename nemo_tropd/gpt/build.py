@@ -1,9 +1,7 @@
 """GPTModel from the shape of a Hugging Face checkpoint; its last stage gives hidden states, never logits.
 
-Call the model, or the schedule's forward step, as ``model(input_ids, position_ids, None)`` with [B, S] int64
-tensors and **no attention mask**: both layer specs apply the causal mask by themselves. That is all a right-padded
-batch needs, since a real token never attends to what comes after it; outputs at padded positions mean nothing and
-enter no loss.
+Call it as ``model(input_ids, position_ids, None)``, [B, S] int64 and **no attention mask**: both layer specs apply the
+causal mask by themselves, which is all a right-padded batch needs.
 """
 
 from __future__ import annotations
@@ -48,9 +46,8 @@ def build_gpt(
 ) -> GPTModel:
     """This rank's shard of the model, with undefined weights: ``convert.hf_import.load_hf`` or a checkpoint fills them.
 
-    The last stage returns hidden states after the final norm, [B, S, H], or [B, S/TP, H] under sequence parallelism;
-    earlier stages return what Megatron's schedule passes on. A model that is not ``trainable`` is in evaluation
-    mode and needs no gradients. ``overrides`` are further fields of TransformerConfig (recomputation, FP8). Raises
+    The last stage returns hidden states after the final norm, [B, S, H], or [B, S/TP, H] under sequence parallelism. A
+    model that is not ``trainable`` is in evaluation mode. ``overrides`` are further fields of TransformerConfig. Raises
     ConversionError if the architecture does not split over the topology's degrees, before anything is allocated.
     """
     shape.check_layout(topology.tensor_size, topology.pipeline_size)
@@ -105,7 +102,7 @@ def transformer_config(
     """Megatron's config for this architecture and topology.
 
     Losses are normalised by the global token count, so ``calculate_per_token_loss`` is on: DDP then sums gradients.
-    It is read when DDP is built. Pipeline stages exchange the shape of every micro-batch, since their lengths differ.
+    Pipeline stages exchange the shape of every micro-batch, since their lengths differ.
     """
     on_cuda = topology.device.type == "cuda"
     fields: dict[str, Any] = {
@@ -167,6 +164,5 @@ def _mark_split_parameters(model: GPTModel, shape: ModelShape) -> None:
         dimension = row.split_dimension
         if dimension is not None:
             for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-                if hasattr(parameter, attribute):
-                    delattr(parameter, attribute)
+                parameter.__dict__.pop(attribute, None)
             set_tensor_model_parallel_attributes(parameter, True, dimension, 1)

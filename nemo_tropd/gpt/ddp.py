@@ -31,18 +31,15 @@ def recompute_fields(mode: str | None) -> dict[str, Any]:
 def data_parallel(student: GPTModel, topology: Topology, *, distributed_optimizer: bool) -> DistributedDataParallel:
     """The student in Megatron's DDP: fp32 gradient buffers, summed over data-parallel ranks while backward runs.
 
-    The sum begins in the last micro-batch's backward pass, as buckets fill. Gathering parameters is not overlapped
-    with the next forward pass: the engine's refresh needs all of them as soon as the optimizer has stepped.
+    Gathering parameters is not overlapped with the next forward pass: the engine's refresh needs all of them as soon as
+    the optimizer has stepped.
     """
-    model = DistributedDataParallel(
-        student.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=distributed_optimizer,
-            overlap_grad_reduce=topology.data_size > 1,
-        ),
-        student,
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=topology.data_size > 1,
     )
+    model = DistributedDataParallel(student.config, config, student)
     if topology.data_size > 1:
         student.config.no_sync_func = model.no_sync
     student.config.finalize_model_grads_func = _finalize_without_division

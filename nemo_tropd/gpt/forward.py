@@ -17,10 +17,7 @@ from nemo_tropd.parallel.topology import Topology
 
 def run_model(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
     """Hidden states on the last stage [B, S, H] (sequence parallel [B, S/TP, H]), activations to send on the others.
-
-    No mask is given: the layers are causal, and with right padding no token looks at one behind it. In a concatenated
-    row attention and rotary positions begin anew with each sequence.
-    """
+    In a concatenated row attention and rotary positions begin anew with each sequence."""
     return model(batch.input_ids, batch.position_ids, None, packed_seq_params=packed_parameters(batch))
 
 
@@ -30,11 +27,7 @@ def packed_parameters(batch: TokenBatch) -> PackedSeqParams | None:
         return None
     bounds, longest = batch.segments.bounds, batch.segments.longest
     return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
 
 

@@ -50,8 +50,7 @@ def fuse_gradient_accumulation(model: torch.nn.Module) -> None:
     """Have Transformer Engine's products add weight gradients straight to the fp32 ``main_grad`` of Megatron's DDP.
 
     Call it once DDP has made those buffers. TransformerConfig's own flag cannot be used: Megatron's output layer reads
-    it, too, and asks for apex (tensor_parallel/layers.py, ColumnParallelLinear.__init__). Changes nothing without
-    Transformer Engine.
+    it, too, and asks for apex (tensor_parallel/layers.py, ColumnParallelLinear.__init__).
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -26,15 +26,15 @@ from nemo_tropd.parallel.topology import Topology
 class StudentPass:
     """Forward and backward of all micro-batches of one step, normalised by the global batch.
 
-    ``loss_tokens`` and ``sequences`` count over the global batch. Gradients are those of the sum over this rank's
-    tokens divided by ``loss_tokens``: sums over micro-batches and data-parallel ranks then give the global mean.
+    Gradients are those of the sum over this rank's tokens divided by ``loss_tokens``: sums over micro-batches and
+    data-parallel ranks then give the global mean, whatever the layout.
     """
 
     ddp: DistributedDataParallel
     topology: Topology
     objective: Objective
-    loss_tokens: int
-    sequences: int
+    loss_tokens: int  # of the global batch
+    sequences: int  # of the global batch
     layout: HeadLayout
     keep_tokens: bool = False  # keep each token's log-ratio and gate, for the report
 
@@ -80,12 +80,7 @@ class StudentPass:
             self.objective,
             self.layout,
             scale=1.0 / divisor,
-            options=LossOptions(
-                token_weights=weights,
-                reference_log_probs=reference,
-                accumulate_main_grad=weight.dtype != weight.main_grad.dtype,
-                carry_bad=True,
-            ),
+            options=LossOptions(weights, reference, weight.dtype != weight.main_grad.dtype, carry_bad=True),
         )
         if self.topology.tensor_rank == 0:
             _add_metrics(sums, tokens, teacher, result)

@@ -61,9 +61,6 @@ class MegatronTrOPDModel(ModelPT):
     Args:
         cfg: the ``model`` section of a run's configuration.
         trainer: a Lightning trainer that carries loggers, or None; it never runs a loop.
-        topology: the process's place in the parallel layout.
-        objective: see nemo_tropd.objectives.
-        student: where its weights come from, and what they are.
         calibration: the same batches on every data-parallel rank, on which an FP8 teacher is admitted.
 
     Raises ConfigError if an FP8 teacher is too far from bf16, and ValueError if there are no batches to measure it on.
@@ -112,9 +109,8 @@ class MegatronTrOPDModel(ModelPT):
         if fp8 is None or not settings.admission.prompts:
             return make(fp8=fp8)
         if not calibration:
-            raise ValueError(
-                "an FP8 teacher needs calibration batches; set model.teacher.admission.prompts=0 to skip the check"
-            )
+            remedy = "set model.teacher.admission.prompts=0 to skip the check"
+            raise ValueError(f"an FP8 teacher needs calibration batches; {remedy}")
         teacher, found = admit(
             lambda recipe: make(fp8=recipe), fp8, calibration,
             lambda batches, scores: list(self._student_scores(batches, scores)), settings.admission,
@@ -136,22 +132,14 @@ class MegatronTrOPDModel(ModelPT):
     ) -> Iterator[TokenScores | None]:
         """The student beside the teacher's ``scores`` of each batch; None except on the last stage."""
         hidden = pipeline_forward(self.student, batches, self.topology)
-        for batch, teacher, ref, states in zip(
-            batches, scores, reference or [None] * len(batches), hidden, strict=True
-        ):
+        reference = reference or [None] * len(batches)
+        for batch, teacher, ref, states in zip(batches, scores, reference, hidden, strict=True):
             if states is None or teacher is None:
                 yield None
                 continue
-            tokens, weight = batch.loss_tokens(), head_weight(self.student)
+            tokens, weight, layout = batch.loss_tokens(), head_weight(self.student), self._layout()
             yield score_tokens(
-                states,
-                weight,
-                tokens,
-                teacher,
-                self._layout(),
-                entropy=entropy,
-                reference_log_probs=ref,
-                carry_bad=True,
+                states, weight, tokens, teacher, layout, entropy=entropy, reference_log_probs=ref, carry_bad=True
             )
 
     def attach_rollouts(self, rollouts: Rollouts) -> None:
@@ -210,13 +198,8 @@ class MegatronTrOPDModel(ModelPT):
 
     def score(self, batches: Sequence[TokenBatch]) -> list[TeacherScores | None]:
         """The teacher's scores of every micro-batch (None except on the last pipeline stage)."""
-        tropd = self.settings.tropd
-        return self.sharing.score(
-            batches,
-            top_k=tropd.top_k,
-            entropy=self.objective.needs_teacher_entropy,
-            chunk_tokens=tropd.chunk_tokens,
-        )
+        tropd, entropy = self.settings.tropd, self.objective.needs_teacher_entropy
+        return self.sharing.score(batches, top_k=tropd.top_k, entropy=entropy, chunk_tokens=tropd.chunk_tokens)
 
     def get_loss_and_metrics(
         self,
@@ -228,44 +211,23 @@ class MegatronTrOPDModel(ModelPT):
         sequences: int,
         keep_tokens: bool = False,
     ) -> tuple[float, MetricSums]:
-        """Forward and backward passes of all micro-batches through Megatron's schedule.
+        """Forward and backward passes of all micro-batches, see ``StudentPass`` for the options.
 
-        Gradients are those of the sum over this rank's tokens divided by ``loss_tokens``, the count over the global
-        batch: data-parallel sums and micro-batches then add up to the mean over the global batch, whatever the layout.
-
-        Args:
-            batches: the same number on every rank, possibly empty ones.
-            scores: from :meth:`score`.
-            loss_tokens, sequences: counts over the global batch.
-            keep_tokens: keep each token's log-ratio and gate for the report.
-
-        Returns:
-            This rank's share of the loss, and its sums of the objective's metrics (0 and empty except on the last
-            stage).
+        ``batches`` are the same number on every rank, possibly empty ones; ``scores`` come from :meth:`score`. Returns
+        this rank's share of the loss, and its sums of the objective's metrics (0 and empty except on the last stage).
         """
         objective = self.objective.at_step(step)
         reference = self._reference_scores(batches)
         if objective.needs_first_pass:
             objective = objective.bind(self._statistics(objective, batches, scores, reference))
-        step_pass = StudentPass(
-            self.ddp,
-            self.topology,
-            objective,
-            loss_tokens=loss_tokens,
-            sequences=sequences,
-            layout=self._layout(),
-            keep_tokens=keep_tokens,
-        )
+        layout = self._layout()
+        step_pass = StudentPass(self.ddp, self.topology, objective, loss_tokens, sequences, layout, keep_tokens)
         sums = step_pass.run(batches, scores, reference)
         return sums.sums.get("loss", 0.0), sums
 
     def _layout(self) -> HeadLayout:
-        return HeadLayout(
-            self.vocab_size,
-            self.topology.tensor_group,
-            self.topology.sequence_parallel,
-            chunk_tokens=self.settings.tropd.chunk_tokens,
-        )
+        topology, chunk_tokens = self.topology, self.settings.tropd.chunk_tokens
+        return HeadLayout(self.vocab_size, topology.tensor_group, topology.sequence_parallel, chunk_tokens)
 
     def _reference_scores(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:
         if self.reference is None:
