@@ -30,32 +30,23 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sequence: a prompt, a prefix of teacher tokens (may be empty), and the student's continuation.
-
-    ``response_log_probs`` are the engine's log-probabilities (nats) of ``response_ids`` under the weights of version
-    ``weight_version``. ``sequence_id`` identifies the sequence within its step, and with the step and the run's seed
-    determines every random draw made for it. ``finished`` is False if the length limit cut the response.
-    """
+    """One sequence: a prompt, a prefix of teacher tokens (may be empty), and the student's continuation."""
 
     prompt_ids: list[int]
     prefix_ids: list[int]
     response_ids: list[int]
-    response_log_probs: list[float]
+    response_log_probs: list[float]  # the engine's, nats, under the weights of version ``weight_version``
     weight_version: int
-    sequence_id: int
+    sequence_id: int  # within its step; with step and seed it determines every random draw
     prompt_index: int
-    finished: bool
+    finished: bool  # False if the length limit cut the response
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError(
-                "a rollout needs a prompt of at least one token: the first token has no output to score it"
-            )
-        if len(self.response_ids) != len(self.response_log_probs):
-            raise ValueError(
-                f"a rollout has {len(self.response_ids)} response tokens "
-                f"but {len(self.response_log_probs)} log-probabilities"
-            )
+            raise ValueError("a rollout needs a prompt of at least one token: the first has no output to score it")
+        tokens, scored = len(self.response_ids), len(self.response_log_probs)
+        if tokens != scored:
+            raise ValueError(f"a rollout has {tokens} response tokens but {scored} log-probabilities")
 
     @property
     def token_ids(self) -> list[int]:
@@ -118,9 +109,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch, padded or concatenated. Every [B, S] tensor is indexed by output position (see the module's
-    text). ``lengths`` and ``sequence_ids`` have one entry a rollout, whatever the layout.
-    """
+    """One micro-batch, padded or concatenated. Every [B, S] tensor is indexed by output position."""
 
     input_ids: Tensor  # [B, S] int64
     position_ids: Tensor  # [B, S] int64
@@ -129,7 +118,7 @@ class TokenBatch:
     guided: Tensor  # [B, S] bool
     uniforms: Tensor  # [B, S] fp32
     behavior_log_probs: Tensor  # [B, S] fp32, NaN if the student did not sample the token
-    lengths: Tensor  # [sequences] int64: true length of each sequence
+    lengths: Tensor  # [sequences] int64: true length of each rollout
     sequence_ids: Tensor  # [sequences] int64
     rollouts: tuple[Rollout, ...] = field(default=(), compare=False)
     segments: Segments | None = None  # of a concatenated row; None: padded
@@ -144,9 +133,8 @@ class TokenBatch:
         if self.selected is not None:
             return self.selected
         rows = self.loss_mask.flatten().nonzero(as_tuple=True)[0]
-        if self.segments is None:
-            sequence = rows // self.input_ids.size(1)
-        else:
+        sequence = rows // self.input_ids.size(1)
+        if self.segments is not None:
             sequence = torch.searchsorted(self.segments.bounds[1:], rows.to(torch.int32), right=True)
         return LossTokens(
             rows=rows,
@@ -169,13 +157,9 @@ class TokenBatch:
     def pack(
         cls, rollouts: Sequence[Rollout], *, pad_id: int, seed: int, step: int, pad_to_multiple: int = 1
     ) -> TokenBatch:
-        """Pad ``rollouts`` to a common length and shift labels by one.
-
-        The draws in ``uniforms`` depend on (seed, step, sequence_id, position in the sequence) alone. An empty list
-        gives one fully masked row of the smallest length, so that every rank can run the same number of micro-batches.
-        """
-        longest = max((len(r.token_ids) for r in rollouts), default=1)
-        width = _round_up(max(longest, 2), pad_to_multiple)
+        """Pad ``rollouts`` to a common length and shift labels by one; ``uniforms``: see :func:`gate_uniforms`.
+        An empty list gives one fully masked row, so that every rank can run the same number of micro-batches."""
+        width = _round_up(max([2, *(len(r.token_ids) for r in rollouts)]), pad_to_multiple)
         places = [(b, 0) for b in range(len(rollouts))]
         return cls._filled(rollouts, places, (max(len(rollouts), 1), width), pad_id, seed, step)
 
@@ -183,11 +167,8 @@ class TokenBatch:
     def concatenate(
         cls, rollouts: Sequence[Rollout], *, pad_id: int, seed: int, step: int, pad_to_multiple: int = 1
     ) -> TokenBatch:
-        """Lay ``rollouts`` end to end in one row, [1, S], and shift labels by one within each.
-
-        If S must be a multiple, the tail becomes a sequence of its own, which no token attends to and none of whose
-        tokens is scored. Draws and empty lists are as for :meth:`pack`.
-        """
+        """Lay ``rollouts`` end to end in one row, [1, S], and shift labels by one within each; else as :meth:`pack`.
+        If S must be a multiple, the tail becomes a sequence of its own, none of whose tokens is scored."""
         ends = list(accumulate((len(r.token_ids) for r in rollouts), initial=0))
         width = _round_up(max(ends[-1], 2), pad_to_multiple)
         places = [(0, start) for start in ends[:-1]]
@@ -249,10 +230,7 @@ def _moved(record: R, device: torch.device) -> R:
 
 def gate_uniforms(seed: int, step: int, sequence_id: int, positions: int) -> Tensor:
     """Draws in [0, 1) for output positions 0 .. positions - 1 of one sequence; shape [positions], fp32.
-
-    A counter-based generator (Philox) keyed by (seed, step) and counted by sequence: the draw of a token is a function
-    of (seed, step, sequence, position) alone, never of rank, packing, micro-batch or parallel layout.
-    """
+    A function of (seed, step, sequence, position) alone, never of rank, packing, micro-batch or parallel layout."""
     mask = (1 << 64) - 1
     # As arrays: numpy converts a list with a number above 2**63 through float64, and seeds would collide.
     key = np.array([seed & mask, step & mask], dtype=np.uint64)

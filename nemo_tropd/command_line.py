@@ -1,7 +1,6 @@
 """From a command line to a configuration, and from an error to the end of the process.
 
-Hydra composes once. The schema alone decides which keys there are, so ``key=value``, ``+key=value`` and
-``++key=value`` are the same here; what Hydra or OmegaConf refuses becomes a ConfigError with key, value and remedy.
+The schema alone decides which keys there are, so ``key=value``, ``+key=value`` and ``++key=value`` are the same here.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ _RANK_0_S = 15.0  # what rank 0 may need longer than another rank to find the sa
 def fail(error: BaseException) -> NoReturn:
     """Print an error that a person can act on, without a traceback, and exit with code 2.
 
-    Rank 0 prints it. torchrun ends all ranks as soon as one has exited, so the others wait for rank 0 to exit first;
-    one that waits in vain has an error of its own, and prints it.
+    torchrun ends all ranks as soon as one has exited, so the others wait for rank 0 to print its own first; one that
+    waits in vain has an error of its own, and prints it.
     """
     rank, who = os.environ.get("RANK", "0"), ""
     if rank != "0":
@@ -54,13 +53,10 @@ def printable(text: str) -> str:
 
 
 def compose_command_line(argv: Sequence[str], conf_dir: Path, usage: str = "") -> DictConfig:
-    """The configuration that a command line asks for: ``[--config-name NAME] [KEY=VALUE ...]``.
+    """The configuration that a command line asks for, from the files in ``conf_dir``; see ``_HELP`` for the flags.
 
-    ``conf_dir`` holds the files, with base.yaml as the one to start from unless ``--config-name`` says otherwise;
-    ``--config-path`` replaces it, ``--config-dir`` adds another (both relative to the working directory).
-    ``--help`` (with ``usage``) and ``--cfg job`` print and exit with code 0.
-
-    Raises ConfigError for a file, flag, key or value that there is not, and a value whose type does not fit its key.
+    ``--help`` (with ``usage``) and ``--cfg job`` print and exit with code 0. Raises ConfigError for a file, flag, key
+    or value that there is not, and a value whose type does not fit its key.
     """
     flags = _parse(argv)
     folders = [Path(flags.config_path).absolute() if flags.config_path else conf_dir.absolute()]
@@ -117,8 +113,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _read_override(text: str) -> Override:
     """One override, read by Hydra's own grammar."""
-    key, equals, value = text.partition("=")
-    key = key.lstrip("+~")
+    key, equals, value = text.lstrip("+~").partition("=")
     if not key or not (equals or text.startswith("~")):
         raise ConfigError("command line", text, "it takes key=value")
     if re.split(r"[./@]", key)[0] == "hydra":

@@ -1,10 +1,7 @@
-"""The schema of a run: every key with its default, the values it takes, and its meaning.
-
-``nemo_tropd.config_checks`` holds every value against its key, and checks what must go together.
+"""The schema of a run: every key with its default, the values it takes, and its meaning. Imports no torch.
 
 Sections and keys keep NeMo-Aligner's names; ``model.tropd``, ``model.teacher``, ``model.rollout``, ``model.data`` and
 ``model.validation`` are ours. The dataclasses hold the only defaults: files in ``conf/`` say what differs from them.
-Imports no torch, so that a file can be checked on any machine in a moment.
 """
 
 from __future__ import annotations
@@ -336,8 +333,7 @@ ConfigStore.instance().store(name=SCHEMA_NAME, node=TropdConfig)
 
 def host_and_port(key: str, value: str, default_port: int | None = None) -> tuple[str, int]:
     """Host and port of ``host:port`` or ``[v6]:port``, or with a default port of ``host`` alone; else ConfigError."""
-    found = split_endpoint(value, default_port)
-    if found is None:
+    if (found := split_endpoint(value, default_port)) is None:
         raise ConfigError(key, value, ENDPOINT_WANTED)
     return found
 
@@ -352,9 +348,8 @@ def run_dir(cfg: TropdConfig) -> Path:
 
 def anneal_steps(cfg: TropdConfig) -> int:
     """Steps over which teacher prefixes anneal to nothing."""
-    if cfg.model.tropd.guidance.anneal_steps is not None:
-        return cfg.model.tropd.guidance.anneal_steps
-    return max(1, round(cfg.model.tropd.guidance.anneal_fraction * cfg.trainer.tropd.max_steps))
+    guidance = cfg.model.tropd.guidance
+    return guidance.anneal_steps or max(1, round(guidance.anneal_fraction * cfg.trainer.tropd.max_steps))
 
 
 def schema_fields(node: Any = TropdConfig, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:

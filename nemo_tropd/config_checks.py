@@ -19,11 +19,8 @@ _interpolated: set[str] = set()  # environment variables that this process's con
 
 
 def resolve(cfg: DictConfig) -> TropdConfig:
-    """The composed configuration as a checked object of the schema.
-
-    Raises ConfigError for an unknown key, a missing one that is required, a value of the wrong type or out of range,
-    and values that cannot go together.
-    """
+    """The composed configuration as a checked object of the schema. Raises ConfigError for an unknown or missing key,
+    a value of the wrong type or out of range, and values that cannot go together."""
     merged = typed(cfg)
     _interpolated.update(re.findall(r"oc\.env:\s*([^\s,}]+)", OmegaConf.to_yaml(merged)))
     try:
@@ -123,11 +120,7 @@ def _check_optimizer(cfg: TropdConfig) -> None:
 
 
 def check_decay(cfg: TropdConfig) -> None:
-    """Refuse a schedule that leaves steps without a learning rate.
-
-    Raises:
-        ConfigError: it decays to 0 before the run ends, or ends within its warm-up.
-    """
+    """ConfigError for a schedule that decays to 0 before the run ends, or ends within its warm-up."""
     key, sched, steps = "model.optim.sched.decay_steps", cfg.model.optim.sched, cfg.trainer.tropd.max_steps
     end = sched.decay_steps
     if sched.name == "constant" or end is None:
@@ -165,13 +158,9 @@ def _check_fp8(cfg: TropdConfig) -> None:
     precision = teacher.precision or cfg.trainer.precision
     bf16 = f"{key}.fp8 = {teacher.fp8!r} needs a bf16 teacher: set {key}.precision=bf16, or fp8=null"
     _require(cfg, precision == "bf16", f"{key}.precision", bf16, precision)
-    _require(
-        cfg,
-        cfg.model.data.held_out > 0 or not teacher.admission.prompts,
-        "model.data.held_out",
-        "the FP8 teacher is measured on held-out prompts before a run: hold some out, or set "
-        f"{key}.admission.prompts=0 to run unmeasured",
-    )
+    measured = "the FP8 teacher is measured on held-out prompts before a run: hold some out, or set "
+    remedy = f"{measured}{key}.admission.prompts=0 to run unmeasured"
+    _require(cfg, cfg.model.data.held_out > 0 or not teacher.admission.prompts, "model.data.held_out", remedy)
 
 
 def _check_layout(cfg: TropdConfig) -> None:
@@ -180,24 +169,15 @@ def _check_layout(cfg: TropdConfig) -> None:
     launched = os.environ.get("WORLD_SIZE", str(world))
     if not launched.isdecimal():
         raise ConfigError("WORLD_SIZE", launched, "the environment variable must be a number, or unset")
-    _require(
-        cfg,
-        int(launched) == world,
-        "trainer.devices",
+    other = (
         f"{launched} processes were launched, but trainer.num_nodes x trainer.devices is {world}: "
-        f"launch torchrun with --nproc_per_node={t.devices} on {t.num_nodes} node(s) or change the keys",
+        f"launch torchrun with --nproc_per_node={t.devices} on {t.num_nodes} node(s) or change the keys"
     )
-    tensor, model_ranks = (
-        "model.tensor_model_parallel_size",
-        m.tensor_model_parallel_size * m.pipeline_model_parallel_size,
-    )
-    _require(
-        cfg,
-        world % model_ranks == 0,
-        tensor,
-        f"tensor x pipeline parallel is {model_ranks}, which does not divide the {world} processes of "
-        f"trainer.num_nodes x trainer.devices",
-    )
+    _require(cfg, int(launched) == world, "trainer.devices", other)
+    tensor = "model.tensor_model_parallel_size"
+    model_ranks = m.tensor_model_parallel_size * m.pipeline_model_parallel_size
+    divides = f"does not divide the {world} processes of trainer.num_nodes x trainer.devices"
+    _require(cfg, world % model_ranks == 0, tensor, f"tensor x pipeline parallel is {model_ranks}, which {divides}")
     alone = m.sequence_parallel and m.tensor_model_parallel_size == 1
     _require(cfg, not alone, "model.sequence_parallel", f"needs {tensor} above 1")
     size, samples, data = m.global_batch_size, m.rollout.samples_per_prompt, world // model_ranks
@@ -214,13 +194,11 @@ def _check_teacher_degree(cfg: TropdConfig) -> None:
     stage = cfg.trainer.num_nodes * cfg.trainer.devices // cfg.model.pipeline_model_parallel_size
     if degree is None:
         return
-    _require(
-        cfg,
-        tensor % degree == 0 or degree % tensor == 0,
-        key,
+    nested = (
         f"must divide model.tensor_model_parallel_size = {tensor} or be a multiple of it: a teacher group then lies "
-        f"within one of the student's, or is made of complete ones",
+        f"within one of the student's, or is made of complete ones"
     )
+    _require(cfg, tensor % degree == 0 or degree % tensor == 0, key, nested)
     ranks = f"must divide the {stage} ranks of a pipeline stage (tensor x data parallel of the student)"
     _require(cfg, stage % degree == 0, key, ranks)
 
@@ -228,33 +206,24 @@ def _check_teacher_degree(cfg: TropdConfig) -> None:
 def _check_lengths(cfg: TropdConfig) -> None:
     m, longest, limit = cfg.model, cfg.model.encoder_seq_length, "model.encoder_seq_length"
     prompt, response = m.data.max_prompt_tokens, m.rollout.max_new_tokens
-    _require(
-        cfg,
-        prompt + response <= longest,
-        limit,
-        f"a prompt of model.data.max_prompt_tokens = {prompt} and a response of model.rollout.max_new_tokens = "
-        f"{response} need {prompt + response}",
-    )
-    written = m.teacher.response_tokens or response
-    _require(
-        cfg,
-        not m.tropd.guidance.enabled or m.tropd.guidance.max_prefix_tokens <= written,
-        "model.tropd.guidance.max_prefix_tokens",
-        f"the teacher generates at most {written} tokens; raise model.teacher.response_tokens or lower this",
-    )
+    parts = f"a prompt of model.data.max_prompt_tokens = {prompt} and a response of model.rollout.max_new_tokens = "
+    _require(cfg, prompt + response <= longest, limit, f"{parts}{response} need {prompt + response}")
+    written, guidance = m.teacher.response_tokens or response, m.tropd.guidance
+    most = f"the teacher generates at most {written} tokens; raise model.teacher.response_tokens or lower this"
+    enough = not guidance.enabled or guidance.max_prefix_tokens <= written
+    _require(cfg, enough, "model.tropd.guidance.max_prefix_tokens", most)
     exceeds = (
         f"with model.data.max_prompt_tokens = {prompt} it exceeds {limit} = {longest}: lower it to {longest - prompt}"
     )
     _require(cfg, prompt + written <= longest, "model.teacher.response_tokens", exceeds, written)
     validated = m.validation.max_new_tokens or response
     _require(cfg, prompt + validated <= longest, "model.validation.max_new_tokens", exceeds, validated)
-    _require(
-        cfg,
-        m.tokens_per_micro_batch is None or m.tokens_per_micro_batch >= longest,
-        "model.tokens_per_micro_batch",
+    fits = m.tokens_per_micro_batch is None or m.tokens_per_micro_batch >= longest
+    short = (
         f"the longest sequence, {limit} = {longest}, must fit one micro-batch: raise model.tokens_per_micro_batch, "
-        f"lower {limit}, or set the former to null for padded micro-batches",
+        f"lower {limit}, or set the former to null for padded micro-batches"
     )
+    _require(cfg, fits, "model.tokens_per_micro_batch", short)
     tensor = m.tensor_model_parallel_size
     divisible = f"with sequence parallel it must be divisible by model.tensor_model_parallel_size = {tensor}"
     _require(cfg, not m.sequence_parallel or longest % tensor == 0, limit, divisible)

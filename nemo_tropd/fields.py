@@ -1,7 +1,6 @@
-"""Dataclass fields that say which values they take, and the one check of them.
+"""Dataclass fields that say which values they take: ``lr: float = number(5e-6, at_least=0)``. Standard library alone.
 
-The range stands beside the default: ``lr: float = number(5e-6, at_least=0)``. A field also takes None if its
-default is None or it is ``optional``. Imports the standard library alone: objectives and configuration share it.
+A field also takes None if its default is None or it is ``optional``.
 """
 
 from __future__ import annotations
@@ -102,9 +101,8 @@ ENDPOINT_WANTED = "must be host:port with a port of 1 to 65535, such as 10.0.0.1
 
 def split_endpoint(value: object, default_port: int | None = None) -> tuple[str, int] | None:
     """Host and port of ``host:port`` or ``[v6]:port``, without a port only if there is a default; else None."""
-    found = (
-        re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::([0-9]{1,5}))?", value) if isinstance(value, str) else None
-    )
+    given = value if isinstance(value, str) else ""
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::([0-9]{1,5}))?", given)
     port = int(found.group(2)) if found and found.group(2) else default_port
     return (found.group(1).strip("[]"), port) if found and port and port < 65536 else None
 
@@ -119,16 +117,18 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, str | bool | int)
 
 
-# Metadata of a dictionary with any keys: strings, finite numbers, booleans, None, and lists or dictionaries of these.
-FREE_FORM: Mapping[str, Any] = {
-    "check": lambda value: None if isinstance(value, Mapping) and _is_plain(value) else _PLAIN
-}
-_PLAIN = "give names with plain, finite values"
-# Metadata of a list of names.
-NAMES: Mapping[str, Any] = {
-    "check": lambda value: None if isinstance(value, list) and all(isinstance(v, str) for v in value) else _NAMES
-}
-_NAMES = "give a list of names, such as [a,b]"
+def _free_form(value: object) -> str | None:
+    return None if isinstance(value, Mapping) and _is_plain(value) else "give names with plain, finite values"
+
+
+def _names(value: object) -> str | None:
+    fits = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return None if fits else "give a list of names, such as [a,b]"
+
+
+# Metadata of a dictionary with any keys (strings, finite numbers, booleans, None, and lists or dictionaries of these),
+# and of a list of names.
+FREE_FORM, NAMES = {"check": _free_form}, {"check": _names}
 
 
 def _each(check: Check, default: tuple[float, ...]) -> Check:

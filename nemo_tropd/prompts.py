@@ -1,15 +1,14 @@
-"""Prompts: read from JSONL, Parquet or a Hugging Face data set, formatted by the chat template, split, ordered.
+"""Prompts: read from JSONL, Parquet or a Hugging Face data set, formatted by the chat template, split and ordered.
 
 A record has ``prompt`` (a string, or a list of chat messages) or ``messages`` (a list of ``{"role", "content"}``), and
-may have ``answer`` and ``id``. All keys but ``id`` can be renamed, and may be dotted to reach into nested records
-(``reward_model.ground_truth``). Needs no torch.
+may have ``answer`` and ``id``. All keys but ``id`` can be renamed, and dotted for nested records. No torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,18 +35,14 @@ class PromptKeys:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, ready for the model.
-
-    ``token_ids`` is the complete chat prompt up to and including the opening of the assistant's turn; ``text`` is the
-    last user turn, for display. ``where`` names the file and line, or row, that it came from.
-    """
+    """One prompt, ready for the model."""
 
     id: str
-    text: str
+    text: str  # the last user turn, for display
     messages: tuple[Mapping[str, str], ...]
     answer: str | None
-    token_ids: tuple[int, ...]
-    where: str
+    token_ids: tuple[int, ...]  # the complete chat prompt, with the opening of the assistant's turn
+    where: str  # the file and line, or row, that it came from
 
 
 @dataclass(frozen=True)
@@ -81,11 +76,8 @@ class PromptSplit:
 
 @dataclass
 class PromptOrder:
-    """The order in which ``n`` prompts are used: one seeded permutation per epoch.
-
-    ``batch(step, size)`` is a pure function of (n, seed, step, size): there is no state to save, so a resumed run sees
-    the same prompts. A batch may span two epochs; within an epoch no index repeats.
-    """
+    """The order in which ``n`` prompts are used: one seeded permutation per epoch; a batch may span two.
+    ``batch(step, size)`` is a pure function of (n, seed, step, size), so a resumed run sees the same prompts."""
 
     n: int
     seed: int
@@ -124,10 +116,8 @@ def load_prompts(
 
     ``path`` is a .jsonl or .parquet file, a directory written by ``datasets.save_to_disk``, or the name of a data set
     (``owner/name`` or ``owner/name:config``), of which ``split`` is read. A prompt of more than ``max_prompt_tokens``,
-    chat template included, is an error, or left out with ``overlong="drop"``.
-
-    Raises PromptError: no such file, nothing in it, a malformed or incomplete record (its line named), a prompt that is
-    too long, a tokenizer without a chat template, no prompt left for training.
+    chat template included, is an error, or left out with ``overlong="drop"``. Raises PromptError, which names the line
+    of a bad record.
     """
     if overlong not in ("error", "drop"):
         raise PromptError(f"overlong={overlong!r}: must be 'error' or 'drop'")
@@ -140,15 +130,15 @@ def load_prompts(
     for start in range(0, len(records), _TOKENIZE_AT_ONCE):
         part = records[start : start + _TOKENIZE_AT_ONCE]
         for record, ids in zip(part, _encode(part, tokenizer), strict=True):
-            if len(ids) > max_prompt_tokens:
-                if overlong == "error":
-                    raise PromptError(
-                        f"{record.where}: the prompt has {len(ids)} tokens with the chat template, max_prompt_tokens "
-                        f"is {max_prompt_tokens}: shorten it, raise the limit, or set overlong to 'drop'"
-                    )
+            if len(ids) <= max_prompt_tokens:
+                prompts.append(replace(record, token_ids=tuple(ids)))
+            elif overlong == "error":
+                raise PromptError(
+                    f"{record.where}: the prompt has {len(ids)} tokens with the chat template, max_prompt_tokens "
+                    f"is {max_prompt_tokens}: shorten it, raise the limit, or set overlong to 'drop'"
+                )
+            else:
                 dropped += 1
-                continue
-            prompts.append(replace(record, token_ids=tuple(ids)))
     if not prompts:
         raise PromptError(f"{path}: all {dropped} prompts are longer than max_prompt_tokens={max_prompt_tokens}")
     train, kept_out = split_held_out(prompts, held_out)
@@ -156,34 +146,28 @@ def load_prompts(
 
 
 def split_held_out(prompts: Sequence[Prompt], held_out: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Split into (train, held out) by a hash of each conversation's text, ignoring whitespace.
+    """Split into (train, in the given order; held out, ordered by hash) by a hash of each conversation's text.
 
-    The choice does not depend on the order of ``prompts``. All copies of a held-out text leave the training set, and
-    one of them is kept. Training prompts keep their order; held-out prompts are ordered by their hash.
-
-    Raises PromptError if ``held_out`` is negative or leaves nothing to train on.
+    The choice depends neither on the order of ``prompts`` nor on whitespace. All copies of a held-out text leave the
+    training set, and one of them is kept. Raises PromptError if ``held_out`` is negative or leaves nothing to train on.
     """
+    if held_out < 0:
+        raise PromptError(f"held_out={held_out}: must not be negative")
     by_digest: dict[bytes, list[Prompt]] = {}
     for p in prompts:
         by_digest.setdefault(_digest(p.messages), []).append(p)
-    ranked = sorted(by_digest)
-    if held_out < 0:
-        raise PromptError(f"held_out={held_out}: must not be negative")
-    chosen = ranked[:held_out]
-    if held_out and len(chosen) >= len(ranked):
+    chosen = dict.fromkeys(sorted(by_digest)[:held_out])
+    if held_out and len(chosen) == len(by_digest):
         raise PromptError(
-            f"held_out={held_out} takes all {len(ranked)} distinct prompts and leaves none for training: lower it"
+            f"held_out={held_out} takes all {len(by_digest)} distinct prompts and leaves none for training: lower it"
         )
-    out = set(chosen)
-    train = tuple(p for p in prompts if _digest(p.messages) not in out)
-    kept = tuple(min(by_digest[d], key=lambda p: (p.answer or "", p.id)) for d in chosen)
-    return train, kept
+    train = tuple(p for p in prompts if _digest(p.messages) not in chosen)
+    return train, tuple(min(by_digest[d], key=lambda p: (p.answer or "", p.id)) for d in chosen)
 
 
 def read_records(path: str | Path, *, split: str = "train") -> Iterator[tuple[dict[str, Any], str]]:
     """Raw records of a file or data set, each with its origin (file and line, or row). Raises PromptError."""
-    given = str(path)
-    local = Path(given).expanduser()
+    given, local = str(path), Path(path).expanduser()
     if local.is_dir():
         return _read_saved_dataset(local, split)
     kind = _FILE_KINDS.get(local.suffix.lower())
@@ -226,11 +210,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            row = 0
-            for batch in file.iter_batches():
-                for record in batch.to_pylist():
-                    row += 1
-                    yield record, f"{path}, row {row}"
+            yield from _rows((record for batch in file.iter_batches() for record in batch.to_pylist()), str(path))
     except (pyarrow.ArrowException, OSError) as error:
         raise PromptError(f"{path} is not a readable Parquet file: {error}") from error
 
@@ -265,17 +245,15 @@ def _read_hub_dataset(name: str, split: str) -> Iterator[tuple[dict[str, Any], s
     return _rows(loaded, name)
 
 
-def _rows(dataset: Any, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _rows(dataset: Iterable[Any], name: str) -> Iterator[tuple[dict[str, Any], str]]:
     for row, record in enumerate(dataset, start=1):
         yield record, f"{name}, row {row}"
 
 
 def _lookup(record: Mapping[str, Any], key: str) -> Any:
     """The value at a possibly dotted key; None if there is none."""
-    if key in record:
-        return record[key]
     value: Any = record
-    for part in key.split("."):
+    for part in [key] if key in record else key.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return None
         value = value[part]
@@ -290,12 +268,11 @@ def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys) -> Prompt:
             f"{where}: neither {keys.prompt!r} nor {keys.messages!r}; the record's keys are {sorted(record)}. "
             "Rename them, or set model.data.prompt_key or model.data.messages_key"
         )
-    key = keys.prompt if prompt is not None else keys.messages
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif prompt is not None:
         messages = prompt
-    turns = _checked_messages(messages, where, key)
+    turns = _checked_messages(messages, where, keys.messages if prompt is None else keys.prompt)
     answer, name = _lookup(record, keys.answer), _lookup(record, "id")
     for label, value in ((keys.answer, answer), ("id", name)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):

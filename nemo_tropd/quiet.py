@@ -10,8 +10,7 @@ VERBOSE = "NEMO_TROPD_VERBOSE"
 
 
 def quiet_libraries() -> None:
-    """Silence notices about optional packages and INFO lines of NeMo, Lightning and Megatron.
-    Call before importing them. NEMO_TROPD_VERBOSE=1 leaves all logging as it is."""
+    """Call before importing NeMo, Lightning and Megatron. NEMO_TROPD_VERBOSE=1 leaves all logging as it is."""
     if os.environ.get(VERBOSE) == "1":
         return
     os.environ.setdefault("NEMO_TESTING", "0")
