@@ -1,8 +1,7 @@
-"""Files and folders that appear complete or not at all, even if the machine crashes.
+"""Files and folders that appear complete or not at all, even if the machine crashes. Imports nothing of ours.
 
-Everything is written under a temporary name in the same folder, flushed to the disk (fsync), renamed, and the rename
-itself flushed (fsync of the folder). What processes that were killed left under temporary names is removed by the next
-process that writes to the same folder. Imports nothing of ours.
+They are written under a temporary name in the same folder, flushed to the disk and renamed; that is flushed, too. What
+killed processes left under temporary names is removed by the next one that writes to the same folder.
 """
 
 from __future__ import annotations
@@ -28,10 +27,8 @@ _cleaned: set[tuple[int, Path]] = set()  # (process, folder): a forked child cle
 
 @contextmanager
 def complete_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: what the block writes there becomes ``path`` if it ends without an exception.
-
-    After an exception ``path`` is unchanged and the temporary file is gone. A reader sees the old file or the new one.
-    """
+    """A temporary path beside ``path``: what the block writes there becomes ``path`` if it ends without an exception;
+    else ``path`` is unchanged and the temporary file is gone."""
     path = Path(path)
     with _temporary(path) as temporary:
         yield temporary
@@ -67,10 +64,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def complete_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``, renamed to ``path`` if the block ends without an exception.
-
-    An existing folder at ``path`` stays until the new one is complete. After an exception the temporary folder is gone.
-    """
+    """A temporary folder beside ``path``, renamed to ``path`` if the block ends without an exception, else removed. An
+    existing folder at ``path`` stays until the new one is complete."""
     path = Path(path)
     missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,10 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def make_secret_file(folder: Path) -> Path:
-    """FOLDER/engine_hosts.secret, readable by its owner alone; made if it is not there.
-
-    Raises ConfigError if it cannot be written.
-    """
+    """FOLDER/engine_hosts.secret, readable by its owner alone; made if it is not there, ConfigError if it cannot be."""
     path = folder / "engine_hosts.secret"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -34,20 +34,14 @@ class Launch:
 def plan_launch(
     cfg: TropdConfig, allocation: Allocation, script: Path, arguments: Sequence[str], env: Mapping[str, str]
 ) -> Launch:
-    """Torchrun's arguments and environment for ``script arguments`` on this node.
-
-    Raises:
-        ConfigError: configuration and scheduler disagree, or a multi-node run has no rendezvous endpoint.
-    """
+    """Torchrun's arguments and environment for ``script arguments`` on this node. ConfigError if configuration and
+    scheduler disagree, or a multi-node run has no rendezvous endpoint."""
     nodes, ranks = cfg.trainer.num_nodes, cfg.trainer.devices
     _agree("trainer.num_nodes", nodes, allocation.nodes, allocation.scheduler, "node(s)")
     if allocation.scheduler == "Slurm":
         if allocation.processes is not None and allocation.processes < ranks:
-            raise ConfigError(
-                "trainer.devices",
-                ranks,
-                f"Slurm gave this node {allocation.processes} GPU(s): change sbatch --gpus-per-node, or lower the key",
-            )
+            what = f"Slurm gave this node {allocation.processes} GPU(s)"
+            raise ConfigError("trainer.devices", ranks, f"{what}: change sbatch --gpus-per-node, or lower the key")
     else:
         _agree("trainer.devices", ranks, allocation.processes, allocation.scheduler, "process(es) per node")
     common = [
@@ -62,11 +56,8 @@ def plan_launch(
     else:
         endpoint = cfg.trainer.rendezvous or allocation.rendezvous
         if endpoint is None:
-            raise ConfigError(
-                "trainer.rendezvous",
-                None,
-                f"a run on {nodes} nodes needs a rendezvous endpoint: host:port on one of them",
-            )
+            why = f"a run on {nodes} nodes needs a rendezvous endpoint: host:port on one of them"
+            raise ConfigError("trainer.rendezvous", None, why)
         host, port = host_and_port("trainer.rendezvous", endpoint, RENDEZVOUS_PORT)
         local, interface = local_address(host, port)
         rendezvous = [
@@ -115,11 +106,8 @@ def _rendezvous_conf(cfg: TropdConfig, *, is_host: bool | None) -> str:
 
 
 def local_address(host: str, port: int) -> tuple[str, str]:
-    """The address and interface of this machine that routes to ``host``; sends nothing.
-
-    Raises:
-        ConfigError: the name cannot be resolved, or there is no route to it.
-    """
+    """The address and interface of this machine that routes to ``host``; sends nothing. ConfigError if the name cannot
+    be resolved, or there is no route to it."""
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -134,10 +122,8 @@ def local_address(host: str, port: int) -> tuple[str, str]:
 
 
 def _is_host(host: str) -> bool | None:
-    """Whether this machine hosts the rendezvous store, judged by its addresses and not by its name.
-
-    None on the loopback, where several nodes may share one machine: torchrun then lets the first to arrive host it.
-    """
+    """Whether this machine hosts the rendezvous store, judged by its addresses. None on the loopback, where several
+    nodes may share one machine: torchrun then lets the first to arrive host it."""
     found = addresses_of(host)
     if any(ipaddress.ip_address(a).is_loopback for a in found):
         return None

@@ -7,9 +7,6 @@
 | PyTorchJob | PET_NNODES | PET_NPROC_PER_NODE, PET_RDZV_ENDPOINT, else PET_MASTER_ADDR or MASTER_ADDR and its port |
 | torchrun's customary names | NNODES, or WORLD_SIZE and RANK, with MASTER_ADDR | NPROC_PER_NODE, MASTER_PORT |
 | none | | one node |
-
-PyTorchJob's operator sets PET_* (torchrun's own names for its arguments) beside MASTER_ADDR, MASTER_PORT, RANK and
-WORLD_SIZE.
 """
 
 from __future__ import annotations
@@ -38,11 +35,7 @@ class Allocation:
 
 
 def read_allocation(env: Mapping[str, str]) -> Allocation:
-    """The allocation that ``env`` describes.
-
-    Raises:
-        ConfigError: names the variable, its value and what to change.
-    """
+    """The allocation that ``env`` describes. ConfigError names the variable, its value and what to change."""
     if "TORCHELASTIC_RUN_ID" in env and "LOCAL_RANK" in env:
         return Allocation("a torchrun worker", is_worker=True)
     if "SLURM_JOB_ID" in env:
@@ -52,7 +45,7 @@ def read_allocation(env: Mapping[str, str]) -> Allocation:
     if "MASTER_ADDR" in env:
         nodes = "NNODES" if "NNODES" in env else "WORLD_SIZE"
         return _torchrun(env, "torchrun's variables", nodes, "NPROC_PER_NODE")
-    return Allocation("no scheduler", nodes=None)
+    return Allocation("no scheduler")
 
 
 def _slurm(env: Mapping[str, str]) -> Allocation:
@@ -60,19 +53,13 @@ def _slurm(env: Mapping[str, str]) -> Allocation:
     of_job = _number(env, "SLURM_JOB_NUM_NODES") or _number(env, "SLURM_NNODES") or 1
     nodes = _number(env, "SLURM_STEP_NUM_NODES")
     if nodes is None and of_job > 1:
-        raise ConfigError(
-            "SLURM_STEP_NUM_NODES",
-            None,
-            f"the job has {of_job} nodes, but srun did not start this process: start the launcher with "
-            f"srun --ntasks-per-node=1, as docker/slurm.sbatch does",
-        )
+        remedy = "start the launcher with srun --ntasks-per-node=1, as docker/slurm.sbatch does"
+        why = f"the job has {of_job} nodes, but srun did not start this process: {remedy}"
+        raise ConfigError("SLURM_STEP_NUM_NODES", None, why)
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1")
     if nodes is not None and re.sub(r"\(x\d+\)", "", tasks).strip("1,"):
-        raise ConfigError(
-            "SLURM_STEP_TASKS_PER_NODE",
-            tasks,
-            "torchrun starts the ranks of a node itself: use srun --ntasks-per-node=1",
-        )
+        why = "torchrun starts the ranks of a node itself: use srun --ntasks-per-node=1"
+        raise ConfigError("SLURM_STEP_TASKS_PER_NODE", tasks, why)
     names = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
     first = first_host(names) if names else "localhost"
     if not job.isdigit():
@@ -116,11 +103,7 @@ def _number(env: Mapping[str, str], name: str) -> int | None:
 
 
 def first_host(names: str) -> str:
-    """The first host of a Slurm host list: ``dgx[007-009,12],login`` gives ``dgx007``.
-
-    Raises:
-        ConfigError: the list cannot be read.
-    """
+    """The first host of a Slurm host list: ``dgx[007-009,12],login`` gives ``dgx007``. ConfigError if it is none."""
     found = re.match(r"([^\[\],\s]*)(?:\[([0-9]+)[^\]]*\]([^\[\],\s]*))?(?=,|$)", names)
     if not found or not found.group(0):
         raise ConfigError("SLURM_JOB_NODELIST", names, "is not a valid host list; set trainer.rendezvous=host:port")

@@ -91,11 +91,7 @@ class Supervisor:
                     agent.kill()
                     return agent.wait()
             if time.monotonic() - alive > self.patience_s:
-                print(
-                    f"torchrun has had no live rank for {self.patience_s:.0f} s; killing it",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"no live rank of torchrun for {self.patience_s:.0f} s; killing it", file=sys.stderr, flush=True)
                 agent.kill()
                 agent.wait()
                 return RENDEZVOUS_LOST
@@ -110,17 +106,12 @@ class Supervisor:
     def _remove_orphans(self) -> None:
         orphans = psutil.Process().children(recursive=True)
         for orphan in orphans:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 orphan.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(orphans, timeout=10)
-        while True:  # reap adopted orphans
-            try:
-                if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                    return
-            except ChildProcessError:
-                return
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # reap adopted orphans
+                pass
 
 
 def _live_children(pid: int) -> list[psutil.Process]:

@@ -19,10 +19,7 @@ def host_name() -> str:
 
 
 def name_origin(error: BaseException) -> str:
-    """The rank and host where ``error`` was first raised; notes this one if no other is noted, for the others to see.
-
-    "" in a world of one.
-    """
+    """The rank and host where ``error`` was first raised, else this one, which is noted; "" in a world of one."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return ""
     for note in getattr(error, "__notes__", []):

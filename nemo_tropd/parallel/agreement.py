@@ -1,7 +1,4 @@
-"""Work of some ranks whose outcome all must share: what one raises, expected or not, is raised on every rank.
-
-Otherwise the rank that failed exits, and the others wait in their next collective until its timeout.
-"""
+"""Work of some ranks whose outcome all must share: what one raises, expected or not, is raised on every rank."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -26,40 +23,31 @@ class RankError(RuntimeError):
     """Another rank's unexpected exception: its class and text."""
 
 
-class Ranks(Protocol):
-    """What is needed of ``parallel.topology.Topology``; :class:`World` has it, too."""
-
-    @property
-    def is_leader(self) -> bool: ...
-
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any: ...
-
-
-class AllRanks(Ranks, Protocol):
-    def gather_objects(self, obj: Any) -> list[Any]: ...
-
-
 class World:
-    """The default process group, or a world of one without it."""
+    """The ranks of the default process group, or a world of one without it."""
 
     @property
     def is_leader(self) -> bool:
+        """Global rank 0: first stage, tensor rank 0, data rank 0."""
         return not self._several() or dist.get_rank() == 0
 
     def broadcast_object(self, obj: T, src: int = 0) -> T:
-        """Rank ``src``'s picklable object, on every rank."""
+        """Rank ``src``'s picklable object, on every rank. All ranks call it."""
         box = [obj]
         if self._several():
-            dist.broadcast_object_list(box, src=src)
+            dist.broadcast_object_list(box, src=src, group=self._group())
         return box[0]
 
     def gather_objects(self, obj: T) -> list[T]:
-        """Every rank's picklable object, by rank, on every rank."""
-        if not self._several():
-            return [obj]
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, obj)
+        """Every rank's picklable object, by rank, on every rank. All ranks call it."""
+        everyone = [obj]
+        if self._several():
+            everyone *= dist.get_world_size()
+            dist.all_gather_object(everyone, obj, group=self._group())
         return everyone
+
+    def _group(self) -> dist.ProcessGroup | None:
+        return None
 
     @staticmethod
     def _several() -> bool:
@@ -67,19 +55,18 @@ class World:
 
 
 def on_rank_zero(
-    ranks: Ranks,
+    ranks: World,
     work: Callable[[], T],
     *,
     unexpected: type[Exception] = RankError,
     heartbeat_s: float = _HEARTBEAT_S,
     may_stop: bool = False,
 ) -> T:
-    """Collective: rank 0 does ``work``; every rank returns its result or raises its exception.
+    """Collective: rank 0 does ``work``; every rank returns its (picklable) result or raises its exception.
 
-    Rank 0 reports every ``heartbeat_s`` seconds that it is still working, so that the work may take longer than the
-    process group's timeout. Results must be picklable; an exception whose class is not of this package arrives as an
-    ``unexpected`` that names it. With ``may_stop`` every rank raises Stopped if the work is not done ``FINISH_S`` after
-    a request to stop; the work itself is abandoned in its thread.
+    Rank 0 reports every ``heartbeat_s`` seconds that it still works, which may take longer than the process group's
+    timeout. An exception whose class is not of this package arrives as an ``unexpected`` that names it. With
+    ``may_stop`` every rank raises Stopped if the work, then abandoned, is not done ``FINISH_S`` after a request.
     """
     if not ranks.is_leader:
         outcome, content = "working", b""
@@ -121,7 +108,7 @@ def on_rank_zero(
     return result[0]
 
 
-def on_every_rank(ranks: AllRanks, work: Callable[[], T], *, unexpected: type[Exception] = RankError) -> T:
+def on_every_rank(ranks: World, work: Callable[[], T], *, unexpected: type[Exception] = RankError) -> T:
     """Collective: every rank does ``work`` and returns its own result; if any failed, all raise the exception of the
     lowest of those ranks. Exceptions travel as in :func:`on_rank_zero`."""
     result: list[T] = []
@@ -138,7 +125,7 @@ def on_every_rank(ranks: AllRanks, work: Callable[[], T], *, unexpected: type[Ex
 
 
 def on_stream(
-    ranks: AllRanks,
+    ranks: World,
     stream: Iterator[S],
     consume: Callable[[Iterator[S]], T],
     *,
@@ -156,8 +143,7 @@ def on_stream(
             for _ in stream:
                 pass
 
-    results = ranks.gather_objects(on_every_rank(ranks, work, unexpected=unexpected))
-    return results[0]
+    return cast(T, ranks.gather_objects(on_every_rank(ranks, work, unexpected=unexpected))[0])
 
 
 def portable(error: BaseException, unexpected: type[Exception]) -> BaseException:

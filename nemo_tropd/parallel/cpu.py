@@ -1,7 +1,7 @@
 """What megatron-core hard-codes for CUDA, replaced if there is no CUDA.
 
 Each function below is one shim; its docstring names the place that needs it (megatron-core 0.16.1 unless said
-otherwise). None is installed on a machine with CUDA, except the repair of a defect that is independent of the device.
+otherwise).
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ _installed: list[str] = []
 
 
 def enable_cpu_megatron() -> None:
-    """Make megatron-core run on CPU and gloo; a second call, or a machine with CUDA, changes nothing.
+    """Make megatron-core run on CPU and gloo; on a machine with CUDA only repair a defect.
 
-    Call it before building a model and outside any other torch function mode. Entering the mode is per thread: the
-    thread that calls this is the one that may train.
+    Call it before building a model, outside any other torch function mode, in the thread that trains.
     """
     repair_reduce()
     if _installed or torch.cuda.is_available():
@@ -33,8 +32,7 @@ def enable_cpu_megatron() -> None:
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices by oneDNN. Without AVX-512 torch falls back to a loop that is about a
-    hundred times slower than fp32."""
+    """Whether this CPU multiplies bf16 matrices by oneDNN; the loop that torch has else is a hundred times slower."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -137,11 +135,9 @@ class _Stream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def wait_stream(self, stream: object) -> None: ...
+    def synchronize(self, *args: object) -> None: ...
 
-    def wait_event(self, event: object) -> None: ...
-
-    def synchronize(self) -> None: ...
+    wait_stream = wait_event = synchronize
 
     def record_event(self, event: _Event | None = None) -> _Event:
         return event or _Event()
@@ -152,11 +148,9 @@ class _Event:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def record(self, *args: Any) -> None: ...
+    def synchronize(self, *args: object) -> None: ...
 
-    def wait(self, *args: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
+    record = wait = synchronize
 
     def query(self) -> bool:
         return True

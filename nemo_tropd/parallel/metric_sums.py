@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tropd.batch import TokenBatch
+from nemo_tropd.parallel.agreement import World
 
 
 class MetricSums:
-    """Sums and minima of per-token metrics over micro-batches and ranks.
-
-    Only ranks of the last pipeline stage with tensor rank 0 add values, so nothing is counted twice.
-    """
+    """Only ranks of the last pipeline stage with tensor rank 0 add values, so nothing is counted twice."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -38,26 +35,18 @@ class MetricSums:
         for b, sequence_id in enumerate(batch.sequence_ids.tolist()):
             rows = (tokens.sequence == b).nonzero(as_tuple=True)[0]
             if rows.numel():
-                self.kept.append(
-                    {
-                        "sequence_id": sequence_id,
-                        "token_ids": tokens.token_ids[rows].tolist(),
-                        "log_ratio": per_token["log_ratio"][rows].tolist(),
-                        "gate": per_token["trust"][rows].tolist(),
-                        "guided": tokens.guided[rows].tolist(),
-                    }
-                )
+                columns = {
+                    "token_ids": tokens.token_ids,
+                    "log_ratio": per_token["log_ratio"],
+                    "gate": per_token["trust"],
+                    "guided": tokens.guided,
+                }
+                self.kept.append({"sequence_id": sequence_id, **{k: v[rows].tolist() for k, v in columns.items()}})
 
     def gather(self) -> MetricSums:
         """The total over all ranks, on every rank (collective)."""
         total = MetricSums()
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            total.add(self.sums, self.minima)
-            total.kept, total.bad = list(self.kept), list(self.bad)
-            return total
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (self.sums, self.minima, self.kept, self.bad))
-        for sums, minima, kept, bad in parts:
+        for sums, minima, kept, bad in World().gather_objects((self.sums, self.minima, self.kept, self.bad)):
             total.add(sums, minima)
             total.kept += kept
             total.bad += bad

@@ -1,8 +1,7 @@
 """The arithmetic of ranks: their places, their groups, which teacher replica scores what. Imports no torch.
 
-Ranks are laid out tensor first, then data, pipeline last, as Megatron does by default. A teacher may have a tensor-
-parallel degree of its own; it then has no pipeline: every rank has a shard of the complete teacher, and the replicas of
-the teacher that see the same micro-batches share them.
+Ranks are laid out tensor first, then data, pipeline last. A teacher with a tensor-parallel degree of its own has no
+pipeline: every rank has a shard of all of it, and the replicas that see the same micro-batches share them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """What the ranks tell each other outside collectives: heartbeats, failures and requests to stop.
 
-torch reports that a connection was closed or that an operation timed out, but neither which rank is missing nor why. So
-from its start every rank has a connection of its own to the store that torchrun names, and a thread that, each second,
-counts up under the rank's key, passes on a request to stop, and looks for a failure that another rank announced. A rank
-that fails announces the error and exits without waiting for anybody; the others follow, also out of a collective or
-engine call that would never return. Ranks that fall silent without an announcement are named by those that miss them.
+torch says neither which rank is missing nor why. So a thread of every rank, each second, counts up in the store that
+torchrun names, passes on a request to stop, and looks for a failure that another rank announced: the ranks then exit,
+also out of a call that would never return. Ranks that fall silent are named by those that miss them.
 """
 
 from __future__ import annotations
@@ -67,8 +65,8 @@ def collective_timeout_s(timeout_s: float) -> float:
 class RollCall:
     """This rank's part of it, as a context manager around all of a run; nothing to do in a world of one.
 
-    An exception that leaves the context is announced, unless it is a collective that failed because of others: that
-    becomes PeerFailed if one of them announced why, else PeerLost. No collective may be called after either.
+    An exception that leaves it is announced; a collective's becomes PeerFailed if another rank announced why, else
+    PeerLost. No collective may be called after either.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -89,6 +87,7 @@ class RollCall:
         self._prefix = f"nemo_tropd/roll_call/{_runs}"
         self._keys = [f"{self._prefix}/{rank}" for rank in range(self.world_size)]
         self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        self._no_store = "nor does the store at {}:{}".format(*self._address)
         own = Member(self.rank, host_name(), _is_this_machine(self._address[0]))
         self.members = [own if r == self.rank else Member(r, "an unknown host", False) for r in range(self.world_size)]
         self._done, self._deadline = threading.Event(), threading.Timer(0, lambda: None)
@@ -121,11 +120,9 @@ class RollCall:
                 cause = (str(error).strip().splitlines() or [""])[-1][:300]
                 print(f"PeerLost: {left}\n({type(error).__name__}: {cause})", file=sys.stderr, flush=True)
             self._linger()
-            self.stop()
             raise left from error
         self.announce(error)
         self._linger()
-        self.stop()
 
     def stop(self) -> None:
         """End the thread, and what ``announce`` started."""
@@ -134,10 +131,8 @@ class RollCall:
             self._deadline.cancel()
 
     def announce(self, error: BaseException) -> None:
-        """Tell all ranks that this one fails, and print the error unless another rank was first. Not collective.
-
-        Call where the error is caught, before anything is taken down: that can take longer than others should wait.
-        """
+        """Tell all ranks that this one fails, and print the error unless another rank was first. Not collective. Call
+        it before anything is taken down, which can take longer than others should wait."""
         if self.alone or self.failed or isinstance(error, Stopped | PeerLost | PeerFailed) or failed_collective(error):
             return
         self.failed = True
@@ -153,13 +148,11 @@ class RollCall:
             print(f"\n{lines}{text}", file=sys.stderr, flush=True)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Every rank does ``work``, before there are process groups; returns this rank's result.
+        """Every rank does ``work``, before there are process groups; returns this rank's result. Afterwards the hosts
+        of all ranks are known.
 
         If any rank failed, every rank raises the error of the lowest of them, which names its rank and host; Stopped
-        if any was asked to stop. Afterwards the hosts of all ranks are known.
-
-        Raises:
-            PeerLost: a rank fell silent, or was not there in time.
+        if any was asked to stop; PeerLost if one fell silent, or was not there in time.
         """
         if self.alone:
             return work()
@@ -210,7 +203,7 @@ class RollCall:
             how = f"no heartbeat in {1.5 * self.beat_s:.1f} s"
         else:
             silent = self._lost_with_store(refused=isinstance(second, RuntimeError))
-            how = f"nor does the store at {self._address[0]}:{self._address[1]}"
+            how = self._no_store
         text = self._describe(silent, reasons, how)
         blamed = ", ".join(str(m.rank) for m in silent) or next(iter(reasons.values()), "")
         self.failed = True
@@ -270,6 +263,7 @@ class RollCall:
         """A rank that serves the store leaves last: the others read from it why it left."""
         if self.rank == 0 and not _agent_serves():
             time.sleep(2 * self._pause_s)
+        self.stop()
 
     def _beat(self) -> None:
         while not self._done.is_set():
@@ -295,8 +289,8 @@ class RollCall:
         """torch waits without a limit for a store whose process hangs; such a run is over."""
         while not self._done.wait(self._pause_s):
             if time.monotonic() - self._responded > self.timeout_s and not self.failed:
-                how = f"nor does the store at {self._address[0]}:{self._address[1]}"
-                text = self._describe(self._lost_with_store(refused=False) or self.members[:1], {}, how)
+                silent = self._lost_with_store(refused=False) or self.members[:1]
+                text = self._describe(silent, {}, self._no_store)
                 print(f"PeerLost: {text}", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -372,9 +366,7 @@ def _ranks(members: Sequence[Member]) -> str:
     by_host: dict[str, list[int]] = {}
     for m in members:
         by_host.setdefault(m.host, []).append(m.rank)
-    return "; ".join(
-        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} on {host}" for host, ranks in by_host.items()
-    )
+    return "; ".join(f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))} on {host}" for host, r in by_host.items())
 
 
 def _is_this_machine(host: str) -> bool:

@@ -1,7 +1,7 @@
 """SIGTERM, SIGINT and SIGHUP ask the run to stop; a second one, later, ends the process at once.
 
-Signals are read from a file descriptor by a thread: a Python handler would not run while the main thread waits in a
-collective. Imports nothing but the standard library, so that a script can call ``STOP.install()`` before anything else.
+A thread reads them from a file descriptor: a Python handler would not run while the main thread waits in a collective.
+Imports nothing but the standard library, so that a script can call ``STOP.install()`` before anything else.
 """
 
 from __future__ import annotations

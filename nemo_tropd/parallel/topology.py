@@ -5,20 +5,18 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from nemo_tropd.parallel.agreement import World
 from nemo_tropd.parallel.cpu import enable_cpu_megatron
 from nemo_tropd.parallel.ranks import RankLayout
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class Topology:
+class Topology(World):
     """The process's place in tensor x data x pipeline; ranks are laid out tensor first, pipeline last."""
 
     rank: int
@@ -45,7 +43,6 @@ class Topology:
 
     @property
     def is_leader(self) -> bool:
-        """Global rank 0: first stage, tensor rank 0, data rank 0."""
         return self.rank == 0
 
     @property
@@ -66,12 +63,11 @@ class Topology:
         seed: int = 0,
         teacher_tensor_parallel: int | None = None,
     ) -> Topology:
-        """Join the world that torchrun describes (RANK, WORLD_SIZE, ...), or be a world of one without it.
+        """Join the world that torchrun describes (RANK, WORLD_SIZE, ...), or be a world of one without it; a default
+        process group that is already up is used as it is. Sets the device, Megatron's groups and its random numbers.
 
-        A default process group that is already up is used as it is. ``sequence_parallel`` is off at tensor parallel 1,
-        which has nothing to split. ``teacher_tensor_parallel`` is the teacher's own degree (None: split as the student
-        is, pipeline included), see :meth:`for_teacher`. Sets the device, Megatron's groups and its random number
-        tracker. Raises ValueError before anything is started if the degrees do not fit together.
+        ``sequence_parallel`` is off at tensor parallel 1. ``teacher_tensor_parallel`` None: the teacher is split as the
+        student is, pipeline included. Raises ValueError if the degrees do not fit together.
         """
         started = dist.is_initialized()
         world_size = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
@@ -119,11 +115,8 @@ class Topology:
         )
 
     def for_teacher(self) -> Topology:
-        """The topology of the teacher's model: this one, or one of its own group if it has a degree of its own.
-
-        Such a teacher has no pipeline and no sequence parallelism (without gradients, that would save little), and its
-        replicas know nothing of each other.
-        """
+        """The topology of the teacher's model: this one, or one of its own group if it has a degree of its own, without
+        pipeline and sequence parallelism; its replicas know nothing of each other."""
         if self.ranks.teacher_tensor is None:
             return self
         from megatron.core import parallel_state as state
@@ -145,21 +138,8 @@ class Topology:
             from_megatron=False,
         )
 
-    def broadcast_object(self, obj: T, src: int = 0) -> T:
-        """Rank ``src``'s picklable object, on every rank. All ranks call it."""
-        if self.world_size == 1:
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src=src, group=self.control_group)
-        return box[0]
-
-    def gather_objects(self, obj: T) -> list[T]:
-        """Every rank's picklable object, by rank, on every rank. All ranks call it."""
-        if self.world_size == 1:
-            return [obj]
-        everyone: list[T] = [obj] * self.world_size
-        dist.all_gather_object(everyone, obj, group=self.control_group)
-        return everyone
+    def _group(self) -> ProcessGroup:
+        return self.control_group
 
     def any_rank(self, flag: bool) -> bool:
         """True if ``flag`` is True on any rank. All ranks call it."""
@@ -180,10 +160,8 @@ class Topology:
             dist.barrier(group=self.control_group)
 
     def stop(self, *, failed: bool = False) -> None:
-        """Destroy Megatron's groups, and the default process group if ``start`` made it.
-
-        After a failure no other rank is waited for: it may be gone, or in another collective.
-        """
+        """Destroy Megatron's groups, and the default process group if ``start`` made it. After a failure no other rank
+        is waited for: it may be gone, or in another collective."""
         from megatron.core import parallel_state as state
 
         if not failed:
@@ -200,16 +178,15 @@ def _teacher_groups(
     if ranks.teacher_tensor is None:
         return tensor_group, None
     rank, on_gloo = dist.get_rank(), dist.get_backend() == "gloo"
-    mine: ProcessGroup | None = None
-    control: ProcessGroup | None = None
+    mine: tuple[ProcessGroup, ProcessGroup | None] | None = None
     for members in ranks.teacher_groups():
         group = dist.new_group(list(members), timeout=timeout)
         several = ranks.owners > 1
         twin = dist.new_group(list(members), timeout=timeout, backend="gloo") if several and not on_gloo else group
         if rank in members:
-            mine, control = group, twin if several else None
+            mine = group, twin if several else None
     assert mine is not None
-    return mine, control
+    return mine
 
 
 def _choose_device() -> torch.device:

@@ -1,8 +1,7 @@
-"""Log-probabilities and top-k of logits whose vocabulary is split over tensor-parallel ranks.
+"""Log-probabilities and top-k of logits whose vocabulary is split over tensor-parallel ranks. Needs torch alone.
 
 The vocabulary contract: rank r of a group of size P has columns ``r * V_local .. (r + 1) * V_local - 1``; columns at
 and past the true ``vocab_size`` are padding and never enter a maximum, a top-k or a sum. ``group=None`` is one rank.
-Needs torch alone.
 """
 
 from __future__ import annotations
@@ -101,9 +100,8 @@ def softmax_columns(
 ) -> SoftmaxColumns:
     """The log-softmax that every loss and score goes through, unless a Triton kernel has streamed the logits.
 
-    logits [C, width], the shard's true columns; token_ids [C, N] global, the same on every rank. One MAX and one SUM
-    over the group. ``overwrite``: the exponentials replace the logits, which must be wide. Checks nothing: callers pass
-    ``log_z`` to ``check_finite``.
+    logits [C, width], the shard's true columns; token_ids [C, N] global, the same on every rank. One MAX and one SUM.
+    ``overwrite``: the exponentials replace the logits, which must be wide. Callers pass ``log_z`` to ``check_finite``.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     top = logits.new_full((logits.size(0),), float("-inf"), dtype=wide)
@@ -201,9 +199,8 @@ def vocab_parallel_log_probs(
     """
     shard = VocabShard.of(logits.size(-1), group, vocab_size)
     if token_ids.shape[:-1] != logits.shape[:-1]:
-        raise ValueError(
-            f"token_ids {tuple(token_ids.shape)} and logits {tuple(logits.shape)} differ in their leading dimensions"
-        )
+        shapes = f"token_ids {tuple(token_ids.shape)} and logits {tuple(logits.shape)}"
+        raise ValueError(f"{shapes} differ in their leading dimensions")
     check_ids(token_ids, shard.vocab_size, "token_ids")
     rows = logits.reshape(-1, logits.size(-1))
     return _LogProbs.apply(rows, token_ids.reshape(rows.size(0), -1), shard).view(token_ids.shape)

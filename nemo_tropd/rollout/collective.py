@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Rollouts(ABC):
     """What the trainer and the model use. Collective but for ``close``: every rank calls it in the same order."""
 
-    ranks: agreement.AllRanks
+    ranks: agreement.World
     make_engine: Callable[[], api.RolloutEngine]  # called at the first use
     weights: Callable[[], Iterator[tuple[str, Tensor]]]  # the trainer's, as a stream that every rank must exhaust
     vocab_size: int  # ids from here on are refused

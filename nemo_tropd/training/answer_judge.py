@@ -1,9 +1,7 @@
-"""The process behind answers.py: reads [response, answer] as JSON lines, writes true, false or null.
+"""The process behind answers.py: reads [response, answer] as JSON lines, writes true, false, null (no expression).
 
-Null: the answer is not a mathematical expression. Run as a script with a time limit (seconds a question) and a memory
-limit (bytes): beyond the first, the kernel kills the process with SIGALRM; beyond the second, the verdict is false.
-The first line says that it is ready. It ends with its pipe, or soon after its owner, and with no signal that stops a
-run: the owner may still want answers judged before it stops.
+Beyond the time limit of a question the kernel kills the process with SIGALRM; beyond the memory limit the verdict is
+false. It ends with its pipe, or soon after its owner, and with no signal that stops a run.
 """
 
 import json

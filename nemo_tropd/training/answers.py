@@ -1,9 +1,7 @@
-"""Exact match of a response with a known answer, by math-verify in a process of its own.
+"""Exact match of a response with a known answer, by math-verify in a process of its own (answer_judge.py).
 
-Models write things like 9^9^9^9, and no signal interrupts Python once sympy has begun to evaluate that. Responses are
-judged in a child process with a time and a memory limit that the kernel enforces (answer_judge.py); it starts with the
-first question and exits with this process, but not by the signals that stop a run. That also lets any thread or rank
-ask, which math-verify's own time limits (signal handlers) do not.
+Models write things like 9^9^9^9, and no signal interrupts Python once sympy has begun to evaluate that: the kernel
+enforces a time and a memory limit. The child exits with this process, but not by the signals that stop a run.
 """
 
 from __future__ import annotations
@@ -28,15 +26,12 @@ class AnswerError(RuntimeError):
 
 
 def exact_match(response: str, answer: str) -> bool:
-    """Does the response end in the right answer?
+    """Does the response end in the right answer? Safe to call from any thread or process.
 
     ``answer`` is a number or a mathematical expression; of a worked solution in GSM8K's style, what follows ``####``.
-    The response's answer is the last expression that math-verify finds in it, a boxed one first. A response with no
-    expression in it is wrong, and so is one that cannot be judged within ``TIME_LIMIT_S`` and ``MEMORY_LIMIT_BYTES``,
-    or at which the judging process dies twice (which is said on stderr).
-
-    Safe to call from any thread or process. Raises AnswerError if ``answer`` has no expression, since no response
-    could then be right, or when the judging process cannot run.
+    The response's answer is the last expression that math-verify finds in it, a boxed one first. Wrong is also one that
+    has none, that cannot be judged within the limits, or at which the judging process dies twice (said on stderr).
+    Raises AnswerError if ``answer`` has no expression, or when the judging process cannot run.
     """
     return _JUDGE.ask(response[-_LONGEST_RESPONSE:], answer.rpartition("####")[2])
 
@@ -89,18 +84,12 @@ class _Judge:
             raise AnswerError(f"cannot start {' '.join(command)}: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        atexit.register(_end, child)
+        atexit.register(child.kill)  # nothing, if it has ended and was waited for
         assert child.stdout is not None
         if not child.stdout.readline():
             code = child.wait()
             raise AnswerError(f"the process that judges answers exited with code {code}; its error output is above")
         return child
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    if child.poll() is None:
-        child.kill()
-        child.wait()
 
 
 _JUDGE = _Judge()

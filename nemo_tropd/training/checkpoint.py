@@ -1,12 +1,7 @@
-"""Checkpoints of a run: Megatron's distributed checkpoint, complete or absent.
+"""Checkpoints of a run, RUN/checkpoints/step_N: Megatron's distributed checkpoint, and what export needs in hf/.
 
-    RUN/checkpoints/step_00000020/     Megatron's files: model (keys under ``model.``), optimizer, run state
-    RUN/checkpoints/step_00000020/hf/  config.json, tokenizer and chat template: export needs nothing else
-
-A checkpoint is written under a temporary name, flushed to the disk and renamed when every rank has written its part, so
-a directory with a final name is complete; older ones are removed after that. One that cannot be read nevertheless
-(damaged later) is reported, and the one before it is used; once that is loaded, the damaged one is renamed to
-``step_N.damaged``.
+Complete or absent: written under a temporary name, flushed, and renamed when every rank has written its part. One that
+was damaged later is reported and renamed to ``step_N.damaged`` once the one before it is loaded.
 """
 
 from __future__ import annotations
@@ -40,8 +35,6 @@ T = TypeVar("T")
 
 MODEL_PREFIX = "model."
 _NAME = re.compile(r"step_(\d{8})")
-
-
 _MEGATRON = ("metadata.json", "common.pt", ".metadata")  # beside the tensors' files, which .metadata names
 
 
@@ -49,16 +42,10 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint whose files are missing, empty, cut or changed."""
 
 
-def checkpoint_name(step: int) -> str:
-    """The directory name of the checkpoint after ``step`` optimizer steps."""
-    return f"step_{step:08d}"
-
-
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Those with a final name, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name))
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(p for p in entries if p.is_dir() and _NAME.fullmatch(p.name))
 
 
 def newest_readable(
@@ -67,8 +54,7 @@ def newest_readable(
     """The newest checkpoint (older than ``before``) whose files are all there, its state, and what is wrong with each
     newer one; Nones if there is no checkpoint at all. ``damage``: what was found before.
 
-    Raises:
-        CheckpointError: every one is damaged, or the newest is of another version or cannot be looked at.
+    Raises CheckpointError if every one is damaged, or the newest is of another version or cannot be looked at.
     """
     found = [path for path in complete_checkpoints(folder) if before is None or path.name < before.name]
     damage = list(damage)
@@ -100,16 +86,12 @@ def _state_of(path: Path) -> RunState:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Every method but :meth:`complete` and :meth:`latest` is collective."""
+    """The checkpoints of one run directory. Every public method but :meth:`latest` is collective."""
 
     def __init__(self, run_dir: Path, topology: Topology, *, hf_source: Path, keep: int) -> None:
         self.dir = run_dir / "checkpoints"
         self.topology, self.hf_source, self.keep = topology, hf_source, keep
         write_in_this_process()
-
-    def complete(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return complete_checkpoints(self.dir)
 
     def remove_unfinished(self) -> None:
         """Remove incomplete checkpoints of a killed run."""
@@ -123,10 +105,9 @@ class Checkpoints:
     def save(self, model: GPTModel, optimizer: StudentOptimizer, state: RunState) -> Path:
         """Write a checkpoint; on return it is complete and older ones beyond ``keep`` are removed.
 
-        Raises:
-            CheckpointError: no room, or a write failed; earlier checkpoints are untouched.
+        Raises CheckpointError without room or if a write failed; earlier checkpoints are untouched.
         """
-        final = self.dir / checkpoint_name(state.step)
+        final = self.dir / f"step_{state.step:08d}"
         if self._on_rank_zero(final.exists, f"cannot look at {final}"):
             return final
         temporary = self.dir / f".tmp-{final.name}"
@@ -134,10 +115,7 @@ class Checkpoints:
         self._on_rank_zero(lambda: self._fresh(temporary), f"cannot write {temporary}")
         try:
             sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
-            content = {
-                "optimizer": optimizer.sharded_state_dict(sharded),
-                "run_state": asdict(state),
-            }
+            content = {"optimizer": optimizer.sharded_state_dict(sharded), "run_state": asdict(state)}
             # Built anew: saving uses a sharded state dict up.
             content["model"] = model.sharded_state_dict(prefix=MODEL_PREFIX)
             dist_checkpointing.save(content, str(temporary))
@@ -155,7 +133,7 @@ class Checkpoints:
                 raise FileNotFoundError(f"{temporary / name} is gone: another process has removed it")
         write_hf_sidecar(temporary, self.hf_source)
         finish_folder(temporary, final)
-        for old in self.complete()[: -self.keep]:
+        for old in complete_checkpoints(self.dir)[: -self.keep]:
             shutil.rmtree(old)
 
     def _fresh(self, path: Path) -> None:
@@ -175,9 +153,8 @@ class Checkpoints:
         return on_rank_zero(self.topology, attempt, unexpected=CheckpointError)
 
     def _check_room(self, model: GPTModel) -> None:
-        local = sum(p.numel() * p.element_size() for p in model.parameters())
         # fp32 master weights and two Adam moments beside the weights: 12 bytes a parameter, sharded or saved once.
-        local += 12 * sum(p.numel() for p in model.parameters())
+        local = sum(p.numel() * (p.element_size() + 12) for p in model.parameters())
         # Every data-parallel rank has the same weights, so the ranks of one replica are counted.
         need = local * self.topology.tensor_size * self.topology.pipeline_size
 
@@ -193,15 +170,14 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
-        found = self.complete()
+        found = complete_checkpoints(self.dir)
         return found[-1] if found else None
 
     def load(self, path: Path, model: GPTModel, optimizer: StudentOptimizer) -> RunState:
         """Fill model and optimizer from ``path`` (saved under any parallel layout) and return the run's state.
 
-        Raises:
-            DamagedCheckpoint: its files are damaged. Model and optimizer may be filled in part.
-            CheckpointError: it cannot be loaded for another reason, or is of another version. On every rank.
+        Raises DamagedCheckpoint on every rank if its files are damaged (model and optimizer may then be filled in
+        part), CheckpointError if it cannot be loaded for another reason.
         """
 
         def attempt() -> RunState:
@@ -228,10 +204,7 @@ class Checkpoints:
 
     def restore(self, path: Path, model: GPTModel, optimizer: StudentOptimizer) -> tuple[Path, RunState]:
         """:meth:`load` from ``path``, or from the newest checkpoint before it that can be loaded; the damaged ones are
-        reported, and renamed once another one is loaded, so that they stand in no new one's way.
-
-        Raises:
-            CheckpointError: none can be loaded.
+        reported, and renamed once another one is loaded, out of the way of new ones. CheckpointError if none can be.
         """
         tried: list[str] = []
         while True:
@@ -252,7 +225,7 @@ class Checkpoints:
         return found
 
     def _set_aside(self, loaded: Path) -> None:
-        for damaged in (path for path in self.complete() if path.name > loaded.name):
+        for damaged in (path for path in complete_checkpoints(self.dir) if path.name > loaded.name):
             aside = damaged.with_name(f"{damaged.name}.damaged")
             if aside.exists():
                 shutil.rmtree(aside)

@@ -1,8 +1,7 @@
 """Megatron writes checkpoints here in the rank's own process.
 
-Its own writer forks two processes of a process with threads, waits for them without a limit even if they were killed,
-and collects their results through a manager process that a signal to the process group ends, the stop's own save with
-it; that process also outlives a killed rank.
+Its own writer forks a process with threads, waits without a limit even for killed children, and collects their results
+through a manager process that a signal to the process group ends (with a stop's own save) and that outlives the rank.
 """
 
 from __future__ import annotations

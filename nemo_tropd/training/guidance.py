@@ -1,7 +1,6 @@
-"""Off-policy guidance: the teacher generates the first tokens of a response, the student continues.
+"""Off-policy guidance (TrOPD, arXiv 2606.01249): the teacher generates a response's first tokens, the student the rest.
 
-TrOPD (arXiv 2606.01249, section on off-policy guidance): the longest prefix is annealed by a cosine to nothing at the
-end of training. How a prefix's length is drawn is not stated there; ``prefix_draw`` offers both readings.
+The longest prefix is annealed by a cosine to nothing; how a length is drawn is not stated: ``prefix_draw`` offers both.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ def max_prefix_length(step: int, *, total_steps: int, longest: int) -> int:
 
 
 def draw_prefix_length(limit: int, *, draw: PrefixDraw, seed: int, step: int, sequence_id: int) -> int:
-    """``limit`` itself for ``cap``; for ``uniform`` a length in 0 .. limit, each as likely as the next.
-
-    A function of (seed, step, sequence_id) and the limit alone, whatever the layout or the order.
-    """
+    """``limit`` itself for ``cap``; for ``uniform`` a length in 0 .. limit, a function of the arguments alone."""
     if draw == "cap" or limit <= 0:
         return max(limit, 0)
     mask = (1 << 64) - 1
@@ -54,11 +50,8 @@ def request_seed(run_seed: int, step: int, prompt_index: int, sample: int) -> in
 
 @dataclass(frozen=True)
 class Guidance:
-    """Plans a step's requests. With ``longest`` 0 or no ``responses`` it plans ordinary rollouts.
-
-    ``longest`` is L, the longest prefix at step 0, in tokens; ``max_new_tokens`` bounds prefix and continuation
-    together, so guided and free responses have the same room.
-    """
+    """Plans a step's requests; with ``longest`` (L, the longest prefix at step 0, in tokens) 0 or no ``responses``,
+    ordinary rollouts. ``max_new_tokens`` bounds prefix and continuation together."""
 
     seed: int
     total_steps: int
@@ -86,11 +79,10 @@ class Guidance:
     ) -> list[RolloutRequest]:
         """``samples_per_prompt`` requests for each prompt of the step, prompt by prompt.
 
-        ``prompt_indices`` are the prompts' places in the data (their places in the list unless given). Sample s of the
-        i-th prompt has sequence_id i * samples_per_prompt + s. Raises LookupError when guidance is on and
-        a prompt's teacher response has not been written.
+        ``prompt_indices``: the prompts' places in the data (default: in the list). Sample s of the i-th prompt has
+        sequence_id i * samples_per_prompt + s. LookupError if a prompt's teacher response is wanted and not there.
         """
-        indices = list(prompt_indices) if prompt_indices is not None else list(range(len(prompt_ids)))
+        indices = range(len(prompt_ids)) if prompt_indices is None else prompt_indices
         if len(indices) != len(prompt_ids):
             raise ValueError(f"there are {len(prompt_ids)} prompts but {len(indices)} prompt indices")
         longest = self.max_prefix_length(step) if self.responses is not None else 0

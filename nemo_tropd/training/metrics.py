@@ -1,5 +1,4 @@
-"""What a run logs: metrics, one line a step, also passed to exp_manager's loggers; rollouts for the report; seconds by
-phase."""
+"""What a run logs: metrics, one line a step; rollouts for the report; seconds by phase."""
 
 from __future__ import annotations
 
@@ -15,10 +14,9 @@ from nemo_tropd.batch import Rollout
 
 
 class PhaseTimer:
-    """Seconds by phase of one step. ``synchronize`` waits for the device; it is called only at the end of a phase:
-    inside a phase the device runs behind the program."""
+    """Seconds by phase of one step. ``synchronize`` waits for the device, at the end of a phase."""
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, synchronize: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = {}
         self.synchronize = synchronize
         self.start = time.perf_counter()
@@ -44,8 +42,9 @@ class MetricsLog:
     def __init__(self, run_dir: Path, loggers: list[Any]) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.loggers = loggers
-        _finish_last_line(self.path)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
+        if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # after a line that a killed run left incomplete
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Log ``values`` of ``step``; ``kind`` is train or validation. Values that are not finite become null."""
@@ -79,17 +78,6 @@ class RolloutFile:
                     "step": step,
                     "prompt": self.tokenizer.decode(by_id[sequence["sequence_id"]].prompt_ids),
                     "tokens": [self.tokenizer.decode([i]) for i in sequence["token_ids"]],
-                    "log_ratio": sequence["log_ratio"],
-                    "gate": sequence["gate"],
-                    "guided": sequence["guided"],
+                    **{name: sequence[name] for name in ("log_ratio", "gate", "guided")},
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _finish_last_line(path: Path) -> None:
-    """Terminate a line that a killed run left incomplete, so that the next one starts on a line of its own."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")

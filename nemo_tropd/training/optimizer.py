@@ -24,11 +24,8 @@ class StepResult:
 
 
 class StudentOptimizer:
-    """Adam or SGD over the student's shards.
-
-    Master weights and gradients are fp32 whatever the compute precision. The learning rate is a function of the step
-    number alone, so a resumed run needs no schedule state.
-    """
+    """Adam or SGD over the student's shards. Master weights and gradients are fp32 whatever the compute precision; the
+    learning rate is a function of the step number alone."""
 
     def __init__(
         self, cfg: OptimConfig, model: DistributedDataParallel, *, dtype: torch.dtype, clip: float, max_steps: int
@@ -80,11 +77,8 @@ class StudentOptimizer:
         self.megatron.zero_grad()
 
     def step(self, step: int) -> StepResult:
-        """Clip and apply the accumulated gradient as step number ``step`` (from 0).
-
-        A gradient that is not finite leaves weights and optimizer states untouched: its norm is reduced over all
-        ranks, so every rank takes the same decision.
-        """
+        """Clip and apply the accumulated gradient as step number ``step`` (from 0). One that is not finite leaves
+        weights and optimizer states untouched; its norm is that of all ranks, so every rank takes the same decision."""
         self.schedule.num_steps = step
         self.schedule.step(1)
         learning_rate = float(self.megatron.param_groups[0]["lr"])

@@ -17,8 +17,7 @@ class Packer:
 
     ``tokens_per_micro_batch`` None: ``micro_batch_size`` sequences of similar length, padded with ``pad_id``. Else
     sequences end to end in rows of at most that many tokens, filled evenly. Under sequence parallelism every width is a
-    multiple of the tensor-parallel size. ``seed`` is the run's: the gate's draws depend on it, the step and the
-    sequence alone.
+    multiple of the tensor-parallel size. ``seed`` is the run's, for the gate's draws.
     """
 
     topology: Topology

@@ -50,8 +50,7 @@ class Plan:
 def make_plan(cfg: TropdConfig) -> Plan:
     """Check paths, shapes, tokenizers, prompts, objective and run directory.
 
-    Raises:
-        ConfigError, ConversionError, PromptError: names what is wrong, the value, and what to change.
+    Raises ConfigError, ConversionError or PromptError.
     """
     student_path, teacher_path = Path(cfg.pretrained_checkpoint.restore_from_path), Path(cfg.model.teacher.path)
     m = cfg.model
@@ -64,16 +63,13 @@ def make_plan(cfg: TropdConfig) -> Plan:
     if fp8 is not None:
         fp8.check_shape(teacher, *teacher_degrees)
     for key, shape in (("pretrained_checkpoint.restore_from_path", student), ("model.teacher.path", teacher)):
-        if cfg.model.encoder_seq_length > shape.max_positions:
-            raise ConfigError(
-                "model.encoder_seq_length",
-                cfg.model.encoder_seq_length,
-                f"exceeds max_position_embeddings = {shape.max_positions} of the model at {key}",
-            )
+        if m.encoder_seq_length > shape.max_positions:
+            why = f"exceeds max_position_embeddings = {shape.max_positions} of the model at {key}"
+            raise ConfigError("model.encoder_seq_length", m.encoder_seq_length, why)
     tokenizer, vocab_size = _shared_tokenizer(student_path, teacher_path, student, teacher)
     objective = build_objective(cfg)
-    if cfg.model.tropd.top_k > vocab_size:
-        raise ConfigError("model.tropd.top_k", cfg.model.tropd.top_k, f"the vocabulary has only {vocab_size} tokens")
+    if m.tropd.top_k > vocab_size:
+        raise ConfigError("model.tropd.top_k", m.tropd.top_k, f"the vocabulary has only {vocab_size} tokens")
     directory = run_dir(cfg)
     _check_run_dir(directory, cfg)
     prompts = _prompts(cfg, tokenizer)
@@ -99,17 +95,14 @@ def make_plan(cfg: TropdConfig) -> Plan:
 
 def _prompts(cfg: TropdConfig, tokenizer: Any) -> PromptSplit:
     data = cfg.model.data
+    keys = PromptKeys(prompt=data.prompt_key, messages=data.messages_key, answer=data.answer_key)
     prompts = load_prompts(
         data.path,
         tokenizer,
         max_prompt_tokens=data.max_prompt_tokens,
         held_out=data.held_out,
         overlong=data.overlong,
-        keys=PromptKeys(
-            prompt=data.prompt_key,
-            messages=data.messages_key,
-            answer=data.answer_key,
-        ),
+        keys=keys,
         split=data.split,
     )
     _check_answers(prompts)
@@ -121,30 +114,19 @@ def _check_answers(prompts: PromptSplit) -> None:
 
     On rank 0 alone: judging takes a process of its own.
     """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    for prompt in prompts.held_out:
-        if prompt.answer is not None:
-            try:
+    for prompt in prompts.held_out if os.environ.get("RANK", "0") == "0" else ():
+        try:
+            if prompt.answer is not None:
                 exact_match("", prompt.answer)
-            except AnswerError as error:
-                raise PromptError(
-                    f"{prompt.where}: {error}; remove the answer, or name another key in model.data.answer_key"
-                ) from error
+        except AnswerError as error:
+            remedy = "remove the answer, or name another key in model.data.answer_key"
+            raise PromptError(f"{prompt.where}: {error}; {remedy}") from error
 
 
 def build_objective(cfg: TropdConfig) -> Objective:
-    """The objective that ``model.tropd`` names.
-
-    Raises:
-        ConfigError: an unknown name, a parameter the objective does not have, or a value that it does not take.
-    """
+    """The objective that ``model.tropd`` names; ConfigError for a name, a parameter or a value that there is not."""
     t = cfg.model.tropd
-    given: dict[str, Any] = dict(t.params)
-    for name in OWN_KEYS:
-        value = getattr(t, name)
-        if value is not None:
-            given[name] = value
+    given = {**t.params, **{name: value for name in OWN_KEYS if (value := getattr(t, name)) is not None}}
     try:
         return build(t.objective, **given)
     except ParameterError as error:
@@ -159,9 +141,8 @@ def build_objective(cfg: TropdConfig) -> Objective:
 
 def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
     if not path.is_dir():
-        raise ConfigError(
-            key, str(path), "no such directory; give a Hugging Face checkpoint (make_smollm2.py makes one)"
-        )
+        remedy = "give a Hugging Face checkpoint (make_smollm2.py makes one)"
+        raise ConfigError(key, str(path), f"no such directory; {remedy}")
     try:
         shape = read_shape(path)
         shape.check_layout(tensor, pipeline)
@@ -173,22 +154,18 @@ def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
 def _shared_tokenizer(
     student_path: Path, teacher_path: Path, student: ModelShape, teacher: ModelShape
 ) -> tuple[Any, int]:
-    """The tokenizer that both checkpoints have, and its true size.
-
-    Raises:
-        ConfigError: they differ, or a model has fewer rows than the tokenizer has tokens.
-    """
+    """The tokenizer that both checkpoints have, and its true size. ConfigError if they differ, or a model has fewer
+    rows than the tokenizer has tokens."""
     from transformers import AutoTokenizer
 
     ours, theirs = (AutoTokenizer.from_pretrained(p, local_files_only=True) for p in (student_path, teacher_path))
     mine, other = ours.get_vocab(), theirs.get_vocab()
     if mine != other:
-        differing = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
-        first = differing[0]
+        first, *more = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
         raise ConfigError(
             "model.teacher.path",
             str(teacher_path),
-            f"its tokenizer differs from the student's in {len(differing)} tokens, first {first!r} (student "
+            f"its tokenizer differs from the student's in {1 + len(more)} tokens, first {first!r} (student "
             f"{mine.get(first)}, teacher {other.get(first)}); distillation by token needs one tokenizer",
         )
     size = max(mine.values()) + 1
@@ -210,20 +187,15 @@ def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
         raise ConfigError(key, str(directory), f"{parent} cannot be written; choose another directory")
     complete = list((directory / "checkpoints").glob("step_*")) if directory.is_dir() else []
     if complete and not cfg.exp_manager.resume_if_exists:
+        what = f"{directory} has {len(complete)} checkpoint(s) of an earlier run"
         raise ConfigError(
-            "exp_manager.resume_if_exists",
-            False,
-            f"{directory} has {len(complete)} checkpoint(s) of an earlier run; set it to true to resume, or choose "
-            f"another {key}",
+            "exp_manager.resume_if_exists", False, f"{what}; set it to true to resume, or choose another {key}"
         )
 
 
 def machine_of(cfg: TropdConfig) -> Machine:
-    """The GPU that ``trainer.gpu_memory_gib`` gives or this process has, else this host.
-
-    Raises:
-        ConfigError: a GPU is given, this machine has none, and check_only is off.
-    """
+    """The GPU that ``trainer.gpu_memory_gib`` gives or this process has, else this host. ConfigError if a GPU is given,
+    this machine has none, and check_only is off."""
     key, given = "trainer.gpu_memory_gib", cfg.trainer.gpu_memory_gib
     if torch.cuda.is_available():
         found = float(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
@@ -232,9 +204,8 @@ def machine_of(cfg: TropdConfig) -> Machine:
     if given is None:
         return Machine("cpu", host_bytes(), CHUNK_BYTES["cpu"], "this host, all its ranks together")
     if not cfg.check_only:
-        raise ConfigError(
-            key, given, "this machine has no GPU: set it to null to run on CPU, or check_only=true to see the plan"
-        )
+        why = "this machine has no GPU: set it to null to run on CPU, or check_only=true to see the plan"
+        raise ConfigError(key, given, why)
     return Machine("gpu", given * GIB, CHUNK_BYTES["cuda"], key)
 
 
@@ -243,13 +214,18 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
     m, t = cfg.model, cfg.trainer
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     world = t.num_nodes * t.devices
+    fp8 = f", layers in FP8 ({m.teacher.fp8})" if m.teacher.fp8 else ""
     table = Table(title=f"Plan of {cfg.name}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     for label, value in (
-        ("ranks", f"{world} = tensor {tp} x pipeline {pp} x data {world // (tp * pp)}" + _sequence(m)),
+        (
+            "ranks",
+            f"{world} = tensor {tp} x pipeline {pp} x data {world // (tp * pp)}"
+            + (", sequence parallel" if m.sequence_parallel else ""),
+        ),
         ("student", plan.student.describe() + f", {t.precision}"),
-        ("teacher", plan.teacher.describe() + f", {m.teacher.precision or t.precision}" + _fp8(m)),
+        ("teacher", plan.teacher.describe() + f", {m.teacher.precision or t.precision}" + fp8),
         ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
         ("objective", repr(plan.objective)),
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
@@ -270,11 +246,3 @@ def _slow_bf16(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
     if machine.kind == "gpu" or "bf16" not in (cfg.trainer.precision, teacher) or fast_bf16():
         return []
     return [("slow", "bf16, about 100 times, on a CPU without AVX-512: set trainer.precision=32")]
-
-
-def _fp8(m: Any) -> str:
-    return f", layers in FP8 ({m.teacher.fp8})" if m.teacher.fp8 else ""
-
-
-def _sequence(m: Any) -> str:
-    return ", sequence parallel" if m.sequence_parallel else ""

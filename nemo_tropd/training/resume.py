@@ -45,11 +45,8 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint keeps besides weights and optimizer states.
-
-    Draws, data order, schedule and prefix length are functions of ``step`` and these settings, so nothing else is
-    state. What is compared by content is a dictionary with its ``digest`` and, for messages, its ``path``.
-    """
+    """What a checkpoint keeps besides weights and optimizer states: draws, data order, schedule and prefix length are
+    functions of it. What is compared by content is a dictionary with its ``digest`` and, for messages, its ``path``."""
 
     step: int  # optimizer steps done
     settings: dict[str, Any] = field(default_factory=dict)  # by key
@@ -62,8 +59,7 @@ class RunState:
     def read(cls, saved: dict[str, Any], where: object) -> RunState:
         """The state in a checkpoint at ``where``; fields that this version does not know are ignored.
 
-        Raises:
-            CheckpointError: another version wrote it, without a field that is needed.
+        Raises CheckpointError if another version wrote it, without a field that is needed.
         """
         known = {f.name for f in fields(cls)}
         if not {"step", "settings", "adjustable"} <= saved.keys():
@@ -102,11 +98,7 @@ def first_state(cfg: TropdConfig, objective: Objective, contents: dict[str, Any]
 
 def settled(cfg: TropdConfig, saved: RunState | None) -> TropdConfig:
     """``cfg`` with the steps at which schedule and prefixes end as numbers: those of the run's first start, so that a
-    raised max_steps rewinds neither.
-
-    Raises:
-        ConfigError: the learning rate would be 0 before the run ends.
-    """
+    raised max_steps rewinds neither. ConfigError if the learning rate would be 0 before the run ends."""
     cfg = copy.deepcopy(cfg)
     sched, guidance = cfg.model.optim.sched, cfg.model.tropd.guidance
     was = saved.adjustable if saved else {}
@@ -123,36 +115,30 @@ def settled(cfg: TropdConfig, saved: RunState | None) -> TropdConfig:
 def check_resumable(saved: RunState, now: RunState, accepted: Collection[str] = ()) -> list[str]:
     """What has changed since the checkpoint and is used from here on, a line each.
 
-    Raises:
-        ConfigError: a setting that alters draws or loss has changed and is not ``accepted``, or cannot change at all:
-            names the key, its value now and that of the checkpoint.
+    Raises ConfigError, with both values, if a setting that alters draws or loss has changed and is not ``accepted``, or
+    one that cannot change at all.
     """
     both = [key for key in now.settings if key in saved.settings]  # others: of another version
     changed = [key for key in both if _identity(saved.settings[key]) != _identity(now.settings[key])]
     for key in sorted(changed, key=lambda key: key not in _FIXED):
-        was, is_now = _shown(saved.settings[key]), _shown(now.settings[key])
+        if key in accepted and key not in _FIXED:
+            continue
+        remedy = (
+            f"; restore that value, set exp_manager.explicit_log_dir to start another run, or continue this one with "
+            f"the new value: trainer.tropd.accept_changes='[{','.join(k for k in changed if k not in accepted)}]'"
+        )
         if key in _FIXED:
-            raise ConfigError(
-                key,
-                is_now,
-                f"the run's checkpoint was made with {was!r}, and its optimizer states do not fit another value; "
-                f"restore that, or start another run (exp_manager.explicit_log_dir) from its weights, which "
-                f"examples/convert_checkpoint.py megatron-to-hf exports",
+            remedy = (
+                ", and its optimizer states do not fit another value; restore that, or start another run "
+                "(exp_manager.explicit_log_dir) from its weights, which examples/convert_checkpoint.py megatron-to-hf "
+                "exports"
             )
-        if key not in accepted:
-            keys = ",".join(k for k in changed if k not in accepted)
-            raise ConfigError(
-                key,
-                is_now,
-                f"the run's checkpoint was made with {was!r}; restore that value, set exp_manager.explicit_log_dir to "
-                f"start another run, or continue this one with the new value: "
-                f"trainer.tropd.accept_changes='[{keys}]'",
-            )
+        was = f"the run's checkpoint was made with {_shown(saved.settings[key])!r}"
+        raise ConfigError(key, _shown(now.settings[key]), was + remedy)
     longest = now.adjustable.get(_MAX_STEPS, saved.step)
     if longest < saved.step:
-        raise ConfigError(
-            _MAX_STEPS, longest, f"the run's checkpoint has {saved.step} steps already; give at least as many"
-        )
+        why = f"the run's checkpoint has {saved.step} steps already; give at least as many"
+        raise ConfigError(_MAX_STEPS, longest, why)
     lines = [
         f"{key}: {_shown(saved.settings[key])} up to step {saved.step}, {_shown(now.settings[key])} from here on"
         for key in changed
@@ -160,7 +146,9 @@ def check_resumable(saved: RunState, now: RunState, accepted: Collection[str] = 
     lines += [
         f"{key}: {saved.adjustable[key]} up to step {saved.step}, {value} from here on"
         for key, value in now.adjustable.items()
-        if key in saved.adjustable and saved.adjustable[key] != value and not _is_idle(key, now)
+        if key in saved.adjustable
+        and saved.adjustable[key] != value
+        and (key != _DECAY_STEPS or now.adjustable.get("model.optim.sched.name") != "constant")
     ]
     if longest > saved.adjustable.get(_MAX_STEPS, longest):
         lines += [f"  {line}" for line in _ends(now)]
@@ -173,10 +161,6 @@ def _ends(now: RunState) -> Iterator[str]:
         yield f"the learning rate ({name}) still ends at step {now.adjustable[_DECAY_STEPS]} ({_DECAY_STEPS})"
     if now.settings.get("model.tropd.guidance.enabled"):
         yield f"teacher prefixes still end at step {now.settings[_ANNEAL_STEPS]} ({_ANNEAL_STEPS})"
-
-
-def _is_idle(key: str, now: RunState) -> bool:
-    return key == _DECAY_STEPS and now.adjustable.get("model.optim.sched.name") == "constant"
 
 
 def _identity(value: Any) -> Any:

@@ -45,10 +45,8 @@ EXPECTED = (ConfigError, ConversionError, PromptError, EngineError, CheckpointEr
 
 
 def main(cfg: DictConfig, engines: EngineFactory | None = None) -> None:
-    """What ``examples/train_tropd.py`` calls. Expected errors end the process with code 2 and one readable message.
-
-    Of several ranks none waits for another after an error: it was printed by the rank that announced it.
-    """
+    """What ``examples/train_tropd.py`` calls. Expected errors end the process with code 2 and one readable message,
+    which of several ranks the one that announced it has printed."""
     STOP.install()
     try:
         settings = resolve(cfg)
@@ -69,14 +67,11 @@ def main(cfg: DictConfig, engines: EngineFactory | None = None) -> None:
 
 
 def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | None:
-    """Run ``cfg`` from its last checkpoint, or from the start, to its end or a signal.
+    """Run ``cfg`` from its last checkpoint, or from the start, to its end or a signal; None with ``check_only``, and if
+    the run is already finished. ``engines`` makes rollout engines (default: vLLM).
 
-    ``engines`` makes rollout engines (default: vLLM). Returns None with ``check_only``, and if the run is already
-    finished.
-
-    Raises:
-        ConfigError, ConversionError, PromptError: before anything is allocated.
-        EngineError, CheckpointError, TrainingError, PeerLost, PeerFailed: later; complete checkpoints stay.
+    Raises ConfigError, ConversionError, PromptError before anything is allocated; EngineError, CheckpointError,
+    TrainingError, PeerLost, PeerFailed later: complete checkpoints stay.
     """
     try:
         with STOP.handled(), RollCall(cfg.trainer.distributed_timeout_s) as call:
@@ -127,11 +122,10 @@ def _open_and_train(setup: Setup, engines: EngineFactory, call: RollCall) -> Out
             return _train(replace(setup, cfg=start.cfg, start=start), engines, call)
         if setup.topology.is_leader:
             print_summary(read_json(plan.run_dir / "summary.json") or {})
-            print(
-                f"this run is already finished ({plan.run_dir}); raise trainer.tropd.max_steps to continue it, or set "
-                f"exp_manager.explicit_log_dir to start another one",
-                flush=True,
+            remedy = (
+                "raise trainer.tropd.max_steps to continue it, or set exp_manager.explicit_log_dir to start another one"
             )
+            print(f"this run is already finished ({plan.run_dir}); {remedy}", flush=True)
         return None
 
 
@@ -177,16 +171,10 @@ def _trainer(
         clip=settings.gradient_clip_val,
         max_steps=settings.max_steps,
     )
-    one_step = TrainStep(
-        model,
-        optimizer,
-        prompts=setup.plan.prompts.train,
-        guidance=make_guidance(cfg, responses),
-        packer=setup.packer(),
-    )
+    guidance, prompts = make_guidance(cfg, responses), setup.plan.prompts.train
     return TropdTrainer(
         setup,
-        one_step,
+        TrainStep(model, optimizer, prompts=prompts, guidance=guidance, packer=setup.packer()),
         validator=Validator(setup, model, responses),
         checkpoints=Checkpoints(
             setup.run_dir, setup.topology, hf_source=setup.student_path, keep=settings.keep_checkpoints
@@ -201,13 +189,7 @@ def finish(setup: Setup, model: MegatronTrOPDModel, outcome: Outcome) -> None:
     from nemo_tropd.report import write_report  # imports matplotlib, which only the end of a run needs
 
     exported = setup.run_dir / "hf"
-    save_hf(
-        model.export_stream(),
-        exported,
-        source_dir=setup.student_path,
-        dtype=model.dtype_of_run,
-        overwrite=True,
-    )
+    save_hf(model.export_stream(), exported, source_dir=setup.student_path, dtype=model.dtype_of_run, overwrite=True)
 
     def write() -> None:
         assert setup.start is not None
@@ -224,8 +206,7 @@ def finish(setup: Setup, model: MegatronTrOPDModel, outcome: Outcome) -> None:
 def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
     """NeMo's exp_manager over a Lightning trainer that only carries loggers; writes config.yaml.
 
-    Resuming is ours (Megatron's distributed checkpoint), so exp_manager does not do it. It gets a folder of its own,
-    RUN/logs: at every restart it moves the files it finds into a sub-folder.
+    It gets a folder of its own, RUN/logs: at every restart it moves the files it finds into a sub-folder.
     """
     from lightning.pytorch import Trainer
     from nemo.utils.exp_manager import exp_manager

@@ -23,11 +23,8 @@ _SEEN_S = 15.0  # file systems of networks show new files late
 def run_lock(directory: Path, key: str) -> Iterator[None]:
     """Hold ``directory``, which is made if need be; ``key`` names it in the configuration.
 
-    The lock (flock) ends with the process, however that ends; a file that is left over locks nothing. Where the file
-    system has no locks, a line says that nothing keeps a second run out.
-
-    Raises:
-        ConfigError: another process holds it (names its host and process id), or nothing can be written there.
+    The lock (flock) ends with the process, however that ends. Where the file system has none, a line says that nothing
+    keeps a second run out. Raises ConfigError if another process holds it, or nothing can be written there.
     """
     path = directory / NAME
     try:
@@ -36,14 +33,14 @@ def run_lock(directory: Path, key: str) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(key, str(directory), f"cannot be made or written to: {error}") from error
     with file:
-        _take(file.fileno(), path, directory, key)
+        _take(file.fileno(), path, key)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} {secrets.token_hex(8)}\n")
         file.flush()
         yield
 
 
-def _take(handle: int, path: Path, directory: Path, key: str) -> None:
+def _take(handle: int, path: Path, key: str) -> None:
     deadline = time.monotonic() + _ENDING_S
     while True:
         try:
@@ -53,9 +50,8 @@ def _take(handle: int, path: Path, directory: Path, key: str) -> None:
                 time.sleep(0.1)
                 continue
             owner = path.read_text(encoding="utf-8").rpartition(" ")[0] or "another process"
-            raise ConfigError(
-                key, str(directory), f"{owner} is running in this directory: wait for it, stop it, or choose another"
-            ) from None
+            why = f"{owner} is running in this directory: wait for it, stop it, or choose another"
+            raise ConfigError(key, str(path.parent), why) from None
         except OSError as error:
             return print(f"{path} cannot be locked ({error}): nothing keeps a second run out of it", flush=True)
 
@@ -63,8 +59,7 @@ def _take(handle: int, path: Path, directory: Path, key: str) -> None:
 def check_shared(directory: Path, key: str, topology: Topology) -> None:
     """Refuse a directory that is not the same on every rank (collective). Call it while rank 0 holds the lock.
 
-    Raises:
-        ConfigError: on every rank; names the ranks that see another directory, and their hosts.
+    Raises ConfigError on every rank; names the ranks that see another directory, and their hosts.
     """
     path = directory / NAME
     held = topology.broadcast_object(path.read_text(encoding="utf-8") if topology.is_leader else "")
@@ -74,12 +69,8 @@ def check_shared(directory: Path, key: str, topology: Topology) -> None:
     found = topology.gather_objects((seen, socket.gethostname()))
     blind = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(found) if not sees]
     if blind:
-        raise ConfigError(
-            key,
-            str(directory),
-            f"rank 0 on {found[0][1]} writes there, but does not share it with {', '.join(blind)}: give a directory "
-            f"that all nodes share",
-        )
+        why = f"rank 0 on {found[0][1]} writes there, but does not share it with {', '.join(blind)}"
+        raise ConfigError(key, str(directory), f"{why}: give a directory that all nodes share")
 
 
 def _sees(path: Path, held: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the parts of a run are made from, in one thing instead of three."""
+"""What the parts of a run are made from."""
 
 from __future__ import annotations
 

@@ -34,27 +34,22 @@ class Start:
 def opened(cfg: TropdConfig, run_dir: Path, objective: Objective, prompts: str, topology: Topology) -> Iterator[Start]:
     """Where the run starts (collective). Rank 0 holds the directory inside the block, unless the run is finished.
 
-    ``prompts`` is the fingerprint of the training prompts.
-
-    Raises:
-        ConfigError, CheckpointError: on every rank: what has changed since the checkpoint may not, another process
-            runs in the directory, a rank does not see it, or none of its checkpoints can be read.
+    ``prompts`` is the fingerprint of the training prompts. Raises ConfigError or CheckpointError on every rank: what
+    has changed since the checkpoint may not, another process runs in the directory, a rank does not see it, or none of
+    its checkpoints can be read.
     """
     key = "exp_manager.explicit_log_dir" if cfg.exp_manager.explicit_log_dir else "exp_manager.exp_dir"
     contents: dict[str, object] = {}
 
     def find() -> Start:
         contents.update(contents or _contents(cfg, prompts))
-        return find_start(cfg, run_dir, objective, contents)
+        return _find(cfg, run_dir, objective, contents)
 
     start = on_rank_zero(topology, find, unexpected=CheckpointError)
     if start.finished:
         yield start
         return
     with ExitStack() as held:
-
-        def lock() -> None:
-            held.enter_context(run_lock(run_dir, key))
 
         def prepare() -> Start:
             start = find()  # once more: another process may have come further, or finished
@@ -65,17 +60,13 @@ def opened(cfg: TropdConfig, run_dir: Path, objective: Objective, prompts: str, 
                 print(line, flush=True)
             return start
 
-        on_rank_zero(topology, lock, unexpected=CheckpointError)
+        on_rank_zero(topology, lambda: held.enter_context(run_lock(run_dir, key)), unexpected=CheckpointError)
         check_shared(run_dir, key, topology)
         yield on_rank_zero(topology, prepare, unexpected=CheckpointError)
 
 
-def find_start(cfg: TropdConfig, run_dir: Path, objective: Objective, contents: dict[str, object]) -> Start:
-    """Where a run in ``run_dir`` starts; reads only.
-
-    Raises:
-        ConfigError, CheckpointError: see :func:`opened`.
-    """
+def _find(cfg: TropdConfig, run_dir: Path, objective: Objective, contents: dict[str, object]) -> Start:
+    """Where a run in ``run_dir`` starts; reads only."""
     path, saved, damage = newest_readable(run_dir / "checkpoints")
     notes = [f"{line}; using the checkpoint before it" for line in damage]
     cfg = settled(cfg, saved)

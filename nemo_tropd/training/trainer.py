@@ -16,6 +16,11 @@ from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.step import StepRecord, TrainStep
 from nemo_tropd.training.validation import Validation, Validator
 
+TEACHER_REMEDY = (
+    "check the files of model.teacher.path, or set model.teacher.precision=32 model.teacher.fp8=null "
+    "trainer.tropd.accept_changes='[model.teacher.precision,model.teacher.fp8]'"
+)
+
 
 class TrainingError(RuntimeError):
     """The run cannot continue: names the step, the reason, and what to change."""
@@ -61,12 +66,8 @@ class TropdTrainer:
         self._skipped_in_a_row = 0
 
     def fit(self) -> Outcome:
-        """Run the loop. Collective; every rank returns the same outcome.
-
-        Raises:
-            CheckpointError, EngineError, TrainingError: on every rank; the run directory keeps its complete
-                checkpoints.
-        """
+        """Run the loop. Collective; every rank returns the same outcome, or raises the same CheckpointError,
+        EngineError or TrainingError; complete checkpoints stay."""
         self._resume()
         self.model.prepare_for_training()
         first, last = self.state.step, self.settings.max_steps
@@ -101,24 +102,28 @@ class TropdTrainer:
 
     def _validate_if_due(self, last: int) -> None:
         step = self.state.step
-        if step in (0, last) or self._due(step, self.settings.val_check_interval):
-            stop_point(self.topology)
-            self._validate(step)
+        if step not in (0, last) and not self._due(step, self.settings.val_check_interval):
+            return
+        stop_point(self.topology)
+        self.progress.phase("validating")
+        validation = self.validator.run(step)
+        if validation.metrics or validation.dropped:
+            if self.log is not None:
+                self.log.write(step, "validation", validation.metrics)
+            self.progress.say(f"validation after step {step}: {validation.line()}")
 
     def _step(self, step: int) -> None:
-        record = self.one_step.run(step, keep_tokens=self._keeps_tokens(step), shown=self.progress.phase)
-        self.state = replace(self.state, step=step + 1)
+        done = step + 1
+        keeps = done in (1, self.settings.max_steps) or self._due(done, self.settings.val_check_interval)
+        record = self.one_step.run(step, keep_tokens=keeps, shown=self.progress.phase)
+        self.state = replace(self.state, step=done)
         if self.log is not None:
-            self.log.write(step + 1, "train", record.values)
+            self.log.write(done, "train", record.values)
         if self.rollout_file is not None and record.sums.kept:
             kept = record.sums.kept[: self.cfg.model.validation.kept_rollouts]
-            self.rollout_file.write(step + 1, record.rollouts, kept)
+            self.rollout_file.write(done, record.rollouts, kept)
         self._count_skipped(step, record)
         self.progress.step_done(step, record.values)
-
-    def _keeps_tokens(self, step: int) -> bool:
-        done = step + 1
-        return done in (1, self.settings.max_steps) or self._due(done, self.settings.val_check_interval)
 
     def _count_skipped(self, step: int, record: StepRecord) -> None:
         """Keep the rollouts of a step that was skipped; end the run if it happens too often in a row (collective)."""
@@ -139,9 +144,8 @@ class TropdTrainer:
         what = causes[0] + (f" and {len(causes) - 1} more" if len(causes) > 1 else "")
         self.progress.say(f"step {step + 1} skipped: not finite: {what}; rollouts kept in {where}")
         if self._skipped_in_a_row > self.settings.max_skipped_steps:
-            remedy = "lower model.optim.lr or trainer.tropd.gradient_clip_val"
-            if causes[0].startswith("the teacher"):
-                remedy = "check the files of model.teacher.path, or set model.teacher.precision=32 and fp8=null"
+            of_teacher = causes[0].startswith("the teacher")
+            remedy = TEACHER_REMEDY if of_teacher else "lower model.optim.lr or trainer.tropd.gradient_clip_val"
             raise TrainingError(
                 f"step {step + 1}: {self._skipped_in_a_row} steps in a row were skipped "
                 f"(trainer.tropd.max_skipped_steps = {self.settings.max_skipped_steps}); not finite: {what}. The same "
@@ -159,16 +163,6 @@ class TropdTrainer:
 
     def _due(self, done: int, interval: int) -> bool:
         return bool(interval) and done % interval == 0
-
-    def _validate(self, step: int) -> Validation:
-        self.progress.phase("validating")
-        validation = self.validator.run(step)
-        if not (validation.metrics or validation.dropped):
-            return validation
-        if self.log is not None:
-            self.log.write(step, "validation", validation.metrics)
-        self.progress.say(f"validation after step {step}: {validation.line()}")
-        return validation
 
     def _save(self) -> None:
         self.progress.phase("saving")

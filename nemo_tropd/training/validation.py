@@ -33,13 +33,9 @@ class Validation:
 
     def line(self) -> str:
         """One human-readable line."""
-        names = (
-            ("reverse_kl", "reverse KL"),
-            ("forward_kl", "forward KL"),
-            ("one_minus_tv", "1 - TV"),
-            ("exact_match", "exact match"),
-        )
-        figures = [f"{label} {self.metrics[n]:.3f}" for n, label in names if n in self.metrics]
+        names = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "one_minus_tv": "1 - TV"}
+        names["exact_match"] = "exact match"
+        figures = [f"{label} {self.metrics[name]:.3f}" for name, label in names.items() if name in self.metrics]
         return ", ".join([*figures, *(f"{name} not finite, left out" for name in self.dropped)])
 
 
@@ -57,8 +53,7 @@ class Validator:
         """Validate the student as it is (collective); the same result on every rank.
 
         ``reverse_kl``, ``one_minus_tv`` and the entropies are means over the tokens of the student's own answers,
-        ``forward_kl`` over the tokens of the teacher's; ``exact_match`` over prompts with a known answer. A mean
-        that is not finite is left out.
+        ``forward_kl`` over the tokens of the teacher's; ``exact_match`` over prompts with a known answer.
         """
         if not self.prompts:
             return Validation(step, {})
@@ -70,8 +65,9 @@ class Validator:
             name: own.mean(name, own.sums["tokens"])
             for name in ("reverse_kl", "one_minus_tv", "student_entropy", "teacher_entropy")
         }
-        taught = self._teacher_written()
-        if taught:
+        # The teacher's answers are prefixes: every token of them is scored, none is the student's.
+        written = self.responses.rollouts(p.token_ids for p in self.prompts) if self.responses is not None else []
+        if taught := self.topology.broadcast_object(written):
             teacher = self._divergences(taught)
             metrics["forward_kl"] = teacher.mean("forward_kl", teacher.sums["tokens"])
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
@@ -93,11 +89,8 @@ class Validator:
     def read(self, step: int) -> Validation | None:
         """The validation an earlier part of this run made after ``step``."""
 
-        def found() -> Validation | None:
-            content = read_json(self._path(step))
-            return Validation(**content) if content else None
-
-        return on_rank_zero(self.topology, found)
+        content = on_rank_zero(self.topology, lambda: read_json(self._path(step)))
+        return Validation(**content) if content else None
 
     def _path(self, step: int) -> Path:
         return self.dir / f"step_{step:08d}.json"
@@ -122,11 +115,6 @@ class Validator:
         """For each rollout whose prompt has a known answer: does it end in that answer?"""
         answers = [self.prompts[r.prompt_index].answer for r in rollouts]
         return [exact_match(t, a) for t, a in zip(texts, answers, strict=True) if a is not None]
-
-    def _teacher_written(self) -> list[Rollout]:
-        """The teacher's answers as prefixes: every token of them is scored, none is the student's."""
-        written = self.responses.rollouts(p.token_ids for p in self.prompts) if self.responses is not None else []
-        return self.topology.broadcast_object(written)
 
     def _divergences(self, rollouts: Sequence[Rollout]) -> MetricSums:
         batches = self.packer.pack(rollouts, step=0)  # divergences use no draws

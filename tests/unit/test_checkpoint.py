@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training import checkpoint
 from nemo_tropd.training.checkpoint import Checkpoints
 from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state
+from nemo_tropd.training.trainer import TEACHER_REMEDY
+from tests.e2e.compose import compose_config
 from tests.tiny_models import make_tiny
 from tests.unit.test_optimizer import Student
 
@@ -96,6 +99,18 @@ def test_a_run_of_other_settings_may_not_resume(key: str) -> None:
     assert str(error.value).startswith(f"{key} = {value!r}: ") and repr(SETTINGS[key]) in str(error.value)
     check_resumable(STATE, replace(STATE, step=0, skipped_steps=0))
     assert check_resumable(STATE, other, [key]) == [f"{key}: {SETTINGS[key]} up to step 3, {value} from here on"]
+
+
+def test_a_run_that_follows_the_advice_for_a_teacher_that_is_not_finite_resumes() -> None:
+    required = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    before = [*required, "trainer.precision=bf16", "model.teacher.fp8=tensorwise"]
+    advised = compose_config([*before, *shlex.split(TEACHER_REMEDY.partition(" set ")[2])])
+    was, now = (first_state(cfg, build("tropd"), {}, "r") for cfg in (compose_config(before), advised))
+    lines = check_resumable(was, now, advised.trainer.tropd.accept_changes)
+    assert lines == [
+        f"model.teacher.{what} up to step 0, {value} from here on"
+        for what, value in (("fp8: tensorwise", None), ("precision: bf16", "32"))
+    ]
 
 
 def test_every_setting_is_classified() -> None:
