@@ -20,6 +20,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from nemo_tropd.parallel.addresses import addresses_of
 
 GIB = 2**30
 OK, NOTICE, WRONG = "ok", "notice", "wrong"
@@ -67,9 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     role = options.role or ("gpu" if read_gpus().devices else "cpu")
     findings = list(examine(role, options.port, options.runs))
     wrong = [f for f in findings if f.state == WRONG]
-    shown = wrong if options.brief else findings
     console = Console(width=max(shutil.get_terminal_size((140, 40)).columns, 110))
-    if shown:
+    if shown := wrong if options.brief else findings:
         table = Table("", "found", "", "fix", title=f"nemo_tropd, role {role}", title_justify="left")
         for f in shown:
             table.add_row(escape(f.what), escape(f.found), _COLOURS[f.state], escape(f.remedy))
@@ -103,7 +105,7 @@ def _python() -> Finding:
 
 
 def packages(role: str) -> Iterator[Finding]:
-    """The package's requirements and those of the extra ``role``; deviating from the extra's pins is only a notice."""
+    """The package's requirements and those of the extra ``role``, whose pins are only a notice."""
     pinned = {r.name: r for r in _requirements(role)}
     for name, wanted in ({r.name: r for r in _requirements(None)} | pinned).items():
         version = installed(name)
@@ -138,13 +140,11 @@ def installed(name: str) -> str | None:
 def source_builds() -> Iterator[Finding]:
     """Transformer Engine's part that is built from source."""
     version = installed("transformer-engine-torch") if _has_module("transformer_engine_torch") else None
-    yield _verdict(
-        "Transformer Engine's torch extension",
-        version or "missing",
-        version is not None,
+    remedy = (
         "pip install --no-build-isolation transformer-engine-torch in the version of transformer-engine, with a CUDA "
-        "build of torch installed; or use the image",
+        "build of torch installed; or use the image"
     )
+    yield _verdict("Transformer Engine's torch extension", version or "missing", version is not None, remedy)
 
 
 def nemo_apex(*, wanted: bool) -> Finding:
@@ -157,13 +157,9 @@ def nemo_apex(*, wanted: bool) -> Finding:
         remedy = "pip uninstall apex: it shadows NVIDIA's apex, which is required"
         return Finding("apex", "PyPI's, an unrelated web toolkit", WRONG, remedy)
     missing = [m for m in ("amp_C", "fused_weight_gradient_mlp_cuda") if not _has_module(m)]
-    found = (
-        f"NVIDIA's, built without {', '.join(missing)}"
-        if missing
-        else f"NVIDIA's {installed('apex') or ''}, with its kernels"
-    )
+    kernels = f", built without {', '.join(missing)}" if missing else f" {installed('apex') or ''}, with its kernels"
     remedy = "rebuild it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, as docker/Dockerfile does"
-    return _verdict("apex", found, not missing, remedy, WRONG if wanted else NOTICE)
+    return _verdict("apex", "NVIDIA's" + kernels, not missing, remedy, WRONG if wanted else NOTICE)
 
 
 def _has_module(name: str) -> bool:
@@ -264,9 +260,7 @@ def machine(role: str, runs: Path) -> Iterator[Finding]:
     yield _enough("memory", psutil.virtual_memory().total, minimum["memory"], "in total", remedy)
     shared = Path("/dev/shm")
     if shared.is_dir():
-        remedy = (
-            "use docker run --ipc host, or --shm-size (compose: shm_size; Kubernetes: an emptyDir of medium Memory)"
-        )
+        remedy = "use docker run --ipc host, or --shm-size (compose: shm_size; Kubernetes: emptyDir, medium: Memory)"
         yield _enough("shared memory", shutil.disk_usage(shared).total, minimum["shared"], "in /dev/shm", remedy)
     folder = runs.absolute()
     while not folder.exists():
@@ -305,10 +299,9 @@ def free_port(port: int) -> Finding:
 def own_name() -> Finding:
     """Whether other nodes can reach this one by its name: it must not resolve to the loopback."""
     name = socket.gethostname()
-    try:
-        addresses = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
-    except OSError:
-        addresses = []
+    addresses: list[str] = []
+    with suppress(OSError):
+        addresses = sorted(addresses_of(name))
     found = f"{name} resolves to {', '.join(addresses)}" if addresses else f"{name} does not resolve"
     outside = any(not a.startswith("127.") and a != "::1" for a in addresses)
     return _verdict("host name", found, outside, "for multi-node runs, give an address in trainer.rendezvous", NOTICE)

@@ -13,10 +13,7 @@ def calibration_batches(
     cfg: TeacherConfig, held_out: PromptSet, responses: TeacherResponses | None, packer: Packer
 ) -> list[TokenBatch]:
     """The run's own micro-batches of them, all on every rank, with the gate's draws of the run's first step; none
-    without FP8 (collective).
-
-    ``responses`` are those of rank 0; None elsewhere.
-    """
+    without FP8 (collective). ``responses`` are those of rank 0; None elsewhere."""
     count = cfg.admission.prompts
     if cfg.fp8 is None or not count:
         return []

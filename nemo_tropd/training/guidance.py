@@ -70,10 +70,6 @@ class Guidance:
                 f"0; they are {self.total_steps}, {self.max_new_tokens}, {self.samples_per_prompt}, {self.longest}"
             )
 
-    def max_prefix_length(self, step: int) -> int:
-        """L_max at ``step``, in tokens."""
-        return max_prefix_length(step, total_steps=self.total_steps, longest=self.longest)
-
     def plan(
         self, prompt_ids: Sequence[Sequence[int]], step: int, *, prompt_indices: Sequence[int] | None = None
     ) -> list[RolloutRequest]:
@@ -85,7 +81,8 @@ class Guidance:
         indices = range(len(prompt_ids)) if prompt_indices is None else prompt_indices
         if len(indices) != len(prompt_ids):
             raise ValueError(f"there are {len(prompt_ids)} prompts but {len(indices)} prompt indices")
-        longest = self.max_prefix_length(step) if self.responses is not None else 0
+        annealed = max_prefix_length(step, total_steps=self.total_steps, longest=self.longest)
+        longest = annealed if self.responses is not None else 0
         requests = []
         for i, (ids, index) in enumerate(zip(prompt_ids, indices, strict=True)):
             response = self.responses.lookup(ids) if self.responses is not None and longest > 0 else None

@@ -57,11 +57,8 @@ class RunProgress:
 
     def step_done(self, step: int, values: Mapping[str, float]) -> None:
         """Advance past step number ``step`` (from 0) and show its figures."""
-        figures = "  ".join(
-            f"{label} {form.format(values[name])}"
-            for name, label, form in SHOWN
-            if name in values and math.isfinite(values[name])
-        )
+        shown = [row for row in SHOWN if math.isfinite(values.get(row[0], math.nan))]
+        figures = "  ".join(f"{label} {form.format(values[name])}" for name, label, form in shown)
         if self.live:
             self._bar.update(self._task, completed=step + 1, figures=figures)
         elif self.enabled:

@@ -246,7 +246,7 @@ def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
 
 
 def _wandb_kwargs(cfg: TropdConfig, run_dir: Path) -> dict[str, Any]:
-    """Those of the configuration, with the run's own id unless one is given: a resumed run continues its curves."""
+    """With the run's own id unless one is given: a resumed run continues its curves."""
     kwargs = dict(cfg.exp_manager.wandb_logger_kwargs)
     if cfg.exp_manager.create_wandb_logger and os.environ.get("RANK", "0") == "0":
         path = run_dir / "wandb_id"

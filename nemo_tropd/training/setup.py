@@ -1,4 +1,4 @@
-"""What the parts of a run are made from."""
+"""A checked configuration, the plan made from it, and this process's place in the parallel layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_tropd.training.start import Start
 
 @dataclass(frozen=True)
 class Setup:
-    """A checked configuration, the plan made from it, and this process's place in the parallel layout."""
+    """What the parts of a run are made from."""
 
     cfg: TropdConfig
     plan: Plan
