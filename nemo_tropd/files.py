@@ -125,11 +125,9 @@ def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
 
 def remove_stale(folder: Path, *, ours: bool = False) -> None:
     """Remove temporary files and folders of dead processes; a process's first write to a folder does so by itself.
-    ``ours``: no other process writes to the folder, so every one is stale.
-
-    A folder moved aside by a process that died before the new one was in its place is moved back. Names from another
-    machine, whose processes are not visible here, are removed once they are a day old.
-    """
+    ``ours``: no other process writes to the folder, so every one is stale. A folder moved aside by a process that died
+    before the new one was in its place is moved back. Names from another machine, whose processes are not visible here,
+    are removed once they are a day old."""
     for left_over in list(folder.iterdir()) if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(left_over.name)
         if match is None or left_over in _in_use:

@@ -27,11 +27,9 @@ _PAUSE_S = 2.0  # before a restart: the other nodes need a moment to notice
 
 
 class Supervisor:
-    """Runs one agent at a time, passes signals on, and kills the orphans it leaves behind.
-
-    SIGTERM, SIGINT and SIGHUP go to the ranks, not to torchrun, which would end with an error although they have saved
-    and exited normally. Ranks that have not exited ``SHUTDOWN_S`` later are killed with their torchrun.
-    """
+    """Runs one agent at a time, passes signals on, and kills the orphans it leaves behind. SIGTERM, SIGINT and SIGHUP
+    go to the ranks, not to torchrun, which would end with an error although they have saved and exited normally. Ranks
+    that have not exited ``SHUTDOWN_S`` later are killed with their torchrun."""
 
     def __init__(self, command: list[str], env: Mapping[str, str], restarts: int, patience_s: float) -> None:
         """``patience_s``: seconds torchrun may have no live rank; must exceed the time it may wait for other nodes."""

@@ -62,12 +62,10 @@ def on_rank_zero(
     heartbeat_s: float = _HEARTBEAT_S,
     may_stop: bool = False,
 ) -> T:
-    """Collective: rank 0 does ``work``; every rank returns its (picklable) result or raises its exception.
-
-    Rank 0 reports every ``heartbeat_s`` seconds that it still works, which may take longer than the process group's
-    timeout. An exception whose class is not of this package arrives as an ``unexpected`` that names it. With
-    ``may_stop`` every rank raises Stopped if the work, then abandoned, is not done ``FINISH_S`` after a request.
-    """
+    """Collective: rank 0 does ``work``; every rank returns its (picklable) result or raises its exception. Rank 0
+    reports every ``heartbeat_s`` seconds that it still works, which may take longer than the process group's timeout.
+    An exception whose class is not of this package arrives as an ``unexpected`` that names it. With ``may_stop`` every
+    rank raises Stopped if the work, then abandoned, is not done ``FINISH_S`` after a request."""
     if not ranks.is_leader:
         outcome, content = "working", b""
         while outcome == "working":
@@ -132,9 +130,7 @@ def on_stream(
     unexpected: type[Exception] = RankError,
 ) -> T:
     """Collective: rank 0 does ``consume(stream)``; every rank returns its result, or raises what any rank raised.
-
-    Whatever happens, every rank exhausts its own ``stream``, whose items are made by collectives.
-    """
+    Whatever happens, every rank exhausts its own ``stream``, whose items are made by collectives."""
 
     def work() -> T | None:
         try:

@@ -19,10 +19,8 @@ _installed: list[str] = []
 
 
 def enable_cpu_megatron() -> None:
-    """Make megatron-core run on CPU and gloo; on a machine with CUDA only repair a defect.
-
-    Call it before building a model, outside any other torch function mode, in the thread that trains.
-    """
+    """Make megatron-core run on CPU and gloo; on a machine with CUDA only repair a defect. Call it before building a
+    model, outside any other torch function mode, in the thread that trains."""
     repair_reduce()
     if _installed or torch.cuda.is_available():
         return
@@ -38,10 +36,8 @@ def fast_bf16() -> bool:
 
 @contextlib.contextmanager
 def native_torch() -> Iterator[None]:
-    """Leave the torch function mode of ``enable_cpu_megatron`` for the duration, e.g. while an engine is built.
-
-    Raises RuntimeError if another torch function mode was entered after it, since modes can only be left in order.
-    """
+    """Leave the torch function mode of ``enable_cpu_megatron`` for the duration, e.g. while an engine is built. Raises
+    RuntimeError if another torch function mode was entered after it, since modes can only be left in order."""
     if _cuda_literal is None:
         yield
         return
@@ -116,9 +112,7 @@ def rng_tracker_on_the_cpu_generator() -> None:
 
 def type_names_for_megatron() -> None:
     """clip_grads.py:167, optimizer.py:671 and distrib_optimizer.py:361 compare ``Tensor.type()`` with torch.cuda.*.
-
-    Only a caller inside megatron sees the other name.
-    """
+    Only a caller inside megatron sees the other name."""
     original = torch.Tensor.type
 
     def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Degrees of a run. ``teacher_tensor`` is None if the teacher is split exactly as the student is.
-
-    Raises ValueError, with the numbers, if the degrees do not fit together.
-    """
+    """Degrees of a run. ``teacher_tensor`` is None if the teacher is split exactly as the student is. Raises
+    ValueError, with the numbers, if the degrees do not fit together."""
 
     world_size: int
     tensor: int = 1

@@ -63,11 +63,9 @@ def collective_timeout_s(timeout_s: float) -> float:
 
 
 class RollCall:
-    """This rank's part of it, as a context manager around all of a run; nothing to do in a world of one.
-
-    An exception that leaves it is announced; a collective's becomes PeerFailed if another rank announced why, else
-    PeerLost. No collective may be called after either.
-    """
+    """This rank's part of it, as a context manager around all of a run; nothing to do in a world of one. An exception
+    that leaves it is announced; a collective's becomes PeerFailed if another rank announced why, else PeerLost. No
+    collective may be called after either."""
 
     def __init__(self, timeout_s: float) -> None:
         """``timeout_s``: trainer.distributed_timeout_s. Not collective. The store is the one torchrun names."""
@@ -149,11 +147,8 @@ class RollCall:
 
     def together(self, work: Callable[[], T]) -> T:
         """Every rank does ``work``, before there are process groups; returns this rank's result. Afterwards the hosts
-        of all ranks are known.
-
-        If any rank failed, every rank raises the error of the lowest of them, which names its rank and host; Stopped
-        if any was asked to stop; PeerLost if one fell silent, or was not there in time.
-        """
+        of all ranks are known. If any rank failed, every rank raises the error of the lowest of them, which names its
+        rank and host; Stopped if any was asked to stop; PeerLost if one fell silent, or was not there in time."""
         if self.alone:
             return work()
         failure: BaseException | None = None

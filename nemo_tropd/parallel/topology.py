@@ -65,10 +65,8 @@ class Topology(World):
     ) -> Topology:
         """Join the world that torchrun describes (RANK, WORLD_SIZE, ...), or be a world of one without it; a default
         process group that is already up is used as it is. Sets the device, Megatron's groups and its random numbers.
-
         ``sequence_parallel`` is off at tensor parallel 1. ``teacher_tensor_parallel`` None: the teacher is split as the
-        student is, pipeline included. Raises ValueError if the degrees do not fit together.
-        """
+        student is, pipeline included. Raises ValueError if the degrees do not fit together."""
         started = dist.is_initialized()
         world_size = dist.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
         ranks = RankLayout(world_size, tensor_parallel, pipeline_parallel, teacher_tensor_parallel)

@@ -52,10 +52,8 @@ def newest_readable(
     folder: Path, before: Path | None = None, damage: Sequence[str] = ()
 ) -> tuple[Path | None, RunState | None, list[str]]:
     """The newest checkpoint (older than ``before``) whose files are all there, its state, and what is wrong with each
-    newer one; Nones if there is no checkpoint at all. ``damage``: what was found before.
-
-    Raises CheckpointError if every one is damaged, or the newest is of another version or cannot be looked at.
-    """
+    newer one; Nones if there is no checkpoint at all. ``damage``: what was found before. Raises CheckpointError if
+    every one is damaged, or the newest is of another version or cannot be looked at."""
     found = [path for path in complete_checkpoints(folder) if before is None or path.name < before.name]
     damage = list(damage)
     for path in reversed(found):
@@ -103,10 +101,8 @@ class Checkpoints:
         self._on_rank_zero(remove, f"cannot clean {self.dir}")
 
     def save(self, model: GPTModel, optimizer: StudentOptimizer, state: RunState) -> Path:
-        """Write a checkpoint; on return it is complete and older ones beyond ``keep`` are removed.
-
-        Raises CheckpointError without room or if a write failed; earlier checkpoints are untouched.
-        """
+        """Write a checkpoint; on return it is complete and older ones beyond ``keep`` are removed. Raises
+        CheckpointError without room or if a write failed; earlier checkpoints are untouched."""
         final = self.dir / f"step_{state.step:08d}"
         if self._on_rank_zero(final.exists, f"cannot look at {final}"):
             return final
@@ -174,11 +170,9 @@ class Checkpoints:
         return found[-1] if found else None
 
     def load(self, path: Path, model: GPTModel, optimizer: StudentOptimizer) -> RunState:
-        """Fill model and optimizer from ``path`` (saved under any parallel layout) and return the run's state.
-
-        Raises DamagedCheckpoint on every rank if its files are damaged (model and optimizer may then be filled in
-        part), CheckpointError if it cannot be loaded for another reason.
-        """
+        """Fill model and optimizer from ``path`` (saved under any parallel layout) and return the run's state. Raises
+        DamagedCheckpoint on every rank if its files are damaged (model and optimizer may then be filled in part),
+        CheckpointError if it cannot be loaded for another reason."""
 
         def attempt() -> RunState:
             try:

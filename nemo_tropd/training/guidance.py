@@ -73,11 +73,9 @@ class Guidance:
     def plan(
         self, prompt_ids: Sequence[Sequence[int]], step: int, *, prompt_indices: Sequence[int] | None = None
     ) -> list[RolloutRequest]:
-        """``samples_per_prompt`` requests for each prompt of the step, prompt by prompt.
-
-        ``prompt_indices``: the prompts' places in the data (default: in the list). Sample s of the i-th prompt has
-        sequence_id i * samples_per_prompt + s. LookupError if a prompt's teacher response is wanted and not there.
-        """
+        """``samples_per_prompt`` requests for each prompt of the step, prompt by prompt. ``prompt_indices``: the
+        prompts' places in the data (default: in the list). Sample s of the i-th prompt has sequence_id i *
+        samples_per_prompt + s. LookupError if a prompt's teacher response is wanted and not there."""
         indices = range(len(prompt_ids)) if prompt_indices is None else prompt_indices
         if len(indices) != len(prompt_ids):
             raise ValueError(f"there are {len(prompt_ids)} prompts but {len(indices)} prompt indices")

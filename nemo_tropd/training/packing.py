@@ -13,12 +13,10 @@ from nemo_tropd.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Packer:
-    """How a run lays rollouts out in micro-batches.
-
-    ``tokens_per_micro_batch`` None: ``micro_batch_size`` sequences of similar length, padded with ``pad_id``. Else
-    sequences end to end in rows of at most that many tokens, filled evenly. Under sequence parallelism every width is a
-    multiple of the tensor-parallel size. ``seed`` is the run's, for the gate's draws.
-    """
+    """How a run lays rollouts out in micro-batches. ``tokens_per_micro_batch`` None: ``micro_batch_size`` sequences of
+    similar length, padded with ``pad_id``. Else sequences end to end in rows of at most that many tokens, filled
+    evenly. Under sequence parallelism every width is a multiple of the tensor-parallel size. ``seed`` is the run's, for
+    the gate's draws."""
 
     topology: Topology
     pad_id: int
@@ -27,10 +25,8 @@ class Packer:
     seed: int
 
     def pack(self, rollouts: Sequence[Rollout], step: int) -> list[TokenBatch]:
-        """This data-parallel rank's micro-batches: the same number on every rank, some of them empty if need be.
-
-        Every rank must pass the same ``rollouts``. Raises ValueError for one that is longer than a row.
-        """
+        """This data-parallel rank's micro-batches: the same number on every rank, some of them empty if need be. Every
+        rank must pass the same ``rollouts``. Raises ValueError for one that is longer than a row."""
         lay_out: Callable[..., TokenBatch]
         topology, row = self.topology, self.tokens_per_micro_batch
         multiple = topology.tensor_size if topology.sequence_parallel else 1
@@ -56,10 +52,8 @@ class Packer:
 
 def even_bins(lengths: Sequence[int], capacity: int, *, multiple_of: int = 1) -> list[list[int]]:
     """Indices of ``lengths`` in bins of at most ``capacity``, as few as first-fit decreasing needs, evenly filled.
-
     Their number is a multiple of ``multiple_of``, with empty bins at the end if that many are not needed. Fullest
-    first; the same on every process for the same lengths. Raises ValueError for a length above ``capacity``.
-    """
+    first; the same on every process for the same lengths. Raises ValueError for a length above ``capacity``."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if order and lengths[order[0]] > capacity:
         raise ValueError(f"a sequence of {lengths[order[0]]} tokens does not fit a micro-batch of {capacity}")

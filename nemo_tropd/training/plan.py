@@ -48,10 +48,8 @@ class Plan:
 
 
 def make_plan(cfg: TropdConfig) -> Plan:
-    """Check paths, shapes, tokenizers, prompts, objective and run directory.
-
-    Raises ConfigError, ConversionError or PromptError.
-    """
+    """Check paths, shapes, tokenizers, prompts, objective and run directory. Raises ConfigError, ConversionError or
+    PromptError."""
     student_path, teacher_path = Path(cfg.pretrained_checkpoint.restore_from_path), Path(cfg.model.teacher.path)
     m = cfg.model
     degrees = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
@@ -110,10 +108,8 @@ def _prompts(cfg: TropdConfig, tokenizer: Any) -> PromptSplit:
 
 
 def _check_answers(prompts: PromptSplit) -> None:
-    """Refuse known answers of held-out prompts that cannot be judged now, not at the first validation.
-
-    On rank 0 alone: judging takes a process of its own.
-    """
+    """Refuse known answers of held-out prompts that cannot be judged now, not at the first validation. On rank 0 alone:
+    judging takes a process of its own."""
     for prompt in prompts.held_out if os.environ.get("RANK", "0") == "0" else ():
         try:
             if prompt.answer is not None:

@@ -57,10 +57,8 @@ class RunState:
 
     @classmethod
     def read(cls, saved: dict[str, Any], where: object) -> RunState:
-        """The state in a checkpoint at ``where``; fields that this version does not know are ignored.
-
-        Raises CheckpointError if another version wrote it, without a field that is needed.
-        """
+        """The state in a checkpoint at ``where``; fields that this version does not know are ignored. Raises
+        CheckpointError if another version wrote it, without a field that is needed."""
         known = {f.name for f in fields(cls)}
         if not {"step", "settings", "adjustable"} <= saved.keys():
             raise CheckpointError(
@@ -113,11 +111,9 @@ def settled(cfg: TropdConfig, saved: RunState | None) -> TropdConfig:
 
 
 def check_resumable(saved: RunState, now: RunState, accepted: Collection[str] = ()) -> list[str]:
-    """What has changed since the checkpoint and is used from here on, a line each.
-
-    Raises ConfigError, with both values, if a setting that alters draws or loss has changed and is not ``accepted``, or
-    one that cannot change at all.
-    """
+    """What has changed since the checkpoint and is used from here on, a line each. Raises ConfigError, with both
+    values, if a setting that alters draws or loss has changed and is not ``accepted``, or one that cannot change at
+    all."""
     both = [key for key in now.settings if key in saved.settings]  # others: of another version
     changed = [key for key in both if _identity(saved.settings[key]) != _identity(now.settings[key])]
     for key in sorted(changed, key=lambda key: key not in _FIXED):

@@ -68,11 +68,9 @@ def main(cfg: DictConfig, engines: EngineFactory | None = None) -> None:
 
 def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | None:
     """Run ``cfg`` from its last checkpoint, or from the start, to its end or a signal; None with ``check_only``, and if
-    the run is already finished. ``engines`` makes rollout engines (default: vLLM).
-
-    Raises ConfigError, ConversionError, PromptError before anything is allocated; EngineError, CheckpointError,
-    TrainingError, PeerLost, PeerFailed later: complete checkpoints stay.
-    """
+    the run is already finished. ``engines`` makes rollout engines (default: vLLM). Raises ConfigError, ConversionError,
+    PromptError before anything is allocated; EngineError, CheckpointError, TrainingError, PeerLost, PeerFailed later:
+    complete checkpoints stay."""
     try:
         with STOP.handled(), RollCall(cfg.trainer.distributed_timeout_s) as call:
             plan = call.together(lambda: _checked_plan(cfg))
@@ -204,10 +202,8 @@ def finish(setup: Setup, model: MegatronTrOPDModel, outcome: Outcome) -> None:
 
 
 def make_lightning_trainer(cfg: TropdConfig, run_dir: Path) -> Any:
-    """NeMo's exp_manager over a Lightning trainer that only carries loggers; writes config.yaml.
-
-    It gets a folder of its own, RUN/logs: at every restart it moves the files it finds into a sub-folder.
-    """
+    """NeMo's exp_manager over a Lightning trainer that only carries loggers; writes config.yaml. It gets a folder of
+    its own, RUN/logs: at every restart it moves the files it finds into a sub-folder."""
     from lightning.pytorch import Trainer
     from nemo.utils.exp_manager import exp_manager
 

@@ -21,11 +21,9 @@ _SEEN_S = 15.0  # file systems of networks show new files late
 
 @contextmanager
 def run_lock(directory: Path, key: str) -> Iterator[None]:
-    """Hold ``directory``, which is made if need be; ``key`` names it in the configuration.
-
-    The lock (flock) ends with the process, however that ends. Where the file system has none, a line says that nothing
-    keeps a second run out. Raises ConfigError if another process holds it, or nothing can be written there.
-    """
+    """Hold ``directory``, which is made if need be; ``key`` names it in the configuration. The lock (flock) ends with
+    the process, however that ends. Where the file system has none, a line says that nothing keeps a second run out.
+    Raises ConfigError if another process holds it, or nothing can be written there."""
     path = directory / NAME
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -57,10 +55,8 @@ def _take(handle: int, path: Path, key: str) -> None:
 
 
 def check_shared(directory: Path, key: str, topology: Topology) -> None:
-    """Refuse a directory that is not the same on every rank (collective). Call it while rank 0 holds the lock.
-
-    Raises ConfigError on every rank; names the ranks that see another directory, and their hosts.
-    """
+    """Refuse a directory that is not the same on every rank (collective). Call it while rank 0 holds the lock. Raises
+    ConfigError on every rank; names the ranks that see another directory, and their hosts."""
     path = directory / NAME
     held = topology.broadcast_object(path.read_text(encoding="utf-8") if topology.is_leader else "")
     deadline = time.monotonic() + _SEEN_S

@@ -33,11 +33,9 @@ class Start:
 @contextmanager
 def opened(cfg: TropdConfig, run_dir: Path, objective: Objective, prompts: str, topology: Topology) -> Iterator[Start]:
     """Where the run starts (collective). Rank 0 holds the directory inside the block, unless the run is finished.
-
     ``prompts`` is the fingerprint of the training prompts. Raises ConfigError or CheckpointError on every rank: what
     has changed since the checkpoint may not, another process runs in the directory, a rank does not see it, or none of
-    its checkpoints can be read.
-    """
+    its checkpoints can be read."""
     key = "exp_manager.explicit_log_dir" if cfg.exp_manager.explicit_log_dir else "exp_manager.exp_dir"
     contents: dict[str, object] = {}
 

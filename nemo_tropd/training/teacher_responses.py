@@ -41,9 +41,7 @@ class TeacherResponse:
 
 def checkpoint_fingerprint(model_dir: str | Path, memory: Path | None = None) -> str:
     """A digest of a checkpoint's config files and weights, wherever it lies. FileNotFoundError without weights.
-
-    ``memory`` (a JSON file) keeps a weight file's digest, which counts until the file's size, inode or times change.
-    """
+    ``memory`` (a JSON file) keeps a weight file's digest, which counts until the file's size, inode or times change."""
     folder = Path(model_dir)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -140,11 +138,9 @@ class TeacherResponses:
         batch: int = 256,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Generate the responses that are missing, ``batch`` prompts at a time; returns how many.
-
-        An engine is made only if something is missing, and closed at the end; one that dies is replaced once. Raises
-        EngineError; what has been generated stays. ``progress`` is told (generated, missing) after each batch.
-        """
+        """Generate the responses that are missing, ``batch`` prompts at a time; returns how many. An engine is made
+        only if something is missing, and closed at the end; one that dies is replaced once. Raises EngineError; what
+        has been generated stays. ``progress`` is told (generated, missing) after each batch."""
         requests = {key: self._request(i, key, ids) for i, ids in enumerate(prompts) if (key := prompt_key(ids))}
         missing = [key for key in requests if key not in self._responses]
         if missing:

@@ -50,11 +50,9 @@ class Validator:
         self.dir = setup.run_dir / "validation"
 
     def run(self, step: int) -> Validation:
-        """Validate the student as it is (collective); the same result on every rank.
-
-        ``reverse_kl``, ``one_minus_tv`` and the entropies are means over the tokens of the student's own answers,
-        ``forward_kl`` over the tokens of the teacher's; ``exact_match`` over prompts with a known answer.
-        """
+        """Validate the student as it is (collective); the same result on every rank. ``reverse_kl``, ``one_minus_tv``
+        and the entropies are means over the tokens of the student's own answers, ``forward_kl`` over the tokens of the
+        teacher's; ``exact_match`` over prompts with a known answer."""
         if not self.prompts:
             return Validation(step, {})
         self.model.prepare_for_inference()
