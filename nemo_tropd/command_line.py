@@ -3,8 +3,6 @@
 The schema alone decides which keys there are, so ``key=value``, ``+key=value`` and ``++key=value`` are the same here.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """Checks of a run's settings that need no model: each value against its key, and what must go together. No torch."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -7,8 +7,6 @@ that it can run next to a training run, as the containers' health check does. Wi
 gpu if a driver responds, else cpu.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata as metadata
 import importlib.util

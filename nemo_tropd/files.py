@@ -4,8 +4,6 @@ They are written under a temporary name in the same folder, flushed to the disk 
 killed processes left under temporary names is removed by the next one that writes to the same folder.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

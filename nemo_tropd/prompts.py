@@ -4,8 +4,6 @@ A record has ``prompt`` (a string, or a list of chat messages) or ``messages`` (
 may have ``answer`` and ``id``. All keys but ``id`` can be renamed, and dotted for nested records. No torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

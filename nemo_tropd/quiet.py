@@ -1,7 +1,5 @@
 """Silences libraries' notices, so that a run's own output stays readable; errors are still shown."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Output folders that appear only once complete, and the files that are copied unchanged beside the weights."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

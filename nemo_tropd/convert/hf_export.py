@@ -1,7 +1,5 @@
 """A model's shards as Hugging Face tensors: the stream that feeds the rollout engine, and the folder on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The safetensors files of a Hugging Face checkpoint: checked, read by ranges of a tensor, written file by file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

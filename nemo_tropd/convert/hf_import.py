@@ -1,7 +1,5 @@
 """Hugging Face weights into a built model's shards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol

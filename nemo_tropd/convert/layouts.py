@@ -1,7 +1,5 @@
 """The layout of a Megatron parameter over its Hugging Face tensors and over tensor-parallel ranks (see ``Row``)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

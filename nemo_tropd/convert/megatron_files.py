@@ -9,8 +9,6 @@ A folder, converted or saved by training at any degrees, has:
     hf/                         config, tokenizer and so on (``folders.write_hf_sidecar``)
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Iterator

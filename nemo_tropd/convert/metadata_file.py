@@ -3,8 +3,6 @@
 torch and Megatron unpickle it, and the objects stored beside the weights, as they come: a checkpoint is then a program.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What training adds to the student's model: recomputation, gradient buffers and their sum over data-parallel ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads

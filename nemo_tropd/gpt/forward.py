@@ -1,7 +1,5 @@
 """Passes without gradients through a GPTModel that gives hidden states, over any pipeline layout."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -2,8 +2,6 @@
 attention that takes concatenated sequences.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

@@ -5,8 +5,6 @@ among them trainer.num_nodes, trainer.devices, trainer.max_restarts and trainer.
 torchrun command and exits.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shlex

@@ -6,8 +6,6 @@
 128+n torchrun was stopped by signal n
 """
 
-from __future__ import annotations
-
 import sys
 
 from nemo_tropd.parallel.signals import die_with_parent

@@ -1,7 +1,5 @@
 """Builds this node's torchrun command from a configuration and the scheduler's allocation."""
 
-from __future__ import annotations
-
 import ipaddress
 import socket
 from collections.abc import Mapping, Sequence

@@ -9,8 +9,6 @@
 | none | | one node |
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ torchrun restarts dead ranks; without this, nothing would restart a dead torchru
 GPUs.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """Exact divergences between student and teacher over the full true vocabulary, for evaluation: no gradient."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp

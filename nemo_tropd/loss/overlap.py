@@ -1,7 +1,5 @@
 """Overlaps the matrix products of one chunk with the reductions of its neighbours (CUDA streams)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

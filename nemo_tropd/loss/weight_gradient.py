@@ -1,7 +1,5 @@
 """The head weight's gradient: summed over chunks, scaled by backward's gradient, added to Megatron's buffer."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

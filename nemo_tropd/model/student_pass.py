@@ -1,7 +1,5 @@
 """One step's passes over the student: its micro-batches through Megatron's schedule, their losses and metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

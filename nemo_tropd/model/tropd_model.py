@@ -1,7 +1,5 @@
 """The model class of a run, with the life cycle NeMo-Aligner's models had."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

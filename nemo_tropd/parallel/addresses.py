@@ -1,7 +1,5 @@
 """Addresses of this machine and of host names; used by the launcher and by the roll call of ranks. Needs no torch."""
 
-from __future__ import annotations
-
 import os
 import socket
 

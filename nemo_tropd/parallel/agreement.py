@@ -1,7 +1,5 @@
 """Work of some ranks whose outcome all must share: what one raises, expected or not, is raised on every rank."""
 
-from __future__ import annotations
-
 import pickle
 import threading
 import time

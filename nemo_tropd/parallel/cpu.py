@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,22 +32,6 @@ def enable_cpu_megatron() -> None:
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices by oneDNN; the loop that torch has else is a hundred times slower."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@contextlib.contextmanager
-def native_torch() -> Iterator[None]:
-    """Leave the torch function mode of ``enable_cpu_megatron`` for the duration, e.g. while an engine is built. Raises
-    RuntimeError if another torch function mode was entered after it, since modes can only be left in order."""
-    if _cuda_literal is None:
-        yield
-        return
-    if torch.overrides._get_current_function_mode() is not _cuda_literal:
-        raise RuntimeError("native_torch: another torch function mode is active inside Megatron's; leave it first")
-    _cuda_literal.__exit__(None, None, None)
-    try:
-        yield
-    finally:
-        _cuda_literal.__enter__()
 
 
 class _CudaLiteralToCpu(TorchFunctionMode):

@@ -4,8 +4,6 @@ Ranks are laid out tensor first, then data, pipeline last. A teacher with a tens
 pipeline: every rank has a shard of all of it, and the replicas that see the same micro-batches share them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

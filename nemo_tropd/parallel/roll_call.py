@@ -106,7 +106,11 @@ class RollCall:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.alone or error is None or isinstance(error, PeerLost | PeerFailed | Stopped):
+        if self.alone or error is None or isinstance(error, PeerLost | PeerFailed):
+            self.stop()
+            return
+        if isinstance(error, Stopped):
+            self._linger()  # others may not have read yet that all stop
             self.stop()
             return
         if failed_collective(error):
@@ -118,9 +122,11 @@ class RollCall:
                 cause = (str(error).strip().splitlines() or [""])[-1][:300]
                 print(f"PeerLost: {left}\n({type(error).__name__}: {cause})", file=sys.stderr, flush=True)
             self._linger()
+            self.stop()
             raise left from error
         self.announce(error)
         self._linger()
+        self.stop()
 
     def stop(self) -> None:
         """End the thread, and what ``announce`` started."""

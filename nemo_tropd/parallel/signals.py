@@ -4,8 +4,6 @@ A thread reads them from a file descriptor: a Python handler would not run while
 Imports nothing but the standard library, so that a script can call ``STOP.install()`` before anything else.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

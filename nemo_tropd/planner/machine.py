@@ -1,7 +1,5 @@
 """The machine a run is planned for, and the memory a plan may use."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

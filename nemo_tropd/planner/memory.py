@@ -4,8 +4,6 @@ Activations are counted tensor by tensor as Megatron's layers keep them for the 
 except by the local attention on CPU, for padded rows); Korthikanti et al. 2022 (arXiv 2205.05198) count the same way.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which rank does what, as a few human-readable lines."""
 
-from __future__ import annotations
-
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.parallel.ranks import RankLayout, nodes_of
 from nemo_tropd.planner.machine import Machine

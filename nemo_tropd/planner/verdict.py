@@ -1,7 +1,5 @@
 """Does the plan fit the machine? As rows of a table, and as an error that says what to change."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Bytes that a GPU sends per step, by kind: worst case, as in ``planner.memory``, by ring collectives."""
 
-from __future__ import annotations
-
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.planner.machine import Machine

@@ -1,7 +1,5 @@
 """What each chart of a run shows. The page and the picture draw these same definitions, see drawing.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Charts drawn by matplotlib: on any axes, and as inline SVG for the page."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator

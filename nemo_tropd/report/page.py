@@ -1,7 +1,5 @@
 """report.html: what a run did, on one page that needs nothing but itself."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ A killed run leaves traces that must not show: a truncated last line, steps that
 earlier checkpoint, values that were not finite (written as null).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

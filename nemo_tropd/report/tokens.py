@@ -1,7 +1,5 @@
 """Rollouts as the page shows them: tokens coloured by log-ratio and marked by the trust gate."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

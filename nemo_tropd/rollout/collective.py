@@ -3,8 +3,6 @@
 Whatever goes wrong on one rank is raised on every rank, so that none is left waiting.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 It knows no more of one; ``vllm/{child,hosts,in_process}.py`` implement it with vLLM, tests with doubles.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

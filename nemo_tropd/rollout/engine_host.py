@@ -9,8 +9,6 @@ readable here under the same path. It exits with code 0 when the run is over; if
 resume from its last checkpoint) it waits ``--wait-s`` seconds for it, then exits with code 2.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import socket

@@ -4,8 +4,6 @@ It is the text of the environment variable NEMO_TROPD_SECRET or of the file that
 launcher makes such a file if neither is set. Imports no torch: the launcher reads it, too.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

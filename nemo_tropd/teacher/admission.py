@@ -1,7 +1,5 @@
 """Admits an FP8 teacher: it is compared with itself in bf16, on the same tokens, before the first step."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Keeps a frozen model's weights in host memory while it is idle."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """The frozen teacher: hidden states of a batch, reduced at once to scores of its loss tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -5,8 +5,6 @@ larger one, a teacher spans several data-parallel ranks, which show each other t
 scores travel, never hidden states or logits (except in validation, which gathers logits a chunk at a time).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

@@ -4,8 +4,6 @@ Models write things like 9^9^9^9, and no signal interrupts Python once sympy has
 enforces a time and a memory limit. The child exits with this process, but not by the signals that stop a run.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

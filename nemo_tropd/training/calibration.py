@@ -1,7 +1,5 @@
 """The tokens on which an FP8 teacher is admitted: held-out prompts with the teacher's own answers."""
 
-from __future__ import annotations
-
 from nemo_tropd.batch import TokenBatch
 from nemo_tropd.config import TeacherConfig
 from nemo_tropd.prompts import PromptSet

@@ -4,8 +4,6 @@ Complete or absent: written under a temporary name, flushed, and renamed when ev
 was damaged later is reported and renamed to ``step_N.damaged`` once the one before it is loaded.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import re
@@ -84,7 +82,7 @@ def _state_of(path: Path) -> RunState:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Every public method but :meth:`latest` is collective."""
+    """The checkpoints of one run directory. Every public method is collective."""
 
     def __init__(self, run_dir: Path, topology: Topology, *, hf_source: Path, keep: int) -> None:
         self.dir = run_dir / "checkpoints"
@@ -163,11 +161,6 @@ class Checkpoints:
                 raise OSError(f"needs {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free")
 
         self._on_rank_zero(check, f"no room for a checkpoint in {self.dir}")
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        found = complete_checkpoints(self.dir)
-        return found[-1] if found else None
 
     def load(self, path: Path, model: GPTModel, optimizer: StudentOptimizer) -> RunState:
         """Fill model and optimizer from ``path`` (saved under any parallel layout) and return the run's state. Raises

@@ -4,8 +4,6 @@ Its own writer forks a process with threads, waits without a limit even for kill
 through a manager process that a signal to the process group ends (with a stop's own save) and that outlives the rank.
 """
 
-from __future__ import annotations
-
 import queue
 from typing import Any
 

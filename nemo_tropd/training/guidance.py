@@ -3,8 +3,6 @@
 The longest prefix is annealed by a cosine to nothing; how a length is drawn is not stated: ``prefix_draw`` offers both.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a run logs: metrics, one line a step; rollouts for the report; seconds by phase."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

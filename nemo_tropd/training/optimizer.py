@@ -1,7 +1,5 @@
 """Megatron's optimizer and schedule, with one decision on every rank: apply the step or skip it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The plan of a run: everything that can be computed, and refused, before a model is built."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass

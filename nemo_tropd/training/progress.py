@@ -1,7 +1,5 @@
 """Progress of a run: a bar with the step's phase and the time left on a terminal, one line a step in a log."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping

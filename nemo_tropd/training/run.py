@@ -1,7 +1,5 @@
 """From a configuration to a finished run: checks first, then the parts, then the loop."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import sys

@@ -1,7 +1,5 @@
 """One run, one directory: rank 0 locks it for its life, and every rank must see the same directory."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import secrets

@@ -1,7 +1,5 @@
 """A checked configuration, the plan made from it, and this process's place in the parallel layout."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

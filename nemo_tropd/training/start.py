@@ -1,7 +1,5 @@
 """Where a run starts: rank 0 decides, every rank hears it. Nothing in the run directory changes before that."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -5,8 +5,6 @@ student and optimizer only activations, gradients and optimizer states. The prog
 phase and nowhere else.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager

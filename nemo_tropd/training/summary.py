@@ -1,7 +1,5 @@
 """Before and after: summary.json for the report, and a table on the terminal."""
 
-from __future__ import annotations
-
 import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version

@@ -4,8 +4,6 @@ A folder for each fingerprint of (teacher checkpoint, sampling, length, seed) ho
 absent; every line carries a digest of itself, and later shards win.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The loop around ``step.TrainStep``: resume, validate, save, log, stop."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Held-out prompts, before, during and after: exact divergences over the full vocabulary, and right answers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

@@ -17,7 +17,7 @@ from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.objectives import build
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training import checkpoint
-from nemo_tropd.training.checkpoint import Checkpoints
+from nemo_tropd.training.checkpoint import Checkpoints, complete_checkpoints
 from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state
 from nemo_tropd.training.trainer import TEACHER_REMEDY
 from tests.e2e.compose import compose_config
@@ -52,7 +52,7 @@ def test_a_resumed_student_takes_the_steps_of_one_that_went_on(
         trained.step(step)
     checkpoints.save(trained.ddp.module, trained.optimizer, STATE)
     resumed = Student(folder, topology)
-    latest = checkpoints.latest()
+    latest = complete_checkpoints(checkpoints.dir)[-1]
     assert latest is not None
     assert checkpoints.load(latest, resumed.ddp.module, resumed.optimizer) == STATE
     resumed.wanted, resumed.first, resumed.second = trained.wanted, trained.first, trained.second
@@ -68,15 +68,15 @@ def test_the_newest_complete_checkpoints_are_kept_and_the_rest_removed(
 ) -> None:
     checkpoints = Checkpoints(tmp_path / "run", topology, hf_source=folder, keep=2)
     (checkpoints.dir / ".tmp-step_00000001").mkdir(parents=True)  # as a killed run leaves it
-    assert checkpoints.latest() is None
+    assert complete_checkpoints(checkpoints.dir) == []
     checkpoints.remove_unfinished()
     student = Student(folder, topology)
     for step in (2, 9, 10):  # in the order of numbers, not of their text
         path = checkpoints.save(student.ddp.module, student.optimizer, replace(STATE, step=step))
-        assert checkpoints.latest() == path and (path / "hf" / "config.json").is_file()
+        assert complete_checkpoints(checkpoints.dir)[-1] == path and (path / "hf" / "config.json").is_file()
     assert sorted(p.name for p in checkpoints.dir.iterdir()) == ["step_00000009", "step_00000010"]
     (checkpoints.dir / ".tmp-step_00000011").mkdir()  # as a killed run leaves it
-    assert checkpoints.latest() == path
+    assert complete_checkpoints(checkpoints.dir)[-1] == path
     checkpoints.remove_unfinished()
     assert sorted(p.name for p in checkpoints.dir.iterdir()) == ["step_00000009", "step_00000010"]
 
@@ -156,7 +156,7 @@ def test_an_error_of_any_kind_on_rank_zero_is_a_checkpoint_error(
     monkeypatch.setattr(checkpoint, "write_hf_sidecar", unreadable)
     with pytest.raises(CheckpointError, match=r"UnicodeDecodeError.*earlier checkpoints are untouched"):
         checkpoints.save(student.ddp.module, student.optimizer, replace(STATE, step=4))
-    assert checkpoints.latest() == first
+    assert complete_checkpoints(checkpoints.dir)[-1] == first
 
 
 def test_everything_is_on_the_disk_before_an_older_checkpoint_goes(

@@ -1,7 +1,5 @@
 """The trainer's stream of Hugging Face tensors: checked against the engine's model, and cut into buckets."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
