@@ -139,10 +139,11 @@ class Rounds:
             world.wait(draw.uniform(0.0, 12.0 if report.engine else 4.0))
             what = disturb.RUNNING[name](world, run_dir, draw) if world.exit_code is None else f"{name} came too late"
             report.events.append(what)
-        code = world.wait(HANG_S)
+        patience = 3 * HANG_S if report.engine else HANG_S  # vLLM starts twice in an attempt, for teacher and student
+        code = world.wait(patience)
         processes = world.processes()
         if code is None:
-            report.faults.append(f"hangs {HANG_S:.0f} s after: {what or 'nothing'}")
+            report.faults.append(f"hangs {patience:.0f} s after: {what or 'nothing'}")
             for process in processes:
                 process.kill()
             world.wait(5)
