@@ -10,11 +10,15 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+_FORKING = "write_preloaded_data_multiproc"
+
 
 def write_in_this_process() -> None:
-    """Replace Megatron's writer processes, for all saves of this process that follow."""
+    """Replace Megatron's processes, for all saves of this process that follow. megatron-core 0.19 writes with threads;
+    of its processes only the manager is left."""
     filesystem_async._results_queue = queue.Queue()
-    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write)
+    if hasattr(FileSystemWriterAsync, _FORKING):
+        setattr(FileSystemWriterAsync, _FORKING, staticmethod(_write))
 
 
 def _write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:

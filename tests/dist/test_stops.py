@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -82,7 +83,9 @@ def stop_in_each(rank: int, world_size: int, root: str, cases: list[tuple[str, i
         saved = sorted(p.name for p in (run_dir / "checkpoints").glob("*")) if run_dir.is_dir() else []
         seconds = time.monotonic() - asked[0] if asked else 0.0
         print(phase, outcome.step, saved, f"{seconds:.1f} s", flush=True)
+        gc.collect()  # a run's process groups hang in reference cycles, each with hundreds of threads
         again = train(cfg, replay_engines(131))
+        gc.collect()
         found.append((phase, outcome.stopped_by_signal, outcome.step, saved, seconds, again is not None and again.step))
     return found
 
