@@ -902,11 +902,13 @@ FAULTS: list[Fault] = [
         (_RESUMED + "test_a_second_run_in_the_directory_is_refused",),
         slow=True,
     ),
-    _resume(
+    Fault(
+        "resume",
         "the oldest checkpoint is taken",
+        "nemo_tropd/training/checkpoint.py",
         "for path in reversed(found):",
         "for path in found:",
-        "tests/e2e/test_training.py::test_half_written_checkpoint_is_never_loaded",
+        ("tests/e2e/test_training.py::test_half_written_checkpoint_is_never_loaded",),
         slow=True,
     ),
     _resume(
