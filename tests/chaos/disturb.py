@@ -125,14 +125,15 @@ def recover(run_dir: Path) -> None:
 def damage_files(run_dir: Path, draw: random.Random) -> str:
     """Between two attempts: files that power loss or a bad disk leaves behind; one good checkpoint stays."""
     checkpoints = sorted((run_dir / "checkpoints").glob("step_*"))
-    choices: list[Callable[[], str]] = [lambda: _left_overs(run_dir)]
+    finished = (run_dir / "summary.json").is_file()  # the next attempt will only say so, and remove nothing
+    choices: list[Callable[[], str]] = [] if finished else [lambda: _left_overs(run_dir)]
     if len(checkpoints) > 1:
         choices += [lambda: _damage(draw.choice(_files(checkpoints[-1])), draw)] * 3
     for pattern in ("validation/*.json", "summary.json", "config.yaml", "metrics.jsonl", "rollouts.jsonl"):
         found = sorted(run_dir.glob(pattern))
         if found:
             choices.append(lambda found=found: _damage(draw.choice(found), draw))  # type: ignore[misc]
-    return draw.choice(choices)()
+    return draw.choice(choices)() if choices else "no file to damage"
 
 
 def _files(folder: Path) -> list[Path]:
