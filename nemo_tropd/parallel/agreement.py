@@ -152,6 +152,6 @@ def portable(error: BaseException, unexpected: type[Exception]) -> BaseException
         except Exception:
             pass
     stranger = unexpected(f"{type(error).__name__}: {error}")
-    for note in error.__notes__ if hasattr(error, "__notes__") else ():
+    for note in getattr(error, "__notes__", ()):
         stranger.add_note(note)
     return stranger

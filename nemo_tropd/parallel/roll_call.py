@@ -111,7 +111,6 @@ class RollCall:
             return
         if isinstance(error, Stopped):
             self._linger()  # others may not have read yet that all stop
-            self.stop()
             return
         if failed_collective(error):
             if why := self._why or self._announced():
@@ -122,11 +121,9 @@ class RollCall:
                 cause = (str(error).strip().splitlines() or [""])[-1][:300]
                 print(f"PeerLost: {left}\n({type(error).__name__}: {cause})", file=sys.stderr, flush=True)
             self._linger()
-            self.stop()
             raise left from error
         self.announce(error)
         self._linger()
-        self.stop()
 
     def stop(self) -> None:
         """End the thread, and what ``announce`` started."""
@@ -261,7 +258,7 @@ class RollCall:
             print(f"rank {self.rank}: stopping, since another rank failed: {why}", file=sys.stderr, flush=True)
 
     def _linger(self) -> None:
-        """A rank that serves the store leaves last: the others read from it why it left."""
+        """``stop``, but a rank that serves the store leaves last: the others read from it why it left."""
         if self.rank == 0 and not _agent_serves():
             time.sleep(2 * self._pause_s)
         self.stop()

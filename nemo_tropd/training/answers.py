@@ -13,9 +13,10 @@ import sys
 import threading
 from pathlib import Path
 
+from nemo_tropd.parallel.signals import SIGNALS
+
 TIME_LIMIT_S = 5
 MEMORY_LIMIT_BYTES = 4 << 30
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LONGEST_RESPONSE = 4000  # characters; a longer response is cut from its start, since the answer comes last
 
 
@@ -75,7 +76,7 @@ class _Judge:
         script = Path(__file__).with_name("answer_judge.py")
         # -P keeps this folder's modules from being found under the names of installed ones.
         command = [sys.executable, "-P", str(script), str(TIME_LIMIT_S), str(MEMORY_LIMIT_BYTES), str(os.getpid())]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # inherited: the judge unblocks what it ignores
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: the judge unblocks what it ignores
         try:
             child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:

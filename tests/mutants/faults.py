@@ -1251,7 +1251,7 @@ FAULTS: list[Fault] = [
     _strangers(
         "training/answers",
         "a stop reaches the judge before it is ready",
-        "before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # inherited: the judge unblocks what it ignores",
+        "before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: the judge unblocks what it ignores",
         "before = signal.pthread_sigmask(signal.SIG_BLOCK, ())",
         "tests/unit/test_answers.py::test_a_stop_before_the_judge_is_ready_does_not_end_it",
     ),

@@ -12,6 +12,8 @@ import sys
 import threading
 import traceback
 
+from nemo_tropd.parallel.signals import SIGNALS  # which needs the standard library alone
+
 _CHECK_EVERY_S = 0.5
 
 
@@ -33,7 +35,7 @@ def watch(fd: int, owner: int) -> None:
 
 def main() -> None:
     fd, owner = int(sys.argv[1]), int(sys.argv[2])
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(fd, False)
     threading.Thread(target=watch, args=(fd, owner), daemon=True).start()
