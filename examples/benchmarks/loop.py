@@ -84,7 +84,7 @@ class OurLoop:
         self, make_engine: Callable[[], Any], first: int = 0, before_closing: Callable[[], None] = lambda: None
     ) -> LoopCost:
         """Warm up, then time some steps, of which the fastest counts; ``first`` is the number of the first."""
-        from nemo_tropd.prompts import Prompt, PromptSet
+        from nemo_tropd.data import Prompt, PromptSet
         from nemo_tropd.rollout.collective import EveryRankRollouts
         from nemo_tropd.training.guidance import Guidance
         from nemo_tropd.training.packing import Packer

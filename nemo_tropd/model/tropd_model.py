@@ -273,7 +273,7 @@ class MegatronTrOPDModel(ModelPT):
         return sums.collect()
 
     def setup_training_data(self, train_data_config: DictConfig | dict) -> None:
-        """Data comes from rollouts of nemo_tropd.prompts; there is no data loader to set up."""
+        """Data comes from rollouts of nemo_tropd.data; there is no data loader to set up."""
 
     def setup_validation_data(self, val_data_config: DictConfig | dict) -> None:
         """See :meth:`setup_training_data`."""

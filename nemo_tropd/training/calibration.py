@@ -2,7 +2,7 @@
 
 from nemo_tropd.batch import TokenBatch
 from nemo_tropd.config import TeacherConfig
-from nemo_tropd.prompts import PromptSet
+from nemo_tropd.data import PromptSet
 from nemo_tropd.training.packing import Packer
 from nemo_tropd.training.teacher_responses import TeacherResponses
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from nemo_tropd.config import TropdConfig, anneal_steps
-from nemo_tropd.prompts import PromptOrder
+from nemo_tropd.data import PromptOrder
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from nemo_tropd.command_line import printable
 from nemo_tropd.config import ConfigError, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
+from nemo_tropd.data import PromptError, PromptKeys, PromptSplit, load_prompts
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.parallel.cpu import fast_bf16
@@ -21,7 +22,6 @@ from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
 from nemo_tropd.planner.roles import roles
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
-from nemo_tropd.prompts import PromptError, PromptKeys, PromptSplit, load_prompts
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.training.answers import AnswerError, exact_match
 

@@ -15,13 +15,13 @@ from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import resolve, without_secrets, yaml_without_secrets
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
+from nemo_tropd.data import PromptError
 from nemo_tropd.files import read_json, write_json, write_text
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.roll_call import RollCall, collective_timeout_s
 from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.prompts import PromptError
 from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.placement import EngineFactory, Engines, check_placement, rollouts_of
 from nemo_tropd.teacher.fp8 import check_hardware

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.data import PromptOrder, PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
-from nemo_tropd.prompts import PromptOrder, PromptSet
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.guidance import Guidance
 from nemo_tropd.training.metrics import PhaseTimer

@@ -22,7 +22,7 @@ from nemo_tropd.parallel.roll_call import (
     collective_timeout_s,
     failed_collective,
 )
-from nemo_tropd.prompts import PromptError
+from nemo_tropd.data import PromptError
 from nemo_tropd.rollout.engine import EngineError
 from tests.dist.run_distributed import run_distributed
 

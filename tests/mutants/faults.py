@@ -70,7 +70,7 @@ def _guidance(what: str, line: str, becomes: str, *tests: str) -> Fault:
 
 
 def _prompts(what: str, line: str, becomes: str, *tests: str) -> Fault:
-    return Fault("prompts", what, "nemo_tropd/prompts.py", line, becomes, tests)
+    return Fault("prompts", what, "nemo_tropd/data/prompts.py", line, becomes, tests)
 
 
 def _vocab(what: str, line: str, becomes: str, *tests: str, slow: bool = False) -> Fault:
@@ -630,14 +630,14 @@ FAULTS: list[Fault] = [
     ),
     _prompts(
         "a resumed run does not notice other tokens",
-        "digest.update(json.dumps([p.id, p.answer, p.token_ids]).encode())",
-        "digest.update(json.dumps([p.id, p.answer]).encode())",
+        "found.update(json.dumps([p.id, p.answer, p.token_ids]).encode())",
+        "found.update(json.dumps([p.id, p.answer]).encode())",
         _PROMPTS + "test_the_fingerprint_notices_each_part_of_a_prompt",
     ),
     _prompts(
         "a resumed run does not notice other answers",
-        "digest.update(json.dumps([p.id, p.answer, p.token_ids]).encode())",
-        "digest.update(json.dumps([p.id, p.token_ids]).encode())",
+        "found.update(json.dumps([p.id, p.answer, p.token_ids]).encode())",
+        "found.update(json.dumps([p.id, p.token_ids]).encode())",
         _PROMPTS + "test_the_fingerprint_notices_each_part_of_a_prompt",
     ),
     # vocabulary: padding, shards

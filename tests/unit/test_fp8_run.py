@@ -15,9 +15,9 @@ from examples.benchmarks.fp8.emulation import EmulatedScorer
 from nemo_tropd import objectives
 from nemo_tropd.batch import TokenBatch
 from nemo_tropd.config import ConfigError, ModelConfig, TropdConfig
+from nemo_tropd.data import Prompt, PromptSet
 from nemo_tropd.model import tropd_model
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.prompts import Prompt, PromptSet
 from nemo_tropd.teacher.scorer import TeacherScorer
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.packing import Packer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_tropd.config import ConfigError
-from nemo_tropd.prompts import PromptError
+from nemo_tropd.data import PromptError
 from nemo_tropd.training.plan import make_plan, print_plan
 from tests.e2e.compose import compose_config
 from tests.e2e.tiny_run import TinyRun

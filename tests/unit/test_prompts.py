@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tropd.prompts import Prompt, PromptError, PromptKeys, PromptOrder, PromptSet, PromptSplit, load_prompts
+from nemo_tropd.data import Prompt, PromptError, PromptKeys, PromptOrder, PromptSet, PromptSplit, load_prompts
 from tests.oracles import philox
 
 pytestmark = pytest.mark.random

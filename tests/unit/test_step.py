@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nemo_tropd.batch import Rollout, TokenBatch, gate_uniforms
+from nemo_tropd.data import Prompt, PromptOrder, PromptSet
 from nemo_tropd.parallel.metric_sums import MetricSums
-from nemo_tropd.prompts import Prompt, PromptOrder, PromptSet
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.guidance import Guidance
 from nemo_tropd.training.optimizer import StepResult

@@ -24,9 +24,9 @@ from nemo_tropd.command_line import fail, printable
 from nemo_tropd.convert.families import ConversionError, read_shape
 from nemo_tropd.convert.folders import copy_sidecar
 from nemo_tropd.convert.hf_files import INDEX, HfCheckpoint
+from nemo_tropd.data import PromptError, load_prompts
 from nemo_tropd.parallel.roll_call import failed_collective
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.prompts import PromptError, load_prompts
 from nemo_tropd.report.records import read_run
 from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.weights import senders
