@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,6 +62,10 @@ def sampling_of(cfg: TropdConfig) -> Sampling:
     return Sampling(cfg.model.rollout.temperature, cfg.model.rollout.top_p, cfg.model.rollout.top_k)
 
 
+# Share of a GPU's memory for an engine that has it alone, but for the context of a rank.
+TEACHER_UTILIZATION = 0.9
+
+
 class EngineFactory(Protocol):
     """Makes the engines of a run; they are not started. Tests put doubles in the place of ``Engines``."""
 
@@ -72,10 +77,11 @@ class EngineFactory(Protocol):
 class Engines:
     """vLLM engines that never sample an id from ``vocab_size`` (the tokenizer's true size) on."""
 
-    def __init__(self, vocab_size: int, kv_cache_gib: float | None = None) -> None:
+    def __init__(self, vocab_size: int, kv_cache_gib: float | None = None, teacher_tensor: int = 1) -> None:
         """``kv_cache_gib``: on a GPU, the key-value cache's memory; None leaves it to
-        model.rollout.gpu_memory_utilization, which several runs on one GPU cannot share."""
-        self._vocab_size, self._kv_cache_gib = vocab_size, kv_cache_gib
+        model.rollout.gpu_memory_utilization, which several runs on one GPU cannot share. ``teacher_tensor``: GPUs of
+        each of the teacher's engines."""
+        self._vocab_size, self._kv_cache_gib, self._teacher_tensor = vocab_size, kv_cache_gib, teacher_tensor
 
     def student(self, cfg: TropdConfig) -> RolloutEngine:
         """Placed as ``placement_of`` says; with colocated each rank's."""
@@ -98,11 +104,20 @@ class Engines:
         return DedicatedEngines(settings, address=address, secret=read_secret(), **options)
 
     def teacher(self, cfg: TropdConfig) -> RolloutEngine:
-        """A child process of rank 0, wherever the student's is, with the checkpoint's own weights."""
+        """Child processes of rank 0 with the checkpoint's own weights, wherever the student's engine is: one on a CPU,
+        else as many as this node's GPUs hold."""
+        import torch
+
         from nemo_tropd.rollout.vllm.child import VllmEngine
 
         settings = self._settings(cfg, cfg.model.teacher.path, "process", refreshable=False)
-        return VllmEngine(settings, **self._remote_options(cfg))
+        devices: tuple[str | None, ...] = (None,)
+        if torch.cuda.is_available():
+            settings = replace(settings, tensor_parallel=self._teacher_tensor, torch_compile=False)
+            if self._kv_cache_gib is None:
+                settings = replace(settings, gpu_memory_utilization=TEACHER_UTILIZATION)
+            devices = device_groups(cfg.trainer.devices, self._teacher_tensor, torch.cuda.device_count())
+        return VllmEngine(settings, devices=devices, **self._remote_options(cfg))
 
     @staticmethod
     def _remote_options(cfg: TropdConfig) -> dict[str, Any]:
@@ -126,10 +141,21 @@ class Engines:
             kv_cache_gib=self._kv_cache_gib if on_gpu else r.kv_cache_gib,
             gpu_memory_utilization=r.gpu_memory_utilization,
             tensor_parallel=cfg.model.tensor_model_parallel_size if place == "colocated" else 1,
-            # A teacher generates once: graphs would take longer to make than they save.
-            enforce_eager=not (on_gpu and refreshable),
+            enforce_eager=not on_gpu,
             torch_compile=r.torch_compile,
         )
+
+
+def device_groups(devices: int, size: int, visible: int) -> tuple[str, ...]:
+    """The node's first ``devices`` GPUs, of ``visible`` ones, in groups of ``size``, as CUDA_VISIBLE_DEVICES."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = (given.split(",") if given else [str(i) for i in range(visible)])[: min(devices, visible)]
+    groups = tuple(",".join(names[i : i + size]) for i in range(0, len(names) - size + 1, size))
+    if not groups:
+        seen = f"rank 0 sees {len(names)} GPU(s) ({given or 'CUDA_VISIBLE_DEVICES is not set'})"
+        remedy = f"an engine of the teacher needs {size}: let every rank see all of its node's GPUs"
+        raise ConfigError("trainer.devices", devices, f"{seen}, but {remedy}")
+    return groups
 
 
 class Student(Protocol):

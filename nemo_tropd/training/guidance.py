@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from nemo_tropd.config import TropdConfig, anneal_steps
-from nemo_tropd.data import PromptOrder
+from nemo_tropd.data import PromptOrder, PromptSplit
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses
 
@@ -78,7 +78,7 @@ class Guidance:
         if len(indices) != len(prompt_ids):
             raise ValueError(f"there are {len(prompt_ids)} prompts but {len(indices)} prompt indices")
         annealed = max_prefix_length(step, total_steps=self.total_steps, longest=self.longest)
-        longest = annealed if self.responses is not None else 0
+        longest = min(annealed, self.max_new_tokens - 1) if self.responses is not None else 0
         requests = []
         for i, (ids, index) in enumerate(zip(prompt_ids, indices, strict=True)):
             response = self.responses.lookup(ids) if self.responses is not None and longest > 0 else None
@@ -121,15 +121,21 @@ def make_guidance(cfg: TropdConfig, responses: TeacherResponses | None) -> Guida
     )
 
 
-def guided_prompts(cfg: TropdConfig, train_prompts: int) -> list[int]:
-    """Indices of the training prompts that get a teacher prefix in some step of the run."""
+def wanted_responses(cfg: TropdConfig, prompts: PromptSplit, first_step: int = 0) -> dict[tuple[int, ...], int]:
+    """Tokens of the teacher's response that a run needs at most, by prompt: of a held-out prompt the complete response,
+    of a training prompt the longest prefix of the steps, from ``first_step`` on, that use it; in order of use."""
     guidance, m = cfg.model.tropd.guidance, cfg.model
+    wanted = dict.fromkeys(
+        (p.token_ids for p in prompts.held_out), m.teacher.response_tokens or m.rollout.max_new_tokens
+    )
     if not guidance.enabled or guidance.max_prefix_tokens == 0:
-        return []
-    order = PromptOrder(train_prompts, m.seed)
-    total = anneal_steps(cfg)
-    seen: dict[int, None] = {}
-    for step in range(min(total, cfg.trainer.tropd.max_steps)):
-        if max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens):
-            seen.update(dict.fromkeys(order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)))
-    return list(seen)
+        return wanted
+    order, total = PromptOrder(len(prompts.train), m.seed), anneal_steps(cfg)
+    for step in range(first_step, min(total, cfg.trainer.tropd.max_steps)):
+        annealed = max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens)
+        # Of a response that goes on, the prefix and one token to be generated fit the student's limit.
+        if (length := min(annealed, m.rollout.max_new_tokens - 1)) > 0:
+            for i in order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt):
+                ids = prompts.train[i].token_ids
+                wanted[ids] = max(length, wanted.get(ids, 0))
+    return wanted

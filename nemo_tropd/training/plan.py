@@ -20,10 +20,12 @@ from nemo_tropd.parallel.cpu import fast_bf16
 from nemo_tropd.planner.machine import GIB, Machine, host_bytes
 from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
 from nemo_tropd.planner.roles import roles
+from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.training.answers import AnswerError, exact_match
+from nemo_tropd.training.guidance import wanted_responses
 
 OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params
 
@@ -43,6 +45,8 @@ class Plan:
     memory: Memory
     wire: dict[str, float]  # bytes that a rank sends per step, by kind
     run_dir: Path
+    wanted: dict[tuple[int, ...], int]  # tokens of the teacher's response that the run needs, by prompt
+    teacher_engines: TeacherEngines | None  # None: nothing is wanted
 
 
 def make_plan(cfg: TropdConfig) -> Plan:
@@ -73,6 +77,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
     memory = estimate(cfg, student, teacher, machine)
     check_memory(cfg, memory, machine)
     check_kv_cache(cfg, (student, teacher), machine)
+    wanted = wanted_responses(cfg, prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Plan(
         student=student,
@@ -86,6 +91,8 @@ def make_plan(cfg: TropdConfig) -> Plan:
         memory=memory,
         wire=estimate_wire(cfg, student, teacher, machine),
         run_dir=directory,
+        wanted=wanted,
+        teacher_engines=teacher_engines(cfg, teacher, machine) if wanted else None,
     )
 
 
@@ -225,6 +232,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
+        *_generation(cfg, plan),
         *_slow_bf16(cfg, plan.machine),
         *roles(cfg, plan.machine),
         *memory_lines(plan.memory, plan.machine),
@@ -232,6 +240,12 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
     ):
         table.add_row(label, printable(value))
     Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100), markup=False, emoji=False).print(table)
+
+
+def _generation(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:
+    if plan.teacher_engines is None:
+        return []
+    return generation_lines(plan.teacher_engines, plan.teacher, plan.machine, cfg, plan.wanted)
 
 
 def _slow_bf16(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:

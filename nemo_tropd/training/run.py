@@ -27,7 +27,7 @@ from nemo_tropd.rollout.placement import EngineFactory, Engines, check_placement
 from nemo_tropd.teacher.fp8 import check_hardware
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints
-from nemo_tropd.training.guidance import guided_prompts, make_guidance
+from nemo_tropd.training.guidance import make_guidance, wanted_responses
 from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
@@ -72,7 +72,8 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
     try:
         with STOP.handled(), RollCall(cfg.trainer.distributed_timeout_s) as call:
             plan = call.together(lambda: _checked_plan(cfg))
-            return _with_plan(cfg, plan, engines or Engines(plan.vocab_size), call)
+            degree = plan.teacher_engines.tensor if plan.teacher_engines else 1
+            return _with_plan(cfg, plan, engines or Engines(plan.vocab_size, teacher_tensor=degree), call)
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
             print("stopped before the first step; rerun the same command to start again", flush=True)
@@ -128,8 +129,8 @@ def _open_and_train(setup: Setup, engines: EngineFactory, call: RollCall) -> Out
 def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
     cfg, plan, topology = setup.cfg, setup.plan, setup.topology
     lightning = make_lightning_trainer(cfg, setup.run_dir)
-    prompts = [*plan.prompts.held_out, *(plan.prompts.train[i] for i in guided_prompts(cfg, len(plan.prompts.train)))]
-    responses = generate_teacher_responses(cfg, [p.token_ids for p in prompts], topology, engines, plan.vocab_size)
+    wanted = wanted_responses(cfg, plan.prompts, setup.start.state.step if setup.start else 0)
+    responses = generate_teacher_responses(cfg, wanted, topology, engines, plan.vocab_size)
     stop_point(topology)
     model = MegatronTrOPDModel(
         OmegaConf.structured(cfg.model),

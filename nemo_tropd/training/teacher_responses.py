@@ -7,13 +7,14 @@ absent; every line carries a digest of itself, and later shards win.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
@@ -23,18 +24,21 @@ from nemo_tropd.rollout.engine import EngineDied, RolloutEngine, RolloutRequest,
 from nemo_tropd.rollout.placement import EngineFactory, sampling_of
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
-_BATCH = 64  # prompts of a shard: what an interrupted run may lose
+_FORMAT = 2
+_BATCH = {"cpu": 64, "cuda": 1024}  # prompts of a shard and an engine: what an interrupted run may lose
 _CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class TeacherResponse:
-    """What the teacher generated after a prompt, with its log-probabilities (nats, unscaled softmax)."""
+    """What the teacher generated after a prompt, with its log-probabilities (nats)."""
 
     response_ids: list[int]
     log_probs: list[float]
     finished: bool  # the last token ends the sequence
+
+
+_NOTHING = TeacherResponse([], [], False)
 
 
 def checkpoint_fingerprint(model_dir: str | Path, memory: Path | None = None) -> str:
@@ -130,51 +134,76 @@ class TeacherResponses:
 
     def ensure(
         self,
-        prompts: Iterable[Sequence[int]],
+        prompts: Sequence[Sequence[int]],
         engine_factory: Callable[[], RolloutEngine],
         *,
+        lengths: Sequence[int] | None = None,
         batch: int = 256,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Generate the responses that are missing, ``batch`` prompts at a time; returns how many. An engine is made
-        only if something is missing, and closed at the end; one that dies is replaced once. Raises EngineError; what
-        has been generated stays. ``progress`` is told (generated, missing) after each batch."""
-        requests = {key: self._request(i, key, ids) for i, ids in enumerate(prompts) if (key := prompt_key(ids))}
-        missing = [key for key in requests if key not in self._responses]
+        """Generate what is missing of the responses, ``batch`` prompts at a time; returns for how many prompts.
+
+        ``lengths``: how many tokens of each response are needed, at most (default: ``max_new_tokens`` of each). A
+        shorter response that has not ended is continued: what is there never changes. An engine is made only if
+        something is missing, and closed at the end; one that dies is replaced once. Raises EngineError; what has been
+        generated stays. ``progress`` is told (generated, missing) after each batch."""
+        missing = self.missing(prompts, lengths)
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
             for shard, complete_lines in self._damaged.items():
                 _write_lines(shard, complete_lines)
             self._damaged.clear()
-        done, replaced = 0, False
-        while done < len(missing):
+        keys, done, replaced = list(missing), 0, False
+        while done < len(keys):
             engine = engine_factory()
             try:
                 engine.start()
-                while done < len(missing):
-                    keys = missing[done : done + batch]
-                    asked = [requests[key] for key in keys]
+                while done < len(keys):
+                    part = keys[done : done + batch]
+                    asked = [self._request(i, key, *missing[key]) for i, key in enumerate(part, start=done)]
                     rollouts = engine.generate(asked)
                     check_rollouts(rollouts, asked, version=None, vocab_size=self._vocab_size)
-                    self._add_shard(keys, rollouts)
-                    done += len(keys)
+                    self._add_shard(part, rollouts)
+                    done += len(part)
                     if progress is not None:
-                        progress(done, len(missing))
+                        progress(done, len(keys))
             except EngineDied:
                 if replaced:
                     raise
                 replaced = True
             finally:
                 engine.close()
-        return len(missing)
+        return len(keys)
 
-    def _request(self, index: int, key: str, ids: Sequence[int]) -> RolloutRequest:
-        """Seeded by the prompt itself: the order in which responses are asked for leaves no trace."""
-        seed = int.from_bytes(hashlib.blake2b(f"{self._seed}/{key}".encode(), digest_size=8).digest(), "little") >> 1
-        return RolloutRequest(list(ids), [], seed, index, index, self._max_new_tokens)
+    def missing(
+        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int] | None = None
+    ) -> dict[str, tuple[Sequence[int], int]]:
+        """Prompt and needed tokens by key, of the prompts whose response is absent or too short; as ``ensure``."""
+        wanted: dict[str, tuple[Sequence[int], int]] = {}
+        for ids, length in zip(prompts, lengths or [self._max_new_tokens] * len(prompts), strict=True):
+            key = prompt_key(ids)
+            wanted[key] = (ids, max(length, wanted[key][1] if key in wanted else 0))
+        return {
+            key: (ids, length)
+            for key, (ids, length) in wanted.items()
+            if (r := self._responses.get(key)) is None or not (r.finished or len(r.response_ids) >= length)
+        }
+
+    def _request(self, index: int, key: str, ids: Sequence[int], length: int) -> RolloutRequest:
+        """Seeded by the prompt, and by how far its response is: the order in which responses are asked for leaves no
+        trace."""
+        known = self._responses.get(key)
+        start = known.response_ids if known else []
+        text = f"{self._seed}/{key}" + (f"/{len(start)}" if start else "")
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return RolloutRequest(list(ids), list(start), seed, index, index, length - len(start))
 
     def _add_shard(self, keys: Sequence[str], rollouts: Sequence[Rollout]) -> None:
-        made = [TeacherResponse(r.response_ids, r.response_log_probs, r.finished) for r in rollouts]
+        known = [self._responses.get(key, _NOTHING) for key in keys]
+        made = [
+            TeacherResponse(k.response_ids + r.response_ids, k.log_probs + r.response_log_probs, r.finished)
+            for k, r in zip(known, rollouts, strict=True)
+        ]
         number = 1 + max((int(shard.stem.split("-")[1]) for shard in self._shards()), default=-1)
         lines = [_line(key, response) for key, response in zip(keys, made, strict=True)]
         _write_lines(self.folder / f"responses-{number:06d}.jsonl", lines)
@@ -199,10 +228,11 @@ class TeacherResponses:
 
 
 def generate_teacher_responses(
-    cfg: TropdConfig, prompts: Sequence[Sequence[int]], ranks: World, engines: EngineFactory, vocab_size: int
+    cfg: TropdConfig, wanted: Mapping[Sequence[int], int], ranks: World, engines: EngineFactory, vocab_size: int
 ) -> TeacherResponses | None:
-    """Have the teacher generate the responses to ``prompts`` that the cache lacks (collective), before any model is
-    built, so that its engine has the machine to itself. Rank 0 gets the responses, the other ranks None."""
+    """Have the teacher generate what the cache lacks of the ``wanted`` tokens of a response by prompt (collective),
+    before any model is built, so that its engines have rank 0's node to themselves. Rank 0 gets the responses, the
+    other ranks None."""
     generated: list[TeacherResponses] = []
 
     def generate() -> None:
@@ -215,14 +245,18 @@ def generate_teacher_responses(
             vocab_size=vocab_size,
             seed=cfg.model.seed,
         )
-        missing = sum(ids not in responses for ids in prompts)
-        if missing:
-            print(f"the teacher generates up to {missing} responses into {responses.folder}", flush=True)
+        prompts, lengths = list(wanted), list(wanted.values())
+        if missing := responses.missing(prompts, lengths):
+            tokens = sum(length for _, length in missing.values())
+            into = f"of at most {tokens:,} tokens into {responses.folder}"
+            print(f"the teacher generates {len(missing):,} responses {into}", flush=True)
+        on_gpu = torch.cuda.is_available()
         responses.ensure(
             prompts,
             lambda: engines.teacher(cfg),
-            batch=_BATCH,
-            progress=lambda done, of: print(f"teacher responses {done}/{of}", flush=True),
+            lengths=lengths,
+            batch=_BATCH["cuda"] * cfg.trainer.devices if on_gpu else _BATCH["cpu"],
+            progress=lambda done, of: print(f"teacher responses {done:,}/{of:,}", flush=True),
         )
         generated.append(responses)
 

@@ -9,6 +9,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,23 @@ from safetensors.torch import save_file
 
 from nemo_tropd import files
 from nemo_tropd.batch import Rollout
+from nemo_tropd.data import Prompt, PromptOrder, PromptSet, PromptSplit
 from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling
-from nemo_tropd.training.guidance import Guidance, draw_prefix_length, max_prefix_length, request_seed
-from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses, checkpoint_fingerprint
+from nemo_tropd.training.guidance import (
+    Guidance,
+    draw_prefix_length,
+    make_guidance,
+    max_prefix_length,
+    request_seed,
+    wanted_responses,
+)
+from nemo_tropd.training.teacher_responses import (
+    TeacherResponse,
+    TeacherResponses,
+    checkpoint_fingerprint,
+    prompt_key,
+)
+from tests.e2e.compose import compose_config
 from tests.oracles import philox
 
 pytestmark = pytest.mark.random
@@ -236,6 +251,89 @@ def test_a_response_does_not_depend_on_the_order_or_batches(tmp_path: Path) -> N
     one.ensure(prompts, lambda: ScribeEngine([]), batch=2)
     two.ensure(prompts[::-1], lambda: ScribeEngine([]), batch=5)
     assert [one.lookup(p) for p in prompts] == [two.lookup(p) for p in prompts]
+
+
+def test_a_response_is_as_long_as_needed_and_continued_when_more_is(tmp_path: Path) -> None:
+    prompts, asked = some_prompts(30), []
+
+    class Asked(ScribeEngine):
+        def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+            asked.extend(requests)
+            return [replace(self.write(r), prefix_ids=r.prefix_ids) for r in requests]
+
+    responses = cache(tmp_path)
+    lengths = [random.randrange(1, 7) for _ in prompts]
+    assert responses.ensure(prompts, lambda: Asked([]), lengths=lengths) == 30
+    assert [r.max_new_tokens for r in asked] == lengths and not any(r.prefix_ids for r in asked)
+    first = {i: responses.lookup(p) for i, p in enumerate(prompts)}
+    asked.clear()
+    assert responses.ensure(prompts, lambda: Asked([]), lengths=lengths) == 0
+    longer = [n + random.randrange(0, 5) for n in lengths]
+    open_ended = [i for i, r in first.items() if not r.finished and longer[i] > lengths[i]]
+    # a prompt that is asked for twice is generated once, as long as the longer needs
+    assert responses.ensure(prompts * 2, lambda: Asked([]), lengths=longer + lengths) == len(open_ended)
+    assert [(r.prompt_ids, r.prefix_ids) for r in asked] == [(prompts[i], first[i].response_ids) for i in open_ended]
+    assert [r.max_new_tokens for r in asked] == [longer[i] - lengths[i] for i in open_ended]
+    for found in (responses, cache(tmp_path)):
+        for i, prompt in enumerate(prompts):
+            now = found.lookup(prompt)
+            assert now.response_ids[: len(first[i].response_ids)] == first[i].response_ids
+            assert now.finished or len(now.response_ids) == longer[i]
+            assert len(now.log_probs) == len(now.response_ids)
+            assert now == first[i] or i in open_ended
+
+
+def test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones(tmp_path: Path) -> None:
+    """Of a training prompt, a run asks for no more than the longest prefix of the steps that use it."""
+    steps, samples = random.randrange(3, 7), random.randrange(1, 4)
+    longest, most = random.randrange(4, 12), random.randrange(3, 14)
+    cfg = compose_config(
+        [
+            "pretrained_checkpoint.restore_from_path=s",
+            "model.teacher.path=t",
+            "model.data.path=d",
+            f"model.tropd.guidance.max_prefix_tokens={longest}",
+            f"model.rollout.max_new_tokens={most}",
+            "model.teacher.response_tokens=20",
+            f"model.rollout.samples_per_prompt={samples}",
+            f"model.global_batch_size={4 * samples}",
+            f"trainer.tropd.max_steps={steps}",
+            f"model.seed={random.randrange(1000)}",
+        ]
+    )
+    texts = some_prompts(9)
+    prompts = [Prompt(str(i), "", (), None, tuple(ids), "") for i, ids in enumerate(texts)]
+    split = PromptSplit(PromptSet(tuple(prompts[2:])), PromptSet(tuple(prompts[:2])), 0)
+    wanted = wanted_responses(cfg, split)
+    assert list(wanted)[:2] == [p.token_ids for p in prompts[:2]] and set(list(wanted.values())[:2]) == {20}
+    assert max(list(wanted.values())[2:], default=0) <= min(longest, most - 1)
+
+    def complete(ids: Sequence[int]) -> TeacherResponse:
+        rnd = random.Random(prompt_key(ids))
+        length, finished = rnd.randrange(1, 2 * most), rnd.random() < 0.5
+        return TeacherResponse([rnd.randrange(3, 99) for _ in range(length)], [-1.0] * length, finished)
+
+    class Known(TeacherResponses):
+        def __init__(self, cut: bool) -> None:
+            self.cut = cut
+
+        def lookup(self, ids: Sequence[int]) -> TeacherResponse:
+            full = complete(ids)
+            length = wanted[tuple(ids)] if self.cut else len(full.response_ids)
+            if length >= len(full.response_ids):
+                return full
+            return TeacherResponse(full.response_ids[:length], full.log_probs[:length], False)
+
+    order = PromptOrder(7, cfg.model.seed)
+    for step in range(steps):
+        batch = order.batch(step, 4)
+        plans = [
+            make_guidance(cfg, Known(cut)).plan([split.train[i].token_ids for i in batch], step, prompt_indices=batch)
+            for cut in (True, False)
+        ]
+        assert plans[0] == plans[1]
+    later = wanted_responses(cfg, split, steps - 1)
+    assert set(later) <= set(wanted) and all(length <= wanted[ids] for ids, length in later.items())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "garbage"])

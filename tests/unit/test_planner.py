@@ -21,8 +21,10 @@ from nemo_tropd.parallel.ranks import RankLayout, nodes_of
 from nemo_tropd.planner.machine import GIB, Machine
 from nemo_tropd.planner.memory import Degrees, estimate, layout, stage_parameters
 from nemo_tropd.planner.roles import engine_groups, roles
+from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines
 from nemo_tropd.planner.verdict import check_memory
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
+from nemo_tropd.rollout.placement import device_groups
 from tests.e2e.compose import CONF, compose_config
 
 RECIPES = gpu_recipes(CONF)
@@ -267,3 +269,60 @@ def test_a_recipe_that_no_longer_fits_is_refused() -> None:
     path = next(p for p in RECIPES if "72b" in p.stem)
     with pytest.raises(ConfigError, match=r"teacher\.tensor_model_parallel_size = 4.*is teacher: raise it"):
         plan_recipe(path, CHUNK_BYTES["cuda"], {"model.teacher.tensor_model_parallel_size": 4})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "count", "tensor"),
+    [
+        ("deepseek-1.5b-from-skywork-7b-1n8g", 8, 1),
+        ("qwen2.5-1.5b-from-qwen2.5-7b-1n1g-fp8", 1, 1),
+        ("qwen3-4b-from-qwen3-14b-1n8g", 8, 1),
+        ("qwen3-8b-from-qwen3-32b-2n8g", 8, 1),  # 61 GiB of bf16 weights in 0.9 x 79
+        ("qwen2.5-14b-from-qwen2.5-72b-4n8g", 2, 4),  # 135 GiB and a sequence of 2.8 GiB do not fit two
+    ],
+)
+def test_a_recipes_teacher_generates_on_every_gpu_of_a_node(recipe: str, count: int, tensor: int) -> None:
+    """The rollouts' share of a GPU (0.3 in these recipes) would not even hold the weights."""
+    cfg = compose_config([], recipe)
+    shape, machine = known_shape(cfg.model.teacher.path), gpu(79)
+    assert shape is not None
+    engines = teacher_engines(cfg, shape, machine)
+    assert engines == TeacherEngines(count, tensor)
+    wanted = {(i,): 256 - i % 200 for i in range(25600)} | {(-i,): 8096 for i in range(1, 65)}
+    ((label, line),) = generation_lines(engines, shape, machine, cfg, wanted)
+    assert label == "the teacher generates"
+    assert "25,600 prefixes of at most 256 tokens and 64 answers of at most 8,096" in line
+    assert f"{sum(wanted.values()):,} tokens by {count} engine" in line and f"on {tensor} GPU" in line
+    minutes = float(re.findall(r"about (\d+) min", line)[0])
+    assert 1 <= minutes <= 30
+
+
+def test_a_teacher_too_large_to_generate_is_refused() -> None:
+    cfg = compose_config([], "qwen2.5-14b-from-qwen2.5-72b-4n8g")
+    with pytest.raises(ConfigError, match=r"model.teacher.path.*needs 13\d\.\d+ GiB.*held_out=0"):
+        teacher_engines(cfg, SHAPES["Qwen2.5-72B-Instruct"], gpu(16))
+    host = Machine("cpu", 8 * GIB, CHUNK_BYTES["cpu"], "a test")
+    cfg.trainer.devices = 1
+    with pytest.raises(ConfigError, match=r"more than the 4\.\d+ GiB of 1 device"):
+        teacher_engines(cfg, SHAPES["Qwen3-4B"], host)
+    small = teacher_engines(cfg, SHAPES["SmolLM2-135M-Instruct"], host)
+    assert small == TeacherEngines(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "size", "visible", "groups"),
+    [
+        ("", 8, 2, 8, ("0,1", "2,3", "4,5", "6,7")),
+        ("", 1, 1, 8, ("0",)),
+        ("4,6,7", 2, 1, 3, ("4", "6")),
+        ("GPU-a,GPU-b,GPU-c,GPU-d", 4, 4, 4, ("GPU-a,GPU-b,GPU-c,GPU-d",)),
+        ("3", 8, 1, 1, ("3",)),  # a scheduler that shows every rank its own GPU alone
+    ],
+)
+def test_the_teachers_engines_divide_the_gpus_that_rank_zero_sees(
+    given: str, devices: int, size: int, visible: int, groups: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert device_groups(devices, size, visible) == groups
+    with pytest.raises(ConfigError, match=r"rank 0 sees .* GPU\(s\)"):
+        device_groups(devices, visible + 1, visible)

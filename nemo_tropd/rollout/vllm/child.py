@@ -1,4 +1,4 @@
-"""Rollouts by vLLM in a child process of rank 0 (``vllm.__main__``); weights go through shared memory."""
+"""Rollouts by vLLM in child processes of rank 0 (``vllm.__main__``); weights go through shared memory."""
 
 from __future__ import annotations
 
@@ -40,48 +40,56 @@ class VllmEngine(RemoteEngine):
     _errors_are_deaths = True
     exchange_dir: Path | None = None  # the folder that weights pass through; None: /dev/shm
     timeout_s: float = 3600.0
-    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
-    _log: IO[bytes] = field(init=False)  # of the process
+    # CUDA_VISIBLE_DEVICES of each process: with several, each has an engine and a share of the requests
+    devices: tuple[str | None, ...] = (None,)
+    _processes: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = field(default_factory=list, init=False)  # with logs
 
     @property
     def process_id(self) -> int | None:
-        """The engine's process, which leads a session of its own; None when it is not running."""
-        return self._process.pid if self._process else None
+        """The first engine's process, which leads a session of its own; None when it is not running."""
+        return self._processes[0][0].pid if self._processes else None
 
     def start(self) -> None:
-        """Start the process and load the model; 15 to 20 s on two cores."""
-        if self._process is not None:
+        """Start the processes and load the model; 15 to 20 s on two cores."""
+        if self._processes:
             raise EngineError("the engine is running; close it before it is started again")
         if self.settings.refreshable:
             self._weights = SharedMemory(self.exchange_dir)
-        ours, theirs = socket.socketpair()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process; it has no name to be left behind
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "nemo_tropd.rollout.vllm", str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                env=self._environment(),
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C and torchrun's signals go to the trainer, which then closes the engine
-            )
-        self._members, self._ready = [Wire(ours, f"the engine's process {self._process.pid}")], True
+        self._ready = True
         try:
+            for devices in self.devices:
+                self._spawn(devices)
             self._open()
         except EngineDied as error:
             raise EngineError(f"the engine could not start on {self.settings.model_dir}: {error}") from error
+
+    def _spawn(self, devices: str | None) -> None:
+        ours, theirs = socket.socketpair()
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process; it has no name to be left behind
+        chosen = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "nemo_tropd.rollout.vllm", str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment() | chosen,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C and torchrun's signals go to the trainer, which then closes the engine
+            )
+        self._processes.append((process, log))
+        self._members.append(Wire(ours, f"the engine's process {process.pid}"))
 
     def close(self, *, run_over: bool = False) -> None:
         self._let_go()
 
     def _let_go(self) -> None:
-        """End the session of the process and wait until it is gone, so that memory is free for a successor."""
+        """End the sessions of the processes and wait until they are gone: memory is free for a successor."""
         super()._let_go()
-        if self._process is not None:
-            self._kill(self._process)
-            self._log.close()
-            self._process = None
+        for process, log in self._processes:
+            self._kill(process)
+            log.close()
+        self._processes = []
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError):
@@ -89,11 +97,12 @@ class VllmEngine(RemoteEngine):
         process.wait(timeout=_CLOSE_TIMEOUT_S)
 
     def _describe(self, members: Sequence[Wire], reason: str) -> str:
-        assert self._process is not None
-        self._kill(self._process)
-        self._log.seek(0)
-        words = self._log.read().decode(errors="replace").strip().splitlines()[-_LOG_LINES_SHOWN:]
-        return "\n".join([f"{reason} (exit status {self._process.returncode}); last lines of its log:", *words])
+        at = self._members.index(members[0]) if members else 0
+        process, log = self._processes[at]
+        self._kill(process)
+        log.seek(0)
+        words = log.read().decode(errors="replace").strip().splitlines()[-_LOG_LINES_SHOWN:]
+        return "\n".join([f"{reason} (exit status {process.returncode}); last lines of its log:", *words])
 
     def _environment(self) -> dict[str, str]:
         """What has to be there before Python starts; ``ColocatedEngine``, which runs there, sets the rest."""
