@@ -28,7 +28,7 @@ def teacher_engines(cfg: TropdConfig, teacher: ModelShape, machine: Machine) -> 
     """As many engines as rank 0's node has room for; one on a CPU. Raises ConfigError if there is none."""
     r, devices = cfg.model.rollout, cfg.trainer.devices if machine.kind == "gpu" else 1
     weights = teacher.parameters() * BYTES[r.dtype]
-    cache = 2 * teacher.layers * teacher.size("kv") * cfg.model.encoder_seq_length * BYTES[r.dtype]
+    cache: float = 2 * teacher.layers * teacher.size("kv") * cfg.model.encoder_seq_length * BYTES[r.dtype]
     if machine.kind == "cpu":
         cache, spare = r.kv_cache_gib * GIB, machine.bytes - cfg.trainer.devices * machine.process - CPU_ENGINE
     else:

@@ -228,7 +228,7 @@ class TeacherResponses:
 
 
 def generate_teacher_responses(
-    cfg: TropdConfig, wanted: Mapping[Sequence[int], int], ranks: World, engines: EngineFactory, vocab_size: int
+    cfg: TropdConfig, wanted: Mapping[tuple[int, ...], int], ranks: World, engines: EngineFactory, vocab_size: int
 ) -> TeacherResponses | None:
     """Have the teacher generate what the cache lacks of the ``wanted`` tokens of a response by prompt (collective),
     before any model is built, so that its engines have rank 0's node to themselves. Rank 0 gets the responses, the

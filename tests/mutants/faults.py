@@ -69,6 +69,10 @@ def _guidance(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("guidance", what, "nemo_tropd/training/guidance.py", line, becomes, tests)
 
 
+def _responses(what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("guidance", what, "nemo_tropd/training/teacher_responses.py", line, becomes, tests)
+
+
 def _prompts(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("prompts", what, "nemo_tropd/data/prompts.py", line, becomes, tests)
 
@@ -608,6 +612,24 @@ FAULTS: list[Fault] = [
         "max_new_tokens=self.max_new_tokens - len(prefix),",
         "max_new_tokens=self.max_new_tokens,",
         _GUIDANCE + "test_planned_prefixes_are_teacher_text_without_its_end",
+    ),
+    _guidance(
+        "a later step's shorter prefix is all that is generated",
+        "wanted[ids] = max(length, wanted.get(ids, 0))",
+        "wanted[ids] = length",
+        _GUIDANCE + "test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones",
+    ),
+    _responses(
+        "a continued response repeats its first draws",
+        'text = f"{self._seed}/{key}" + (f"/{len(start)}" if start else "")',
+        'text = f"{self._seed}/{key}"',
+        _GUIDANCE + "test_a_response_is_as_long_as_needed_and_continued_when_more_is",
+    ),
+    _responses(
+        "a response that has ended is continued",
+        "if (r := self._responses.get(key)) is None or not (r.finished or len(r.response_ids) >= length)",
+        "if (r := self._responses.get(key)) is None or len(r.response_ids) < length",
+        _GUIDANCE + "test_a_response_is_as_long_as_needed_and_continued_when_more_is",
     ),
     # prompts: order, resume, held-out ones
     _prompts(

@@ -266,6 +266,7 @@ def test_a_response_is_as_long_as_needed_and_continued_when_more_is(tmp_path: Pa
     assert responses.ensure(prompts, lambda: Asked([]), lengths=lengths) == 30
     assert [r.max_new_tokens for r in asked] == lengths and not any(r.prefix_ids for r in asked)
     first = {i: responses.lookup(p) for i, p in enumerate(prompts)}
+    seeds = {r.seed for r in asked}
     asked.clear()
     assert responses.ensure(prompts, lambda: Asked([]), lengths=lengths) == 0
     longer = [n + random.randrange(0, 5) for n in lengths]
@@ -274,6 +275,7 @@ def test_a_response_is_as_long_as_needed_and_continued_when_more_is(tmp_path: Pa
     assert responses.ensure(prompts * 2, lambda: Asked([]), lengths=longer + lengths) == len(open_ended)
     assert [(r.prompt_ids, r.prefix_ids) for r in asked] == [(prompts[i], first[i].response_ids) for i in open_ended]
     assert [r.max_new_tokens for r in asked] == [longer[i] - lengths[i] for i in open_ended]
+    assert len(seeds) == 30 and not seeds & {r.seed for r in asked}  # or a draw would be repeated
     for found in (responses, cache(tmp_path)):
         for i, prompt in enumerate(prompts):
             now = found.lookup(prompt)
