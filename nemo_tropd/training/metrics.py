@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,10 @@ class MetricsLog:
         numbers = {f"{kind}/{k}": v for k, v in finite.items() if v is not None}
         for logger in self.loggers:
             logger.log_metrics(numbers, step=step)
+
+    def sync(self) -> None:
+        """Have the disk keep what was written."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush every logger and close the file."""

@@ -53,6 +53,7 @@ class RunState:
     adjustable: dict[str, Any] = field(default_factory=dict)  # by key
     run_id: str = ""  # of the run's first start
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0  # the last steps done
     version: str = nemo_tropd.__version__
 
     @classmethod

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_tropd.config import ConfigError, TropdConfig
@@ -71,7 +71,7 @@ def _find(cfg: TropdConfig, run_dir: Path, objective: Objective, contents: dict[
         return Start(cfg, None, now, False, tuple(notes))
     notes += check_resumable(saved, now, cfg.trainer.tropd.accept_changes)
     done = saved.step == cfg.trainer.tropd.max_steps and _is_complete(run_dir, saved)
-    state = RunState(saved.step, now.settings, now.adjustable, saved.run_id, saved.skipped_steps)
+    state = replace(now, step=saved.step, skipped_steps=saved.skipped_steps, skipped_in_a_row=saved.skipped_in_a_row)
     return Start(cfg, path, state, done, tuple(notes))
 
 

@@ -61,7 +61,7 @@ class TropdTrainer:
         self.validator, self.checkpoints = validator, checkpoints
         self.start, self.state = setup.start, setup.start.state
         self.log, self.rollout_file = log, rollout_file
-        self._skipped_in_a_row = 0
+        self._saved: int | None = None  # the step of the newest checkpoint of this process
 
     def fit(self) -> Outcome:
         """Run the loop. Collective; every rank returns the same outcome, or raises the same CheckpointError,
@@ -76,7 +76,7 @@ class TropdTrainer:
             stopped = self.state.step < last or self.topology.any_rank(bool(STOP))
             if stopped:
                 self.progress.say(f"stopping after step {self.state.step}; rerun the same command to resume")
-                if self.state.step > first:
+                if self.state.step > first and self.state.step != self._saved:
                     self._save()
             self.model.finish_training()
             return Outcome(self.state.step, stopped, self.validator.read(0), self.validator.read(last))
@@ -125,11 +125,12 @@ class TropdTrainer:
 
     def _count_skipped(self, step: int, record: StepRecord) -> None:
         """Keep the rollouts of a step that was skipped; end the run if it happens too often in a row (collective)."""
+        state = self.state
         if record.result.applied:
-            self._skipped_in_a_row = 0
+            self.state = replace(state, skipped_in_a_row=0)
             return
-        self._skipped_in_a_row += 1
-        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + 1)
+        in_a_row = state.skipped_in_a_row + 1
+        self.state = replace(state, skipped_steps=state.skipped_steps + 1, skipped_in_a_row=in_a_row)
         where = self.run_dir / "skipped" / f"step_{step + 1:08d}.json"
         causes, norm = self._not_finite(record), record.result.grad_norm
         rollouts = [vars(r) for r in record.rollouts]
@@ -141,11 +142,11 @@ class TropdTrainer:
         on_rank_zero(self.topology, keep)
         what = causes[0] + (f" and {len(causes) - 1} more" if len(causes) > 1 else "")
         self.progress.say(f"step {step + 1} skipped: not finite: {what}; rollouts kept in {where}")
-        if self._skipped_in_a_row > self.settings.max_skipped_steps:
+        if in_a_row > self.settings.max_skipped_steps:
             of_teacher = causes[0].startswith("the teacher")
             remedy = TEACHER_REMEDY if of_teacher else "lower model.optim.lr or trainer.tropd.gradient_clip_val"
             raise TrainingError(
-                f"step {step + 1}: {self._skipped_in_a_row} steps in a row were skipped "
+                f"step {step + 1}: {in_a_row} steps in a row were skipped "
                 f"(trainer.tropd.max_skipped_steps = {self.settings.max_skipped_steps}); not finite: {what}. The same "
                 f"command resumes from the last checkpoint and meets the same prompts and draws again: {remedy}, or "
                 f"raise max_skipped_steps to get past them. Their rollouts are in {where.parent}"
@@ -164,7 +165,10 @@ class TropdTrainer:
 
     def _save(self) -> None:
         self.progress.phase("saving")
+        if self.log is not None:
+            self.log.sync()  # a checkpoint's steps are in the metrics, also after a power loss
         path = self.checkpoints.save(self.model.student, self.optimizer, self.state)
+        self._saved = self.state.step
         self.progress.say(f"checkpoint {path}")
 
     def _resume(self) -> None:
@@ -172,6 +176,7 @@ class TropdTrainer:
         if self.start.path is None:
             return
         path, saved = self.checkpoints.restore(self.start.path, self.model.student, self.optimizer)
-        self.state = replace(self.state, step=saved.step, skipped_steps=saved.skipped_steps)
+        skipped = {"skipped_steps": saved.skipped_steps, "skipped_in_a_row": saved.skipped_in_a_row}
+        self.state = replace(self.state, step=saved.step, **skipped)
         if self.topology.is_leader:
             print(f"resuming from {path} (step {saved.step})", flush=True)

@@ -130,6 +130,37 @@ def test_a_run_that_has_applied_no_step_resumes(
     assert any(not torch.equal(t, weights(finished)[n]) for n, t in weights(skipped).items())
 
 
+def test_steps_that_were_skipped_in_a_row_count_on_in_a_resumed_run(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_tropd.training.optimizer import StudentOptimizer
+    from nemo_tropd.training.trainer import TrainingError
+
+    step = StudentOptimizer.step
+
+    def infinite(self: StudentOptimizer, number: int) -> Any:
+        next(self.model.parameters()).main_grad.view(-1)[0] = math.inf
+        return step(self, number)
+
+    most = {"trainer.tropd.max_skipped_steps": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(StudentOptimizer, "step", infinite)
+        go(tmp_path / "run", 1, **most)
+        with pytest.raises(TrainingError, match="step 2: 2 steps in a row were skipped"):
+            go(tmp_path / "run", 3, **most)
+    outcome = go(tmp_path / "run", 3, **most)  # what was wrong has been changed
+    assert outcome is not None and outcome.step == 3
+
+
+def test_a_stop_right_after_a_checkpoint_saves_nothing_twice(
+    go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with planted("save", lambda: os.kill(os.getpid(), signal.SIGTERM), rank=0):
+        outcome = go(tmp_path / "run", 3)
+    assert outcome is not None and outcome.stopped_by_signal and outcome.step == 1
+    assert capsys.readouterr().out.count("checkpoint ") == 1
+
+
 # --- settings ---
 
 

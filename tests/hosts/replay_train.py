@@ -1,11 +1,13 @@
 """examples/train_tropd.py with rollouts from a double, so that a run takes seconds; a script for docker/launch.sh.
 
-REPLAY_SECONDS lengthens each generate call, so that a test can interfere with a step.
+REPLAY_SECONDS lengthens each generate call, so that a test can interfere with a step. STOP_PHASE and STOP_OCCURRENCE
+name a phase of tests.faults that writes this process's id to STOP_MARKER and then takes two seconds longer.
 """
 
 import os
 import sys
 import time
+from pathlib import Path
 
 from nemo_tropd.parallel.signals import STOP, die_with_parent
 from nemo_tropd.quiet import quiet_libraries
@@ -15,9 +17,11 @@ die_with_parent()
 quiet_libraries()
 
 from nemo_tropd.command_line import compose_command_line  # noqa: E402
+from nemo_tropd.files import complete_file  # noqa: E402
 from nemo_tropd.launch.__main__ import ROOT  # noqa: E402
 from nemo_tropd.training import run  # noqa: E402
 from tests.doubles import GivenEngines, ReplayEngine  # noqa: E402
+from tests.faults import plant  # noqa: E402
 
 VOCABULARY = 131  # of the tiny tokenizer
 
@@ -31,7 +35,17 @@ class SlowEngine(ReplayEngine):
         return super().generate(requests)
 
 
+def dawdle() -> None:
+    """Say that the phase has begun, and take a while."""
+    marker = Path(os.environ["STOP_MARKER"])
+    with complete_file(marker) as temporary:
+        temporary.write_text(str(os.getpid()))
+    time.sleep(2)
+
+
 if __name__ == "__main__":
+    if phase := os.environ.get("STOP_PHASE"):
+        plant(phase, dawdle, rank=0, occurrence=int(os.environ["STOP_OCCURRENCE"]))
     run.main(
         compose_command_line(sys.argv[1:], ROOT / "conf"),
         GivenEngines(lambda: SlowEngine(VOCABULARY)),
