@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.default_signals import default_signals
 from tests.random_inputs import start_generators
 
 # What these folders start is shared by all their files. First those that take longest, hosts for what they wait.
@@ -35,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = int.from_bytes(os.urandom(4), "little")
     start_generators(f"{config.option.seed} ")
+    default_signals()
 
 
 def pytest_report_header(config: pytest.Config) -> str:

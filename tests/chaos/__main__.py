@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.default_signals import default_signals
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 PRELOADED = (
     "nemo_tropd.training.run",
@@ -43,6 +45,7 @@ def main() -> int:
     parser.add_argument("--engine-share", type=float, default=0.2, help="share of the rounds with vLLM as the engine")
     options = parser.parse_args()
     first = random.SystemRandom().randrange(1 << 20) if options.seed is None else options.seed
+    default_signals()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # to see who outlives an agent
     from nemo_tropd.quiet import quiet_libraries
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from tests.default_signals import default_signals
 from tests.dist.test_stops import CASES, EXACT, KEYS
 from tests.e2e.tiny_run import ROOT, TinyRun, environment, train_lines
 from tests.hosts.launching import launch_command, until
@@ -93,6 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hosts.stop_table", description=__doc__)
     parser.add_argument("--rows", type=int, default=None, help="only so many, drawn at random")
     options = parser.parse_args()
+    default_signals()
     rows = [(way, phase, occurrence) for way in WAYS for phase, occurrence, _ in CASES if " that " not in phase]
     random.shuffle(rows)
     folder, wrong = Path(tempfile.mkdtemp(prefix="stop_table_")), 0
