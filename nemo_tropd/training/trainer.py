@@ -176,7 +176,7 @@ class TropdTrainer:
         if self.start.path is None:
             return
         path, saved = self.checkpoints.restore(self.start.path, self.model.student, self.optimizer)
-        skipped = {"skipped_steps": saved.skipped_steps, "skipped_in_a_row": saved.skipped_in_a_row}
-        self.state = replace(self.state, step=saved.step, **skipped)
+        skipped, in_a_row = saved.skipped_steps, saved.skipped_in_a_row
+        self.state = replace(self.state, step=saved.step, skipped_steps=skipped, skipped_in_a_row=in_a_row)
         if self.topology.is_leader:
             print(f"resuming from {path} (step {saved.step})", flush=True)

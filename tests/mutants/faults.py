@@ -1164,8 +1164,8 @@ FAULTS: list[Fault] = [
     _several(
         "training/trainer",
         "a resumed run skips a step",
-        "self.state = replace(self.state, step=saved.step, **skipped)",
-        "self.state = replace(self.state, step=saved.step + 1, **skipped)",
+        "self.state = replace(self.state, step=saved.step, skipped_steps=skipped, skipped_in_a_row=in_a_row)",
+        "self.state = replace(self.state, step=saved.step + 1, skipped_steps=skipped, skipped_in_a_row=in_a_row)",
         "tests/dist/test_loop.py::test_the_order_of_a_step_and_a_run_killed_between_rollout_and_update",
     ),
     _convert(
