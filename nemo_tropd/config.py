@@ -16,9 +16,12 @@ from omegaconf import MISSING
 
 from nemo_tropd.fields import (
     ENDPOINT_WANTED,
+    FLAG_OR_TEXT,
     FREE_FORM,
     NAMES,
+    TOKENS,
     choice,
+    day,
     endpoint,
     file_name,
     flag,
@@ -253,6 +256,9 @@ class RolloutConfig:
     top_k: int = integer(0, at_least=0)
     """0: the entire vocabulary."""
     max_new_tokens: int = integer(8096, at_least=1)
+    end_tokens: list[Any] = field(default_factory=list, metadata=TOKENS)
+    """Tokens that end a response, as texts or ids, in the student's and the teacher's engine, e.g. ["<|im_end|>"];
+    empty: all that the config files and tokenizers of both name. The plan prints them."""
     samples_per_prompt: int = integer(4, at_least=1)
     max_num_seqs: int = integer(256, at_least=1)
     kv_cache_gib: float = number(1.0, above=0)
@@ -279,6 +285,14 @@ class DataConfig:
     """error or drop: what to do with a prompt longer than max_prompt_tokens."""
     held_out: int = integer(64, at_least=0)
     """Prompts kept for validation, chosen by a hash of their text."""
+    chat_template: Any = field(default=True, metadata=FLAG_OR_TEXT)
+    """true: the student's own; false: none, a prompt is its text alone; or a file with a Jinja template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, metadata=FREE_FORM)
+    """Handed to the template, e.g. {enable_thinking: false} for Qwen3."""
+    system_prompt: str | None = text(None)
+    """Put first in conversations that have no system turn."""
+    template_date: str = day("2024-07-26")
+    """What templates that write the date of the day (Llama 3's) take for it: prompts are the same on every day."""
 
 
 @dataclass

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, field, fields, is_dataclass
+from datetime import date
 from typing import Any
 
 FLOAT_MAX = 3.4028234e38  # the largest fp32
@@ -79,6 +80,19 @@ def text(default: str | None, *, optional: bool = False) -> Any:
     return _field(default, check, optional)
 
 
+def day(default: str) -> Any:
+    """A date, YYYY-MM-DD."""
+
+    def check(value: object) -> str | None:
+        try:
+            fits = isinstance(value, str) and date.fromisoformat(value).isoformat() == value
+        except ValueError:
+            fits = False
+        return None if fits else f"give a date, such as {default}"
+
+    return _field(default, check)
+
+
 def file_name(default: str) -> Any:
     """The name of one file or folder, without a path to it."""
 
@@ -126,9 +140,22 @@ def _names(value: object) -> str | None:
     return None if fits else "give a list of names, such as [a,b]"
 
 
+def _tokens(value: object) -> str | None:
+    def fits(v: object) -> bool:
+        return bool(v) if isinstance(v, str) else isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= INT_MAX
+
+    return None if isinstance(value, list) and all(map(fits, value)) else "give a list of texts or ids, such as [a,7]"
+
+
+def _flag_or_text(value: object) -> str | None:
+    fits = isinstance(value, bool) or (isinstance(value, str) and value.strip() and "\0" not in value)
+    return None if fits else "give true, false or a string that is not empty"
+
+
 # Metadata of a dictionary with any keys (strings, finite numbers, booleans, None, and lists or dictionaries of these),
-# and of a list of names.
+# of lists of names and of tokens, and of a string that may be true or false instead.
 FREE_FORM, NAMES = {"check": _free_form}, {"check": _names}
+TOKENS, FLAG_OR_TEXT = {"check": _tokens}, {"check": _flag_or_text}
 
 
 def _each(check: Check, default: tuple[float, ...]) -> Check:

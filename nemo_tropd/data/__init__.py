@@ -3,6 +3,8 @@
 from nemo_tropd.data.conversations import Prompt, PromptKeys
 from nemo_tropd.data.prompts import PromptOrder, PromptSet, PromptSplit, load_prompts, split_held_out
 from nemo_tropd.data.sources import PromptError, read_records
+from nemo_tropd.data.templates import Template, template_notes
+from nemo_tropd.data.tokenizer import Vocabulary, end_tokens, labelled_otherwise, load_tokenizer, token_texts
 
 __all__ = [
     "Prompt",
@@ -11,7 +13,14 @@ __all__ = [
     "PromptOrder",
     "PromptSet",
     "PromptSplit",
+    "Template",
+    "Vocabulary",
+    "end_tokens",
+    "labelled_otherwise",
     "load_prompts",
+    "load_tokenizer",
     "read_records",
     "split_held_out",
+    "template_notes",
+    "token_texts",
 ]

@@ -32,6 +32,7 @@ class Prompt:
     answer: str | None
     token_ids: tuple[int, ...]  # the complete chat prompt, with the opening of the assistant's turn
     where: str  # the file and line, or row, that it came from
+    tools: tuple[Mapping[str, Any], ...] = ()  # schemas of what the model may call
 
 
 def _lookup(record: Mapping[str, Any], key: str) -> Any:

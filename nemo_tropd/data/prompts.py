@@ -12,7 +12,7 @@ import numpy as np
 
 from nemo_tropd.data.conversations import Prompt, PromptKeys, checked, digest
 from nemo_tropd.data.sources import PromptError, read_records
-from nemo_tropd.data.templates import encode
+from nemo_tropd.data.templates import Template, encode
 
 _TOKENIZE_AT_ONCE = 512
 
@@ -83,8 +83,9 @@ def load_prompts(
     overlong: str = "error",
     keys: PromptKeys | None = None,
     split: str = "train",
+    template: Template | None = None,
 ) -> PromptSplit:
-    """Read prompts, apply the chat template and split off the held-out ones.
+    """Read prompts, apply the chat template (default: the tokenizer's own) and split off the held-out ones.
 
     ``path`` is a .jsonl or .parquet file, a directory written by ``datasets.save_to_disk``, or the name of a data set
     (``owner/name`` or ``owner/name:config``), of which ``split`` is read. A prompt of more than ``max_prompt_tokens``,
@@ -93,15 +94,17 @@ def load_prompts(
     """
     if overlong not in ("error", "drop"):
         raise PromptError(f"overlong={overlong!r}: must be 'error' or 'drop'")
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError("the tokenizer has no chat template: use an instruction-tuned model")
+    template = template or Template()
+    if template.text is True and not getattr(tokenizer, "chat_template", None):
+        remedy = "set model.data.chat_template to a file, or to false for texts as they are"
+        raise PromptError(f"the tokenizer has no chat template: use an instruction-tuned model, or {remedy}")
     records = [checked(raw, where, keys or PromptKeys()) for raw, where in read_records(path, split=split)]
     if not records:
         raise PromptError(f"{path} has no prompts")
     prompts, dropped = [], 0
     for start in range(0, len(records), _TOKENIZE_AT_ONCE):
         part = records[start : start + _TOKENIZE_AT_ONCE]
-        for record, ids in zip(part, encode(part, tokenizer), strict=True):
+        for record, ids in zip(part, encode(part, tokenizer, template), strict=True):
             if len(ids) <= max_prompt_tokens:
                 prompts.append(replace(record, token_ids=tuple(ids)))
             elif overlong == "error":

@@ -1,18 +1,157 @@
-"""Conversations as token ids, by the tokenizer's chat template."""
+"""Conversations as text and token ids, by a chat template that writes the same on every day, restart and rank."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
 from typing import Any
 
+from nemo_tropd.config import ConfigError, DataConfig
 from nemo_tropd.data.conversations import Prompt
 from nemo_tropd.data.sources import PromptError
+from nemo_tropd.data.tokenizer import ids_of
+
+# Arguments of transformers' apply_chat_template, which a template never sees.
+_TAKEN = {"conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict"}
+_ANSWER = "an answer"
 
 
-def encode(records: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
-    """Token ids of each prompt, chat template included."""
-    conversations = [[dict(turn) for turn in r.messages] for r in records]
+@dataclass(frozen=True)
+class Template:
+    """How a conversation becomes text. ``text``: True is the tokenizer's own template, False none: the prompt's text
+    alone; else Jinja. ``kwargs`` are handed to the template, ``system_prompt`` is put first where there is none, and
+    ``day`` is what the template takes for today."""
+
+    text: str | bool = True
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
+    day: str = "2024-07-26"
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Template":
+        """The template that the keys of ``model.data`` name. Raises ConfigError."""
+        text, key = data.chat_template, "model.data.chat_template"
+        if isinstance(text, str):
+            try:
+                text = Path(text).expanduser().read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    key, data.chat_template, f"cannot be read ({error}): give a file, true or false"
+                ) from error
+        kwargs = dict(data.chat_template_kwargs)
+        if taken := sorted(_TAKEN & kwargs.keys()):
+            raise ConfigError(f"{key}_kwargs", taken[0], "is set by the program: give variables of the template alone")
+        for name, value in ((f"{key}_kwargs", kwargs), ("model.data.system_prompt", data.system_prompt)):
+            if value and text is False:
+                raise ConfigError(name, value, f"needs a template: set {key} to true or to a file, or leave this out")
+        return cls(text, kwargs, data.system_prompt, data.template_date)
+
+    def of_tokenizer(self, tokenizer: Any) -> str:
+        """The Jinja text in use; "" for none."""
+        own = self.text if self.text is not True else getattr(tokenizer, "chat_template", None)
+        return "\n".join(map(str, own.values())) if isinstance(own, Mapping) else str(own or "")
+
+    def render(self, prompt: Prompt, tokenizer: Any) -> str:
+        """The prompt's text, with the opening of the assistant's turn. Raises PromptError, which names its line."""
+        messages = [dict(turn) for turn in prompt.messages]
+        if self.text is False:
+            if len(messages) > 1 or messages[0]["role"] != "user":
+                remedy = "give a string, or set model.data.chat_template to true or to a file"
+                raise PromptError(f"{prompt.where}: a conversation of {len(messages)} turns needs a template: {remedy}")
+            return str(messages[0]["content"])
+        if self.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages,
+                    tools=list(prompt.tools) or None,
+                    chat_template=None if self.text is True else self.text,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                    **{"strftime_now": date.fromisoformat(self.day).strftime, **self.kwargs},
+                )
+            )
+        except Exception as error:  # a template is code from the model's authors, and raises anything
+            what = str(error).strip() or type(error).__name__
+            raise PromptError(f"{prompt.where}: the chat template refuses the prompt: {what}") from error
+
+
+def encode(prompts: Sequence[Prompt], tokenizer: Any, template: Template) -> list[list[int]]:
+    """Token ids of each prompt, template included. Raises PromptError, which names the line."""
+    texts = [template.render(prompt, tokenizer) for prompt in prompts]
+    for prompt, text in zip(prompts, texts, strict=True):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"half of a surrogate pair ({error.object[error.start]!r}) is no text"
+            raise PromptError(f"{prompt.where}: {what}: remove it, or replace it by the character it was") from error
+    encoded = ids_of(tokenizer, texts)
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise PromptError(f"{prompt.where}: the prompt has no tokens after the chat template: it must have one")
+    return encoded
+
+
+def template_notes(
+    template: Template, prompts: Sequence[Prompt], tokenizer: Any, teachers: Any, end_ids: Sequence[int]
+) -> list[tuple[str, str]]:
+    """Lines for the plan: what a template does that a user may not expect, and what texts do to it."""
+    text, lines = template.of_tokenizer(tokenizer), []
+    if "strftime_now" in text:
+        lines.append(f"writes a date, which is {template.day} on every day: model.data.template_date")
+    if template.text is not False and (other := _otherwise(template, prompts, tokenizer, teachers)):
+        lines.append(other)
+    bos = tokenizer.bos_token_id
+    if bos is not None and bos in tokenizer("a")["input_ids"][:1] and prompts[0].token_ids[0] != bos:
+        lines.append(f"prompts begin without {tokenizer.bos_token}, which the tokenizer puts before plain text")
+    if text and (last := _last_tokens(template, tokenizer)) and not set(last) & set(end_ids):
+        turn = f"ends the assistant's turn with {tokenizer.decode(last)!r}"
+        lines.append(f"{turn}, which has no end token: see model.rollout.end_tokens")
+    known = [re.escape(t) for t in map(str, tokenizer.added_tokens_decoder.values()) if t.strip()]
+    control = re.compile("|".join(sorted(known, key=len, reverse=True)) or r"(?!)")
+    held = [p for p in prompts if any(_user_text(turn, control) for turn in p.messages)]
+    if held:
+        lines.append(
+            f"{len(held)} prompts hold the text of a control token, which becomes that token; first {held[0].where}"
+        )
+    return [("template", line) for line in lines]
+
+
+def _user_text(turn: Mapping[str, Any], control: re.Pattern[str]) -> bool:
+    return turn["role"] != "assistant" and bool(control.search(str(turn.get("content"))))
+
+
+def _otherwise(template: Template, prompts: Sequence[Prompt], tokenizer: Any, teachers: Any) -> str:
+    """How the teacher's own template renders the first prompts, if otherwise."""
+    if not getattr(teachers, "chat_template", None):
+        return ""
+    theirs = Template(True, template.kwargs, template.system_prompt, template.day)
+    for prompt in prompts[:8]:
+        used = template.render(prompt, tokenizer)
+        try:
+            other = theirs.render(prompt, teachers)
+        except PromptError as error:
+            return f"the teacher's own template does not take these prompts: {error}"
+        if used != other:
+            same = [a == b for a, b in zip(used, other, strict=False)]
+            at = max((same.index(False) if False in same else len(same)) - 10, 0)
+            instead, ours = other[at : at + 60], used[at : at + 60]
+            return f"the teacher's own template writes {instead!r} where {ours!r} is used, first in {prompt.where}"
+    return ""
+
+
+def _last_tokens(template: Template, tokenizer: Any) -> list[int]:
+    """The last tokens of a finished answer."""
+    talk = ({"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER})
     try:
-        encoded = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)
-    except Exception as error:  # a template is code from the model's authors, and raises anything
-        first, last = records[0].where, records[-1].where
-        raise PromptError(f"the chat template rejected a prompt between {first} and {last}: {error}") from error
-    return [list(ids) for ids in encoded["input_ids"]]
+        text = tokenizer.apply_chat_template(
+            list(talk),
+            chat_template=None if template.text is True else template.text,
+            tokenize=False,
+            **template.kwargs,
+        )
+    except Exception:  # it takes no such conversation
+        return []
+    return ids_of(tokenizer, [text.rpartition(_ANSWER)[2]])[0][:4]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 Points = list[tuple[int, float]]
+UNFINISHED_STEPS, UNFINISHED_SHARE = 10, 0.05  # the trainer's are the same
 
 
 class ReportError(RuntimeError):
@@ -80,6 +81,7 @@ def read_run(run_dir: str | Path, summary: dict[str, Any] | None = None) -> RunR
     train, validation = _read_metrics(folder / "metrics.jsonl", notes)
     if not train and not validation:
         raise ReportError(f"{folder / 'metrics.jsonl'} has no metrics yet: report on the run after its first step")
+    notes += _unfinished(train)
     summary = summary or _read_summary(folder / "summary.json", notes)
     first, last = (validation[min(validation)], validation[max(validation)]) if validation else ({}, {})
     versions = summary.get("versions")
@@ -145,6 +147,19 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[int, dict[str, flo
             _forget_from(validation, step)
             validation[step] = _numbers(entry)
     return train, validation
+
+
+def _unfinished(train: Mapping[int, Mapping[str, float]]) -> Iterator[str]:
+    """A note if there were many steps in a row in which all but no rollout met an end token."""
+    longest = row = 0
+    for values in train.values():
+        row = row + 1 if values.get("finished_fraction", 1.0) < UNFINISHED_SHARE else 0
+        longest = max(longest, row)
+    if longest >= UNFINISHED_STEPS:
+        yield (
+            f"in {longest} steps in a row fewer than {UNFINISHED_SHARE:.0%} of the rollouts met an end token: see "
+            "model.rollout.end_tokens and model.rollout.max_new_tokens"
+        )
 
 
 def _forget_from(by_step: dict[int, dict[str, float]], step: int) -> None:

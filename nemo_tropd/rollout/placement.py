@@ -136,6 +136,7 @@ class Engines:
             max_num_seqs=r.max_num_seqs,
             seed=cfg.model.seed,
             sampling=sampling_of(cfg),
+            eos_ids=tuple(r.end_tokens) or None,
             true_vocab_size=self._vocab_size,
             refreshable=refreshable,
             kv_cache_gib=self._kv_cache_gib if on_gpu else r.kv_cache_gib,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.data import token_texts
 
 
 class PhaseTimer:
@@ -80,7 +81,7 @@ class RolloutFile:
                 line = {
                     "step": step,
                     "prompt": self.tokenizer.decode(by_id[sequence["sequence_id"]].prompt_ids),
-                    "tokens": [self.tokenizer.decode([i]) for i in sequence["token_ids"]],
+                    "tokens": token_texts(self.tokenizer, sequence["token_ids"]),
                     **{name: sequence[name] for name in ("log_ratio", "gate", "guided")},
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

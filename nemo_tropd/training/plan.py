@@ -13,7 +13,19 @@ from rich.table import Table
 from nemo_tropd.command_line import printable
 from nemo_tropd.config import ConfigError, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
-from nemo_tropd.data import PromptError, PromptKeys, PromptSplit, load_prompts
+from nemo_tropd.data import (
+    PromptError,
+    PromptKeys,
+    PromptSplit,
+    Template,
+    Vocabulary,
+    end_tokens,
+    labelled_otherwise,
+    load_prompts,
+    load_tokenizer,
+    template_notes,
+)
+from nemo_tropd.data.tokenizer import STUDENT, TEACHER
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.parallel.cpu import fast_bf16
@@ -37,8 +49,9 @@ class Plan:
     student: ModelShape
     teacher: ModelShape
     tokenizer: Any
-    vocab_size: int  # the tokenizer's true size: the one number that student, teacher and engine share
+    vocab_size: int  # ids below it are sampled and scored: the one number that student, teacher and engine share
     pad_id: int
+    end_ids: tuple[int, ...]  # end a response, in the student's and the teacher's engine
     prompts: PromptSplit
     objective: Objective
     machine: Machine
@@ -47,6 +60,7 @@ class Plan:
     run_dir: Path
     wanted: dict[tuple[int, ...], int]  # tokens of the teacher's response that the run needs, by prompt
     teacher_engines: TeacherEngines | None  # None: nothing is wanted
+    notes: tuple[tuple[str, str], ...] = ()  # further lines: (label, text)
 
 
 def make_plan(cfg: TropdConfig) -> Plan:
@@ -55,36 +69,39 @@ def make_plan(cfg: TropdConfig) -> Plan:
     student_path, teacher_path = Path(cfg.pretrained_checkpoint.restore_from_path), Path(cfg.model.teacher.path)
     m = cfg.model
     degrees = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
-    student = _shape("pretrained_checkpoint.restore_from_path", student_path, *degrees)
+    student = _shape(STUDENT, student_path, *degrees)
     own = m.teacher.tensor_model_parallel_size
     teacher_degrees = degrees if own in (None, degrees[0]) else (own, 1)
-    teacher = _shape("model.teacher.path", teacher_path, *teacher_degrees)
+    teacher = _shape(TEACHER, teacher_path, *teacher_degrees)
     fp8 = Fp8Settings.of(m.teacher)
     if fp8 is not None:
         fp8.check_shape(teacher, *teacher_degrees)
-    for key, shape in (("pretrained_checkpoint.restore_from_path", student), ("model.teacher.path", teacher)):
+    for key, shape in ((STUDENT, student), (TEACHER, teacher)):
         if m.encoder_seq_length > shape.max_positions:
             why = f"exceeds max_position_embeddings = {shape.max_positions} of the model at {key}"
             raise ConfigError("model.encoder_seq_length", m.encoder_seq_length, why)
-    tokenizer, vocab_size = _shared_tokenizer(student_path, teacher_path, student, teacher)
+    vocabulary = _vocabulary(student_path, teacher_path, student, teacher)
+    tokenizer, vocab_size, template = vocabulary.tokenizer, vocabulary.size, Template.of(m.data)
+    end_ids, end_notes = end_tokens(vocabulary, (student_path, teacher_path), m.rollout.end_tokens)
     objective = build_objective(cfg)
     if m.tropd.top_k > vocab_size:
         raise ConfigError("model.tropd.top_k", m.tropd.top_k, f"the vocabulary has only {vocab_size} tokens")
     directory = run_dir(cfg)
     _check_run_dir(directory, cfg)
-    prompts = _prompts(cfg, tokenizer)
+    prompts = _prompts(cfg, tokenizer, template)
+    notes = _text_notes(student_path, vocabulary, template, prompts, end_ids)
     machine = machine_of(cfg)
     memory = estimate(cfg, student, teacher, machine)
     check_memory(cfg, memory, machine)
     check_kv_cache(cfg, (student, teacher), machine)
     wanted = wanted_responses(cfg, prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Plan(
         student=student,
         teacher=teacher,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        pad_id=int(pad or 0),
+        pad_id=_pad_id(tokenizer, vocab_size, end_ids),
+        end_ids=end_ids,
         prompts=prompts,
         objective=objective,
         machine=machine,
@@ -93,10 +110,11 @@ def make_plan(cfg: TropdConfig) -> Plan:
         run_dir=directory,
         wanted=wanted,
         teacher_engines=teacher_engines(cfg, teacher, machine) if wanted else None,
+        notes=(*vocabulary.notes, *end_notes, *notes),
     )
 
 
-def _prompts(cfg: TropdConfig, tokenizer: Any) -> PromptSplit:
+def _prompts(cfg: TropdConfig, tokenizer: Any, template: Template) -> PromptSplit:
     data = cfg.model.data
     keys = PromptKeys(prompt=data.prompt_key, messages=data.messages_key, answer=data.answer_key)
     prompts = load_prompts(
@@ -107,6 +125,7 @@ def _prompts(cfg: TropdConfig, tokenizer: Any) -> PromptSplit:
         overlong=data.overlong,
         keys=keys,
         split=data.split,
+        template=template,
     )
     _check_answers(prompts)
     return prompts
@@ -152,28 +171,27 @@ def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
     return shape
 
 
-def _shared_tokenizer(
-    student_path: Path, teacher_path: Path, student: ModelShape, teacher: ModelShape
-) -> tuple[Any, int]:
-    """The tokenizer that both checkpoints have, and its true size. ConfigError if they differ, or a model has fewer
-    rows than the tokenizer has tokens."""
-    from transformers import AutoTokenizer
+def _vocabulary(student_path: Path, teacher_path: Path, student: ModelShape, teacher: ModelShape) -> Vocabulary:
+    tokenizer, teachers = load_tokenizer(student_path, STUDENT), load_tokenizer(teacher_path, TEACHER)
+    return Vocabulary.shared(tokenizer, teachers, (student.vocab_size, teacher.vocab_size), str(teacher_path))
 
-    ours, theirs = (AutoTokenizer.from_pretrained(p, local_files_only=True) for p in (student_path, teacher_path))
-    mine, other = ours.get_vocab(), theirs.get_vocab()
-    if mine != other:
-        first, *more = sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k))
-        raise ConfigError(
-            "model.teacher.path",
-            str(teacher_path),
-            f"its tokenizer differs from the student's in {1 + len(more)} tokens, first {first!r} (student "
-            f"{mine.get(first)}, teacher {other.get(first)}); distillation by token needs one tokenizer",
-        )
-    size = max(mine.values()) + 1
-    for key, shape in (("pretrained_checkpoint.restore_from_path", student), ("model.teacher.path", teacher)):
-        if shape.vocab_size < size:
-            raise ConfigError(key, shape.vocab_size, f"the model has fewer rows than the tokenizer's {size} tokens")
-    return ours, size
+
+def _text_notes(
+    student_path: Path, vocabulary: Vocabulary, template: Template, prompts: PromptSplit, end_ids: tuple[int, ...]
+) -> list[tuple[str, str]]:
+    """Check the prompts' tokens against both tokenizers; what the plan says of templates and tokens."""
+    tokenizer, everything = vocabulary.tokenizer, (*prompts.train, *prompts.held_out)
+    vocabulary.check(everything, template.of_tokenizer(tokenizer))
+    first = everything[:64]
+    splits = vocabulary.check_splits([template.render(p, tokenizer) for p in first], [p.where for p in first])
+    labels = labelled_otherwise(student_path, tokenizer) if os.environ.get("RANK", "0") == "0" else []
+    return [*splits, *labels, *template_notes(template, everything, tokenizer, vocabulary.teachers, end_ids)]
+
+
+def _pad_id(tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...]) -> int:
+    """What fills rows: masked and after the text, so any id does that both models have a row for."""
+    pad = tokenizer.pad_token_id
+    return int(pad) if pad is not None and pad < vocab_size else end_ids[0]
 
 
 def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
@@ -233,6 +251,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
         *_generation(cfg, plan),
+        *plan.notes,
         *_slow_bf16(cfg, plan.machine),
         *roles(cfg, plan.machine),
         *memory_lines(plan.memory, plan.machine),

@@ -1,5 +1,6 @@
 """From a configuration to a finished run: checks first, then the parts, then the loop."""
 
+import copy
 import os
 import secrets
 import sys
@@ -72,6 +73,8 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
     try:
         with STOP.handled(), RollCall(cfg.trainer.distributed_timeout_s) as call:
             plan = call.together(lambda: _checked_plan(cfg))
+            cfg = copy.deepcopy(cfg)
+            cfg.model.rollout.end_tokens = list(plan.end_ids)  # of both engines, and compared when the run is resumed
             degree = plan.teacher_engines.tensor if plan.teacher_engines else 1
             return _with_plan(cfg, plan, engines or Engines(plan.vocab_size, teacher_tensor=degree), call)
     except Stopped:

@@ -86,10 +86,12 @@ class TeacherResponses:
         max_new_tokens: int,
         vocab_size: int,
         seed: int = 0,
+        end_ids: Sequence[int] = (),
     ) -> None:
         """``teacher`` is the checkpoint's fingerprint. What other settings wrote in ``cache_dir`` is left alone.
         Responses with ids from ``vocab_size`` on are refused."""
         identity = {"format": _FORMAT, "teacher": teacher, "sampling": asdict(sampling), "seed": seed}
+        identity |= {"vocab_size": vocab_size, "end_ids": sorted(end_ids)}
         text = json.dumps({**identity, "max_new_tokens": max_new_tokens}, sort_keys=True)
         self.folder = Path(cache_dir) / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._max_new_tokens, self._vocab_size, self._seed = max_new_tokens, vocab_size, seed
@@ -244,6 +246,7 @@ def generate_teacher_responses(
             max_new_tokens=cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens,
             vocab_size=vocab_size,
             seed=cfg.model.seed,
+            end_ids=cfg.model.rollout.end_tokens,
         )
         prompts, lengths = list(wanted), list(wanted.values())
         if missing := responses.missing(prompts, lengths):

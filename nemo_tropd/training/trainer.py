@@ -19,6 +19,8 @@ TEACHER_REMEDY = (
     "trainer.tropd.accept_changes='[model.teacher.precision,model.teacher.fp8]'"
 )
 
+UNFINISHED_STEPS, UNFINISHED_SHARE = 10, 0.05  # the report's are the same
+
 
 class TrainingError(RuntimeError):
     """The run cannot continue: names the step, the reason, and what to change."""
@@ -62,6 +64,7 @@ class TropdTrainer:
         self.start, self.state = setup.start, setup.start.state
         self.log, self.rollout_file = log, rollout_file
         self._saved: int | None = None  # the step of the newest checkpoint of this process
+        self._unfinished_in_a_row = 0
 
     def fit(self) -> Outcome:
         """Run the loop. Collective; every rank returns the same outcome, or raises the same CheckpointError,
@@ -121,6 +124,7 @@ class TropdTrainer:
             kept = record.sums.kept[: self.cfg.model.validation.kept_rollouts]
             self.rollout_file.write(done, record.rollouts, kept)
         self._count_skipped(step, record)
+        self._count_unfinished(record.values["finished_fraction"])
         self.progress.step_done(step, record.values)
 
     def _count_skipped(self, step: int, record: StepRecord) -> None:
@@ -150,6 +154,18 @@ class TropdTrainer:
                 f"(trainer.tropd.max_skipped_steps = {self.settings.max_skipped_steps}); not finite: {what}. The same "
                 f"command resumes from the last checkpoint and meets the same prompts and draws again: {remedy}, or "
                 f"raise max_skipped_steps to get past them. Their rollouts are in {where.parent}"
+            )
+
+    def _count_unfinished(self, finished: float) -> None:
+        """Say once if all but no rollout meets an end token for many steps."""
+        said = self._unfinished_in_a_row >= UNFINISHED_STEPS
+        self._unfinished_in_a_row += 1 if finished < UNFINISHED_SHARE or said else -self._unfinished_in_a_row
+        if not said and self._unfinished_in_a_row == UNFINISHED_STEPS:
+            r = self.cfg.model.rollout
+            self.progress.say(
+                f"in {UNFINISHED_STEPS} steps in a row fewer than {UNFINISHED_SHARE:.0%} of the rollouts met an end "
+                f"token (model.rollout.end_tokens, {r.end_tokens}); the others were cut at "
+                f"model.rollout.max_new_tokens = {r.max_new_tokens}: raise that, or name the token that ends answers"
             )
 
     def _not_finite(self, record: StepRecord) -> list[str]:

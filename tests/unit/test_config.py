@@ -27,7 +27,8 @@ OPTIONAL = (
     "model.tropd.tail model.tropd.guidance_weight model.tropd.chunk_tokens model.teacher.precision "
     "model.teacher.tensor_model_parallel_size model.teacher.response_tokens model.teacher.cache_dir model.teacher.fp8 "
     "model.rollout.dedicated.address model.rollout.dedicated.engines model.validation.max_new_tokens "
-    "model.tokens_per_micro_batch model.recompute model.optim.sched.decay_steps model.tropd.guidance.anneal_steps"
+    "model.tokens_per_micro_batch model.recompute model.optim.sched.decay_steps model.tropd.guidance.anneal_steps "
+    "model.data.system_prompt"
 )
 ZERO = (
     "trainer.max_restarts trainer.tropd.val_check_interval trainer.tropd.gradient_clip_val model.data.held_out "
@@ -45,12 +46,13 @@ FRACTION = (
 )
 FLAGS = (
     "check_only exp_manager.create_tensorboard_logger exp_manager.resume_if_exists model.tropd.guidance.enabled "
-    "model.teacher.fp8_param model.teacher.offload model.rollout.sleep model.rollout.torch_compile"
+    "model.teacher.fp8_param model.teacher.offload model.rollout.sleep model.rollout.torch_compile "
+    "model.data.chat_template"
 )
 TEXTS = (
     "name exp_manager.explicit_log_dir exp_manager.exp_dir pretrained_checkpoint.restore_from_path model.teacher.path "
     "model.teacher.cache_dir model.tropd.objective model.data.path model.data.prompt_key model.data.messages_key "
-    "model.data.answer_key model.data.split"
+    "model.data.answer_key model.data.split model.data.chat_template model.data.system_prompt"
 )
 LEGAL = {
     "None": OPTIONAL.split(),
@@ -58,7 +60,8 @@ LEGAL = {
     "1.5": FRACTION.split(),
     "True": FLAGS.split(),
     "'no such'": TEXTS.split(),
-    "{'a': 1}": ["exp_manager.wandb_logger_kwargs", "model.tropd.params"],
+    "[1]": ["model.rollout.end_tokens"],
+    "{'a': 1}": ["exp_manager.wandb_logger_kwargs", "model.tropd.params", "model.data.chat_template_kwargs"],
 }
 
 
@@ -88,7 +91,10 @@ def with_value(key: str, value: object) -> TropdConfig:
 
 
 def test_every_leaf_of_the_schema_says_what_it_takes() -> None:
-    sections = {key.rpartition(".")[0] for key in schema_keys()} - {"exp_manager.wandb_logger_kwargs"}
+    sections = {key.rpartition(".")[0] for key in schema_keys()} - {
+        "exp_manager.wandb_logger_kwargs",
+        "model.data.chat_template_kwargs",
+    }
     assert {key for key, _ in schema_fields()} - set(leaves()) == sections - {"", "model.tropd.params"}
     check(with_value("name", "run"))  # every default
 
@@ -255,6 +261,11 @@ def test_missing_required_key_is_named() -> None:
         ("exp_manager.exp_dir=null", "exp_manager.exp_dir", "explicit_log_dir"),
         ("exp_manager.create_wandb_logger=true", "exp_manager.wandb_logger_kwargs", "project"),
         ("model.data.overlong=cut", "model.data.overlong", "drop"),
+        ("model.data.template_date=yesterday", "model.data.template_date", "give a date, such as 2024-07-26"),
+        ("model.data.template_date=20240726", "model.data.template_date", "give a date"),
+        ("model.rollout.end_tokens=[1.5]", "model.rollout.end_tokens", "give a list of texts or ids"),
+        ("model.rollout.end_tokens=[-1]", "model.rollout.end_tokens", "give a list of texts or ids"),
+        ("model.data.chat_template=3", "model.data.chat_template", "true, false or a string"),
     ],
 )
 def test_impossible_settings(override: str, named: str, remedy: str) -> None:

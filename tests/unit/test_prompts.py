@@ -28,10 +28,12 @@ class WordTokenizer:
     def _ids(self, text: str) -> list[int]:
         return [self.vocabulary.setdefault(w, len(self.vocabulary)) for w in text.split()]
 
-    def apply_chat_template(self, conversations, add_generation_prompt, return_dict):
-        assert add_generation_prompt and return_dict
-        turns = [" ".join(f"<{t['role']}> {t['content']}" for t in c) + " <assistant>" for c in conversations]
-        return {"input_ids": [self._ids(t) for t in turns]}
+    def apply_chat_template(self, conversation, *, add_generation_prompt, tokenize, **kwargs):
+        assert add_generation_prompt and not tokenize
+        return " ".join(f"<{t['role']}> {t['content']}" for t in conversation) + " <assistant>"
+
+    def __call__(self, texts, **kwargs):
+        return {"input_ids": [self._ids(t) for t in texts]}
 
     def text(self, ids) -> str:
         words = list(self.vocabulary)

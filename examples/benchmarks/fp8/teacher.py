@@ -21,6 +21,7 @@ from rich.console import Console
 
 from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.config import AdmissionConfig
+from nemo_tropd.data import load_tokenizer
 from nemo_tropd.files import write_text
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.admission import TOP_K, Admission, measure
@@ -94,9 +95,10 @@ def write_answers(
 ) -> tuple[list[Rollout], int]:
     """Answers of the model in ``model_dir`` to the first ``prompts`` prompts, sampled by transformers, and the
     tokenizer's true size."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, padding_side="left")
+    tokenizer = load_tokenizer(model_dir, "the teacher")
+    tokenizer.padding_side = "left"
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
     lines = prompts_file.read_text(encoding="utf-8").splitlines()[:prompts]
     texts = [
