@@ -1,14 +1,18 @@
 """Runs torchrun in a process of its own; the exit code says whether a restart can help.
 
+A scheduler or a closed terminal signals every process of a job: those that ask a run to stop are for the ranks, which
+save and exit; torchrun would end them, and itself with an error.
+
 0     the run finished (or was stopped by a signal and saved)
 1     a rank failed and trainer.max_restarts is exhausted, or torchrun rejected its arguments
 75    lost the rendezvous with the other nodes: a restart may find them again (EX_TEMPFAIL of sysexits.h)
 128+n torchrun was stopped by signal n
 """
 
+import signal
 import sys
 
-from nemo_tropd.parallel.signals import die_with_parent
+from nemo_tropd.parallel.signals import SIGNALS, die_with_parent
 
 RENDEZVOUS_LOST = 75
 # Seconds the ranks get after SIGTERM to finish the step and write a checkpoint; torch's own default is 30.
@@ -25,9 +29,12 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     known = {option for action in get_args_parser()._actions for option in action.option_strings}
-    patience = [f"--shutdown-timeout={SHUTDOWN_S}"] if "--shutdown-timeout" in known else []
+    wanted = {"--shutdown-timeout": SHUTDOWN_S, "--signals-to-handle": "SIGQUIT"}
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # by nohup, which ranks inherit; a handler they do not
+            signal.signal(number, lambda number, frame: None)
     try:
-        torchrun([*patience, *arguments])
+        torchrun([*(f"{option}={value}" for option, value in wanted.items() if option in known), *arguments])
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
         return 1

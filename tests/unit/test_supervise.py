@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -88,6 +89,25 @@ def test_signals_go_to_the_ranks_whose_clean_end_is_the_launchers(number: signal
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert f"rank got {number.name}" in output and process.returncode == 0, output
+
+
+@pytest.mark.random
+def test_a_signal_to_every_process_of_the_job_ends_it_as_well(tmp_path: Path) -> None:
+    """As schedulers, and terminals that are closed, send it; with the real torchrun."""
+    script, number = tmp_path / "rank.py", random.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+    saves = "import time; time.sleep(1); print('saved', flush=True); sys.exit(0)"
+    script.write_text(RANK.replace("sys.exit(0)", saves))
+    torchrun = ["-m", "nemo_tropd.launch.agent", "--nproc_per_node=2", "--master_port=0", str(script)]
+    code = f"import sys, os; os.execv(sys.executable, [sys.executable, *{torchrun!r}])"
+    process = started(code, 3, "rank is up")
+    assert process.stdout is not None
+    while "rank is up" not in process.stdout.readline():
+        pass
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in random.sample(everyone, len(everyone)):
+        each.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and output.count("saved") == 2, (number, output)
 
 
 @pytest.mark.parametrize("when", ["before a rank runs", "between two attempts"])
