@@ -17,7 +17,8 @@ import torch
 
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.folders import copy_sidecar, new_folder
-from nemo_tropd.convert.hf_files import INDEX, open_safetensors, save_weights
+from nemo_tropd.convert.hf_files import open_safetensors, save_weights
+from nemo_tropd.convert.weight_files import INDEX, weight_files
 from nemo_tropd.files import write_json
 
 
@@ -47,10 +48,7 @@ def drop_layers(
     if config.get("layer_types"):
         config["layer_types"] = [config["layer_types"][i] for i in kept]
     config["num_hidden_layers"] = len(kept)
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise ConversionError(f"{source} has no .safetensors file: convert the checkpoint to safetensors first")
-
+    files = weight_files(source)
     size = sum(f.stat().st_size for f in files)
     with new_folder(target, overwrite=True, needed_bytes=size) as part:
         copy_sidecar(source, part)

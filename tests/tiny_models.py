@@ -18,7 +18,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def make_tiny(
@@ -36,9 +41,10 @@ def make_tiny(
     dtype: torch.dtype = torch.float32,
     files: int = 1,
     spread: float | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> Path:
     """Write config, tokenizer and random weights; returns the folder. ``vocab`` counts the tokenizer's tokens (at least
-    104: 4 special tokens, newline and printable ASCII) and the embedding's rows.
+    104: 4 special tokens, newline and printable ASCII) and the embedding's rows. ``changes``: keys of config.json.
 
     Weights are drawn so that logits spread over several nats, and norms and biases are not trivial. A model drawn like
     that may all but always say the same; with ``spread`` its logits have about that standard deviation instead, in
@@ -48,9 +54,21 @@ def make_tiny(
     directory.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(directory, vocab)
     config = _config(family, tied, layers, heads, kv_heads, vocab, hidden, head_dim, dtype)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps({**config, **(changes or {})}, indent=2) + "\n")
     generation = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0, "do_sample": True, "temperature": 0.7}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    weights = random_weights(directory, seed)
+    if spread is not None:
+        # Final states have length sqrt(hidden) before the final norm's weight, and each logit is one's product with a
+        # row of the head.
+        row = 0.3 if tied else 1.5 / hidden**0.5
+        weights["model.norm.weight"] = torch.full((hidden,), spread / (row * hidden**0.5))
+    write_weights(directory, {name: w.to(dtype).contiguous() for name, w in weights.items()}, files)
+    return directory
+
+
+def random_weights(directory: Path, seed: int) -> dict[str, torch.Tensor]:
+    """fp32 values for every tensor that ``directory/config.json`` asks for; norms and biases are not trivial."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, size in read_shape(directory).hf_tensors():
@@ -61,13 +79,7 @@ def make_tiny(
             weights[name] = 0.3 * noise
         else:
             weights[name] = noise * (0.3 if "embed_tokens" in name else 1.5 / size[-1] ** 0.5)
-    if spread is not None:
-        # Final states have length sqrt(hidden) before the final norm's weight, and each logit is one's product with a
-        # row of the head.
-        row = 0.3 if tied else 1.5 / hidden**0.5
-        weights["model.norm.weight"] = torch.full((hidden,), spread / (row * hidden**0.5))
-    _write_weights(directory, {name: w.to(dtype).contiguous() for name, w in weights.items()}, files)
-    return directory
+    return weights
 
 
 def _config(
@@ -81,8 +93,8 @@ def _config(
     head_dim: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    if family not in FAMILIES:
-        raise ValueError(f"family {family!r} is not one of {FAMILIES}")
+    if family not in {*FAMILIES, *_ARCHITECTURES}:
+        raise ValueError(f"family {family!r} is not one of {FAMILIES} or {[*_ARCHITECTURES]}")
     name = "llama" if family == "llama3" else family
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0 if name == "llama" else 1000000.0}
     if family == "llama3":
@@ -146,7 +158,8 @@ def _write_tokenizer(directory: Path, vocab: int) -> None:
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
 
 
-def _write_weights(directory: Path, weights: dict[str, torch.Tensor], files: int) -> None:
+def write_weights(directory: Path, weights: dict[str, torch.Tensor], files: int) -> None:
+    """As model.safetensors, or in ``files`` shards with an index."""
     if files == 1:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         return

@@ -1,34 +1,30 @@
 """The supported model families: one table of tensor names and shapes each. Imports no torch.
 
-To add a family, add a table to ``FAMILIES`` and a parity test.
+To add a family whose layers are Llama's in another dress:
+
+1. Add an entry to ``FAMILIES``: its architecture, its table (rows of ``_LLAMA`` and what it has beside them) and the
+   defaults that its transformers config class gives to missing keys.
+2. Classify every key of that config class: read here, or in config_json.py's ``FIXED`` or ``HARMLESS``. Read its vLLM
+   model too: what the engine computes otherwise (a bias, a window) must be refused, or overridden in rope.py.
+3. What a layer does otherwise is a flag of ``ModelShape``, read by gpt/build.py (``transformer_config``) and
+   gpt/specs.py; memory that it takes is counted in planner/memory.py.
+4. Add it to tests/tiny_models.py, to ``FAMILY_CONFIGS`` in tests/unit/test_config_json.py (all keys are classified) and
+   to tests/unit/test_model_logits.py (its logits are transformers', its export is its source).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nemo_tropd.convert.config_json import ConversionError, check_keys, flag, number, positive, read_config
+from nemo_tropd.convert.rope import RopeScaling, read_rope
+
 Layout = Literal["copy", "vocabulary", "query_key_value", "gate_up", "columns"]
 VOCAB_MULTIPLE = 128  # the padded vocabulary divides by this many rows for each tensor-parallel rank
-
-
-class ConversionError(ValueError):
-    """A checkpoint that cannot be converted: what is wrong, the value seen, what to change."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency scaling: wavelengths beyond ``original_max_positions / low_freq_factor`` are stretched by
-    ``factor``, those below ``original_max_positions / high_freq_factor`` are kept, those between are blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,21 @@ class ModelShape:
     max_positions: int
     qkv_bias: bool
     qk_norm: bool
+    attention_bias: bool = False  # of the output projection; ``qkv_bias`` then holds, too
+    mlp_bias: bool = False
+    window: int | None = None  # positions that attention sees, if that is less than all
+
+    def longest(self) -> tuple[int, str]:
+        """The longest sequence for which the model that is built is the checkpoint's, in tokens, and why."""
+        s, limit, why = self.rope_scaling, self.max_positions, "max_position_embeddings"
+        if s is not None and s.kind in ("yarn", "linear"):
+            original = s.original_max_positions if s.kind == "yarn" else limit
+            limit, why = int(original * s.factor), f"rope type {s.kind!r}: {original} positions x {s.factor:g}"
+        elif s is not None and s.kind == "dynamic":
+            why += ", beyond which rope type 'dynamic' is not supported,"
+        if self.window is not None and self.window < limit:
+            return self.window, "sliding_window, beyond which attention does not see all positions,"
+        return limit, why
 
     def size(self, dimension: str) -> int:
         """The length of a dimension by its name in the tables."""
@@ -82,7 +93,8 @@ class ModelShape:
 
     def hf_optional_tensors(self) -> dict[str, tuple[int, ...]]:
         """Tensors that a Hugging Face checkpoint or weight stream may contain beside ``hf_tensors``, by name and shape.
-        A tied model's head repeats the embedding; rotary frequencies, which old checkpoints stored, are recomputed."""
+        A tied model's head repeats the embedding; rotary frequencies, which old checkpoints stored, are recomputed.
+        ``hf_files`` also knows the tables made from them."""
         names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(self.layers)]
         optional: dict[str, tuple[int, ...]] = dict.fromkeys(names, (self.head_dim // 2,))
         if self.tied:
@@ -95,6 +107,7 @@ class ModelShape:
             f"{self.family}, {self.layers} layers, hidden {self.hidden}, {self.heads} query and {self.kv_heads} "
             f"key/value heads, vocabulary {self.vocab_size}, {self.parameters() / 1e6:.1f}M parameters"
             + (", tied" if self.tied else "")
+            + (f", rotary scaling {self.rope_scaling.kind} x {self.rope_scaling.factor:g}" if self.rope_scaling else "")
         )
 
     def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
@@ -162,6 +175,10 @@ class Family:
     qk_norm: bool = False
     kv_heads_default: int | None = None
     head_dim_default: int | None = None
+    max_positions_default: int = 32768
+    biases: bool = False  # attention_bias and mlp_bias are modelled
+    window_switch: bool = False  # sliding_window counts only under use_sliding_window
+    window_default: int | None = None
 
 
 _L = "model.layers.{i}."
@@ -201,31 +218,44 @@ _QKV_BIAS = _row(
     _L + "self_attn.q_proj.bias q",
     _L + "self_attn.k_proj.bias kv",
     _L + "self_attn.v_proj.bias kv",
+    when=lambda shape: shape.qkv_bias,
+)
+_BIASES = (
+    _QKV_BIAS,
+    _row(
+        _M + "self_attention.linear_proj.bias",
+        "copy",
+        _L + "self_attn.o_proj.bias hidden",
+        when=lambda shape: shape.attention_bias,
+    ),
+    _row(
+        _M + "mlp.linear_fc1.bias",
+        "gate_up",
+        _L + "mlp.gate_proj.bias ffn",
+        _L + "mlp.up_proj.bias ffn",
+        when=lambda shape: shape.mlp_bias,
+    ),
+    _row(_M + "mlp.linear_fc2.bias", "copy", _L + "mlp.down_proj.bias hidden", when=lambda shape: shape.mlp_bias),
 )
 _QK_NORM = (
     _row(_M + "self_attention.q_layernorm.weight", "copy", _L + "self_attn.q_norm.weight head"),
     _row(_M + "self_attention.k_layernorm.weight", "copy", _L + "self_attn.k_norm.weight head"),
 )
 
+_QWEN: dict[str, Any] = {"kv_heads_default": 32, "window_switch": True}
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", _LLAMA),
-    "qwen2": Family("Qwen2ForCausalLM", (*_LLAMA, _QKV_BIAS), qkv_bias=True, kv_heads_default=32),
-    "qwen3": Family("Qwen3ForCausalLM", (*_LLAMA, *_QK_NORM), qk_norm=True, kv_heads_default=32, head_dim_default=128),
+    "llama": Family("LlamaForCausalLM", (*_LLAMA, *_BIASES), max_positions_default=2048, biases=True),
+    "mistral": Family(
+        "MistralForCausalLM", _LLAMA, kv_heads_default=8, max_positions_default=131072, window_default=4096
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", (*_LLAMA, _QKV_BIAS), qkv_bias=True, **_QWEN),
+    "qwen3": Family("Qwen3ForCausalLM", (*_LLAMA, *_QK_NORM), qk_norm=True, head_dim_default=128, **_QWEN),
 }
 
 
 def read_shape(hf_dir: str | Path) -> ModelShape:
     """The shape described by ``hf_dir/config.json``. Raises ConversionError if it cannot be converted faithfully."""
-    path = Path(hf_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError(f"{path} does not exist: a Hugging Face checkpoint folder is needed") from None
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ConversionError(f"{path} must contain a JSON object, not {type(config).__name__}")
-    return shape_of_config(config, str(path))
+    return shape_of_config(read_config(hf_dir), str(Path(hf_dir) / "config.json"))
 
 
 def shape_of_config(config: dict[str, Any], where: str = "config.json") -> ModelShape:
@@ -234,92 +264,57 @@ def shape_of_config(config: dict[str, Any], where: str = "config.json") -> Model
     for key, kind in kinds.items():
         if not isinstance(config.get(key) or kind(), kind):
             raise ConversionError(f"{where}: {key} must be a {kind.__name__}, not {config[key]!r}")
-    family = _find_family(config, where)
-    _refuse_unsupported(config, where)
-    heads, hidden = (_positive(config, key, where) for key in ("num_attention_heads", "hidden_size"))
-    table = FAMILIES[family]
-    head_dim = _positive(config, "head_dim", where, table.head_dim_default or hidden // heads)
-    kv_heads = _positive(config, "num_key_value_heads", where, table.kv_heads_default or heads)
+    name = _find_family(config, where)
+    family = FAMILIES[name]
+    check_keys(config, frozenset(("attention_bias", "mlp_bias") if family.biases else ()), where)
+    other = sorted(set(config.get("layer_types") or ["full_attention"]) - {"full_attention"})
+    if other:
+        raise ConversionError(f"{where}: unsupported layer_types {other}; supported: 'full_attention'")
+    heads, hidden = (positive(config, key, where) for key in ("num_attention_heads", "hidden_size"))
+    kv_heads = positive(config, "num_key_value_heads", where, family.kv_heads_default or heads)
     if heads % kv_heads:
         raise ConversionError(f"{where}: {heads} query heads do not divide into {kv_heads} key/value heads")
-    theta, scaling = _rope(config, where)
+    max_positions = positive(config, "max_position_embeddings", where, family.max_positions_default)
+    theta, scaling = read_rope(config, max_positions, where)
+    attention_bias = family.biases and flag(config, "attention_bias", where)
     return ModelShape(
-        family=family,
-        layers=_positive(config, "num_hidden_layers", where),
+        family=name,
+        layers=positive(config, "num_hidden_layers", where),
         hidden=hidden,
-        ffn=_positive(config, "intermediate_size", where),
+        ffn=positive(config, "intermediate_size", where),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=_positive(config, "vocab_size", where),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        norm_eps=_number(config, "rms_norm_eps", where, 1e-6),
+        head_dim=positive(config, "head_dim", where, family.head_dim_default or hidden // heads),
+        vocab_size=positive(config, "vocab_size", where),
+        tied=flag(config, "tie_word_embeddings", where),
+        norm_eps=number(config, "rms_norm_eps", where, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_positions=_positive(config, "max_position_embeddings", where, 32768 if family != "llama" else 2048),
-        qkv_bias=table.qkv_bias,
-        qk_norm=table.qk_norm,
+        max_positions=max_positions,
+        qkv_bias=family.qkv_bias or attention_bias,
+        qk_norm=family.qk_norm,
+        attention_bias=attention_bias,
+        mlp_bias=family.biases and flag(config, "mlp_bias", where),
+        window=_window(config, family, where),
     )
+
+
+def _window(config: dict[str, Any], family: Family, where: str) -> int | None:
+    """The sliding window. vLLM applies that of a Llama, too, whose transformers class knows none."""
+    if family.window_switch or config.get("sliding_window", family.window_default) is None:
+        return None
+    return positive(config, "sliding_window", where, family.window_default)
 
 
 def _find_family(config: dict[str, Any], where: str) -> str:
     named = config.get("architectures") or []
     for name, family in FAMILIES.items():
         if family.architecture in named or (not named and config.get("model_type") == name):
+            if config.get("model_type") not in (None, name):
+                why = f"of architecture {family.architecture}: some programs read the one, some the other"
+                raise ConversionError(f"{where}: model_type {config['model_type']!r} is not that {why}")
             return name
     supported = ", ".join(family.architecture for family in FAMILIES.values())
     raise ConversionError(
         f"{where}: unsupported architecture {named or config.get('model_type')}; supported: {supported}"
     )
-
-
-def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
-    """Refuse settings under which the same weights would mean another function."""
-    refused = {
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-        "hidden_act": "silu",
-        "partial_rotary_factor": 1.0,
-        "quantization_config": None,
-    }
-    for key, supported in refused.items():
-        if config.get(key, supported) not in (supported, None):
-            raise ConversionError(f"{where}: unsupported {key} = {config[key]!r}; supported: {supported!r}")
-    other = sorted(set(config.get("layer_types") or ["full_attention"]) - {"full_attention"})
-    if other:
-        raise ConversionError(f"{where}: unsupported layer_types {other}; supported: 'full_attention'")
-
-
-def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from the newer ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = _number(rope if "rope_theta" in rope else config, "rope_theta", where, 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ConversionError(f"{where}: unsupported rope type {kind!r}; supported: 'default', 'llama3'")
-    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    if missing := [key for key in needed if key not in rope]:
-        raise ConversionError(f"{where}: rope type 'llama3' needs {missing}")
-    return theta, RopeScaling(
-        factor=_number(rope, "factor", where),
-        low_freq_factor=_number(rope, "low_freq_factor", where),
-        high_freq_factor=_number(rope, "high_freq_factor", where),
-        original_max_positions=_positive(rope, "original_max_position_embeddings", where),
-    )
-
-
-def _positive(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConversionError(f"{where}: {key} must be a positive integer, not {value!r}")
-    return value
-
-
-def _number(config: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
-    value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConversionError(f"{where}: {key} must be a positive number, not {value!r}")
-    return float(value)

@@ -11,8 +11,9 @@ import torch
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.files import complete_folder, write_json
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-_OTHERS = ("manifest.json", "adapter_config.json", "trainer_state.json")  # of other things than this model
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
+# Of other things than this model: an adapter, a trainer, the model it was made from, its maker's own format.
+_OTHERS = ("manifest.json", "adapter_config.json", "trainer_state.json", "README.md", ".gitattributes", "params.json")
 _TEMPLATES = "additional_chat_templates"
 _SPARE_BYTES = 64 * 2**20
 SIDECAR = "hf"
@@ -38,8 +39,9 @@ def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
 
 
 def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Copy every file of a Hugging Face folder that is not weights, nor of adapters and trainers: config, tokenizer and
-    so on. They stay the same byte for byte, except that config.json gets ``dtype``, under both names in use."""
+    """Copy every file of a Hugging Face folder that is not weights, nor of adapters and trainers, nor its model card:
+    config, tokenizer and so on. They stay the same byte for byte, except that config.json gets ``dtype``, under both
+    names in use."""
     target.mkdir(exist_ok=True)  # not its parents: a checkpoint that another process removed must not come back hollow
     for file in sorted(source_dir.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OTHERS:

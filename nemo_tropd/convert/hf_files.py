@@ -1,6 +1,6 @@
 """The safetensors files of a Hugging Face checkpoint: checked, read by ranges of a tensor, written file by file."""
 
-import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +12,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_tropd.convert.families import ConversionError, ModelShape
+from nemo_tropd.convert.weight_files import INDEX, ROTARY, SINGLE, weight_files
 from nemo_tropd.files import write_json
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 10**9
+# Names of quantised weights: GPTQ and AWQ, compressed-tensors and FP8, bitsandbytes.
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state\..*|weight_(packed|shape|zero_point)|"
+    r"(input|weight|activation|[kv])_scale(_inv)?)$"
+)
+_LAYER_NORM, _HEAD, _EMBEDDING = "layers.0.input_layernorm.weight", "lm_head.weight", "model.embed_tokens.weight"
 
 
 class HfCheckpoint:
@@ -32,7 +37,7 @@ class HfCheckpoint:
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
-        for path in _weight_files(self.directory):
+        for path in weight_files(self.directory):
             with open_safetensors(path) as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping: it only offers keys())
                     if name in self._files:
@@ -42,20 +47,48 @@ class HfCheckpoint:
                     entry = file.get_slice(name)
                     shapes[name], dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
         wanted, optional = dict(shape.hf_tensors()), shape.hf_optional_tensors()
-        if missing := [name for name in wanted if name not in shapes]:
-            raise ConversionError(f"{self.directory} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
+        self._check_names(wanted, optional, shape)
         for name, expected in wanted.items():
             found, dtype = shapes[name], dtypes[name]
             if found != expected:
                 asked = f"but config.json asks for {list(expected)}"
                 raise ConversionError(f"{self.directory}: {name} has shape {list(found)}, {asked}")
             if dtype not in DTYPES:
-                supported = f"supported dtypes: {', '.join(DTYPES)}"
+                supported = f"supported dtypes: {', '.join(DTYPES)}, mixed or not"
                 raise ConversionError(f"{self._files[name]}: {name} has dtype {dtype}; {supported}")
-        if extra := [name for name in shapes if name not in wanted and name not in optional]:
+        self._dtypes = {name: DTYPES[dtypes[name]] for name in wanted}
+        if shape.tied and _HEAD in shapes:
+            self._check_tied_head()
+
+    def _check_names(self, wanted: dict[str, Any], optional: dict[str, Any], shape: ModelShape) -> None:
+        """Raise ConversionError for tensors that are missing, quantised, named otherwise, or too many."""
+        names = self._files.keys()
+        if quantised := [name for name in names if _QUANTISED.search(name)]:
+            remedy = "use the checkpoint they were made from"
+            raise ConversionError(f"{self.directory} has quantised weights ({_some(quantised)}): {remedy}")
+        first = next((name for name in names if name.endswith(_LAYER_NORM)), "model." + _LAYER_NORM)
+        if (prefix := first.removesuffix(_LAYER_NORM)) != "model.":
+            remedy = "load it with transformers' AutoModelForCausalLM and write it with save_pretrained"
+            raise ConversionError(f"{self.directory} names its tensors {prefix!r}... instead of 'model.'...: {remedy}")
+        if missing := [name for name in wanted if name not in names]:
+            raise ConversionError(f"{self.directory} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")
+        if extra := [n for n in names if n not in wanted and n not in optional and not ROTARY.search(n)]:
             what = f"{len(extra)} tensors that a {shape.family} model has no place for"
             raise ConversionError(f"{self.directory} has {what}: {_some(extra)}")
-        self._dtypes = {name: DTYPES[dtypes[name]] for name in wanted}
+
+    def _check_tied_head(self, rows: int = 8192) -> None:
+        """Raise ConversionError if the stored head is not the embedding that config.json says it is."""
+        with open_safetensors(self._files[_HEAD]) as head, open_safetensors(self._files[_EMBEDDING]) as embedding:
+            ours, theirs = head.get_slice(_HEAD), embedding.get_slice(_EMBEDDING)
+            size = ours.get_shape()
+            same = size == theirs.get_shape() and all(
+                torch.equal(ours[i : i + rows].float(), theirs[i : i + rows].float()) for i in range(0, size[0], rows)
+            )
+        if not same:
+            raise ConversionError(
+                f"{self.directory}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}; if the head "
+                'was trained by itself, set "tie_word_embeddings": false in config.json, else remove it'
+            )
 
     def read(self, name: str, *ranges: slice) -> Tensor:
         """The tensor, or a range of each of its first dimensions, in its stored dtype; a view of the mapped file."""
@@ -136,22 +169,6 @@ def save_weights(tensors: dict[str, Tensor], path: Path) -> None:
         path.chmod(0o644)
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"cannot write {path}: {error}") from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConversionError(f"{index} is malformed ({error!r}): download it again") from None
-        outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if outside or not names:
-            raise ConversionError(f"{index} must name files of its own folder in weight_map, not {outside or 'none'}")
-        return [directory / name for name in names]
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    raise ConversionError(f"{directory} has neither {SINGLE} nor {INDEX}: convert the checkpoint to safetensors first")
 
 
 def _some(names: list[str], count: int = 3) -> str:

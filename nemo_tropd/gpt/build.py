@@ -6,7 +6,6 @@ causal mask by themselves, which is all a right-padded batch needs.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +19,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nemo_tropd.convert.hf_import import local_rows
+from nemo_tropd.gpt.rope import rotary_frequencies, softmax_scale
 from nemo_tropd.gpt.specs import layer_spec, uses_transformer_engine
 from nemo_tropd.parallel.topology import Topology
 
 if TYPE_CHECKING:
-    from nemo_tropd.convert.families import ModelShape, RopeScaling
+    from nemo_tropd.convert.families import ModelShape
 
 
 class HiddenOutput(ColumnParallelLinear):
@@ -54,7 +54,7 @@ def build_gpt(
     config = transformer_config(shape, topology, dtype, **overrides)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config),
+        transformer_layer_spec=layer_spec(config, qkv_bias=shape.qkv_bias, projection_bias=shape.attention_bias),
         vocab_size=shape.padded_vocab(topology.tensor_size),
         max_sequence_length=shape.max_positions,
         pre_process=topology.is_first_stage,
@@ -65,8 +65,7 @@ def build_gpt(
         parallel_output=True,
         pg_collection=process_groups(topology),
     )
-    if shape.rope_scaling is not None:
-        model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape.rope_scaling)
+    model.rotary_pos_emb.inv_freq = rotary_frequencies(model.rotary_pos_emb.inv_freq, shape)
     if topology.is_last_stage:
         model.output_layer.__class__ = HiddenOutput
     _mark_split_parameters(model, shape)
@@ -121,8 +120,9 @@ def transformer_config(
         "layernorm_epsilon": shape.norm_eps,
         "gated_linear_unit": True,
         "activation_func": F.silu,
-        "add_bias_linear": False,
+        "add_bias_linear": shape.mlp_bias,
         "add_qkv_bias": shape.qkv_bias,
+        "softmax_scale": softmax_scale(shape),
         "qk_layernorm": shape.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -144,17 +144,6 @@ def transformer_config(
         "deallocate_pipeline_outputs": on_cuda,
     }
     return TransformerConfig(**{**fields, **overrides})
-
-
-def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3's scaled rotary frequencies, radians a position, same shape and dtype as ``frequencies``.
-    Source: Llama 3.1 reference code, apply_scaling. Megatron's own version fixes all but the factor."""
-    wavelengths = 2 * math.pi / frequencies
-    turns = scaling.original_max_positions / wavelengths
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
-    scaled = torch.where(turns < scaling.low_freq_factor, frequencies / scaling.factor, blended)
-    return torch.where(turns > scaling.high_freq_factor, frequencies, scaled)
 
 
 def _mark_split_parameters(model: GPTModel, shape: ModelShape) -> None:

@@ -24,15 +24,20 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """The decoder's spec for ``config``, for the pipeline stage of this process."""
+def layer_spec(
+    config: TransformerConfig, *, qkv_bias: bool = False, projection_bias: bool = False
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The decoder's spec for ``config``, for the pipeline stage of this process. Attention has the biases given here;
+    the config's ``add_bias_linear`` is for the feed-forward part."""
     if uses_transformer_engine():
         fused = getattr(config, "use_transformer_engine_op_fuser", False)  # a field of later megatron-core versions
-        return get_gpt_layer_with_transformer_engine_spec(
+        layer = get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm,
             use_te_op_fuser=fused,
             use_te_activation_func=config.use_te_activation_func,
         )
+        _set_biases(layer, config, qkv_bias, projection_bias)
+        return layer
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -41,7 +46,26 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
+    _set_biases(layer, config, qkv_bias, projection_bias)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _set_biases(layer: ModuleSpec, config: TransformerConfig, qkv_bias: bool, projection_bias: bool) -> None:
+    """Megatron knows no model with biases in attention alone, or in the feed-forward part alone."""
+    attention = layer.submodules.self_attention.submodules
+    if qkv_bias != (config.add_bias_linear or config.add_qkv_bias):
+        attention.linear_qkv = _with_bias(attention.linear_qkv, qkv_bias)
+    if projection_bias != config.add_bias_linear:
+        attention.linear_proj = _with_bias(attention.linear_proj, projection_bias)
+
+
+def _with_bias(linear: Any, bias: bool) -> Any:
+    """A linear layer's class that has a bias or not, whatever it is told."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        linear.__init__(self, *args, **{**kwargs, "bias": bias})
+
+    return type(linear.__name__, (linear,), {"__init__": init})
 
 
 def fuse_gradient_accumulation(model: torch.nn.Module) -> None:

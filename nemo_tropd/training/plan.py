@@ -13,6 +13,7 @@ from rich.table import Table
 from nemo_tropd.command_line import printable
 from nemo_tropd.config import ConfigError, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
+from nemo_tropd.convert.hf_files import HfCheckpoint
 from nemo_tropd.data import (
     PromptError,
     PromptKeys,
@@ -77,8 +78,9 @@ def make_plan(cfg: TropdConfig) -> Plan:
     if fp8 is not None:
         fp8.check_shape(teacher, *teacher_degrees)
     for key, shape in ((STUDENT, student), (TEACHER, teacher)):
-        if m.encoder_seq_length > shape.max_positions:
-            why = f"exceeds max_position_embeddings = {shape.max_positions} of the model at {key}"
+        longest, why = shape.longest()
+        if m.encoder_seq_length > longest:
+            why = f"exceeds {why} = {longest} of the model at {key}"
             raise ConfigError("model.encoder_seq_length", m.encoder_seq_length, why)
     vocabulary = _vocabulary(student_path, teacher_path, student, teacher)
     tokenizer, vocab_size, template = vocabulary.tokenizer, vocabulary.size, Template.of(m.data)
@@ -166,6 +168,7 @@ def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
     try:
         shape = read_shape(path)
         shape.check_layout(tensor, pipeline)
+        HfCheckpoint(path, shape)  # reads headers alone
     except ConversionError as error:
         raise ConfigError(key, str(path), str(error)) from error
     return shape

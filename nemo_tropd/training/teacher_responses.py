@@ -18,6 +18,8 @@ import torch
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
+from nemo_tropd.convert.config_json import ConversionError
+from nemo_tropd.convert.weight_files import weight_files
 from nemo_tropd.files import complete_file, default_cache_dir, remove_stale, write_json
 from nemo_tropd.parallel.agreement import World, on_rank_zero
 from nemo_tropd.rollout.engine import EngineDied, RolloutEngine, RolloutRequest, Sampling, check_rollouts
@@ -45,9 +47,10 @@ def checkpoint_fingerprint(model_dir: str | Path, memory: Path | None = None) ->
     """A digest of a checkpoint's config files and weights, wherever it lies. FileNotFoundError without weights.
     ``memory`` (a JSON file) keeps a weight file's digest, which counts until the file's size, inode or times change."""
     folder = Path(model_dir)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no safetensors file, so it cannot be told from other checkpoints")
+    try:
+        files = weight_files(folder)
+    except ConversionError as error:
+        raise FileNotFoundError(f"{folder} holds no safetensors checkpoint to tell from others: {error}") from error
     known: dict[str, list[Any]] = {}
     if memory is not None:
         with suppress(OSError, msgspec.MsgspecError):  # not there yet, or damaged: the weights are read again

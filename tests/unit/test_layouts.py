@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_tropd.convert.families import FAMILIES, ModelShape, RopeScaling, Row, shape_of_config
 from nemo_tropd.convert.layouts import merge, regions, split, unshard
-from nemo_tropd.gpt.build import scaled_frequencies
+from nemo_tropd.gpt.rope import scaled_frequencies
 
 pytestmark = pytest.mark.random
 
@@ -97,7 +97,7 @@ def test_the_ranks_parts_make_the_tensors_again(size: int) -> None:
 def test_a_tied_head_has_no_tensor_of_its_own() -> None:
     names = {tied: {n for n, _ in replace(SHAPE, tied=tied).hf_tensors()} for tied in (True, False)}
     assert names[False] - names[True] == {"lm_head.weight"} and names[True] < names[False]
-    assert set(FAMILIES) == {"llama", "qwen2", "qwen3"}
+    assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3"}
 
 
 def test_rotary_frequencies_are_scaled_as_transformers_scales_them() -> None:

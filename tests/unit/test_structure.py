@@ -28,7 +28,7 @@ ALLOWED = {
     "objectives": {"batch", "fields"},
     "loss": {"batch", "parallel"},
     "convert": {"files", "parallel"},
-    "rollout": {"batch", "config", "files", "parallel"},
+    "rollout": {"batch", "config", "convert", "files", "parallel"},
     "report": {"files"},
     "gpt": {"batch", "config", "parallel", "convert"},
     "teacher": {"batch", "config", "parallel", "objectives", "loss", "convert", "gpt"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import socket
@@ -88,6 +89,8 @@ def test_buckets_hold_everything_once_cast_and_within_their_size() -> None:
 def test_shapes_and_optional_names_of_a_checkpoint(tmp_path: Path) -> None:
     save_file({"model.embed_tokens.weight": torch.zeros(5, 2)}, str(tmp_path / "model-1.safetensors"))
     save_file({"x.rotary_emb.inv_freq": torch.zeros(3)}, str(tmp_path / "model-2.safetensors"))
+    index = {"weight_map": {"model.embed_tokens.weight": "model-1.safetensors", "x": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
     shapes, optional = checkpoint_shapes(tmp_path)
     assert shapes == {"model.embed_tokens.weight": (5, 2), "x.rotary_emb.inv_freq": (3,), "lm_head.weight": (5, 2)}

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tropd.config import ENGINE_TOKENS
+from nemo_tropd.convert.config_json import ConversionError
+from nemo_tropd.convert.rope import vllm_overrides
 from nemo_tropd.rollout.engine import DTYPES, EngineError, Sampling
 from nemo_tropd.rollout.weights.stream import checkpoint_shapes
 
@@ -19,6 +21,7 @@ _FIXED_ARGUMENTS: dict[str, Any] = {
     "generation_config": "vllm",  # no sampling defaults from the checkpoint
     "logprobs_mode": "raw_logprobs",
     "load_format": "safetensors",
+    "config_format": "hf",  # else params.json, where a folder has the weights in Mistral's own format as well
     "worker_extension_cls": "nemo_tropd.rollout.weights.vllm_worker.WorkerExtension",
 }
 # Written by tools that copy a checkpoint, and of no meaning for its shape.
@@ -85,6 +88,15 @@ class EngineSettings:
         return self.true_vocab_size or self.model_rows
 
     @cached_property
+    def rope_overrides(self) -> dict[str, Any]:
+        """What vLLM must read instead of config.json to rotate as the trainer does."""
+        config = json.loads((self.model_dir / "config.json").read_text(encoding="utf-8"))
+        try:
+            return vllm_overrides(config, config.get("max_position_embeddings") or 1, str(self.model_dir))
+        except ConversionError as error:
+            raise EngineError(str(error)) from error
+
+    @cached_property
     def shapes(self) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
         """Shapes of the model's tensors by name, and the names a stream of weights may leave out."""
         if self.weights_shapes is not None:
@@ -118,6 +130,8 @@ class EngineSettings:
             "tensor_parallel_size": self.tensor_parallel,
             "gpu_memory_utilization": self.gpu_memory_utilization,
         }
+        if self.rope_overrides:
+            arguments["hf_overrides"] = self.rope_overrides
         if self.weights_shapes is not None:
             arguments["load_format"] = "dummy"
         if self.enforce_eager:

@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_tropd.convert.config_json import ConversionError
+from nemo_tropd.convert.weight_files import ROTARY, weight_files
 from nemo_tropd.rollout.engine import EngineError, WeightStreamError
 
 _NAMED_AT_MOST = 8
@@ -16,19 +18,20 @@ _NAMED_AT_MOST = 8
 def checkpoint_shapes(model_dir: Path) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
     """Shapes of the tensors of a Hugging Face checkpoint by name, and the names a stream may leave out: the head of a
     tied model, and rotary frequencies. Raises EngineError when there is no readable safetensors file."""
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise EngineError(f"{model_dir} has no safetensors file; provide a Hugging Face checkpoint in that format")
+    try:
+        files = weight_files(model_dir)
+    except ConversionError as error:
+        raise EngineError(str(error)) from error
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             with safe_open(str(file), framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise EngineError(
                 f"{file} is not a complete safetensors file ({error}); download or convert it again"
             ) from error
-    optional = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
+    optional = {name for name in shapes if ROTARY.search(name)}
     if json.loads((model_dir / "config.json").read_text()).get("tie_word_embeddings", False):
         optional.add("lm_head.weight")
         shapes.setdefault("lm_head.weight", shapes.get("model.embed_tokens.weight", ()))
