@@ -18,7 +18,7 @@ import torch
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.folders import copy_sidecar, new_folder
 from nemo_tropd.convert.hf_files import open_safetensors, save_weights
-from nemo_tropd.convert.weight_files import INDEX, weight_files
+from nemo_tropd.convert.weight_files import INDEX, SINGLE, weight_files
 from nemo_tropd.files import write_json
 
 
@@ -60,7 +60,7 @@ def drop_layers(
             total += sum(t.numel() * t.element_size() for t in state.values())
             if state:
                 save_weights(state, part / file.name)
-        if len(files) > 1:
+        if [file.name for file in files] != [SINGLE]:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(part / INDEX, index)
         write_json(part / "config.json", config)

@@ -246,7 +246,9 @@ def write_sharded(folder: Path, layers: int) -> dict[str, torch.Tensor]:
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
     for file, keys in parts.items():
         save_file({k: state[k] for k in keys}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {k: file for file, keys in parts.items() for k in keys}})
+    )
     kinds = [f"kind{i}" for i in range(layers)]
     config = {"num_hidden_layers": layers, "layer_types": kinds, "hidden_size": 2}
     (folder / "config.json").write_text(json.dumps(config))

@@ -166,6 +166,10 @@ def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
     assert weight_files(folder) == [folder / SINGLE]
     (folder / "adapter_model.safetensors").write_bytes(b"")
     assert weight_files(folder) == [folder / SINGLE]  # the engine filters by the index, too
+    (folder / SINGLE).rename(folder / "weights.safetensors")
+    (folder / INDEX).write_text((folder / INDEX).read_text().replace(SINGLE, "weights.safetensors"))
+    drop_layers(folder, tmp_path / "less", [1])
+    assert weight_files(tmp_path / "less") == [tmp_path / "less" / "weights.safetensors"]
 
 
 def test_mixed_dtypes_old_tables_and_a_repeated_head_are_taken(tmp_path: Path) -> None:
