@@ -60,7 +60,8 @@ def read_rope(config: dict[str, Any], max_positions: int, where: str) -> tuple[f
         raise ConversionError(f"{where}: rope type {kind!r} needs {missing}")
     original = positive(rope, "original_max_position_embeddings", where, max_positions)
     if kind == "llama3":
-        return theta, RopeScaling(*(number(rope, key, where) for key in _LLAMA3), original_max_positions=original)
+        factor, low, high = (number(rope, key, where) for key in _LLAMA3)
+        return theta, RopeScaling(factor, low, high, original)
     if kind == "yarn":
         return theta, _yarn(rope, original, max_positions, where)
     return theta, RopeScaling(number(rope, "factor", where), kind=kind, original_max_positions=original)
