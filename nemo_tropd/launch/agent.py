@@ -5,6 +5,7 @@ save and exit; torchrun would end them, and itself with an error.
 
 0     the run finished (or was stopped by a signal and saved)
 1     a rank failed and trainer.max_restarts is exhausted, or torchrun rejected its arguments
+2     the same, and the first rank that failed ended with 2: an expected error, which it printed
 75    lost the rendezvous with the other nodes: a restart may find them again (EX_TEMPFAIL of sysexits.h)
 128+n torchrun was stopped by signal n
 """
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
         torchrun([*(f"{option}={value}" for option, value in wanted.items() if option in known), *arguments])
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
-        return 1
+        return 2 if error.get_first_failure()[1].exitcode == 2 else 1
     except SignalException as error:
         return 128 + int(error.sigval)
     except (RendezvousError, DistNetworkError, DistStoreError, ConnectionError) as error:

@@ -61,7 +61,8 @@ def print_summary(content: dict[str, Any]) -> None:
             was, by = before[name], after[name] - before[name]
             table.add_row(label, f"{was:.3f}", f"{after[name]:.3f}", f"{by / abs(was):+.0%}" if was else f"{by:+.3f}")
     console = Console(width=110, markup=False, emoji=False)
-    console.print(table)
+    if table.rows:  # a run without held-out prompts has none
+        console.print(table)
     for answer in content["answers"][:1]:
         console.print(printable(answer["prompt"]), style="bold", highlight=False)
         console.print(f"before: {answer['before']!r}\nafter:  {answer['after']!r}", highlight=False)

@@ -110,6 +110,15 @@ def test_a_signal_to_every_process_of_the_job_ends_it_as_well(tmp_path: Path) ->
     assert process.returncode == 0 and output.count("saved") == 2, (number, output)
 
 
+@pytest.mark.parametrize(("code", "expected"), [(2, 2), (7, 1)])
+def test_the_first_failed_ranks_expected_error_is_the_agents_code(code: int, expected: int, tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os, time; time.sleep(60 * int(os.environ['RANK'])); os._exit({code})")
+    torchrun = ["-m", "nemo_tropd.launch.agent", "--nproc_per_node=2", "--master_port=0", str(script)]
+    done = subprocess.run([sys.executable, *torchrun], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == expected, done.stderr
+
+
 @pytest.mark.parametrize("when", ["before a rank runs", "between two attempts"])
 def test_a_signal_that_finds_no_rank_is_not_lost(when: str) -> None:
     code, until = "print('up', flush=True); import time; time.sleep(60)", "up"

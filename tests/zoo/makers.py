@@ -160,6 +160,7 @@ def _r1_qwen(rows_beyond: int, **settings: Any) -> Checkpoint:
 
 
 def _qwen3(tied: bool, *, eos: str = "<|im_end|>", layers: int = 2, hidden: int = 64, **settings: Any) -> Checkpoint:
+    kv_heads = settings.pop("kv_heads", 2)
     generation = dict(settings.pop("generation", _QWEN3_GENERATION))
     ends = settings.pop("generation_eos", ("<|im_end|>", "<|endoftext|>"))
     return Checkpoint(
@@ -174,6 +175,7 @@ def _qwen3(tied: bool, *, eos: str = "<|im_end|>", layers: int = 2, hidden: int 
         pad="<|endoftext|>",
         layers=layers,
         hidden=hidden,
+        kv_heads=kv_heads,
     )
 
 
@@ -251,7 +253,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "Qwen3-4B": _qwen3(True),
     "Qwen3-8B": _qwen3(False),
     "Qwen3-14B": _qwen3(False, layers=3, hidden=96),
-    "Qwen3-32B": _qwen3(False, layers=3, hidden=128),
+    "Qwen3-32B": _qwen3(False, layers=3, hidden=128, kv_heads=4),  # its recipe splits it over four GPUs
     "smollm2-135m-instruct": _smollm2(3),
     "smollm2-student-24l": _smollm2(2),
     "Llama-3.1-8B-Instruct": _llama3(8.0, False, "4.42.3", 2),
