@@ -76,6 +76,7 @@ def check(cfg: TropdConfig) -> None:
     for key, value, wanted in refused(cfg):
         raise ConfigError(key, value, wanted)
     _check_logging(cfg)
+    _check_data(cfg)
     _check_optimizer(cfg)
     _check_engine(cfg)
     _check_layout(cfg)
@@ -102,6 +103,12 @@ def _check_logging(cfg: TropdConfig) -> None:
         _require(cfg, "version" not in e.wandb_logger_kwargs, f"{kwargs}.version", "NeMo sets it")
         installed = importlib.util.find_spec("wandb") is not None
         _require(cfg, installed, f"{key}.create_wandb_logger", "wandb is not installed: install it, or set false")
+
+
+def _check_data(cfg: TropdConfig) -> None:
+    data, sources = cfg.model.data, "model.data.sources"
+    _require(cfg, bool(data.path or data.sources), "model.data.path", f"give the prompts' file, or set {sources}")
+    _require(cfg, not (data.path and data.sources), "model.data.path", f"choose one of it and {sources}: set one alone")
 
 
 def _check_optimizer(cfg: TropdConfig) -> None:

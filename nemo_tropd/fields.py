@@ -121,6 +121,24 @@ def split_endpoint(value: object, default_port: int | None = None) -> tuple[str,
     return (found.group(1).strip("[]"), port) if found and port and port < 65536 else None
 
 
+def sections(of: type[Any]) -> dict[str, Check]:
+    """Metadata of a list of dictionaries with the fields of one dataclass, each of which is checked."""
+    known = {f.name: f for f in fields(of)}
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+            return f"give a list of dictionaries with the keys {', '.join(known)}"
+        for i, entry in enumerate(value):
+            if unknown := [key for key in entry if key not in known]:
+                return f"[{i}].{unknown[0]}: there is no such key; choose of {', '.join(known)}"
+            for name, f in known.items():
+                if wrong := complaint(f, entry.get(name, f.default)):
+                    return f"[{i}].{name} = {entry.get(name)!r}: {wrong}"
+        return None
+
+    return {"check": check}
+
+
 def _is_plain(value: object) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and key and _is_plain(entry) for key, entry in value.items())

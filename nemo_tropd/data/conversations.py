@@ -1,16 +1,31 @@
 """Records as conversations: each field checked, not yet tokenized.
 
-A record has ``prompt`` (a string, or a list of chat messages) or ``messages`` (a list of ``{"role", "content"}``), and
-may have ``answer`` and ``id``. All keys but ``id`` can be renamed, and dotted for nested records. No torch.
+A record has ``prompt`` (a string, or a list of messages) or ``messages``, and may have ``answer``, ``id`` and
+``tools``. Messages are OpenAI's (``role``, ``content``, ``tool_calls``, ...) or ShareGPT's (``from``, ``value``). The
+keys of prompt, messages and answer can be renamed, and dotted for nested records. No torch.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_tropd.data.sources import PromptError
+
+_CONVERSATIONS = ("conversations", "conversation")  # other names of messages, where neither key is there
+# ShareGPT's names of roles
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+_TEXTS = (None, "text", "input_text", "output_text", "refusal")  # types of a part that holds text
+# Fields of a turn, besides role and content, that make it another turn; a template may read more.
+_MEANT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -22,76 +37,227 @@ class PromptKeys:
     answer: str = "answer"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt, ready for the model."""
 
     id: str
     text: str  # the last user turn, for display
-    messages: tuple[Mapping[str, str], ...]
-    answer: str | None
+    messages: tuple[Mapping[str, Any], ...]  # role, content (a string, or None beside tool_calls) and other fields
+    answer: str | tuple[str, ...] | None  # of several, each is right
     token_ids: tuple[int, ...]  # the complete chat prompt, with the opening of the assistant's turn
     where: str  # the file and line, or row, that it came from
     tools: tuple[Mapping[str, Any], ...] = ()  # schemas of what the model may call
 
 
-def _lookup(record: Mapping[str, Any], key: str) -> Any:
-    """The value at a possibly dotted key; None if there is none."""
+class Tally(dict[str, tuple[int, str]]):
+    """How many records something happened to, by its name, and where the first one is."""
+
+    def add(self, name: str, where: str) -> None:
+        """One more."""
+        count, first = self.get(name, (0, where))
+        self[name] = (count + 1, first)
+
+
+def checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tally | None = None) -> Prompt | None:
+    """The record with every field validated, not yet tokenized; None if it has nothing to respond to. ``tally`` counts
+    such "empty" records, "answered" ones, whose last answer is left out, and "structured" known answers, which cannot
+    be judged and are left out. Raises PromptError naming ``where``."""
+    tally = Tally() if tally is None else tally
+    key, given = _conversation(record, where, keys)
+    if isinstance(given, str) and key == keys.prompt:
+        turns = [] if _is_gap(given) else [{"role": "user", "content": given}]
+    else:
+        turns = _turns(given, where, key)
+    if turns and "from" in given[0] and turns[0]["role"] != "system" and isinstance(record.get("system"), str):
+        turns[:0] = [{"role": "system", "content": record["system"]}] if record["system"].strip() else []
+    answered = bool(turns) and turns[-1]["role"] == "assistant"
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or (turns[-1]["role"] not in ("tool", "function") and not turns[-1]["content"].strip()):
+        tally.add("empty", where)
+        return None
+    if answered:
+        tally.add("answered", where)
+    known, name = _lookup(record, keys.answer), _lookup(record, "id")
+    if isinstance(known, Mapping):
+        tally.add("structured", where)
+    tools = _tools(record.get("tools"), f"{where}: 'tools'")
+    if not _is_gap(name):
+        name = str(name) if isinstance(name, str | int | float) else json.dumps(name, sort_keys=True, default=str)
+    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    return Prompt(
+        id=digest(turns, tools).hex()[:16] if _is_gap(name) else name,
+        text=(asked or [turns[-1]["content"]])[-1],
+        messages=tuple(turns),
+        answer=_answer(known),
+        token_ids=(),
+        where=where,
+        tools=tools,
+    )
+
+
+def _lookup(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """The value at a possibly dotted key; None if it, or what it lies in, is null; ``default`` if there is none."""
     value: Any = record
     for part in [key] if key in record else key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
+        if value is None:
             return None
+        if not isinstance(value, Mapping) or part not in value:
+            return default
         value = value[part]
     return value
 
 
-def checked(record: Mapping[str, Any], where: str, keys: PromptKeys) -> Prompt:
-    """The record with every field validated, not yet tokenized. Raises PromptError naming ``where``."""
-    prompt, messages = _lookup(record, keys.prompt), _lookup(record, keys.messages)
-    if prompt is None and messages is None:
+def _is_gap(value: object) -> bool:
+    """None, NaN (a gap of pandas), or a blank string."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _conversation(record: Mapping[str, Any], where: str, keys: PromptKeys) -> tuple[str, Any]:
+    """The key that a record's conversation is under, and what is there."""
+    found = {key: _lookup(record, key, _ABSENT) for key in (keys.prompt, keys.messages)}
+    found = {key: value for key, value in found.items() if value is not _ABSENT}
+    found = found or {key: record[key] for key in _CONVERSATIONS if key in record}
+    if not found:
         raise PromptError(
-            f"{where}: neither {keys.prompt!r} nor {keys.messages!r}; the record's keys are {sorted(record)}. "
-            "Rename them, or set model.data.prompt_key or model.data.messages_key"
+            f"{where}: neither {keys.prompt!r} nor {keys.messages!r}; the record's keys are {sorted(map(str, record))}."
+            " Rename them, or set model.data.prompt_key or model.data.messages_key"
         )
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    elif prompt is not None:
-        messages = prompt
-    turns = _checked_messages(messages, where, keys.messages if prompt is None else keys.prompt)
-    answer, name = _lookup(record, keys.answer), _lookup(record, "id")
-    for label, value in ((keys.answer, answer), ("id", name)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
-            raise PromptError(f"{where}: {label!r} must be a string or a number, got {type(value).__name__}")
-    return Prompt(
-        id=digest(turns).hex()[:16] if name is None else str(name),
-        text=turns[-1]["content"],
-        messages=turns,
-        answer=None if answer is None else str(answer),
-        token_ids=(),
-        where=where,
-    )
+    return next(((key, value) for key, value in found.items() if not _is_gap(value)), (next(iter(found)), None))
 
 
-def _checked_messages(messages: Any, where: str, key: str) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+def _turns(given: Any, where: str, key: str) -> list[dict[str, Any]]:
+    """The turns of a list of messages, or of its JSON, each checked."""
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        given = _parsed(given, f"{where}: {key!r}")
+    if _is_gap(given):
+        return []
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise PromptError(
-            f"{where}: {key!r} must be a string or a list of messages, got {type(messages).__name__} {messages!r}"
+            f"{where}: {key!r} must be a string or a list of messages, got {type(given).__name__} {_shown(given)}"
         )
-    turns = []
-    for i, turn in enumerate(messages):
-        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
-            raise PromptError(f"{where}: {key!r}[{i}] must have 'role' and 'content', both strings; got {turn!r}")
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    if turns[-1]["role"] == "assistant":
-        raise PromptError(
-            f"{where}: {key!r} ends with the assistant's turn: there is nothing to answer; end with a user turn"
-        )
-    if not turns[-1]["content"].strip():
-        raise PromptError(f"{where}: {key!r} is empty")
-    return tuple(turns)
+    return [_turn(turn, f"{where}: {key!r}[{i}]") for i, turn in enumerate(given)]
 
 
-def digest(messages: Sequence[Mapping[str, str]]) -> bytes:
+def _turn(turn: Any, at: str) -> dict[str, Any]:
+    if isinstance(turn, Mapping) and isinstance(turn.get("from"), str) and turn.get("role") is None:
+        turn = _of_sharegpt(turn, at)
+    role = turn.get("role") if isinstance(turn, Mapping) else None
+    if not isinstance(role, str) or not role.strip():
+        raise PromptError(f"{at} must have 'role' and 'content', or 'from' and 'value'; got {_shown(turn)}")
+    fields = {k: v for k, v in turn.items() if v is not None and k not in ("content", "tool_calls", "function_call")}
+    calls = _parsed(turn.get("tool_calls"), f"{at}['tool_calls']") or []
+    if not calls and (call := _parsed(turn.get("function_call"), f"{at}['function_call']")):
+        calls = [{"type": "function", "function": call}]
+    if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
+        raise PromptError(f"{at}['tool_calls'] must be a list of objects, got {_shown(calls)}")
+    content = turn.get("content")
+    if content is None and not calls and role == "assistant" and any(fields.get(name) for name in _MEANT[-3:]):
+        content = ""  # it has thought, and not spoken
+    if _is_gap(content) and not isinstance(content, str) and not calls:
+        raise PromptError(f"{at} must have 'role' and 'content', or tool_calls; got {_shown(turn)}")
+    text = _text(content, role, at) if not _is_gap(content) else content if isinstance(content, str) else None
+    made = {**fields, "role": role, "content": text}
+    return {**made, "tool_calls": [_call(call) for call in calls]} if calls else made
+
+
+def _of_sharegpt(turn: Mapping[str, Any], at: str) -> dict[str, Any]:
+    role, value = _ROLES.get(turn["from"].lower()), turn.get("value")
+    if role is None:
+        raise PromptError(f"{at} is from {turn['from']!r}; known are {', '.join(_ROLES)}: rename it")
+    if turn["from"].lower() in ("function_call", "tool_call"):
+        calls = _parsed(value, f"{at}['value']")
+        calls = [calls] if isinstance(calls, Mapping) else calls
+        return {"role": role, "content": None, "tool_calls": calls}
+    return {"role": role, "content": value}
+
+
+def _text(content: Any, role: str, at: str) -> str:
+    """A turn's text: a string, text parts joined by line breaks as vLLM's server joins them, or a tool's result."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, Sequence) and not isinstance(content, bytes) else None
+    texts = [part if isinstance(part, str) else _part(part) for part in parts or ()]
+    if parts is None or None in texts:
+        if role in ("tool", "function"):
+            return json.dumps(content, ensure_ascii=False, default=str)
+        bad = content if parts is None else parts[texts.index(None)]
+        kind = bad.get("type") if isinstance(bad, Mapping) else None
+        if kind not in _TEXTS:
+            raise PromptError(f"{at} has a part of type {kind!r}: models here read text alone; leave such records out")
+        raise PromptError(f"{at} must have 'role' and 'content', a string or a list of text parts; got {_shown(bad)}")
+    return "\n".join(text for text in texts if text is not None)
+
+
+def _part(part: Any) -> str | None:
+    """The text of a part; None if it is no text part."""
+    if not isinstance(part, Mapping) or part.get("type") not in _TEXTS:
+        return None
+    text = part.get("refusal") if part.get("text") is None else part.get("text")
+    return text if isinstance(text, str) else None
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call with its arguments as an object, which is what templates expect."""
+    call = _without_nulls(call)
+    if not isinstance(call.get("function"), dict):
+        call = {"type": "function", "function": call}
+    function = call["function"]
+    if isinstance(function.get("arguments"), str):
+        with suppress(ValueError, RecursionError):  # of a model's own try at JSON: passed on as it is
+            arguments = json.loads(function["arguments"])
+            function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
+    return dict(call)
+
+
+def _tools(given: Any, at: str) -> tuple[Mapping[str, Any], ...]:
+    """A record's tools: a list of objects or of their JSON, or the JSON of a list."""
+    given = _parsed(given, at)
+    given = [given] if isinstance(given, Mapping) else given or []
+    tools = [_parsed(tool, at) for tool in given] if isinstance(given, list | tuple) else [given]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise PromptError(f"{at} must be a list of objects, got {_shown(given)}")
+    return tuple(_without_nulls(tool) for tool in tools)
+
+
+def _parsed(value: Any, at: str) -> Any:
+    """``value``, from its JSON if it is a string: Arrow has no type for fields of many shapes."""
+    if not isinstance(value, str):
+        return None if _is_gap(value) else value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{at} must be an object, or its JSON; got {_shown(value)} ({error})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the null fields with which Arrow makes all records alike."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _answer(value: Any) -> str | tuple[str, ...] | None:
+    if _is_gap(value) or isinstance(value, Mapping):
+        return None
+    if not isinstance(value, list | tuple):
+        return str(value)
+    found = dict.fromkeys(a for part in map(_answer, value) for a in (part if isinstance(part, tuple) else (part,)))
+    several = tuple(answer for answer in found if answer is not None)
+    return several if len(several) > 1 else several[0] if several else None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def digest(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> bytes:
     """SHA-256 of a conversation; runs of whitespace count as one space."""
-    turns = [[turn["role"], " ".join(turn["content"].split())] for turn in messages]
-    return hashlib.sha256(json.dumps(turns, ensure_ascii=True).encode()).digest()
+    turns: list[list[Any]] = [[turn["role"], " ".join((turn["content"] or "").split())] for turn in messages]
+    for turn, entry in zip(messages, turns, strict=True):
+        entry += [{name: turn[name]} for name in _MEANT if turn.get(name)]
+    if tools:
+        turns.append([{"tools": list(tools)}])
+    return hashlib.sha256(json.dumps(turns, ensure_ascii=True, default=str).encode()).digest()

@@ -2,26 +2,51 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nemo_tropd.data.conversations import Prompt, PromptKeys, checked, digest
-from nemo_tropd.data.sources import PromptError, read_records
+from nemo_tropd.data.conversations import Prompt, PromptKeys, Tally, checked, digest
+from nemo_tropd.data.sources import PromptError, Records, open_records
 from nemo_tropd.data.templates import Template, encode
 
 _TOKENIZE_AT_ONCE = 512
+_MIXTURE = 2  # word 3 of the Philox counter, where one source alone has 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where prompts come from. ``weight``: see :class:`MixedOrder`."""
+
+    path: str | Path
+    weight: float = 1.0
+    keys: PromptKeys = field(default_factory=PromptKeys)
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise PromptError(f"{self.path}: its weight is {self.weight}: give a number above 0")
+
+
+class Share(NamedTuple):
+    """One source's part of a set of prompts."""
+
+    prompts: int
+    weight: float
 
 
 @dataclass(frozen=True)
 class PromptSet(Sequence[Prompt]):
-    """Prompts in a fixed order."""
+    """Prompts in a fixed order, source by source if there are several."""
 
     prompts: tuple[Prompt, ...]
+    shares: tuple[Share, ...] = ()  # of several sources
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -30,29 +55,39 @@ class PromptSet(Sequence[Prompt]):
         return self.prompts[index]
 
     def fingerprint(self) -> str:
-        """A digest of ids, tokens and answers in order: a resumed run must see the same one."""
+        """A digest of ids, tokens and answers in order, and of weights: a resumed run must see the same one."""
         found = hashlib.sha256()
         for p in self.prompts:
             found.update(json.dumps([p.id, p.answer, p.token_ids]).encode())
+        if self.shares:
+            found.update(json.dumps(self.shares).encode())
         return found.hexdigest()
+
+    def order(self, seed: int) -> "PromptOrder | MixedOrder":
+        """The order in which a run with this seed uses the prompts."""
+        return MixedOrder(self.shares, seed) if self.shares else PromptOrder(len(self), seed)
 
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """Result of :func:`load_prompts`: disjoint sets, and how many prompts were dropped as too long."""
+    """Result of :func:`load_prompts`: disjoint sets, how many prompts were dropped as too long, and what the plan says
+    of the data (label, line)."""
 
     train: PromptSet
     held_out: PromptSet
     dropped: int
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
 class PromptOrder:
     """The order in which ``n`` prompts are used: one seeded permutation per epoch; a batch may span two.
-    ``batch(step, size)`` is a pure function of (n, seed, step, size), so a resumed run sees the same prompts."""
+    ``batch(step, size)`` is a pure function of (n, seed, stream, step, size), so a resumed run sees the same prompts.
+    ``stream``: words 2 and 3 of the counter."""
 
     n: int
     seed: int
+    stream: tuple[int, int] = (0, 0)
     _permutation: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,12 +105,61 @@ class PromptOrder:
     def _shuffled(self, epoch: int) -> np.ndarray:
         # Sorting the raw counter-based stream: unlike numpy's own shuffles, it cannot change with numpy's version.
         key = np.array([self.seed & (2**64 - 1), epoch], dtype=np.uint64)  # a list would pass through float64
-        raw = np.random.Philox(key=key).random_raw(self.n)
+        raw = np.random.Philox(key=key, counter=np.array([0, 0, *self.stream], dtype=np.uint64)).random_raw(self.n)
         return np.argsort(raw, kind="stable")
 
 
+@dataclass
+class MixedOrder:
+    """The order of prompts of several sources. Of each epoch of as many places as there are prompts, source k has the
+    share weight_k / sum of weights, in whole places; which ones is a seeded permutation of each epoch. A source fills
+    its places by an order of its own, from which it goes on in the next epoch: a small source of large weight comes
+    again within one, a large one of small weight takes several. ``batch`` is a pure function, as PromptOrder's."""
+
+    shares: Sequence[Share]
+    seed: int
+    _sources: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.places = apportioned(sum(s.prompts for s in self.shares), [s.weight for s in self.shares])
+        self.starts = list(accumulate((s.prompts for s in self.shares), initial=0))
+        self.mixture = PromptOrder(self.starts[-1], self.seed, (len(self.shares), _MIXTURE))
+        self.orders = [PromptOrder(s.prompts, self.seed, (k, _MIXTURE)) for k, s in enumerate(self.shares)]
+        self._sources = lru_cache(maxsize=2)(self._mixed)
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """The ``size`` prompt indices of step ``step`` (from 0)."""
+        if step < 0 or size < 1:
+            raise PromptError(f"no batch at step {step} of size {size}: step must be >= 0 and size >= 1")
+        found = []
+        for place in range(step * size, (step + 1) * size):
+            epoch, within = divmod(place, self.starts[-1])
+            source, nth = (int(of[within]) for of in self._sources(epoch))
+            nth += epoch * self.places[source]
+            found.append(self.starts[source] + self.orders[source].batch(nth, 1)[0])
+        return found
+
+    def _mixed(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each place of an epoch its source, and how many earlier places of the epoch the source has."""
+        sources = np.repeat(np.arange(len(self.shares)), self.places)[self.mixture._shuffled(epoch)]
+        nth = np.empty_like(sources)
+        for source, places in enumerate(self.places):
+            nth[sources == source] = np.arange(places)
+        return sources, nth
+
+
+def apportioned(total: int, weights: Sequence[float]) -> list[int]:
+    """``total`` in whole parts in proportion to ``weights``, by largest remainder (of equal ones the first)."""
+    exact = [total * w / sum(weights) for w in weights]
+    parts = [int(e) for e in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda k: (parts[k] - exact[k], k))
+    for k in by_remainder[: total - sum(parts)]:
+        parts[k] += 1
+    return parts
+
+
 def load_prompts(
-    path: str | Path,
+    path: str | Path | Sequence[Source],
     tokenizer: Any,
     *,
     max_prompt_tokens: int,
@@ -87,37 +171,91 @@ def load_prompts(
 ) -> PromptSplit:
     """Read prompts, apply the chat template (default: the tokenizer's own) and split off the held-out ones.
 
-    ``path`` is a .jsonl or .parquet file, a directory written by ``datasets.save_to_disk``, or the name of a data set
-    (``owner/name`` or ``owner/name:config``), of which ``split`` is read. A prompt of more than ``max_prompt_tokens``,
-    chat template included, is an error, or left out with ``overlong="drop"``. Raises PromptError, which names the line
-    of a bad record.
+    ``path`` is what ``open_records`` reads, with ``keys`` and of ``split``; or several sources that have their own. The
+    held-out prompts are then taken from each in proportion to its weight. A prompt of more than ``max_prompt_tokens``,
+    chat template included, is an error, or left out with ``overlong="drop"``; a record without anything to respond to
+    is left out. Raises PromptError, which names the line of a bad record.
     """
     if overlong not in ("error", "drop"):
         raise PromptError(f"overlong={overlong!r}: must be 'error' or 'drop'")
-    template = template or Template()
-    if template.text is True and not getattr(tokenizer, "chat_template", None):
+    form = template or Template()
+    if form.text is True and not getattr(tokenizer, "chat_template", None):
         remedy = "set model.data.chat_template to a file, or to false for texts as they are"
         raise PromptError(f"the tokenizer has no chat template: use an instruction-tuned model, or {remedy}")
-    records = [checked(raw, where, keys or PromptKeys()) for raw, where in read_records(path, split=split)]
-    if not records:
-        raise PromptError(f"{path} has no prompts")
-    prompts, dropped = [], 0
-    for start in range(0, len(records), _TOKENIZE_AT_ONCE):
-        part = records[start : start + _TOKENIZE_AT_ONCE]
-        for record, ids in zip(part, encode(part, tokenizer, template), strict=True):
-            if len(ids) <= max_prompt_tokens:
-                prompts.append(replace(record, token_ids=tuple(ids)))
+    sources = [Source(path, 1.0, keys or PromptKeys(), split)] if isinstance(path, str | Path) else list(path)
+    one = len(sources) == 1
+    loaded, notes, dropped = [], [], 0
+    for source in sources:
+        records, files = open_records(source.path, split=source.split)
+        tally, of = Tally(), "" if one else f"{source.path}: "
+        prompts = _loaded(
+            records, source, lambda part: encode(part, tokenizer, form), max_prompt_tokens, overlong, tally
+        )
+        loaded.append(prompts)
+        dropped += tally.get("overlong", (0, ""))[0]
+        notes += [("data", of + line) for line in ([files] if files else []) + _lines(tally, max_prompt_tokens)]
+    weights = [source.weight for source in sources]
+    train, kept_out = _split(loaded, [str(s.path) for s in sources], apportioned(held_out, weights))
+    shares = tuple(Share(len(part), weight) for part, weight in zip(train, weights, strict=True))
+    places = apportioned(sum(s.prompts for s in shares), weights)
+    for source, share, held, n in zip(sources, shares, apportioned(held_out, weights), places, strict=True):
+        if n == 0:
+            why = f"of an epoch's {sum(places)} prompts none would be from it; raise its weight"
+            raise PromptError(f"{source.path}: its weight {source.weight:g} is too small: {why}")
+        part = f"{share.prompts} to train, {held} held out, {n / sum(places):.1%} of each epoch"
+        notes += [] if one else [("data", f"{source.path}: {part}")]
+    if copies := sum(map(len, loaded)) - sum(map(len, train)) - len(kept_out):
+        notes.append(("data", f"{copies} prompts left out of training: copies of held-out ones"))
+    every = tuple(chain.from_iterable(train))
+    return PromptSplit(PromptSet(every, shares if len(shares) > 1 else ()), PromptSet(kept_out), dropped, tuple(notes))
+
+
+def _loaded(
+    records: Records,
+    source: Source,
+    encoded: Callable[[Sequence[Prompt]], list[list[int]]],
+    longest: int,
+    overlong: str,
+    tally: Tally,
+) -> list[Prompt]:
+    """The prompts of one source, of at most ``longest`` tokens. ``tally`` counts records ("read") and what was done."""
+    prompts: list[Prompt] = []
+    same: dict[int, int] = {}  # one object for each token id: a prompt then takes 8 bytes a token, not 36
+    while part := list(islice(records, _TOKENIZE_AT_ONCE)):
+        usable = [p for raw, where in part if (p := checked(raw, where, source.keys, tally)) is not None]
+        tally["read"] = (tally.get("read", (0, ""))[0] + len(part), part[0][1])
+        for prompt, ids in zip(usable, encoded(usable) if usable else (), strict=True):
+            if len(ids) <= longest:
+                prompts.append(replace(prompt, token_ids=tuple(same.setdefault(i, i) for i in ids)))
             elif overlong == "error":
                 raise PromptError(
-                    f"{record.where}: the prompt has {len(ids)} tokens with the chat template, max_prompt_tokens "
-                    f"is {max_prompt_tokens}: shorten it, raise the limit, or set overlong to 'drop'"
+                    f"{prompt.where}: the prompt has {len(ids)} tokens with the chat template, max_prompt_tokens "
+                    f"is {longest}: shorten it, raise the limit, or set overlong to 'drop'"
                 )
             else:
-                dropped += 1
+                tally.add("overlong", prompt.where)
+    if not tally:
+        raise PromptError(f"{source.path} has no prompts")
+    if not prompts and "overlong" not in tally:
+        keys = f"{source.keys.prompt!r} and {source.keys.messages!r}"
+        raise PromptError(f"{source.path}: all {tally['read'][0]} records are empty: {keys} hold nothing to respond to")
     if not prompts:
-        raise PromptError(f"{path}: all {dropped} prompts are longer than max_prompt_tokens={max_prompt_tokens}")
-    train, kept_out = split_held_out(prompts, held_out)
-    return PromptSplit(PromptSet(train), PromptSet(kept_out), dropped)
+        raise PromptError(
+            f"{source.path}: all {tally['overlong'][0]} prompts are longer than max_prompt_tokens={longest}"
+        )
+    return prompts
+
+
+def _lines(tally: Tally, longest: int) -> list[str]:
+    """What was left out of a source's records, a line each."""
+    texts = {
+        "overlong": f"prompts dropped: longer than {longest} tokens",
+        "empty": "records skipped: nothing to respond to",
+        "answered": "conversations end with the assistant: that answer is left out",
+        "structured": "known answers are objects, which cannot be judged: name a part of it in model.data.answer_key",
+    }
+    found = [(*tally[name], text) for name, text in texts.items() if name in tally]
+    return [f"{count} of {tally['read'][0]} {text} (first: {where})" for count, where, text in found]
 
 
 def split_held_out(prompts: Sequence[Prompt], held_out: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
@@ -126,15 +264,34 @@ def split_held_out(prompts: Sequence[Prompt], held_out: int) -> tuple[tuple[Prom
     The choice depends neither on the order of ``prompts`` nor on whitespace. All copies of a held-out text leave the
     training set, and one of them is kept. Raises PromptError if ``held_out`` is negative or leaves nothing to train on.
     """
-    if held_out < 0:
-        raise PromptError(f"held_out={held_out}: must not be negative")
-    by_digest: dict[bytes, list[Prompt]] = {}
-    for p in prompts:
-        by_digest.setdefault(digest(p.messages), []).append(p)
-    chosen = dict.fromkeys(sorted(by_digest)[:held_out])
-    if held_out and len(chosen) == len(by_digest):
-        raise PromptError(
-            f"held_out={held_out} takes all {len(by_digest)} distinct prompts and leaves none for training: lower it"
-        )
-    train = tuple(p for p in prompts if digest(p.messages) not in chosen)
-    return train, tuple(min(by_digest[d], key=lambda p: (p.answer or "", p.id)) for d in chosen)
+    (train,), kept = _split([prompts], [""], [held_out])
+    return train, kept
+
+
+def _split(
+    sources: Sequence[Sequence[Prompt]], names: Sequence[str], held_out: Sequence[int]
+) -> tuple[list[tuple[Prompt, ...]], tuple[Prompt, ...]]:
+    """:func:`split_held_out` of several sources; a held-out text of one leaves the training prompts of all."""
+    digests = [[digest(p.messages, p.tools) for p in prompts] for prompts in sources]
+    chosen: dict[bytes, list[Prompt]] = {}
+    for name, prompts, own, count in zip(names, sources, digests, held_out, strict=True):
+        if count < 0:
+            raise PromptError(f"held_out={count}: must not be negative")
+        left = set(own) - chosen.keys()
+        if count and len(left) <= count:
+            raise PromptError(
+                f"{name}{': ' if name else ''}held_out={count} takes all {len(left)} distinct prompts and leaves none "
+                "for training: lower it"
+            )
+        mine: dict[bytes, list[Prompt]] = {d: [] for d in sorted(left)[:count]}
+        for p, d in zip(prompts, own, strict=True):
+            if d in mine:
+                mine[d].append(p)
+        chosen.update(mine)
+    train = [
+        tuple(p for p, d in zip(prompts, own, strict=True) if d not in chosen)
+        for prompts, own in zip(sources, digests, strict=True)
+    ]
+    if empty := [name for name, part in zip(names, train, strict=True) if not part and any(sources)]:
+        raise PromptError(f"{empty[0]}: all its prompts are held out of other sources: leave it out")
+    return train, tuple(min(copies, key=lambda p: (str(p.answer or ""), p.id)) for copies in chosen.values())

@@ -1,4 +1,4 @@
-"""The process behind answers.py: reads [response, answer] as JSON lines, writes true, false, null (no expression).
+"""The process behind answers.py: reads [response, answer] as JSON lines, writes true or false.
 
 Beyond the time limit of a question the kernel kills the process with SIGALRM; beyond the memory limit the verdict is
 false. It ends with its pipe, or soon after its owner, and with no signal that stops a run.
@@ -17,11 +17,11 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 _TARGETS = (LatexExtractionConfig(), ExprExtractionConfig())
 
 
-def judge(response: str, answer: str) -> bool | None:
-    """True, false, or None if ``answer`` has no expression. math-verify's own time limits are off."""
+def judge(response: str | None, answer: str) -> bool:
+    """Is ``response`` right; or for None, has ``answer`` an expression? math-verify's own time limits are off."""
     gold = parse(answer, extraction_config=_TARGETS, parsing_timeout=None)
-    if not gold:
-        return None
+    if not gold or response is None:
+        return bool(gold)
     found = parse(response, extraction_config=_TARGETS, parsing_timeout=None)
     return bool(found) and verify(gold, found, timeout_seconds=None)
 

@@ -1,4 +1,5 @@
-"""Exact match of a response with a known answer, by math-verify in a process of its own (answer_judge.py).
+"""Exact match of a response with a known answer: of expressions by math-verify in a process of its own
+(answer_judge.py), of words by their text.
 
 Models write things like 9^9^9^9, and no signal interrupts Python once sympy has begun to evaluate that: the kernel
 enforces a time and a memory limit. The child exits with this process, but not by the signals that stop a run.
@@ -7,10 +8,14 @@ enforces a time and a memory limit. The child exits with this process, but not b
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from nemo_tropd.parallel.signals import SIGNALS
@@ -20,19 +25,71 @@ MEMORY_LIMIT_BYTES = 4 << 30
 _LONGEST_RESPONSE = 4000  # characters; a longer response is cut from its start, since the answer comes last
 
 
+_LONGEST_TEXT = 100  # characters of a known answer that a response can be expected to end in, to the letter
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+# Begins with a word, and has nothing of a formula: a number in it (Apollo 11) is not all of the answer.
+_WORDS = re.compile(r"[^\W\d_]{2}[^\\$=^]*")
+_SAID = re.compile(r"(?i)\banswer(?:[*_\s])*(?:is\b|:|=)[:=*_\s]*(\S.*)")
+_EDGES = " \t*_\"'`$()[]{}.,;:!?\u2018\u2019\u201c\u201d"
+
+
 class AnswerError(RuntimeError):
-    """The judge could not be run, or the known answer is not a mathematical expression."""
+    """The judge could not be run."""
 
 
-def exact_match(response: str, answer: str) -> bool:
-    """Does the response end in the right answer? Safe to call from any thread or process.
+def exact_match(response: str, answer: str | Sequence[str]) -> bool | None:
+    """Does the response end in the right answer, or in one of several? None if no known one can be judged. Safe to call
+    from any thread or process.
 
-    ``answer`` is a number or a mathematical expression; of a worked solution in GSM8K's style, what follows ``####``.
-    The response's answer is the last expression that math-verify finds in it, a boxed one first. Wrong is also one that
-    has none, that cannot be judged within the limits, or at which the judging process dies twice (said on stderr).
-    Raises AnswerError if ``answer`` has no expression, or when the judging process cannot run.
+    ``answer`` is a number, a mathematical expression or text; of a worked solution in GSM8K's style, what follows
+    ``####``. The response's answer is the last expression that math-verify finds in it, a boxed one first; or for text
+    (:func:`judged_as`) what is boxed, follows "answer is" or stands in the last line, compared without case, outer
+    punctuation and markup. Wrong is also one that has none, that cannot be judged within the limits, or at which the
+    judging process dies twice (said on stderr). Raises AnswerError when the judging process cannot run.
     """
-    return _JUDGE.ask(response[-_LONGEST_RESPONSE:], answer.rpartition("####")[2])
+    if not isinstance(answer, str):
+        verdicts = [exact_match(response, one) for one in answer]
+        return True if True in verdicts else False if False in verdicts else None
+    response, kind = response[-_LONGEST_RESPONSE:], judged_as(answer)
+    answer = answer.rpartition("####")[2]
+    if kind == "expression":
+        return bool(_JUDGE.ask(response, answer))
+    return _same_text(response, answer) if kind == "text" else None
+
+
+@cache
+def judged_as(answer: str) -> str | None:
+    """How a known answer is judged: as an "expression"; as "text" if it begins with a word and has nothing of a
+    formula, or math-verify finds no expression in it; or None, not at all: longer than a line of text."""
+    answer = answer.rpartition("####")[2].strip()
+    if _NUMBER.fullmatch(answer) or (not _WORDS.fullmatch(answer) and _JUDGE.ask(None, answer)):
+        return "expression"
+    return "text" if _plain(answer) and len(answer) <= _LONGEST_TEXT and "\n" not in answer else None
+
+
+def _same_text(response: str, answer: str) -> bool:
+    wanted, final = _plain(answer), _final_text(response)
+    found = {_plain(final), _plain(re.split(r"(?<=[.!?])\s", final)[0])}
+    if len(wanted) == 1 and (letter := re.match(r"\W*(\w)[).:,]", final)):  # B) Paris
+        found.add(_plain(letter.group(1)))
+    return wanted in found
+
+
+def _final_text(response: str) -> str:
+    """What is boxed last; else what follows the last "answer is"; else the last line."""
+    start = response.rfind("\\boxed{")
+    if start >= 0:
+        inner, depth = response[start + len("\\boxed{") :], 1
+        for i, character in enumerate(inner):
+            depth += {"{": 1, "}": -1}.get(character, 0)
+            if depth == 0:
+                return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", inner[:i])
+    said = _SAID.findall(response) or [line for line in response.rpartition("####")[2].splitlines() if line.strip()]
+    return str(said[-1]) if said else ""
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGES)
 
 
 class _Judge:
@@ -42,7 +99,8 @@ class _Judge:
         self._child: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def ask(self, response: str, answer: str) -> bool:
+    def ask(self, response: str | None, answer: str) -> bool:
+        """Is ``response`` right; or for None, is ``answer`` an expression?"""
         with self._lock:
             reply = self._reply([response, answer])
             if isinstance(reply, int) and reply != -signal.SIGALRM:
@@ -52,12 +110,9 @@ class _Judge:
                 why = f"the process that judges answers died twice (code {reply}); the right answer is {answer!r}"
                 print(f"a response counts as wrong: {why}", file=sys.stderr, flush=True)
             return False
-        verdict = json.loads(reply)
-        if verdict is None:
-            raise AnswerError(f"the known answer {answer!r} is not a number or a mathematical expression")
-        return bool(verdict)
+        return bool(json.loads(reply))
 
-    def _reply(self, question: list[str]) -> str | int:
+    def _reply(self, question: list[str | None]) -> str | int:
         """The judge's line, or the code it exited with."""
         child = self._child = self._child or self._start()
         assert child.stdin is not None and child.stdout is not None

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from nemo_tropd.config import TropdConfig, anneal_steps
-from nemo_tropd.data import PromptOrder, PromptSplit
+from nemo_tropd.data import PromptSplit
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses
 
@@ -130,7 +130,7 @@ def wanted_responses(cfg: TropdConfig, prompts: PromptSplit, first_step: int = 0
     )
     if not guidance.enabled or guidance.max_prefix_tokens == 0:
         return wanted
-    order, total = PromptOrder(len(prompts.train), m.seed), anneal_steps(cfg)
+    order, total = prompts.train.order(m.seed), anneal_steps(cfg)
     for step in range(first_step, min(total, cfg.trainer.tropd.max_steps)):
         annealed = max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens)
         # Of a response that goes on, the prefix and one token to be generated fit the student's limit.

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_tropd.command_line import printable
-from nemo_tropd.config import ConfigError, TropdConfig, run_dir
+from nemo_tropd.config import ConfigError, SourceConfig, TropdConfig, run_dir
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.convert.hf_files import HfCheckpoint
 from nemo_tropd.data import (
     PromptError,
     PromptKeys,
     PromptSplit,
+    Source,
     Template,
     Vocabulary,
     end_tokens,
@@ -37,7 +39,7 @@ from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines,
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.teacher.fp8 import Fp8Settings
-from nemo_tropd.training.answers import AnswerError, exact_match
+from nemo_tropd.training.answers import AnswerError, judged_as
 from nemo_tropd.training.guidance import wanted_responses
 
 OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params
@@ -118,31 +120,48 @@ def make_plan(cfg: TropdConfig) -> Plan:
 
 def _prompts(cfg: TropdConfig, tokenizer: Any, template: Template) -> PromptSplit:
     data = cfg.model.data
-    keys = PromptKeys(prompt=data.prompt_key, messages=data.messages_key, answer=data.answer_key)
     prompts = load_prompts(
-        data.path,
+        [
+            Source(
+                s.path,
+                s.weight,
+                PromptKeys(
+                    s.prompt_key or data.prompt_key,
+                    s.messages_key or data.messages_key,
+                    s.answer_key or data.answer_key,
+                ),
+                s.split or data.split,
+            )
+            for s in [SourceConfig(**s) for s in data.sources] or [SourceConfig(str(data.path))]
+        ],
         tokenizer,
         max_prompt_tokens=data.max_prompt_tokens,
         held_out=data.held_out,
         overlong=data.overlong,
-        keys=keys,
-        split=data.split,
         template=template,
     )
-    _check_answers(prompts)
-    return prompts
+    return replace(prompts, notes=(*prompts.notes, *_answer_notes(prompts)))
 
 
-def _check_answers(prompts: PromptSplit) -> None:
-    """Refuse known answers of held-out prompts that cannot be judged now, not at the first validation. On rank 0 alone:
-    judging takes a process of its own."""
-    for prompt in prompts.held_out if os.environ.get("RANK", "0") == "0" else ():
-        try:
-            if prompt.answer is not None:
-                exact_match("", prompt.answer)
-        except AnswerError as error:
-            remedy = "remove the answer, or name another key in model.data.answer_key"
-            raise PromptError(f"{prompt.where}: {error}; {remedy}") from error
+def _answer_notes(prompts: PromptSplit) -> list[tuple[str, str]]:
+    """How the known answers of held-out prompts are judged. On rank 0 alone: judging takes a process of its own."""
+    if os.environ.get("RANK", "0") != "0" or not any(p.answer for p in prompts.held_out):
+        return []
+    found = Counter[str]()
+    try:
+        for p in prompts.held_out:
+            kinds = [judged_as(a) for a in ([p.answer] if isinstance(p.answer, str) else p.answer or ())]
+            found[next(filter(None, kinds), "too long" if kinds else "unknown")] += 1
+    except AnswerError as error:
+        raise PromptError(f"{p.where}: its answer cannot be judged: {error}") from error
+    words = {
+        "expression": "as expressions",
+        "text": "as text",
+        "too long": "not judged (longer than a line)",
+        "unknown": "unknown",
+    }
+    line = ", ".join(f"{found[kind]} {text}" for kind, text in words.items() if found[kind])
+    return [("answers", f"of {len(prompts.held_out)} held-out prompts: {line}")]
 
 
 def build_objective(cfg: TropdConfig) -> Objective:
@@ -251,6 +270,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
         ("objective", repr(plan.objective)),
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
+        *plan.prompts.notes,
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
         *_generation(cfg, plan),

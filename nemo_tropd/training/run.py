@@ -33,7 +33,7 @@ from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
 from nemo_tropd.training.setup import Setup
-from nemo_tropd.training.start import opened
+from nemo_tropd.training.start import agreed_fingerprint, opened
 from nemo_tropd.training.step import TrainStep
 from nemo_tropd.training.summary import print_summary, summary_of
 from nemo_tropd.training.teacher_responses import TeacherResponses, generate_teacher_responses
@@ -117,7 +117,8 @@ def _with_plan(cfg: TropdConfig, plan: Plan, engines: EngineFactory, call: RollC
 
 def _open_and_train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome | None:
     plan = setup.plan
-    with opened(setup.cfg, plan.run_dir, plan.objective, plan.prompts.train.fingerprint(), setup.topology) as start:
+    prompts = agreed_fingerprint(plan.prompts, setup.topology)
+    with opened(setup.cfg, plan.run_dir, plan.objective, prompts, setup.topology) as start:
         if not start.finished:
             return _train(replace(setup, cfg=start.cfg, start=start), engines, call)
         if setup.topology.is_leader:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.data import PromptError, PromptSplit
 from nemo_tropd.files import read_json, remove_stale
 from nemo_tropd.objectives import Objective
-from nemo_tropd.parallel.agreement import on_rank_zero
+from nemo_tropd.parallel.addresses import host_name
+from nemo_tropd.parallel.agreement import World, on_rank_zero
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.checkpoint import newest_readable
 from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state, settled
@@ -26,6 +28,27 @@ class Start:
     state: RunState
     finished: bool  # the run has its last step, its export, its report and its summary
     notes: tuple[str, ...] = ()
+
+
+def agreed_fingerprint(prompts: PromptSplit, world: World) -> str:
+    """The fingerprint of the training prompts (collective). Every rank reads the data by itself: raises PromptError on
+    all of them, naming those whose training or held-out prompts are not rank 0's."""
+    mine = {
+        name: (len(part), part.fingerprint())
+        for name, part in (("training", prompts.train), ("held-out", prompts.held_out))
+    }
+    everyone = world.gather_objects((host_name(), mine))
+    for name in mine:
+        expected = everyone[0][1][name]
+        if others := [rank for rank, (_, found) in enumerate(everyone) if found[name] != expected]:
+            host, found = everyone[others[0]]
+            counts = f"{found[name][0]} of them, rank 0 on {everyone[0][0]} {expected[0]}"
+            ranks = f"rank{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+            raise PromptError(
+                f"model.data.path: the {name} prompts of {ranks} are not those of rank 0: rank {others[0]} on {host} "
+                f"reads {counts}. Give every host the same files, which nothing changes meanwhile"
+            )
+    return mine["training"][1]
 
 
 @contextmanager
@@ -84,7 +107,9 @@ def _is_complete(run_dir: Path, state: RunState) -> bool:
 
 
 def _contents(cfg: TropdConfig, prompts: str) -> dict[str, object]:
-    found: dict[str, object] = {"model.data.path": {"digest": prompts, "path": cfg.model.data.path}}
+    data = cfg.model.data
+    path = data.path or ", ".join(source["path"] for source in data.sources)
+    found: dict[str, object] = {"model.data.path": {"digest": prompts, "path": path}}
     for key, path in (
         ("model.teacher.path", cfg.model.teacher.path),
         ("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path),

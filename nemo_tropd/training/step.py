@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.data import PromptOrder, PromptSet
+from nemo_tropd.data import PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.rollout.engine import RolloutRequest
@@ -47,7 +47,7 @@ class TrainStep:
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.prompts, self.guidance, self.packer = prompts, guidance, packer
-        self.order = PromptOrder(len(prompts), model.settings.seed)
+        self.order = prompts.order(model.settings.seed)
 
     def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
         """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1`` after;

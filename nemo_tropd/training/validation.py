@@ -108,9 +108,10 @@ class Validator:
         ]
 
     def _right_answers(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[bool]:
-        """For each rollout whose prompt has a known answer: does it end in that answer?"""
+        """For each rollout whose prompt has a known answer that can be judged: does it end in that answer?"""
         answers = [self.prompts[r.prompt_index].answer for r in rollouts]
-        return [exact_match(t, a) for t, a in zip(texts, answers, strict=True) if a is not None]
+        verdicts = [exact_match(t, a) for t, a in zip(texts, answers, strict=True) if a is not None]
+        return [right for right in verdicts if right is not None]
 
     def _divergences(self, rollouts: Sequence[Rollout]) -> MetricSums:
         batches = self.packer.pack(rollouts, step=0)  # divergences use no draws

@@ -662,6 +662,50 @@ FAULTS: list[Fault] = [
         "found.update(json.dumps([p.id, p.token_ids]).encode())",
         _PROMPTS + "test_the_fingerprint_notices_each_part_of_a_prompt",
     ),
+    _prompts(
+        "a source begins anew in every epoch",
+        "nth += epoch * self.places[source]",
+        "nth += 0",
+        _PROMPTS + "test_the_order_of_several_sources_is_made_of_philox_streams",
+    ),
+    _prompts(
+        "copies of held-out texts stay in other sources",
+        "left = set(own) - chosen.keys()",
+        "left, chosen = set(own), {}",
+        _PROMPTS + "test_a_text_held_out_of_one_source_is_trained_on_in_none",
+    ),
+    Fault(
+        "prompts",
+        "an answer at the end stays in the prompt",
+        "nemo_tropd/data/conversations.py",
+        'while turns and turns[-1]["role"] == "assistant":',
+        "while not turns:",
+        ("tests/unit/test_conversations.py::test_a_last_answer_is_left_out_and_counted",),
+    ),
+    Fault(
+        "prompts",
+        "shards are read backwards",
+        "nemo_tropd/data/sources.py",
+        "files = [file for file in map(Path, sorted(matches)) if _suffix(file)]",
+        "files = [file for file in map(Path, sorted(matches, reverse=True)) if _suffix(file)]",
+        ("tests/unit/test_sources.py::test_a_clone_of_a_hub_data_set_is_read_by_its_splits",),
+    ),
+    Fault(
+        "prompts",
+        "ranks may hold out other prompts",
+        "nemo_tropd/training/start.py",
+        "for name in mine:",
+        'for name in ("training",):',
+        ("tests/unit/test_plan.py::test_ranks_that_read_other_prompts_are_named",),
+    ),
+    Fault(
+        "answers",
+        "of several answers the first alone counts",
+        "nemo_tropd/training/answers.py",
+        "return True if True in verdicts else False if False in verdicts else None",
+        "return verdicts[0]",
+        ("tests/unit/test_answers.py::test_any_of_several_answers_is_right",),
+    ),
     # vocabulary: padding, shards
     _vocab(
         "padded columns take part",
@@ -1020,8 +1064,8 @@ FAULTS: list[Fault] = [
     ),
     _step(
         "the prompts' order forgets the seed",
-        "self.order = PromptOrder(len(prompts), model.settings.seed)",
-        "self.order = PromptOrder(len(prompts), 0)",
+        "self.order = prompts.order(model.settings.seed)",
+        "self.order = prompts.order(0)",
         _STEP + "test_the_requests_are_those_of_the_steps_prompts",
     ),
     _step(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_tropd.training import answers
-from nemo_tropd.training.answers import AnswerError, exact_match
+from nemo_tropd.training.answers import AnswerError, exact_match, judged_as
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,76 @@ def test_equal_values_in_other_forms():
     assert not exact_match("so 6", "6 times 6 makes it\n#### 36")
 
 
-def test_a_known_answer_without_value_is_an_error():
-    with pytest.raises(AnswerError, match="'plenty' is not a number"):
-        exact_match("19", "plenty")
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("19", "expression"), ("-2.5", "expression"), (r"$\frac{1}{2}$", "expression"), ("1,234", "expression"),
+        ("12 cm", "expression"), ("x = 4", "expression"), ("so\n#### 36", "expression"), (r"\boxed{7}", "expression"),
+        ("plenty", "text"), ("Paris", "text"), ("B", "text"), ("(C)", "text"), ("True", "text"), ("Apollo 11", "text"),
+        ("北京", "text"), ("C++", "text"), ("they did\n#### New York", "text"),
+        ("word " * 40, None), ("a line\nand another", None), ("...", None), ("####", None),
+    ],
+)  # fmt: skip
+def test_a_known_answer_is_judged_as_what_it_is(answer, kind):
+    assert judged_as(answer) == kind
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("Paris", "paris"),
+        ("It is in France.\nThe answer is Paris.", "Paris"),
+        ("**Answer:** Paris", "Paris"),
+        ("The correct answer is: **Paris**.", " Paris "),
+        (r"\boxed{\text{Paris}} it is, not Rome", "Paris"),
+        ("The answer is Paris. It lies on the Seine.", "Paris"),
+        ("I think\n#### new  york", "so\n#### New York"),
+        ("The answer is (B).", "B"),
+        ("Answer: B) Paris", "B"),
+        (r"\boxed{B}", "(B)"),
+        ("**b**", "B"),
+        ("Answer: C++", "C++"),
+        ("the answer is Rome\nno: the answer is Paris", "Paris"),
+        ("True", "True"),
+        ("It was\nApollo 11", "Apollo 11"),
+    ],
+)
+def test_right_texts(response, answer):
+    assert exact_match(response, answer) is True
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("", "Paris"),
+        ("Paris is nice, but the answer is Rome", "Paris"),
+        ("Paris, Texas", "Paris"),
+        ("not Paris", "Paris"),
+        ("A good question", "A"),
+        ("Answer: C", "C++"),
+        ("11", "Apollo 11"),
+        ("\\boxed{Paris", "Rome"),
+        ("Paris\nor not", "Paris"),
+    ],
+)
+def test_wrong_texts(response, answer):
+    assert exact_match(response, answer) is False
+
+
+def test_any_of_several_answers_is_right():
+    assert exact_match("so 4", ("4", "four")) and exact_match("Four.", ("4", "four"))
+    assert exact_match("five", ("4", "four")) is False
+    assert exact_match("five", ("4", "word " * 40)) is False
+
+
+def test_an_answer_that_cannot_be_judged_is_neither_right_nor_wrong():
+    assert exact_match("19", "a line\nand another") is None and exact_match("19", ("...", "word " * 40)) is None
+
+
+def test_numbers_and_words_need_no_judge(monkeypatch):
+    monkeypatch.setattr(answers._JUDGE, "ask", None)
+    judged_as.cache_clear()
+    assert judged_as("19") == "expression" and judged_as("plenty") == "text"
 
 
 @pytest.mark.timeout(60)

@@ -266,6 +266,7 @@ def test_missing_required_key_is_named() -> None:
         ("model.rollout.end_tokens=[1.5]", "model.rollout.end_tokens", "give a list of texts or ids"),
         ("model.rollout.end_tokens=[-1]", "model.rollout.end_tokens", "give a list of texts or ids"),
         ("model.data.chat_template=3", "model.data.chat_template", "true, false or a string"),
+        ("model.data.path=null", "model.data.path", "set model.data.sources"),
     ],
 )
 def test_impossible_settings(override: str, named: str, remedy: str) -> None:
@@ -342,6 +343,38 @@ def test_command_line_ends_with_code_2_and_no_traceback() -> None:
     done = train("--config-name", "smollm2_cpu", "model.tropd.chunk_tokens=-5", "check_only=true")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip() == "ConfigError: model.tropd.chunk_tokens = -5: give an integer of at least 1, or null"
+
+
+SOURCES = "model.data.sources"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[{path: a, weight: -1}]", r"sources = .*\[0\]\.weight = -1: give a number above 0"),
+        ("[{path: a}, {path: b, weight: 0}]", r"\[1\]\.weight = 0: give a number above 0"),
+        ("[{path: a, weight: inf}]", r"\[0\]\.weight = inf: give a finite number above 0"),
+        ("[{path: a, weight: heavy}]", r"\[0\]\.weight = 'heavy': give a finite number above 0"),
+        ("[{path: ''}]", r"\[0\]\.path = '': give a string that is not empty"),
+        ("[{weight: 1}]", r"\[0\]\.path = None: give a string that is not empty"),
+        ("[{path: a, wieght: 1}]", r"\[0\]\.wieght: there is no such key; choose of path, weight, prompt_key"),
+        ("[a.jsonl]", r"sources = \['a\.jsonl'\]: give a list of dictionaries with the keys path, weight, prompt_key"),
+        ("a.jsonl", r"sources = 'a\.jsonl': give a list of dictionaries with the keys path, weight"),
+        ("[{path: a, prompt_key: ''}]", r"\[0\]\.prompt_key = '': give a string that is not empty, or null"),
+    ],
+)
+def test_bad_sources_are_refused_by_their_key(value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(*REQUIRED[:2], f"{SOURCES}={value}")
+    assert str(caught.value).startswith(SOURCES) and "\n" not in str(caught.value)
+
+
+def test_path_and_sources_exclude_each_other() -> None:
+    both = read(*REQUIRED[:2], f"{SOURCES}=[{{path: a, weight: 2}}, {{path: b}}]").model.data.sources
+    assert both == [{"path": "a", "weight": 2}, {"path": "b"}]
+    for args in ((*REQUIRED, f"{SOURCES}=[{{path: a}}]"), REQUIRED[:2]):
+        with pytest.raises(ConfigError, match=r"^model\.data\.path = .*model\.data\.sources"):
+            read(*args)
 
 
 def test_rank_0_alone_says_what_is_wrong_under_torchrun() -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_tropd.config import ConfigError
-from nemo_tropd.data import PromptError
-from nemo_tropd.training.plan import make_plan, print_plan
+from nemo_tropd.data import Prompt, PromptError, PromptKeys, PromptSet, PromptSplit
+from nemo_tropd.data.conversations import checked
+from nemo_tropd.data.prompts import Share
+from nemo_tropd.parallel.agreement import World
+from nemo_tropd.training.plan import _answer_notes, make_plan, print_plan
+from nemo_tropd.training.start import agreed_fingerprint
 from tests.e2e.compose import compose_config
 from tests.e2e.tiny_run import TinyRun
 from tests.tiny_models import make_tiny
@@ -163,11 +169,88 @@ def test_prompt_longer_than_the_context(tiny: TinyRun, tmp_path: Path) -> None:
         plan(tiny, tmp_path, **{"model.data.path": file})
 
 
-def test_an_answer_that_is_no_number(tiny: TinyRun, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"capital {i}?", "answer": "Paris"}) + "\n" for i in range(9)))
-    with pytest.raises(PromptError, match="Paris"):
-        plan(tiny, tmp_path, **{"model.data.path": file})
+def test_answers_of_every_kind_are_counted(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ["Paris", 4, None, math.nan, ["4", "four"], "B", "word " * 40, {"value": 3}, True, "", "$x^2$"]
+    held = [Prompt(str(i), "", (), checked_answer(a), (i,), "here") for i, a in enumerate(answers)]
+    notes = _answer_notes(PromptSplit(PromptSet(()), PromptSet(tuple(held)), 0))
+    counted = "3 as expressions, 3 as text, 1 not judged (longer than a line), 4 unknown"
+    assert notes == [("answers", f"of 11 held-out prompts: {counted}")]
+    monkeypatch.setenv("RANK", "1")
+    assert _answer_notes(PromptSplit(PromptSet(()), PromptSet(tuple(held)), 0)) == []
+
+
+def checked_answer(answer: object) -> Any:
+    found = checked({"prompt": "a", "answer": answer}, "here", PromptKeys())
+    assert found is not None
+    return found.answer
+
+
+def test_several_sources_and_what_was_left_out_are_shown(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        lines = [{"question": f"{name} {'count ' * (i % 4)}{i}?", "answer": "Paris"} for i in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sources = f"[{{path:{tmp_path}/a.jsonl,weight:3,prompt_key:question}},{{path:{tmp_path}/b.jsonl}}]"
+    keys = {"model.data.sources": sources, "model.data.prompt_key": "question", "model.data.path": "null"}
+    cfg = compose_config(
+        tiny.overrides(tmp_path / "run", **keys, **{"model.data.max_prompt_tokens": 40, "model.data.overlong": "drop"})
+    )
+    made = make_plan(cfg)
+    print_plan(cfg, made)
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{made.prompts.dropped // 2} of 12 prompts dropped: longer than 40 tokens" in shown and made.prompts.dropped
+    assert "3 held out, 7" in shown and "1 held out, 2" in shown and "of each epoch" in shown
+    assert "of 4 held-out prompts: 4 as text" in shown
+    for key, value in (("model.data.path", tmp_path / "a.jsonl"), ("model.data.sources", "[]")):
+        with pytest.raises(ConfigError, match=r"^model\.data\.path = .*: (choose one of|give the prompts' file)"):
+            plan(tiny, tmp_path / "run", **keys | {key: value})
+
+
+class Ranks(World):
+    """Worlds of ranks that call one after the other: the first pass hears what each says, the second answers."""
+
+    def __init__(self) -> None:
+        self.said: list[Any] = []
+        self.answers = False
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        if not self.answers:
+            self.said.append(obj)
+            raise KeyboardInterrupt
+        return self.said
+
+
+def fingerprints(ranks: list[PromptSplit]) -> list[str]:
+    world = Ranks()
+    for split in ranks:
+        with pytest.raises(KeyboardInterrupt):
+            agreed_fingerprint(split, world)
+    world.answers = True
+    return [agreed_fingerprint(split, world) for split in ranks]
+
+
+def test_ranks_that_read_other_prompts_are_named() -> None:
+    def split(train: int, held: int, answer: str = "4", shares: tuple[Share, ...] = ()) -> PromptSplit:
+        prompts = [Prompt(str(i), "", (), answer, (i,), "here") for i in range(train + held)]
+        return PromptSplit(PromptSet(tuple(prompts[:train]), shares), PromptSet(tuple(prompts[train:])), 0)
+
+    assert len(set(fingerprints([split(5, 2)] * 4))) == 1
+    cases = {
+        r"training prompts of rank 2 are not those of rank 0: rank 2 on .* reads 4 of them, rank 0 on .* 5": split(
+            4, 2
+        ),
+        r"held-out prompts of rank 2 are .* reads 3 of them, rank 0 on .* 2": split(5, 3),
+        r"training prompts of rank 2 are .* reads 5 of them, rank 0 on .* 5": split(5, 2, "5"),
+        r"training prompts of rank 2 are": split(5, 2, shares=(Share(2, 1.0), Share(3, 1.0))),
+    }
+    for message, other in cases.items():
+        with pytest.raises(PromptError, match=message):
+            fingerprints([split(5, 2), split(5, 2), other])
+    with pytest.raises(PromptError, match=r"prompts of ranks 1, 3 are not those of rank 0: rank 1 on"):
+        fingerprints([split(5, 2), split(4, 2), split(5, 2), split(6, 2)])
 
 
 def test_unwritable_run_directory(tiny: TinyRun, tmp_path: Path) -> None:

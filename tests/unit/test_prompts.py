@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tropd.data import Prompt, PromptError, PromptKeys, PromptOrder, PromptSet, PromptSplit, load_prompts
+from nemo_tropd.data import Prompt, PromptError, PromptKeys, PromptOrder, PromptSet, PromptSplit, Source, load_prompts
+from nemo_tropd.data.prompts import Share
 from tests.oracles import philox
 
 pytestmark = pytest.mark.random
@@ -102,12 +103,10 @@ def test_keys_can_be_renamed_and_nested(tmp_path):
         ('{"prompt": "a"', r"line 3: not JSON .*column"),
         ('["a"]', r"line 3: a line must be a JSON object, got list"),
         ('{"question": "a", "x": 1}', r"line 3: neither 'prompt' nor 'messages'; .*\['question', 'x'\]"),
-        ('{"prompt": ""}', r"line 3: 'prompt' is empty"),
         ('{"prompt": 5}', r"line 3: 'prompt' must be a string or a list of messages, got int 5"),
-        ('{"messages": []}', r"line 3: 'messages' must be a string or a list"),
+        ('{"messages": {}}', r"line 3: 'messages' must be a string or a list"),
         ('{"messages": [{"role": "user"}]}', r"line 3: 'messages'\[0\] must have 'role' and 'content'"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', r"line 3: .*ends with the assistant's turn"),
-        ('{"prompt": "a", "answer": [1]}', r"line 3: 'answer' must be a string or a number, got list"),
+        ('{"prompt": "a", "tools": [1]}', r"line 3: 'tools' must be a list of objects"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -253,6 +252,146 @@ def test_the_fingerprint_notices_each_part_of_a_prompt(part):
     changed = {"id": "other", "answer": "5", "token_ids": (5, 7, 1)}[part]
     other = [prompts[0], replace(prompts[1], **{part: changed}), prompts[2]]
     assert PromptSet(tuple(other)).fingerprint() != PromptSet(tuple(prompts)).fingerprint()
+
+
+def test_what_was_left_out_is_counted(tmp_path):
+    said = {"role": "assistant", "content": "x"}
+    long, empty = {"prompt": "a b c d"}, {"prompt": " "}
+    answered = {"messages": [{"role": "user", "content": "e"}, said]}
+    path = write_jsonl(
+        tmp_path / "p.jsonl", [long, {"prompt": "a b"}, empty, long, answered, {"prompt": "a  b"}, empty]
+    )
+    split = load(path, max_prompt_tokens=5, overlong="drop", held_out=1)
+    assert len(split.train) in (1, 2) and split.dropped == 2
+    copies = 2 - len(split.train)
+    assert [line for label, line in split.notes if label == "data"] == [
+        f"2 of 7 prompts dropped: longer than 5 tokens (first: {path}, line 1)",
+        f"2 of 7 records skipped: nothing to respond to (first: {path}, line 3)",
+        f"1 of 7 conversations end with the assistant: that answer is left out (first: {path}, line 5)",
+        *["1 prompts left out of training: copies of held-out ones"] * copies,
+    ]
+    assert load(write_jsonl(tmp_path / "plain.jsonl", [{"prompt": "a"}])).notes == ()
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a", "answer": {"value": 3}}])
+    assert "1 of 1 known answers are objects" in load(odd).notes[0][1]
+    with pytest.raises(PromptError, match=r"all 2 records are empty: 'prompt' and 'messages' hold nothing"):
+        load(write_jsonl(tmp_path / "empty.jsonl", [empty, empty]))
+
+
+def test_a_set_split_over_folders_files_and_sources_gives_the_same_prompts(tmp_path):
+    records = [{"prompt": p, "answer": i} for i, p in enumerate(random_prompts(40))]
+    tokenizer = WordTokenizer()
+    whole = load(write_jsonl(tmp_path / "all.jsonl", records), tokenizer, held_out=6)
+    (tmp_path / "shards").mkdir()
+    cut = random.randrange(1, 40)
+    write_jsonl(tmp_path / "shards" / "0.jsonl", records[:cut])
+    write_jsonl(tmp_path / "shards" / "1.jsonl", records[cut:])
+    for path in (tmp_path / "shards", f"{tmp_path}/shards/*.jsonl", [Source(tmp_path / "shards", 0.3)]):
+        split = load(path, tokenizer, held_out=6)
+        assert split.train.fingerprint() == whole.train.fingerprint()
+        assert split.held_out.fingerprint() == whole.held_out.fingerprint()
+        assert split.train.order(5).batch(3, 9) == PromptOrder(34, 5).batch(3, 9)
+
+
+def mixed(tmp_path, sizes, weights, **settings) -> tuple[PromptSplit, list[Path]]:
+    paths = [
+        write_jsonl(tmp_path / f"{k}.jsonl", [{"prompt": f"{k} {p}"} for p in random_prompts(n)])
+        for k, n in enumerate(sizes)
+    ]
+    return load([Source(p, w) for p, w in zip(paths, weights, strict=True)], **settings), paths
+
+
+def test_each_source_has_its_weight_of_every_epoch(tmp_path):
+    split, paths = mixed(tmp_path, [40, 10, 30], [1, 3, 0.5], held_out=9)
+    assert [p.text[0] for p in split.held_out] == ["0"] * 2 + ["1"] * 6 + ["2"]
+    train, n = split.train, 80 - 9
+    assert [share.prompts for share in train.shares] == [38, 4, 29]
+    order, seed = train.order(7), 7
+    size = random.randint(1, 9)
+    flat = [i for step in range(4 * n) for i in order.batch(step, size)]
+    for epoch in range(len(flat) // n):
+        sources = [train[i].text[0] for i in flat[epoch * n : (epoch + 1) * n]]
+        assert [sources.count(k) for k in "012"] == [16, 47, 8]  # 71 times 2/9, 6/9 and 1/9
+        assert sources != sorted(sources)
+    for k, share in zip("012", train.shares, strict=True):
+        own = [i for i in flat if train[i].text[0] == k]
+        rounds = [own[r : r + share.prompts] for r in range(0, len(own) - share.prompts, share.prompts)]
+        assert all(sorted(r) == sorted(set(own)) for r in rounds) and len(set(map(tuple, rounds))) > 1
+    again = train.order(seed)
+    assert [again.batch(s, size) for s in (17, 3, 17)] == [flat[s * size : s * size + size] for s in (17, 3, 17)]
+    assert train.order(8).batch(0, n) != flat[:n]
+    lines = [line for _, line in split.notes]
+    assert lines[1] == f"{paths[1]}: 4 to train, 6 held out, {47 / 71:.1%} of each epoch"
+
+
+def test_weights_equal_to_the_sizes_use_each_prompt_once_an_epoch(tmp_path):
+    split, _ = mixed(tmp_path, [5, 11, 2], [5, 11, 2])
+    order = split.train.order(random.getrandbits(40))
+    for epoch in range(3):
+        assert sorted(order.batch(epoch, 18)) == list(range(18))
+
+
+def test_the_order_of_several_sources_is_made_of_philox_streams(tmp_path):
+    seed, sizes = random.getrandbits(63), [random.randint(3, 9), random.randint(3, 9)]
+    order = mixed(tmp_path, sizes, [1, 1])[0].train.order(seed)
+    n = sum(sizes)
+    places = [(n + 1) // 2, n // 2]
+
+    def shuffled(count, stream, epoch):
+        words = philox.stream((seed, epoch), count, word_2=stream, word_3=2)
+        return sorted(range(count), key=words.__getitem__)
+
+    wanted, used = [], [0, 0]
+    for epoch in range(3):
+        for place in shuffled(n, 2, epoch):
+            source = int(place >= places[0])
+            own = shuffled(sizes[source], source, used[source] // sizes[source])
+            wanted.append(source * sizes[0] + own[used[source] % sizes[source]])
+            used[source] += 1
+    assert [i for step in range(3) for i in order.batch(step, n)] == wanted
+
+
+def test_the_order_of_several_sources_does_not_change_between_releases():
+    order = PromptSet((), (Share(4, 1.0), Share(3, 2.0))).order(1234)
+    assert order.batch(0, 10) == [5, 6, 1, 2, 4, 5, 6, 4, 0, 4]
+
+
+def test_a_text_held_out_of_one_source_is_trained_on_in_none(tmp_path):
+    same = random_prompts(12)
+    a = write_jsonl(tmp_path / "a.jsonl", [{"prompt": p} for p in same])
+    b = write_jsonl(tmp_path / "b.jsonl", [{"prompt": p} for p in same + random_prompts(3)])
+    split = load([Source(a), Source(b)], held_out=6)
+    held = {p.text for p in split.held_out}
+    assert len(held) == 6 and not held & {p.text for p in split.train}
+    assert len(split.train) == 27 - 6 - sum(same.count(text) for text in held)
+    assert split.notes[-1][1].startswith(f"{27 - 6 - len(split.train)} prompts left out of training: copies")
+
+
+def test_the_fingerprint_follows_weights_and_sources(tmp_path):
+    prompts = tuple(Prompt(str(i), "", (), None, (i,), "") for i in range(6))
+    shares = [(), (Share(3, 1.0), Share(3, 1.0)), (Share(3, 1.0), Share(3, 2.0)), (Share(2, 1.0), Share(4, 1.0))]
+    assert len({PromptSet(prompts, s).fingerprint() for s in shares}) == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "settings", "message"),
+    [
+        ([3, 3], [1, 0], {}, r"1\.jsonl: its weight is 0"),
+        ([3, 3], [1, float("nan")], {}, r"its weight is nan: give a number above 0"),
+        ([3, 3], [1, 1e-3], {}, r"1\.jsonl: its weight 0\.001 is too small: of an epoch's 6 prompts none"),
+        ([9, 2], [1, 1], {"held_out": 4}, r"1\.jsonl: held_out=2 takes all 2 distinct prompts"),
+        ([9, 0], [1, 1], {}, r"1\.jsonl has no prompts"),
+    ],
+)
+def test_impossible_sources(tmp_path, sizes, weights, settings, message):
+    with pytest.raises(PromptError, match=message):
+        mixed(tmp_path, sizes, weights, **settings)
+
+
+def test_a_source_that_is_held_out_of_another_has_nothing_left(tmp_path):
+    a = write_jsonl(tmp_path / "a.jsonl", [{"prompt": str(i)} for i in range(2)])
+    b = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "0"}, {"prompt": "1"}])
+    with pytest.raises(PromptError, match=r"jsonl: (all its prompts are held out of other sources|held_out)"):
+        load([Source(a), Source(b)], held_out=2)
 
 
 def test_the_shipped_prompts_are_right():
