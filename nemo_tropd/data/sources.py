@@ -204,8 +204,8 @@ def _open_folder(path: Path, config: str, split: str) -> tuple[Records, str]:
             f"folder of {', '.join(_KINDS)} files; it holds {', '.join(held[:5]) or 'nothing'}"
             + (f" and {len(held) - 5} more" if len(held) > 5 else "")
         )
-    others = [f for f in path.rglob("[!.]*") if _suffix(f) and f.is_file() and f.parent.name[:1] != "."]
-    of = f" of {len(others)}" if len(others) > len(files) else ""
+    every = [f for f in path.rglob("*") if _suffix(f) and f.is_file() and "/." not in f"/{f.relative_to(path)}"]
+    of = f" of {len(every)}" if len(every) > len(files) else ""
     return _read_files(files), f"{len(files)}{of} files of {path}, split {split!r}"
 
 

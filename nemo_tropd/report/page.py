@@ -20,7 +20,7 @@ _TABLE = (
     ("reverse_kl", "Reverse KL", "nats a token, on the student's own text", -1),
     ("forward_kl", "Forward KL", "nats a token, on the teacher's answers", -1),
     ("one_minus_tv", "1 − TV", "overlap of the two distributions, on the student's own text", 1),
-    ("exact_match", "Exact match", "right answers to arithmetic", 1),
+    ("exact_match", "Exact match", "right answers, where one is known", 1),
     ("student_entropy", "Student entropy", "nats a token, on the student's own text", 0),
     ("teacher_entropy", "Teacher entropy", "nats a token, on the student's own text", 0),
 )

@@ -19,7 +19,7 @@ ROWS = (
     ("forward_kl", "forward KL on teacher-written answers (nats a token)"),
     ("one_minus_tv", "1 - TV on the student's own text"),
     ("student_entropy", "student's entropy on its own text (nats)"),
-    ("exact_match", "exact match on arithmetic"),
+    ("exact_match", "exact match with known answers"),
 )
 
 

@@ -205,7 +205,9 @@ def test_several_sources_and_what_was_left_out_are_shown(
     assert "3 held out, 7" in shown and "1 held out, 2" in shown and "of each epoch" in shown
     assert "of 4 held-out prompts: 4 as text" in shown
     for key, value in (("model.data.path", tmp_path / "a.jsonl"), ("model.data.sources", "[]")):
-        with pytest.raises(ConfigError, match=r"^model\.data\.path = .*: (choose one of|give the prompts' file)"):
+        with pytest.raises(
+            ConfigError, match=r"^model\.data\.path = .*: (choose: set it to null|give the prompts' file)"
+        ):
             plan(tiny, tmp_path / "run", **keys | {key: value})
 
 
