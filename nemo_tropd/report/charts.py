@@ -36,7 +36,7 @@ _DEFINITIONS = (
          (_HELD_OUT, "teacher_entropy", "teacher, held out", 2)]),
     ("Engine against trainer", "Difference of their log-probabilities of the same tokens; nats, log scale.", "nats",
         "log", [(_TRAIN, "mismatch_max_abs", "largest", 1), (_TRAIN, "mismatch_mean_abs", "mean", 0)]),
-    ("Exact match", "Right answers to held-out prompts with a known one.", "share", "share", [(_HELD_OUT, "exact_match", "", 2)]),
+    ("Exact match", "Right answers to held-out prompts.", "share", "share", [(_HELD_OUT, "exact_match", "", 2)]),
     ("Log-ratio", "log π teacher − log π student, mean over the student's tokens; nats.", "nats", "",
         [(_TRAIN, "log_ratio_mean", "", 0)]),
     ("Response length", "Tokens, mean over rollouts.", "tokens", "", [(_TRAIN, "response_tokens", "", 2)]),
