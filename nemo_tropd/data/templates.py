@@ -7,7 +7,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from nemo_tropd.config import ConfigError, DataConfig
+from nemo_tropd.config import ConfigError
+from nemo_tropd.config_data import DataConfig
 from nemo_tropd.data.conversations import Prompt
 from nemo_tropd.data.sources import PromptError
 from nemo_tropd.data.tokenizer import ids_of

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_tropd.command_line import printable
-from nemo_tropd.config import ConfigError, SourceConfig, TropdConfig, run_dir
+from nemo_tropd.config import ConfigError, TropdConfig, run_dir
+from nemo_tropd.config_data import SourceConfig
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.convert.hf_files import HfCheckpoint
 from nemo_tropd.data import (

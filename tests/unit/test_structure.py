@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "nemo_tropd"
 # room -> rooms of ours it may import
 ALLOWED = {
     "fields": set(),
-    "config": {"fields"},
+    "config_data": {"fields"},
+    "config": {"config_data", "fields"},
     "config_keys": {"config", "fields"},
     "config_checks": {"config", "config_keys", "fields"},
     "command_line": {"config", "config_keys", "fields"},
@@ -23,7 +24,7 @@ ALLOWED = {
     "batch": set(),
     "files": set(),
     "quiet": set(),
-    "data": {"config"},
+    "data": {"config", "config_data"},
     "parallel": {"batch"},
     "objectives": {"batch", "fields"},
     "loss": {"batch", "parallel"},
