@@ -16,13 +16,15 @@ SINGLE = "model.safetensors"
 # Tables made from config.json, which old checkpoints stored.
 ROTARY = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _POINTER = b"version https://git-lfs"
+_LARGE = ("tokenizer.json", "tokenizer.model")  # what else a hub keeps in Git LFS
 _QUANTISED = "hf_quant_config.json"  # vLLM obeys it, wherever config.json says nothing
 _TO_SAFETENSORS = "load it with transformers' from_pretrained and write it with save_pretrained"
 
 
 def weight_files(directory: str | Path) -> list[Path]:
     """The files that the index names, by name, else model.safetensors. Raises ConversionError, with the remedy, where
-    there are none, where programs would choose differently, and for a Git LFS pointer, an empty or an outside file."""
+    there are none, where programs would choose differently, and for a Git LFS pointer (of the tokenizer, too), an empty
+    or an outside file."""
     directory = Path(directory)
     if (directory / _QUANTISED).is_file():
         raise ConversionError(f"{directory / _QUANTISED} says that the weights are quantised: use their original")
@@ -41,7 +43,7 @@ def weight_files(directory: str | Path) -> list[Path]:
             )
     else:
         raise ConversionError(_nothing(directory, present))
-    for path in files:
+    for path in (*files, *(directory / name for name in _LARGE)):
         _refuse_pointer(path)
     return files
 

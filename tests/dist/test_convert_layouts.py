@@ -110,15 +110,18 @@ def test_a_checkpoint_saved_at_one_layout_loads_at_others(tmp_path: Path):
     seed = int(torch.randint(0, 2**31, ()))
     tied = make_tiny(tmp_path / "tied", "qwen3", True, seed=seed, **SHAPE)
     untied = make_tiny(tmp_path / "untied", "qwen2", False, seed=seed, **SHAPE)
+    biases = {"attention_bias": True, "mlp_bias": True}
+    biased = make_tiny(tmp_path / "biased", "llama", True, seed=seed, changes=biases, **SHAPE)
     hf_to_megatron(untied, tmp_path / "converted", tensor_parallel=2)
     jobs = [
         (str(tied), str(tmp_path / "tied-saved"), (2, 1)),
         (str(untied), str(tmp_path / "untied-saved"), (2, 2)),
+        (str(biased), str(tmp_path / "biased-saved"), (2, 1)),
         (str(untied), str(tmp_path / "converted"), None),
     ]
     for wrong in run_distributed(_reshard, 4, jobs, timeout_s=240):
         assert not wrong
-    for folder in (tied, untied):
+    for folder in (tied, untied, biased):
         back = tmp_path / f"{folder.name}-back"
         megatron_to_hf(tmp_path / f"{folder.name}-saved", back)
         shape = read_shape(folder)

@@ -27,6 +27,7 @@ class Case(NamedTuple):
     sequence: bool = False
     heads: int = 4
     kv_heads: int = 2
+    biases: tuple[str, ...] = ()  # keys of config.json
 
 
 class Outcome(NamedTuple):
@@ -120,7 +121,7 @@ def _check_cases(rank: int, world_size: int, root: str, cases: list[Case], seed:
 
 
 def _folder(root: str, case: Case) -> Path:
-    return Path(root) / f"{case.family}-{case.tied}-{case.heads}-{case.kv_heads}"
+    return Path(root) / "-".join(map(str, (case.family, case.tied, case.heads, case.kv_heads, *case.biases)))
 
 
 def _run(tmp_path: Path, world_size: int, cases: list[Case]) -> None:
@@ -129,7 +130,7 @@ def _run(tmp_path: Path, world_size: int, cases: list[Case]) -> None:
         if not _folder(str(tmp_path), case).exists():
             make_tiny(
                 _folder(str(tmp_path), case), case.family, case.tied, heads=case.heads, kv_heads=case.kv_heads,
-                hidden=16 * case.heads, seed=seed,
+                hidden=16 * case.heads, seed=seed, changes=dict.fromkeys(case.biases, True),
             )  # fmt: skip
     for rank, outcomes in enumerate(run_distributed(_check_cases, world_size, str(tmp_path), cases, seed)):
         for outcome in outcomes:
@@ -153,6 +154,8 @@ def _everyone(**layout: Any) -> list[Case]:
                 *_everyone(tensor=2, sequence=True),
                 *_everyone(pipeline=2),
                 Case("qwen3", True),  # data parallel 2
+                Case("llama", False, tensor=2, sequence=True, biases=("attention_bias", "mlp_bias")),
+                Case("llama", True, pipeline=2, biases=("attention_bias",)),
             ],
             id="two-processes",
         ),

@@ -91,6 +91,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another format": (beside("consolidated.safetensors"), r"has consolidated\.safetensors beside model\.safetensors"),
     "a pointer": (beside(SINGLE, POINTER), r"model\.safetensors is a Git LFS pointer.*git lfs pull"),
     "an index pointer": (beside(INDEX, POINTER), r"index\.json is a Git LFS pointer.*git lfs pull"),
+    "a tokenizer's pointer": (beside("tokenizer.json", POINTER), r"tokenizer\.json is a Git LFS pointer"),
     "empty": (lambda f: (f / SINGLE).write_bytes(b"") and None, r"model\.safetensors is empty: download"),
     "cut": (lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:-9]) and None, "damaged or truncated"),
     "an adapter": (left_alone("adapter_config.json", "adapter_model.safetensors"), r"only an adapter: merge it"),
