@@ -114,9 +114,8 @@ def template_notes(
     control = re.compile("|".join(sorted(known, key=len, reverse=True)) or r"(?!)")
     held = [p for p in prompts if any(_user_text(turn, control) for turn in p.messages)]
     if held:
-        lines.append(
-            f"{len(held)} prompts hold the text of a control token, which becomes that token; first {held[0].where}"
-        )
+        what = f"{len(held)} of {len(prompts)} prompts hold the text of a control token, which becomes that token"
+        lines.append(f"{what}; first {held[0].where}")
     return [("template", line) for line in lines]
 
 
@@ -155,4 +154,4 @@ def _last_tokens(template: Template, tokenizer: Any) -> list[int]:
         )
     except Exception:  # it takes no such conversation
         return []
-    return ids_of(tokenizer, [text.rpartition(_ANSWER)[2]])[0][:4]
+    return ids_of(tokenizer, [text.rpartition(_ANSWER)[2]])[0][:4] if _ANSWER in text else []

@@ -184,7 +184,7 @@ def end_tokens(
                 END, token, f"is no token that the models share: give one or its id (special are {known})"
             )
     own = [
-        {i for i in _named_ends(folder, key, of) if i < size}
+        {i for i in _named_ends(folder, key, of) if 0 <= i < size}  # -1 is some programs' none
         for folder, key, of in zip(folders, (STUDENT, TEACHER), (tokens, vocabulary.teachers), strict=True)
     ]
     ids = {names[t] if isinstance(t, str) else t for t in given} or own[0] | own[1]
@@ -208,8 +208,10 @@ def _named_ends(folder: Path, key: str, tokenizer: Any) -> set[int]:
             value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
         except (ValueError, AttributeError, OSError) as error:
             raise ConfigError(key, str(file), f"cannot be read ({_line(error)}): restore or remove it") from error
-        values = value if isinstance(value, list) else [value]
-        found |= {i for i in values if isinstance(i, int) and not isinstance(i, bool)}
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if any(not isinstance(i, int) or isinstance(i, bool) for i in values):
+            raise ConfigError(key, str(file), f"eos_token_id is {value!r}: give an id, a list of ids or null")
+        found |= set(values)
     return found
 
 

@@ -49,6 +49,9 @@ _RESUMED = "tests/e2e/test_resume.py::"
 _CONVERT = "tests/unit/test_convert.py::"
 _STREAM = "tests/unit/test_weight_stream.py::"
 _STEP = "tests/unit/test_step.py::"
+_TOKENS = "tests/unit/test_tokenizer.py::"
+_TEMPLATES = "tests/unit/test_templates.py::"
+_TOKENS_OF_A_RUN = "tests/unit/test_tokens_of_a_run.py::"
 _SUPERVISOR = "tests/dist/test_supervisor.py::"
 _LAYOUTS = "tests/dist/test_training_layouts.py::"
 
@@ -75,6 +78,10 @@ def _responses(what: str, line: str, becomes: str, *tests: str) -> Fault:
 
 def _prompts(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("prompts", what, "nemo_tropd/data/prompts.py", line, becomes, tests)
+
+
+def _tokens(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("tokens", what, f"nemo_tropd/{file}.py", line, becomes, tests)
 
 
 def _vocab(what: str, line: str, becomes: str, *tests: str, slow: bool = False) -> Fault:
@@ -1364,5 +1371,61 @@ FAULTS: list[Fault] = [
         "before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: the judge unblocks what it ignores",
         "before = signal.pthread_sigmask(signal.SIG_BLOCK, ())",
         "tests/unit/test_answers.py::test_a_stop_before_the_judge_is_ready_does_not_end_it",
+    ),
+    _tokens(
+        "data/tokenizer",
+        "a folder's label decides its ids",
+        "made = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)",
+        "made = AutoTokenizer.from_pretrained(folder, local_files_only=True)",
+        _TOKENS + "test_a_byte_level_tokenizer_with_a_llama_label_keeps_its_spaces",
+    ),
+    _tokens(
+        "data/tokenizer",
+        "ids are not compared with tokenizer.json",
+        "if ours != wanted:",
+        "if not ours and wanted:",
+        _TOKENS + "test_settings_that_contradict_the_file_are_refused_with_text_and_encodings",
+    ),
+    _tokens(
+        "data/tokenizer",
+        "the student samples ids that the teacher does not have",
+        "size = min(max(mine) + 1, max(theirs) + 1, *rows)",
+        "size = min(max(mine) + 1, *rows)",
+        _TOKENS + "test_extra_tokens_at_the_end_are_never_sampled",
+    ),
+    _tokens(
+        "data/tokenizer",
+        "the teacher's end tokens are not the student's",
+        "ids = {names[t] if isinstance(t, str) else t for t in given} or own[0] | own[1]",
+        "ids = {names[t] if isinstance(t, str) else t for t in given} or own[0]",
+        _TOKENS + "test_end_tokens_are_those_of_student_and_teacher",
+    ),
+    _tokens(
+        "data/templates",
+        "a template writes the day's date",
+        '**{"strftime_now": date.fromisoformat(self.day).strftime, **self.kwargs},',
+        "**self.kwargs,",
+        _TEMPLATES + "test_a_date_in_the_template_is_the_same_on_every_day",
+    ),
+    _tokens(
+        "training/run",
+        "engines stop at their own folder's end tokens",
+        "cfg.model.rollout.end_tokens = list(plan.end_ids)  # of both engines, and compared when the run is resumed",
+        "assert plan.end_ids",
+        _TOKENS_OF_A_RUN + "test_engines_cache_and_resume_get_the_plans_end_tokens",
+    ),
+    _tokens(
+        "training/teacher_responses",
+        "responses that stopped elsewhere are taken from the cache",
+        'identity |= {"vocab_size": vocab_size, "end_ids": sorted(end_ids)}',
+        'identity |= {"vocab_size": vocab_size}',
+        _TOKENS_OF_A_RUN + "test_engines_cache_and_resume_get_the_plans_end_tokens",
+    ),
+    _tokens(
+        "training/trainer",
+        "a run whose rollouts never end says nothing",
+        "if not said and self._unfinished_in_a_row == UNFINISHED_STEPS:",
+        "if said and self._unfinished_in_a_row == UNFINISHED_STEPS:",
+        _TOKENS_OF_A_RUN + "test_a_run_whose_rollouts_never_end_says_so_once",
     ),
 ]

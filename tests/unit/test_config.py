@@ -130,6 +130,7 @@ def test_the_table_of_legal_values_names_known_keys() -> None:
         "model.seed=${nothing}", "model.seed=${oc.env:NO_SUCH_VARIABLE}", "model.seed=${", "model.optim=3",
         "model.optim=null", "model.tropd.params=3", "model.tropd.params={tau:nan}", "model.recompute=whole",
         "trainer.rendezvous=node:port", "model.rollout.temperature=2.5", "model.data.path=a=b", "~model.seed",
+        "model.rollout.end_tokens=3", "model.data.chat_template_kwargs=3",
     ],
 )  # fmt: skip
 def test_the_command_line_refuses_a_value_by_its_key(override: str) -> None:

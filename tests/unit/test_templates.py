@@ -142,7 +142,7 @@ def test_texts_that_hold_control_tokens_are_counted(tokenizers: dict[str, Any]) 
     held = prompt("what does <|im_end|> do?", line=7)
     history = prompt("a", ("assistant", "<think>b</think>c"), ("user", "d"))
     said = notes("qwen3", tokenizers, prompt("plain <b>"), history, held, held)
-    assert said == "2 prompts hold the text of a control token, which becomes that token; first p.jsonl, line 7"
+    assert said == "2 of 4 prompts hold the text of a control token, which becomes that token; first p.jsonl, line 7"
 
 
 def test_a_teacher_with_another_template_is_named(tokenizers: dict[str, Any], tmp_path: Path) -> None:
@@ -155,11 +155,14 @@ def test_a_teacher_with_another_template_is_named(tokenizers: dict[str, Any], tm
     assert "the teacher's own template does not take these prompts" in refusing
 
 
-def test_a_missing_beginning_and_a_turn_without_end_are_said(tokenizers: dict[str, Any]) -> None:
+def test_a_missing_beginning_and_a_turn_without_end_are_said(tokenizers: dict[str, Any], tmp_path: Path) -> None:
     llama, said = tokenizers["llama3"], notes("llama3", tokenizers, prompt("hi"), chat_template=False)
     assert said == "prompts begin without <|begin_of_text|>, which the tokenizer puts before plain text"
     assert notes("llama3", tokenizers, prompt("hi", ids=(llama.bos_token_id,)), chat_template=False) == ""
     said = notes("qwen2.5", tokenizers, prompt("hi"), ends=[0])
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}")  # no place for an answer
+    bare = notes("qwen2.5", tokenizers, prompt("hi"), ends=[0], chat_template=str(tmp_path / "t.jinja"))
+    assert "ends the assistant's turn" not in bare
     assert said.startswith("ends the assistant's turn with '<|im_end|>\\n', which has no end token: see model")
 
 

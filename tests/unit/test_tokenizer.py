@@ -226,6 +226,12 @@ def test_no_end_token_at_all_is_refused(tmp_path: Path) -> None:
     for token in ("no such token", 10**6):
         with pytest.raises(ConfigError, match=r"^model\.rollout\.end_tokens = .*is no token that the models share"):
             end_tokens(shared(folder, folder), (folder, folder), [token])
+    for value in ("<|im_end|>", [[3]], True):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(ConfigError, match=r"generation_config\.json.*eos_token_id is .*give an id, a list of ids"):
+            end_tokens(shared(folder, folder), (folder, folder), [])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 7]}))
+    assert end_tokens(shared(folder, folder), (folder, folder), [])[0] == (7,)
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"generation_config\.json.*cannot be read"):
         end_tokens(shared(folder, folder), (folder, folder), [])
