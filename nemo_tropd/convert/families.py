@@ -52,14 +52,15 @@ class ModelShape:
 
     def longest(self) -> tuple[int, str]:
         """The longest sequence for which the model that is built is the checkpoint's, in tokens, and why."""
-        s, limit, why = self.rope_scaling, self.max_positions, "max_position_embeddings"
+        s, limit = self.rope_scaling, self.max_positions
+        why = f"max_position_embeddings = {limit}"
         if s is not None and s.kind in ("yarn", "linear"):
             original = s.original_max_positions if s.kind == "yarn" else limit
-            limit, why = int(original * s.factor), f"rope type {s.kind!r}: {original} positions x {s.factor:g}"
+            limit, why = int(original * s.factor), f"the {original} x {s.factor:g} positions of rope type {s.kind!r}"
         elif s is not None and s.kind == "dynamic":
-            why += ", beyond which rope type 'dynamic' is not supported,"
+            why += ", from where on rope type 'dynamic' depends on the batch"
         if self.window is not None and self.window < limit:
-            return self.window, "sliding_window, beyond which attention does not see all positions,"
+            return self.window, f"sliding_window = {self.window}, as far back as attention sees"
         return limit, why
 
     def size(self, dimension: str) -> int:

@@ -68,7 +68,9 @@ class HfCheckpoint:
             raise ConversionError(f"{self.directory} has quantised weights ({_some(quantised)}): {remedy}")
         first = next((name for name in names if name.endswith(_LAYER_NORM)), "model." + _LAYER_NORM)
         if (prefix := first.removesuffix(_LAYER_NORM)) != "model.":
-            remedy = "load it with transformers' AutoModelForCausalLM and write it with save_pretrained"
+            remedy = "save the model that is inside the wrapper (peft: merge_and_unload first)"
+            if not prefix:
+                remedy = "load it with transformers' AutoModelForCausalLM and write it with save_pretrained"
             raise ConversionError(f"{self.directory} names its tensors {prefix!r}... instead of 'model.'...: {remedy}")
         if missing := [name for name in wanted if name not in names]:
             raise ConversionError(f"{self.directory} lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}")

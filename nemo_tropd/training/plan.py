@@ -83,7 +83,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
     for key, shape in ((STUDENT, student), (TEACHER, teacher)):
         longest, why = shape.longest()
         if m.encoder_seq_length > longest:
-            why = f"exceeds {why} = {longest} of the model at {key}"
+            why = f"exceeds {why}, of the model at {key}; at most {longest}"
             raise ConfigError("model.encoder_seq_length", m.encoder_seq_length, why)
     vocabulary = _vocabulary(student_path, teacher_path, student, teacher)
     tokenizer, vocab_size, template = vocabulary.tokenizer, vocabulary.size, Template.of(m.data)
