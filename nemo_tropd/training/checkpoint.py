@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException  # derives from BaseException
 
@@ -33,7 +35,7 @@ T = TypeVar("T")
 
 MODEL_PREFIX = "model."
 _NAME = re.compile(r"step_(\d{8})")
-_MEGATRON = ("metadata.json", "common.pt", ".metadata")  # beside the tensors' files, which .metadata names
+_MEGATRON = ("metadata.json", ".metadata")  # beside the files that .metadata names, and 0.16's common.pt
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -75,7 +77,8 @@ def _state_of(path: Path) -> RunState:
                 raise EOFError(f"{name} is empty")
         json.loads((path / "metadata.json").read_text(encoding="utf-8"))
         check_files(path)
-        saved = torch.load(path / "common.pt", map_location="cpu", weights_only=True)["run_state"]
+        with without_code(path):
+            saved = dist_checkpointing.load_common_state_dict(str(path))["run_state"]  # megatron-core 0.19 has no file
     except Exception as error:
         raise _load_error(path, error) from error
     return RunState.read(saved, path)
@@ -112,7 +115,9 @@ class Checkpoints:
             content = {"optimizer": optimizer.sharded_state_dict(sharded), "run_state": asdict(state)}
             # Built anew: saving uses a sharded state dict up.
             content["model"] = model.sharded_state_dict(prefix=MODEL_PREFIX)
-            dist_checkpointing.save(content, str(temporary))
+            # The data-parallel copies of a weight share the writing.
+            strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.topology.data_group)
+            dist_checkpointing.save(content, str(temporary), strategy)
         except (Exception, CheckpointException) as error:
             raise CheckpointError(
                 f"writing {temporary} failed on rank {self.topology.rank} ({_cause(error)}); "
@@ -125,6 +130,7 @@ class Checkpoints:
         for name in _MEGATRON:
             if not (temporary / name).is_file():
                 raise FileNotFoundError(f"{temporary / name} is gone: another process has removed it")
+        _state_of(temporary)  # before older ones go: every file has its size, and the state can be read
         write_hf_sidecar(temporary, self.hf_source)
         finish_folder(temporary, final)
         for old in complete_checkpoints(self.dir)[: -self.keep]:

@@ -10,6 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nemo_tropd.config import OptimConfig
+from nemo_tropd.training.optimizer_shards import OptimizerShards
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,6 @@ class StudentOptimizer:
         for part in self.parts:
             if cfg.name == "sgd":
                 part.init_state_fn = _momentum_of_zeros
-            if cfg.distributed:
-                _steps_stay(part)
         self.schedule = OptimizerParamScheduler(
             self.megatron,
             init_lr=0.0 if cfg.sched.warmup_steps else cfg.lr,
@@ -105,8 +104,11 @@ class StudentOptimizer:
         self.make_states()
         if not self.distributed:
             return self.megatron.sharded_state_dict(model_state, is_loading=is_loading)
-        kind = {"distrib_optim_sharding_type": "fully_reshardable"}
-        return self.megatron.sharded_state_dict(model_state, is_loading=is_loading, metadata=kind)
+        (part,) = self.parts
+        self.shards = OptimizerShards(part, model_state)
+        # What Megatron calls a checkpoint whose states have their parameters' shapes.
+        kind = {"param_state_sharding_type": "fully_reshardable"}
+        return {**part.state_dict(), **kind, "param_state": self.shards.pieces()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore states loaded by Megatron's distributed checkpoint; rates, decay and betas stay those of this run."""
@@ -115,8 +117,11 @@ class StudentOptimizer:
         moments = state.get("optimizer", state).get("state")
         if moments is not None and isinstance(self.parts[0].optimizer, torch.optim.Adam):
             moments.setdefault("common_step", torch.tensor(0.0))  # Megatron does not save a count of 0
+        pieces = state.pop("param_state", None)
         with torch.no_grad():
             self.megatron.load_state_dict(state)
+            if pieces is not None:
+                self.shards.load(pieces)
         for group, settings in zip(self.megatron.param_groups, own, strict=True):
             group.update(settings)
         for part in self.parts:
@@ -130,16 +135,3 @@ def _momentum_of_zeros(optimizer: torch.optim.Optimizer, config: Any = None) -> 
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-
-
-def _steps_stay(part: Any) -> None:
-    """torch's Adam counts steps in each parameter's state, where megatron-core 0.16.1 looks for them in a resharded
-    checkpoint in vain; it has restored them from the groups by then."""
-    fill = part._set_main_param_and_optimizer_states
-
-    def fill_all_but_steps(parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, place = part.model_param_group_index_map[parameter]
-        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][place]]
-        fill(parameter, {**{k: v for k, v in state.items() if k == "step"}, **tensors})
-
-    part._set_main_param_and_optimizer_states = fill_all_but_steps

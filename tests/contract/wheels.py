@@ -1,4 +1,4 @@
-"""The Python files of the pinned GPU wheels, fetched once into the cache; nothing of them is ever imported."""
+"""The Python files of the pinned GPU wheels, fetched once into the cache; no process of the tests' own imports them."""
 
 from __future__ import annotations
 

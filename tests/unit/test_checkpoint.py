@@ -134,8 +134,8 @@ def test_a_checkpoint_whose_files_are_gone_is_not_finished(
     first = checkpoints.save(student.ddp.module, student.optimizer, STATE)
     save = dist_checkpointing.save
 
-    def save_and_lose(content: Any, path: str) -> None:
-        save(content, path)
+    def save_and_lose(content: Any, path: str, *strategy: Any) -> None:
+        save(content, path, *strategy)
         shutil.rmtree(path)
 
     monkeypatch.setattr(dist_checkpointing, "save", save_and_lose)
