@@ -14,9 +14,13 @@ from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.files import write_text
+from nemo_tropd.planner.engine import engine_load
+from nemo_tropd.planner.host import host_memory
 from nemo_tropd.planner.machine import GIB, Machine
 from nemo_tropd.planner.memory import Memory, estimate, layout, loss_tokens, student_degrees, teacher_degrees
-from nemo_tropd.planner.verdict import check_memory
+from nemo_tropd.planner.seconds import spoken, step_seconds
+from nemo_tropd.planner.teacher_engines import teacher_engines
+from nemo_tropd.planner.verdict import check_kv_cache, check_memory
 from nemo_tropd.planner.wire import estimate_wire
 
 MARK = "# Plan: "
@@ -32,6 +36,7 @@ class Recipe:
     teacher: ModelShape
     machine: Machine
     memory: Memory
+    host: Memory
     wire: dict[str, float]
 
     @property
@@ -39,15 +44,23 @@ class Recipe:
         return self.path.stem
 
     @property
+    def step(self) -> float:
+        """Seconds of a step at most, estimated."""
+        return sum(step_seconds(self.cfg, self.student, self.teacher, self.machine, self.wire).values())
+
+    @property
     def line(self) -> str:
-        """Layout, tokens per step and memory per GPU, as the file must state them."""
+        """Layout, tokens, memory and time of a step, as the file must state them."""
         ranks, m = layout(self.cfg), self.cfg.model
+        waves = engine_load(self.cfg, self.student, self.machine).waves
         own = f", teacher tensor {ranks.teacher_tensor}" if ranks.teacher_tensor is not None else ""
         sequence = " with sequence parallel" if m.sequence_parallel else ""
         return (
             f"{MARK}{ranks.world_size} GPUs = tensor {ranks.tensor}{sequence} x pipeline {ranks.pipeline} x data "
             f"{ranks.data}{own}; at most {loss_tokens(self.cfg):,} tokens per step; "
-            f"{self.memory.total / 1e9:.0f} of {self.machine.bytes / 1e9:.0f} GB per GPU."
+            f"{self.memory.steps / 1e9:.0f} of {self.machine.bytes / 1e9:.0f} GB per GPU, "
+            f"{self.host.total / 1e9:.0f} GB per host; rollouts in {waves} wave{'s' * (waves > 1)}, at most "
+            f"{spoken(self.step)} per step (estimated)."
         ).replace("1 GPUs", "1 GPU", 1 if ranks.world_size == 1 else 0)
 
 
@@ -73,8 +86,10 @@ def plan_recipe(path: Path, chunk_bytes: float, overrides: Mapping[str, object] 
         shape.check_layout(degrees.tensor, degrees.pipeline)
     memory = estimate(cfg, student, teacher, machine)
     check_memory(cfg, memory, machine)
-    wire = estimate_wire(cfg, student, teacher, machine)
-    return Recipe(path, cfg, student, teacher, machine, memory, wire)
+    check_kv_cache(cfg, student, teacher, machine)
+    teacher_engines(cfg, teacher, machine)
+    host, wire = host_memory(cfg, student, teacher, machine), estimate_wire(cfg, student, teacher, machine)
+    return Recipe(path, cfg, student, teacher, machine, memory, host, wire)
 
 
 def gpu_recipes(conf: Path) -> list[Path]:

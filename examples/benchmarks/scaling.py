@@ -19,6 +19,7 @@ from typing import Any
 from nemo_tropd.files import complete_file, write_text
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.planner.memory import layout, placement, positions
+from nemo_tropd.planner.rates import PEAK_BYTES, PEAK_FLOPS, PEAK_LINK, PEAK_NETWORK
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
@@ -28,13 +29,6 @@ from examples.benchmarks.recipes import Recipe, gpu_recipes, plan_recipe, write_
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 512
 NODE = 8
-# Peak rates of one H100 in a DGX: dense bf16 operations, and bytes a second each way inside a node and out of it.
-OPERATIONS = 989e12
-INSIDE = 450e9
-OUTSIDE = 50e9
-# Bytes a second of an H100's own memory.
-MEMORY = 3.35e12
-
 # The colors of Okabe and Ito, which the color-blind tell apart.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#8C6D1F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -77,12 +71,12 @@ def point(recipe: Recipe) -> Point:
     several = cfg.trainer.num_nodes > 1
     return Point(
         gpus=ranks.world_size,
-        memory=recipe.memory.total,
+        memory=recipe.memory.steps,
         kinds=wire,
-        compute_s=operations / OPERATIONS,
-        inside_s=(inside + (0 if several else outside)) / INSIDE,
-        outside_s=outside / OUTSIDE if several else 0.0,
-        writing_s=cfg.model.rollout.max_new_tokens * 2 * recipe.student.parameters() / ranks.tensor / MEMORY,
+        compute_s=operations / PEAK_FLOPS,
+        inside_s=(inside + (0 if several else outside)) / PEAK_LINK,
+        outside_s=outside / PEAK_NETWORK if several else 0.0,
+        writing_s=cfg.model.rollout.max_new_tokens * 2 * recipe.student.parameters() / ranks.tensor / PEAK_BYTES,
     )
 
 
@@ -133,10 +127,11 @@ def _breaks_first(curves: Mapping[str, Sequence[Point]]) -> list[str]:
     lines = [
         "## What would break first",
         "",
-        f"Seconds a step from sizes and peak rates of a DGX H100 ({OPERATIONS / 1e12:.0f} dense bf16 Tflop/s, "
-        f"{INSIDE / 1e9:.0f} GB/s inside a node, {OUTSIDE / 1e9:.0f} GB/s a GPU out of it, {MEMORY / 1e12:.2f} TB/s of "
-        "its own memory): lower bounds, to compare with each other only. *Products* are those of student and teacher; "
-        "*writing* is the longest response, for each of whose tokens the engine reads the student's weights once; "
+        f"Seconds a step from sizes and peak rates of a DGX H100 ({PEAK_FLOPS / 1e12:.0f} dense bf16 Tflop/s, "
+        f"{PEAK_LINK / 1e9:.0f} GB/s inside a node, {PEAK_NETWORK / 1e9:.0f} GB/s a GPU out of it, "
+        f"{PEAK_BYTES / 1e12:.2f} TB/s of its own memory): lower bounds, to compare with each other "
+        "only. *Products* are those of student and teacher; *writing* is the longest response, for each of whose "
+        "tokens the engine reads the student's weights once; "
         "*between nodes* is all traffic but tensor parallelism's.",
         "",
         "| recipe | GPUs | products s | tensor parallel s | between nodes s | writing s | "

@@ -6,13 +6,13 @@ except by the local attention on CPU, for padded rows); Korthikanti et al. 2022 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.parallel.ranks import RankLayout
-from nemo_tropd.planner.machine import ASLEEP, CPU_ENGINE, FRAGMENTATION, GIB, Machine
-from nemo_tropd.rollout.placement import placement_of
+from nemo_tropd.planner.machine import CPU_ENGINE, FRAGMENTATION, GIB, NCCL_GROUP, Machine, graphs_bytes
+from nemo_tropd.rollout.placement import placement_of, teacher_utilization
 
 BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 FP32 = 4
@@ -22,28 +22,42 @@ BATCH_POSITION = 35
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes of the rank that needs the most.
+    """Estimated bytes of the rank that needs the most, or of a host.
 
-    ``resident`` is allocated all through a run; of ``phases`` one is active at a time; both by part. ``engine`` is the
-    rollout engine's own process on rank 0's GPU or host, all through a run; an engine inside the ranks' processes is
-    among the parts instead.
+    ``resident`` is allocated all through the steps; of ``phases`` one is active at a time; both by part. ``engine`` is
+    the rollout engine's own process on rank 0's GPU or host, all through the steps; an engine inside the ranks'
+    processes is among the parts instead. ``before``: phases before the first step, each with all that it holds.
     """
 
     resident: Mapping[str, float]
     phases: Mapping[str, Mapping[str, float]]
     engine: float
+    before: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def parts(self, phase: str) -> dict[str, float]:
+        """All that is held in ``phase``, by part."""
+        return dict(self.before[phase]) if phase in self.before else {**self.resident, **self.phases[phase]}
+
+    def size(self, phase: str) -> float:
+        """Bytes of ``phase``, the engine's own process among them."""
+        return sum(self.parts(phase).values()) + (0.0 if phase in self.before else self.engine)
 
     @property
     def peak_phase(self) -> str:
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+        return max((*self.phases, *self.before), key=self.size)
 
     @property
     def rank(self) -> float:
-        return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
+        return sum(self.parts(self.peak_phase).values())
 
     @property
     def total(self) -> float:
-        return self.rank + self.engine
+        return self.size(self.peak_phase)
+
+    @property
+    def steps(self) -> float:
+        """Bytes at the peak of the steps: an engine before them takes its share, whatever it needs."""
+        return max(self.size(phase) for phase in self.phases)
 
 
 @dataclass(frozen=True)
@@ -116,10 +130,12 @@ def teacher_weights(cfg: TropdConfig, teacher: ModelShape) -> float:
     width = BYTES[t.precision or cfg.trainer.precision]
     degrees = teacher_degrees(cfg)
     layers, ends = stage_parameters(teacher, degrees)
-    if t.fp8 is None or not t.fp8_param:
+    if t.fp8 is None:
         return (layers + ends) * width
     wide = min(2 * t.fp8_first_last_bf16, teacher.layers) / teacher.layers
     narrow = 1 + {"mxfp8": 1 / 32, "blockwise": 4 / 128**2}.get(t.fp8, 0.0)
+    if not t.fp8_param:
+        narrow += width  # Transformer Engine keeps the cast weights beside those they are cast from
     return layers * (wide * width + (1 - wide) * narrow) + ends * width
 
 
@@ -209,47 +225,132 @@ def engine_bytes(cfg: TropdConfig, student: ModelShape, machine: Machine) -> flo
     return student.parameters() * BYTES[r.dtype] + r.kv_cache_gib * GIB + CPU_ENGINE
 
 
-def estimate(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> Memory:
-    """The memory of a checked configuration on ``machine``."""
-    own, theirs = student_degrees(cfg), teacher_degrees(cfg)
-    ranks, width, rows = layout(cfg), BYTES[cfg.trainer.precision], row_tokens(cfg)
+def estimate(
+    cfg: TropdConfig,
+    student: ModelShape,
+    teacher: ModelShape,
+    machine: Machine,
+    *,
+    reference: bool = False,
+    first_pass: bool = False,
+) -> Memory:
+    """The memory of a checked configuration on ``machine``. ``reference``, ``first_pass``: what the objective needs."""
+    own, ranks, width = student_degrees(cfg), layout(cfg), BYTES[cfg.trainer.precision]
     numbers = sum(stage_parameters(student, own))
-    tokens = loss_tokens(cfg) / ranks.data
-    scores = tokens * (FP32 + cfg.model.tropd.top_k * (FP32 + 8))
-    batches = positions(cfg) / ranks.data * BATCH_POSITION
-    attention, feed_forward, _ = layer_activations(teacher, theirs, width, fused=machine.kind == "gpu")
-    scoring = {
-        "teacher's layer": rows * (attention + feed_forward),
-        "teacher's head": head_bytes(cfg, teacher, theirs, machine, gradient=False),
-    }
-    head = head_bytes(cfg, student, own, machine, gradient=True)
-    phases: dict[str, dict[str, float]] = {
-        "teacher scores": scoring,
-        "student passes": {**student_activations(cfg, student, machine), "head": head},
-        "optimizer step": {"largest update": 2 * FP32 * _largest(student, own)},
-        "weights to the engine": {"gathered tensors": 3 * student.vocab_size * student.hidden * width},
-    }
     resident = {
-        "process": machine.process,
+        "process": process_bytes(cfg, machine),
         "student": numbers * width,
         "gradients": numbers * FP32,
         "optimizer": optimizer_bytes(cfg, numbers),
         "teacher": teacher_weights(cfg, teacher),
-        "micro-batches and scores": batches + scores,
+        "micro-batches and scores": _batch_bytes(cfg),
     }
-    if cfg.model.teacher.offload:
-        scoring["teacher"] = resident.pop("teacher")
+    if reference:
+        resident["reference"] = numbers * BYTES[cfg.model.teacher.precision or cfg.trainer.precision]
+    scoring = _scoring(cfg, teacher, machine)
+    held = {"teacher": resident.pop("teacher")} if cfg.model.teacher.offload else {}
+    phases: dict[str, dict[str, float]] = {
+        "teacher scores": {**scoring, **held},
+        "student passes": {
+            **student_activations(cfg, student, machine),
+            "head": head_bytes(cfg, student, own, machine, gradient=True),
+        },
+        "optimizer step": {"largest update": 2 * FP32 * _largest(student, own)},
+        "weights to the engine": {"gathered tensors": 3 * student.vocab_size * student.hidden * width},
+    }
+    alone = _forward(cfg, student, own, machine)
+    if cfg.model.data.held_out:
+        phases["validation"] = {**_validation(cfg, student, teacher, alone, scoring), **held}
+    if first_pass:
+        kept = positions(cfg) / ranks.data * student.hidden / own.sequence * width
+        phases["first pass of the student"] = {"hidden states of a step": kept, **alone}
     if machine.kind == "gpu":
         resident["fragments"] = FRAGMENTATION * machine.bytes
     where, engine = placement(cfg, machine), engine_bytes(cfg, student, machine)
+    before = _before(cfg, teacher, machine, resident, scoring)
     if where != "colocated":
-        return Memory(resident, phases, engine if where == "process" else 0.0)
+        return Memory(resident, phases, engine if where == "process" else 0.0, before)
+    graphs = graphs_bytes(own.tensor)
     if cfg.model.rollout.sleep:
-        resident["engine asleep"] = ASLEEP
-        phases["rollouts"] = {"engine awake": engine - ASLEEP}
+        resident["engine asleep"] = graphs
+        phases["rollouts"] = {"engine awake": engine}
+        phases["weights to the engine"]["engine's weights"] = (
+            student.parameters() * BYTES[cfg.model.rollout.dtype] / own.tensor
+        )
     else:
-        resident["engine"] = engine
-    return Memory(resident, phases, 0.0)
+        resident["engine"] = engine + graphs
+    return Memory(resident, phases, 0.0, before)
+
+
+def process_bytes(cfg: TropdConfig, machine: Machine) -> float:
+    """Bytes of a rank's process besides its tensors; on a GPU with a communicator for each group it is in."""
+    ranks = layout(cfg)
+    groups = [ranks.world_size, ranks.tensor, ranks.data, ranks.pipeline, ranks.teacher_tensor or 1]
+    if ranks.tensor > 1 and ranks.pipeline > 1:
+        groups.append(ranks.tensor * ranks.pipeline)
+    return machine.process + (NCCL_GROUP * sum(size > 1 for size in groups) if machine.kind == "gpu" else 0.0)
+
+
+def _batch_bytes(cfg: TropdConfig) -> float:
+    """Bytes of one data-parallel rank's micro-batches and of the teacher's scores of them."""
+    scores = loss_tokens(cfg) * (FP32 + cfg.model.tropd.top_k * (FP32 + 8))
+    return (positions(cfg) * BATCH_POSITION + scores) / layout(cfg).data
+
+
+def _forward(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine) -> dict[str, float]:
+    """Bytes of a pass over one row without gradients."""
+    width = BYTES[cfg.trainer.precision]
+    attention, feed_forward, _ = layer_activations(shape, degrees, width, fused=machine.kind == "gpu")
+    head = head_bytes(cfg, shape, degrees, machine, gradient=False)
+    return {"layer": row_tokens(cfg) * (attention + feed_forward), "head": head}
+
+
+def _scoring(cfg: TropdConfig, teacher: ModelShape, machine: Machine) -> dict[str, float]:
+    """Bytes while the teacher scores a step, its weights apart."""
+    ranks, degrees = layout(cfg), teacher_degrees(cfg)
+    parts = {f"teacher's {part}": size for part, size in _forward(cfg, teacher, degrees, machine).items()}
+    if ranks.owners > 1:  # a group sees the rollouts of several data-parallel ranks
+        parts["other ranks' micro-batches"] = (ranks.owners - 1) * _batch_bytes(cfg)
+    if degrees.pipeline > 1:  # the last stage gets them all before it scores the first
+        kept = positions(cfg) / ranks.data * teacher.hidden / degrees.sequence
+        parts["hidden states of a step"] = kept * BYTES[cfg.model.teacher.precision or cfg.trainer.precision]
+    return parts
+
+
+def _validation(
+    cfg: TropdConfig, student: ModelShape, teacher: ModelShape, alone: dict[str, float], scoring: dict[str, float]
+) -> dict[str, float]:
+    """Bytes while divergences are measured, the teacher's weights apart: all hidden states of both are kept."""
+    m, ranks, own, theirs = cfg.model, layout(cfg), student_degrees(cfg), teacher_degrees(cfg)
+    new = m.validation.max_new_tokens or m.rollout.max_new_tokens
+    tokens = min(m.encoder_seq_length, m.data.max_prompt_tokens + new)
+    tokens *= math.ceil(m.data.held_out * m.validation.samples_per_prompt / ranks.data)
+    width = BYTES[cfg.trainer.precision]
+    both = student.hidden / own.sequence + ranks.owners * teacher.hidden / theirs.sequence
+    return {
+        "hidden states of the held-out": tokens * both * width,
+        "teacher's layer": scoring["teacher's layer"],
+        "head": alone["head"] + scoring["teacher's head"],
+    }
+
+
+def _before(
+    cfg: TropdConfig, teacher: ModelShape, machine: Machine, resident: Mapping[str, float], scoring: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """On a GPU: the phases before the first step (on a CPU ``teacher_engines`` looks after the one that there is)."""
+    if machine.kind == "cpu":
+        return {}
+    found, t = dict[str, dict[str, float]](), cfg.model.teacher
+    if cfg.model.data.held_out or cfg.model.tropd.guidance.enabled:
+        share = teacher_utilization(machine.bytes) * machine.bytes
+        graphs = graphs_bytes(cfg.trainer.devices)
+        found["teacher generates"] = {"process": machine.process, "teacher's engine": share, "its graphs": graphs}
+    if t.fp8 is not None and t.admission.prompts:
+        layers, ends = stage_parameters(teacher, teacher_degrees(cfg))
+        held = {part: resident[part] for part in ("process", "student", "gradients", "fragments")}
+        wide = (layers + ends) * BYTES[t.precision or cfg.trainer.precision]
+        found["FP8 admission"] = {**held, "teacher in bf16": wide, **scoring}
+    return found
 
 
 def _largest(shape: ModelShape, degrees: Degrees) -> float:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.planner.machine import CPU_ENGINE, GIB, Machine
+from nemo_tropd.planner.engine import token_bytes
+from nemo_tropd.planner.machine import CPU_ENGINE, ENGINE_WORKSPACE, GIB, Machine
 from nemo_tropd.planner.memory import BYTES
+from nemo_tropd.planner.rates import CPU_FLOPS
+from nemo_tropd.planner.seconds import token_seconds
 from nemo_tropd.planner.verdict import gib
-from nemo_tropd.rollout.placement import TEACHER_UTILIZATION
-
-# What the estimate of time assumes: vLLM reads all weights for each token of its sequences, at a good part of an H100's
-# 3.35e12 bytes/s, and launches a step in a few milliseconds. A CPU multiplies bf16 and fp32 at this rate a core or so.
-_BYTES_PER_S, _STEP_S, _CPU_FLOPS = 2e12, 5e-3, 3e10
-_WORKSPACE = 3 * GIB  # activations and graphs of an engine on a GPU
+from nemo_tropd.rollout.placement import TEACHER_SEQUENCES, teacher_utilization
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,11 @@ def teacher_engines(cfg: TropdConfig, teacher: ModelShape, machine: Machine) -> 
     """As many engines as rank 0's node has room for; one on a CPU. Raises ConfigError if there is none."""
     r, devices = cfg.model.rollout, cfg.trainer.devices if machine.kind == "gpu" else 1
     weights = teacher.parameters() * BYTES[r.dtype]
-    cache: float = 2 * teacher.layers * teacher.size("kv") * cfg.model.encoder_seq_length * BYTES[r.dtype]
+    cache: float = token_bytes(teacher, r.dtype) * cfg.model.encoder_seq_length
     if machine.kind == "cpu":
         cache, spare = r.kv_cache_gib * GIB, machine.bytes - cfg.trainer.devices * machine.process - CPU_ENGINE
     else:
-        spare = TEACHER_UTILIZATION * machine.bytes - _WORKSPACE
+        spare = teacher_utilization(machine.bytes) * machine.bytes - ENGINE_WORKSPACE
     degrees = [n for n in range(1, devices + 1) if not (devices % n or teacher.heads % n or teacher.kv_heads % n)]
     for degree in degrees:
         if (weights + cache) / degree <= spare:
@@ -63,12 +61,13 @@ def generation_lines(
     where = "on the CPU"
     if machine.kind == "gpu":
         where = f"on rank 0's node, each on {engines.tensor} GPU{'s' * (engines.tensor > 1)}"
-        step = _STEP_S + teacher.parameters() * BYTES[cfg.model.rollout.dtype] / engines.tensor / _BYTES_PER_S
-        at_once = engines.count * cfg.model.rollout.max_num_seqs
-        longest = max(wanted.values())  # sequences that run alone at the end take as long as any
-        seconds = step * max(tokens / at_once, longest)
+        longest, context = max(wanted.values()), tokens / len(wanted) + cfg.model.data.max_prompt_tokens
+        each = min(TEACHER_SEQUENCES, -(-len(wanted) // engines.count))
+        step = token_seconds(teacher, cfg.model.rollout.dtype, engines.tensor, each, context)
+        # Sequences that run alone at the end take as long as any.
+        seconds = step * max(tokens / (engines.count * each), longest)
     else:
-        seconds = tokens * 2 * teacher.parameters() / _CPU_FLOPS
+        seconds = tokens * 2 * teacher.parameters() / CPU_FLOPS
     made = f"{tokens:,} tokens by {engines.count} engine{'s' * (engines.count > 1)} {where}"
     return [("the teacher generates", f"{' and '.join(parts)}: {made}, about {duration(seconds)} if none is cached")]
 

@@ -1,12 +1,12 @@
 """Does the plan fit the machine? As rows of a table, and as an error that says what to change."""
 
 import math
-from collections.abc import Iterable
 
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_keys import value_at
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.planner.machine import GIB, Machine
+from nemo_tropd.planner.engine import engine_tensor, token_bytes
+from nemo_tropd.planner.machine import ENGINE_WORKSPACE, GIB, Machine
 from nemo_tropd.planner.memory import BYTES, Memory
 
 CPU_BLOCK = 128  # positions in a block of vLLM's cache on CPU
@@ -26,6 +26,14 @@ REMEDIES: dict[str, tuple[str, str]] = {
     "backward of one layer": ("model.tensor_model_parallel_size", "raise it, or lower the tokens of a micro-batch"),
     "teacher's layer": ("model.tensor_model_parallel_size", "raise it, or lower the tokens of a micro-batch"),
     "head": ("model.tensor_model_parallel_size", "raise it"),
+    "reference": ("model.tensor_model_parallel_size", "raise it"),
+    "engine's weights": ("model.tensor_model_parallel_size", "raise it"),
+    "teacher in bf16": (
+        "model.teacher.tensor_model_parallel_size",
+        "raise it, or skip the comparison with model.teacher.admission.prompts=0",
+    ),
+    "hidden states of the held-out": ("model.data.held_out", "lower it, or model.validation.max_new_tokens"),
+    "hidden states of a step": ("model.global_batch_size", "lower it"),
 }
 
 
@@ -42,11 +50,12 @@ def needed(cfg: TropdConfig, memory: Memory, machine: Machine) -> float:
 def memory_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
     """(part, size) of a rank: the resident parts, then every phase with its parts."""
     lines = [(f"memory: {part}", gib(size)) for part, size in memory.resident.items()]
-    for phase, parts in memory.phases.items():
+    for phase, parts in (*memory.before.items(), *memory.phases.items()):
         sizes = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())
         mark = " (the peak)" if phase == memory.peak_phase else ""
-        lines.append((f"memory: during {phase}", f"{gib(sum(parts.values()))}{mark}: {sizes}"))
-    lines.append(("memory of a rank", f"{gib(memory.rank)} at its peak"))
+        when = "before the steps, " if phase in memory.before else "during "
+        lines.append((f"memory: {when}{phase}", f"{gib(sum(parts.values()))}{mark}: {sizes}"))
+    lines.append(("memory of a rank", f"{gib(memory.rank)} at its peak (estimated)"))
     if memory.engine:
         lines.append(("memory of the engine", f"{gib(memory.engine)} next to rank 0"))
     return [*lines, ("memory available", f"{gib(machine.bytes)}, {machine.where}")]
@@ -57,8 +66,8 @@ def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
     need = needed(cfg, memory, machine)
     if need <= machine.bytes:
         return
-    parts = {**memory.resident, **memory.phases[memory.peak_phase]}
-    if memory.engine:
+    parts = memory.parts(memory.peak_phase)
+    if memory.engine and memory.peak_phase in memory.phases:
         parts["engine"] = memory.engine
     largest = max((part for part in parts if part in REMEDIES), key=lambda part: parts[part])
     key, remedy = REMEDIES[largest]
@@ -76,18 +85,22 @@ def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
     )
 
 
-def check_kv_cache(cfg: TropdConfig, shapes: Iterable[ModelShape], machine: Machine) -> None:
-    """Raise ConfigError, with the least that is enough, if a CPU engine's cache cannot hold one sequence of the
-    greatest length, as vLLM would at its start."""
-    if machine.kind != "cpu":
+def check_kv_cache(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> None:
+    """Raise ConfigError, with the least that is enough, if an engine's cache cannot hold one sequence of the greatest
+    length, as vLLM would at its start; the teacher's on GPUs is looked at by ``teacher_engines``."""
+    r, length = cfg.model.rollout, cfg.model.encoder_seq_length
+    needs = f"one sequence of model.encoder_seq_length = {length} needs"
+    if machine.kind == "cpu":
+        blocks = math.ceil(length / CPU_BLOCK) + 1  # vLLM keeps one block for itself
+        least = max(token_bytes(s, r.dtype) for s in (student, teacher)) * blocks * CPU_BLOCK
+        if r.kv_cache_gib * GIB < least:
+            enough = math.ceil(least / GIB * 1000) / 1000
+            raise ConfigError("model.rollout.kv_cache_gib", r.kv_cache_gib, f"{needs} {enough:g} GiB; raise it")
         return
-    r = cfg.model.rollout
-    blocks = math.ceil(cfg.model.encoder_seq_length / CPU_BLOCK) + 1  # vLLM keeps one block for itself
-    least = max(2 * s.layers * s.size("kv") for s in shapes) * blocks * CPU_BLOCK * BYTES[r.dtype]
-    if r.kv_cache_gib * GIB < least:
-        raise ConfigError(
-            "model.rollout.kv_cache_gib",
-            r.kv_cache_gib,
-            f"one sequence of model.encoder_seq_length = {cfg.model.encoder_seq_length} needs "
-            f"{math.ceil(least / GIB * 1000) / 1000:g} GiB; raise it",
-        )
+    tensor = engine_tensor(cfg, machine)
+    weights = student.parameters() * BYTES[r.dtype] / tensor
+    least = (weights + ENGINE_WORKSPACE + length * token_bytes(student, r.dtype) / tensor) / machine.bytes
+    if r.gpu_memory_utilization < least:
+        enough = f"raise it to {math.ceil(least * 100) / 100:g}" if least <= 0.95 else "use tensor parallelism"
+        why = f"beside the engine's weights ({gib(weights)}) and workspace, {needs} a share of {least:.2f}; {enough}"
+        raise ConfigError("model.rollout.gpu_memory_utilization", r.gpu_memory_utilization, why)

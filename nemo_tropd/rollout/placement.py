@@ -62,8 +62,13 @@ def sampling_of(cfg: TropdConfig) -> Sampling:
     return Sampling(cfg.model.rollout.temperature, cfg.model.rollout.top_p, cfg.model.rollout.top_k)
 
 
-# Share of a GPU's memory for an engine that has it alone, but for the context of a rank.
-TEACHER_UTILIZATION = 0.9
+TEACHER_SEQUENCES = 256  # that an engine of the teacher generates at a time: most are short prefixes
+_BESIDE = 4.5 * 2**30  # bytes that such an engine leaves: a rank's context, its own CUDA graphs and communicators
+
+
+def teacher_utilization(gpu_bytes: float) -> float:
+    """Share of a GPU's memory for an engine that has it alone, but for the context of a rank."""
+    return max(0.0, min(0.9, 1 - _BESIDE / gpu_bytes))
 
 
 class EngineFactory(Protocol):
@@ -114,8 +119,10 @@ class Engines:
         devices: tuple[str | None, ...] = (None,)
         if torch.cuda.is_available():
             settings = replace(settings, tensor_parallel=self._teacher_tensor, torch_compile=False)
+            settings = replace(settings, max_num_seqs=TEACHER_SEQUENCES)
             if self._kv_cache_gib is None:
-                settings = replace(settings, gpu_memory_utilization=TEACHER_UTILIZATION)
+                share = teacher_utilization(torch.cuda.mem_get_info()[1])
+                settings = replace(settings, gpu_memory_utilization=share)
             devices = device_groups(cfg.trainer.devices, self._teacher_tensor, torch.cuda.device_count())
         return VllmEngine(settings, devices=devices, **self._remote_options(cfg))
 

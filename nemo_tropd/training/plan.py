@@ -33,9 +33,12 @@ from nemo_tropd.data.tokenizer import STUDENT, TEACHER
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.parallel.cpu import fast_bf16
+from nemo_tropd.planner.engine import engine_load
+from nemo_tropd.planner.host import check_host, host_lines, host_memory
 from nemo_tropd.planner.machine import GIB, Machine, host_bytes
 from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
 from nemo_tropd.planner.roles import roles
+from nemo_tropd.planner.seconds import step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
@@ -60,6 +63,7 @@ class Plan:
     objective: Objective
     machine: Machine
     memory: Memory
+    host: Memory | None  # of a GPU node's host; None on a CPU, where ``memory`` is the host's
     wire: dict[str, float]  # bytes that a rank sends per step, by kind
     run_dir: Path
     wanted: dict[tuple[int, ...], int]  # tokens of the teacher's response that the run needs, by prompt
@@ -96,9 +100,13 @@ def make_plan(cfg: TropdConfig) -> Plan:
     prompts = _prompts(cfg, tokenizer, template)
     notes = _text_notes(student_path, vocabulary, template, prompts, end_ids)
     machine = machine_of(cfg)
-    memory = estimate(cfg, student, teacher, machine)
+    needs = {"reference": objective.needs_reference, "first_pass": objective.needs_first_pass}
+    memory = estimate(cfg, student, teacher, machine, **needs)
     check_memory(cfg, memory, machine)
-    check_kv_cache(cfg, (student, teacher), machine)
+    check_kv_cache(cfg, student, teacher, machine)
+    host = host_memory(cfg, student, teacher, machine) if machine.kind == "gpu" else None
+    if host is not None:
+        check_host(cfg, host, machine)
     wanted = wanted_responses(cfg, prompts)
     return Plan(
         student=student,
@@ -111,6 +119,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
         objective=objective,
         machine=machine,
         memory=memory,
+        host=host,
         wire=estimate_wire(cfg, student, teacher, machine),
         run_dir=directory,
         wanted=wanted,
@@ -242,7 +251,7 @@ def machine_of(cfg: TropdConfig) -> Machine:
     if torch.cuda.is_available():
         found = float(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
         size = found if given is None else min(found, given * GIB)
-        return Machine("gpu", size, CHUNK_BYTES["cuda"], "this GPU" if size == found else key)
+        return Machine("gpu", size, CHUNK_BYTES["cuda"], "this GPU" if size == found else key, host_bytes())
     if given is None:
         return Machine("cpu", host_bytes(), CHUNK_BYTES["cpu"], "this host, all its ranks together")
     if not cfg.check_only:
@@ -278,6 +287,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         *plan.notes,
         *_slow_bf16(cfg, plan.machine),
         *roles(cfg, plan.machine),
+        *_on_gpus(cfg, plan),
         *memory_lines(plan.memory, plan.machine),
         *(("sent by a rank in a step: " + kind, gib(size)) for kind, size in plan.wire.items() if size),
     ):
@@ -289,6 +299,15 @@ def _generation(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:
     if plan.teacher_engines is None:
         return []
     return generation_lines(plan.teacher_engines, plan.teacher, plan.machine, cfg, plan.wanted)
+
+
+def _on_gpus(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:
+    """What only a plan for GPUs says: the engines' caches, seconds, host memory."""
+    if plan.host is None:
+        return []
+    seconds = step_seconds(cfg, plan.student, plan.teacher, plan.machine, plan.wire)
+    cache = engine_load(cfg, plan.student, plan.machine).line(cfg)
+    return [cache, *time_lines(cfg, plan.student, seconds), *host_lines(plan.host, plan.machine)]
 
 
 def _slow_bf16(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:

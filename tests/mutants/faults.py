@@ -45,6 +45,7 @@ _EQUATIONS = _HEAD + "test_value_and_gradients"
 _SHARDS = "tests/dist/test_head_parallel.py::test_head_on_shards[2]"
 _OPTIMIZER = "tests/unit/test_optimizer.py::"
 _CHECKPOINT = "tests/unit/test_checkpoint.py::"
+_OWN_STATES = "tests/dist/test_optimizer_shards.py::test_each_rank_saves_and_loads_its_own_states_in_megatrons_files"
 _RESUMED = "tests/e2e/test_resume.py::"
 _CONVERT = "tests/unit/test_convert.py::"
 _STREAM = "tests/unit/test_weight_stream.py::"
@@ -130,6 +131,12 @@ def _settings(what: str, line: str, becomes: str, *tests: str) -> Fault:
 
 def _resume(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("resume", what, "nemo_tropd/training/checkpoint.py", line, becomes, tests)
+
+
+def _plan(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
+    return Fault(
+        "planner", what, f"nemo_tropd/planner/{file}.py", line, becomes, (f"tests/unit/test_planner.py::{test}",)
+    )
 
 
 FAULTS: list[Fault] = [
@@ -954,6 +961,24 @@ FAULTS: list[Fault] = [
         ",",
         _RESUMED + "test_a_single_step_of_a_decaying_schedule_learns",
     ),
+    Fault(
+        "resume",
+        "every copy of an optimizer's states is taken for a copy of another rank's",
+        "nemo_tropd/training/optimizer_shards.py",
+        "replica = (*whole.replica_id[:-1], 0)",
+        "replica = whole.replica_id",
+        (_OWN_STATES,),
+        slow=True,
+    ),
+    Fault(
+        "resume",
+        "an incomplete row is taken for a complete one",
+        "nemo_tropd/training/optimizer_shards.py",
+        "row, column = divmod(begin + done, columns)",
+        "row, column = (begin + done) // columns, 0",
+        (_OWN_STATES,),
+        slow=True,
+    ),
     _resume(
         "older checkpoints go before the new one is on the disk",
         "finish_folder(temporary, final)",
@@ -1007,6 +1032,42 @@ FAULTS: list[Fault] = [
         'for path in self.dir.glob(".tmp-*") if self.dir.is_dir() else ():',
         'for path in self.dir.glob("tmp-*") if self.dir.is_dir() else ():',
         _CHECKPOINT + "test_the_newest_complete_checkpoints_are_kept_and_the_rest_removed",
+    ),
+    # planner: what a plan counts
+    _plan(
+        "memory",
+        "an FP8 teacher's bf16 weights are forgotten",
+        "narrow += width  # Transformer Engine keeps the cast weights beside those they are cast from",
+        "pass",
+        "test_memory_falls_where_a_setting_promises_so",
+    ),
+    _plan(
+        "memory",
+        "CUDA graphs lie within the engine's share",
+        'resident["engine asleep"] = graphs',
+        'resident["engine asleep"] = 0.0',
+        "test_memory_falls_where_a_setting_promises_so",
+    ),
+    _plan(
+        "engine",
+        "an engine's weights take no room",
+        "free = engine_bytes(cfg, student, machine) - weights - ENGINE_WORKSPACE",
+        "free = engine_bytes(cfg, student, machine) - ENGINE_WORKSPACE",
+        "test_an_engine_holds_what_its_weights_leave_of_its_share",
+    ),
+    _plan(
+        "seconds",
+        "one wave takes as long as all",
+        "return load.waves * m.rollout.max_new_tokens * each + prompts / load.tensor / rates.FLOPS",
+        "return m.rollout.max_new_tokens * each / 2",
+        "test_seconds_are_at_least_what_the_rates_allow",
+    ),
+    _plan(
+        "host",
+        "every rank copies all states to its host",
+        "written = (states + numbers * BYTES[t.precision]) / layout(cfg).data",
+        "written = states + numbers * BYTES[t.precision]",
+        "test_a_host_holds_what_its_ranks_write",
     ),
     # conversion: names, layouts, shards
     _convert(

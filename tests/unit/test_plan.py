@@ -79,8 +79,10 @@ def test_a_plan_for_a_gpu_that_is_not_here(
     print_plan(cfg, made)
     shown = capsys.readouterr().out
     assert made.machine.kind == "gpu" and "40.00 GiB, trainer.gpu_memory_gib" in shown and "2 engines" in shown
+    for label in ("time of a step", "cache of an engine", "memory of a host", "before the steps, teacher generates"):
+        assert label in shown
     with pytest.raises(
-        ConfigError, match=r"trainer\.devices = 1: the plan needs 3\.\d+ GiB .*No single part is as large"
+        ConfigError, match=r"trainer\.devices = 1: the plan needs 4\.\d+ GiB .*No single part is as large"
     ):
         plan(tiny, tmp_path / "run", **{"trainer.gpu_memory_gib": 3}, check_only=True)
 

@@ -1,0 +1,70 @@
+"""Host memory of a GPU node, estimated: processes, what is pinned, what a checkpoint gathers on its way to the disk."""
+
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config_keys import value_at
+from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.machine import HOST_ENGINE, HOST_RANK, Machine
+from nemo_tropd.planner.memory import (
+    BYTES,
+    FP32,
+    Memory,
+    layout,
+    optimizer_bytes,
+    placement,
+    positions,
+    stage_parameters,
+    student_degrees,
+    teacher_weights,
+)
+from nemo_tropd.planner.verdict import gib
+
+ROLLOUT_OBJECTS = 76  # bytes of a rollout's token as every rank keeps it: an int and a float, and where they are
+EXPORT = 2e9  # a file of weights as it is written, and the largest tensor
+
+
+def host_memory(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> Memory:
+    """Of the host that needs most, rank 0's: all its ranks together. ``machine`` is a GPU's."""
+    devices, numbers = cfg.trainer.devices, sum(stage_parameters(student, student_degrees(cfg)))
+    t, m = cfg.trainer, cfg.model
+    resident = {
+        "processes": devices * HOST_RANK,
+        "rollouts": devices * positions(cfg) * ROLLOUT_OBJECTS,
+    }
+    if m.teacher.offload:
+        resident["teacher, pinned"] = devices * teacher_weights(cfg, teacher)
+    if placement(cfg, machine) == "process":
+        resident["engine"] = HOST_ENGINE
+    # Every rank copies what it writes; what data-parallel ranks have in common is written once.
+    states = optimizer_bytes(cfg, numbers) * (layout(cfg).data if m.optim.distributed else 1)
+    if m.optim.distributed and t.precision == "32":
+        states += FP32 * numbers  # the sharded optimizer also saves the weights that it updates
+    written = (states + numbers * BYTES[t.precision]) / layout(cfg).data
+    phases = {"checkpoint": {"states on their way": devices * written}, "export": {"files": EXPORT}}
+    before = {}
+    if m.data.held_out or m.tropd.guidance.enabled:
+        before["teacher generates"] = {"processes": devices * HOST_RANK, "engines": devices * HOST_ENGINE}
+    return Memory(resident, phases, 0.0, before)
+
+
+def host_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
+    """What a host holds at its peak."""
+    sizes = ", ".join(f"{part} {gib(size)}" for part, size in memory.parts(memory.peak_phase).items())
+    text = f"{gib(memory.total)} (estimated) during {memory.peak_phase}: {sizes}"
+    has = f"{gib(machine.host)}, this host" if machine.host is not None else "not known here: not checked"
+    return [("memory of a host", text), ("memory of a host, available", has)]
+
+
+def check_host(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
+    """Raise ConfigError, with all sizes, if a host that is known does not have the memory."""
+    if machine.host is None or memory.total <= machine.host:
+        return
+    parts = memory.parts(memory.peak_phase)
+    key, remedy = "trainer.devices", "use hosts with more memory, or more hosts with fewer ranks each"
+    if parts.get("teacher, pinned", 0.0) >= memory.total - machine.host:
+        key, remedy = "model.teacher.offload", "set it to false and raise model.teacher.tensor_model_parallel_size"
+    sizes = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())
+    raise ConfigError(
+        key,
+        value_at(cfg, key),
+        f"a host needs {gib(memory.total)} during {memory.peak_phase}, but has {gib(machine.host)}: {sizes}; {remedy}",
+    )
