@@ -87,7 +87,7 @@ def time_lines(cfg: TropdConfig, student: ModelShape, seconds: Mapping[str, floa
         return []
     step, t = sum(seconds.values()), cfg.trainer.tropd
     parts = ", ".join(f"{phase} {spoken(value)}" for phase, value in seconds.items())
-    saves = t.max_steps // t.save_interval if t.save_interval else 1
+    saves = -(-t.max_steps // t.save_interval) if t.save_interval else 1  # the last step is always saved
     save = checkpoint_seconds(cfg, student)
     text = f"at most {spoken(t.max_steps * step + saves * save)}: {t.max_steps} steps, {saves} checkpoint(s) of "
     return [

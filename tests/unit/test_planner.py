@@ -27,7 +27,7 @@ from nemo_tropd.planner.seconds import spoken, step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
-from nemo_tropd.rollout.placement import device_groups
+from nemo_tropd.rollout.placement import device_groups, teacher_utilization
 from tests.e2e.compose import CONF, compose_config
 
 RECIPES = gpu_recipes(CONF)
@@ -235,6 +235,17 @@ def test_an_engine_holds_what_its_weights_leave_of_its_share() -> None:
     cfg.model.rollout.gpu_memory_utilization = 0.14  # vLLM would not start
     with pytest.raises(ConfigError, match=r"utilization = 0\.14: .*9216 needs a share of 0\.15; raise it to 0\.15"):
         check_kv_cache(cfg, shape, shape, gpu(79))
+
+
+@pytest.mark.parametrize("size", [16, 24, 40, 79, 139])
+def test_the_teachers_engine_leaves_a_rank_its_context_and_itself_its_graphs(size: int) -> None:
+    keys = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    cfg = compose_config([*keys, "trainer.devices=8"])
+    held = estimate(cfg, SHAPES["Qwen3-1.7B"], SHAPES["Qwen3-4B"], gpu(size)).before["teacher generates"]
+    assert sum(held.values()) <= size * GIB and 0.7 < teacher_utilization(size * GIB) <= 0.9
+    assert held["teacher's engine"] == pytest.approx(teacher_utilization(size * GIB) * size * GIB)
+    cfg.model.data.held_out, cfg.model.tropd.guidance.enabled = 0, False
+    assert not estimate(cfg, SHAPES["Qwen3-1.7B"], SHAPES["Qwen3-4B"], gpu(size)).before
 
 
 def test_seconds_are_at_least_what_the_rates_allow() -> None:
