@@ -99,8 +99,8 @@ def check_kv_cache(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, m
         return
     tensor = engine_tensor(cfg, machine)
     weights = student.parameters() * BYTES[r.dtype] / tensor
-    least = (weights + ENGINE_WORKSPACE + length * token_bytes(student, r.dtype) / tensor) / machine.bytes
-    if r.gpu_memory_utilization < least:
-        enough = f"raise it to {math.ceil(least * 100) / 100:g}" if least <= 0.95 else "use tensor parallelism"
-        why = f"beside the engine's weights ({gib(weights)}) and workspace, {needs} a share of {least:.2f}; {enough}"
+    share = (weights + ENGINE_WORKSPACE + length * token_bytes(student, r.dtype) / tensor) / machine.bytes
+    if r.gpu_memory_utilization < share:
+        remedy = f"raise it to {math.ceil(share * 100) / 100:g}" if share <= 0.95 else "use tensor parallelism"
+        why = f"beside the engine's weights ({gib(weights)}) and workspace, {needs} a share of {share:.2f}; {remedy}"
         raise ConfigError("model.rollout.gpu_memory_utilization", r.gpu_memory_utilization, why)
