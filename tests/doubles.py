@@ -18,6 +18,9 @@ class ReplayEngine:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.version = vocab_size, 0
 
+    def check_room(self) -> None:
+        """It needs none."""
+
     def start(self) -> None:
         """Nothing to start."""
 

@@ -138,6 +138,9 @@ class FixedRollouts:
     def __init__(self, completions: Sequence[Sequence[int]]) -> None:
         self.completions, self.version = completions, 0
 
+    def check_room(self) -> None:
+        """It needs none."""
+
     def start(self) -> None:
         """Nothing to start."""
 

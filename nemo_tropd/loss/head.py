@@ -54,6 +54,7 @@ class LossOptions:
     # Backward adds the weight's gradient to ``weight.main_grad`` (Megatron's DDP buffer, usually fp32) and sets
     # ``grad_added_to_main_grad``; autograd then gets zeros. For every micro-batch or for none.
     accumulate_main_grad: bool = False
+    # The trainer's way, whose rows and ids are checked before they are on the device: they are not looked at again.
     # Logits or losses that are not finite are no error: loss and gradients become NaN, so that every rank sees it in
     # the gradient norm, and ``HeadLoss.bad`` says what it was.
     carry_bad: bool = False
@@ -82,8 +83,9 @@ def head_loss(
     rows out of range, k above the vocabulary, and NonFiniteLogits if the head product is NaN or infinite.
     """
     shard = layout.shard(weight)
-    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel)
-    check_tokens(tokens, teacher, shard)
+    trusted = options.carry_bad
+    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel, trusted=trusted)
+    check_tokens(tokens, teacher, shard, trusted=trusted)
     if options.accumulate_main_grad and weight.requires_grad and getattr(weight, "main_grad", None) is None:
         raise ValueError(
             "accumulate_main_grad needs weight.main_grad; wrap the model in Megatron's DDP, or leave it off"
@@ -112,10 +114,10 @@ def teacher_scores(
     """The frozen teacher's log pi_T(x), its top k and, if asked, its entropy, at ``rows`` of its hidden states.
 
     Shapes and errors as for ``head_loss``; rows and token_ids [T]. Results are fp32 (fp64 for an fp64 model),
-    replicated. ``carry_bad``: tokens whose logits are not finite get NaN and id 0.
+    replicated. ``carry_bad``: tokens whose logits are not finite get NaN and id 0, and rows and ids are trusted.
     """
     shard = layout.shard(weight)
-    check_head(hidden, weight, rows, token_ids, shard, layout.sequence_parallel)
+    check_head(hidden, weight, rows, token_ids, shard, layout.sequence_parallel, trusted=carry_bad)
     check_k(k, layout.vocab_size)
     states = HiddenRows.of(hidden, rows, shard, layout.sequence_parallel)
     product, chunks, slots = head_chunks(hidden, weight, shard, rows.numel(), layout.chunk_tokens)
@@ -160,8 +162,8 @@ def score_tokens(
     """All of a micro-batch's ``TokenScores`` without gradient: for a first pass over the global batch, for instance.
     Shapes, errors and ``carry_bad`` as for ``head_loss``. Results are fp32 (fp64 for an fp64 model), replicated."""
     shard = layout.shard(weight)
-    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel)
-    check_tokens(tokens, teacher, shard)
+    check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel, trusted=carry_bad)
+    check_tokens(tokens, teacher, shard, trusted=carry_bad)
     states = HiddenRows.of(hidden, tokens.rows, shard, layout.sequence_parallel)
     product, chunks, _ = head_chunks(hidden, weight, shard, len(tokens), layout.chunk_tokens)
     ids = _columns(tokens, teacher)

@@ -10,8 +10,8 @@ ORIGIN = "raised on "
 
 def host_name() -> str:
     """Host name, and the address that the others use, since host names are not always unique."""
-    interface = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME")
-    addresses = psutil.net_if_addrs().get(interface or "", [])
+    interface = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME") or ""
+    addresses = psutil.net_if_addrs().get(interface.removeprefix("="), [])
     address = next((a.address for a in addresses if a.family == socket.AF_INET), None)
     return f"{socket.gethostname()} ({address})" if address else socket.gethostname()
 
@@ -30,6 +30,12 @@ def name_origin(error: BaseException) -> str:
 def own_addresses() -> set[str]:
     """Every address of this machine's interfaces, without zone suffixes (``%eth0``)."""
     return {a.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for a in addresses}
+
+
+def interface_of(address: str) -> str:
+    """The name of this machine's interface with ``address``; "" if there is none."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, of in found if address in {a.address.partition("%")[0] for a in of}), "")
 
 
 def addresses_of(host: str) -> set[str]:

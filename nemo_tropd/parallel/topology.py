@@ -197,6 +197,8 @@ def _choose_device() -> torch.device:
 
 def _init_process_group(device: torch.device, timeout: datetime.timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # This group's monitor would end the process after a failure of any other NCCL group, engine hosts' among them.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

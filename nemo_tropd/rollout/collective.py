@@ -65,7 +65,7 @@ class Rollouts(ABC):
     def _bring_to(self, version: int) -> api.RefreshStats:
         """Collective: start the engines if need be and give them the current weights unless they have ``version``."""
         if not self._started:
-            self._agree(self._start)
+            self._begin()
             self._started, self._version = True, None
         if self._version != version:
             self.last_refresh = self._stream(version)
@@ -73,8 +73,11 @@ class Rollouts(ABC):
         assert self.last_refresh is not None
         return self.last_refresh
 
+    def _begin(self) -> None:
+        self._agree(self._start)
+
     def _start(self) -> None:
-        engine = self.make_engine()
+        engine, self._engine = self._engine or self.make_engine(), None
         try:
             engine.start()
         except BaseException:
@@ -145,6 +148,7 @@ class EveryRankRollouts(Rollouts):
     trainer's process, and a CUDA error in it is the trainer's own."""
 
     ranks: Topology  # no pipeline
+    make_engine: Callable[[], api.RankEngine]
 
     def generate(self, requests: Sequence[api.RolloutRequest] | None, version: int) -> list[Rollout]:
         everything: list[api.RolloutRequest] = self.ranks.broadcast_object(list(requests or []))
@@ -162,6 +166,15 @@ class EveryRankRollouts(Rollouts):
 
     def _agree(self, work: Callable[[], T]) -> T:
         return agreement.on_every_rank(self.ranks, work, unexpected=api.EngineError)
+
+    def _begin(self) -> None:
+        def make() -> api.RankEngine:
+            engine = self.make_engine()
+            engine.check_room()
+            return engine
+
+        self._engine = self._agree(make)
+        super()._begin()
 
     def _stream(self, version: int) -> api.RefreshStats:
         return self._agree(lambda: self._running().update_weights(self.weights(), version))

@@ -94,6 +94,13 @@ class RolloutEngine(Protocol):
         trainer to come back unless ``run_over``: then they exit."""
 
 
+class RankEngine(RolloutEngine, Protocol):
+    """An engine of which every rank has one, on its own device."""
+
+    def check_room(self) -> None:
+        """Before ``start``, which may be collective: EngineError if the device lacks the memory it asks for."""
+
+
 def check_requests(requests: Sequence[RolloutRequest], *, max_model_len: int, vocab_size: int) -> None:
     """Raise RequestError for the first request the engine could not serve in full."""
     for r in requests:

@@ -95,6 +95,8 @@ def main() -> None:
     wait = "seconds to wait for the trainer to listen (default %(default)g)"
     parser.add_argument("--wait-s", type=float, default=3600.0, help=wait)
     given = parser.parse_args()
+    # vLLM's own NCCL group would end this process where the trainer is lost during a broadcast; it is to wait for it.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     try:
         secret = read_secret(given.secret_file)
         serve(host_and_port("--join", given.join), given.index, own_engine, secret=secret, wait_s=given.wait_s)

@@ -15,7 +15,7 @@ import pytest
 from nemo_tropd.teacher.fp8 import MULTIPLES, Fp8Settings
 from tests.contract.sources import Definition, Library
 from tests.contract.uses import Use, gather, method_calls, string_keys
-from tests.contract.wheels import PACKAGES, NoIndex, pinned, python_files
+from tests.contract.wheels import PACKAGES, pinned
 
 CONFIG = ("megatron.core.transformer.transformer_config", "TransformerConfig")
 
@@ -64,15 +64,6 @@ MEMBERS = {
     "transformer_engine.pytorch.LayerNormLinear": "fuse_wgrad_accumulation",
     "transformer_engine.pytorch.Linear": "fuse_wgrad_accumulation",
 }
-
-
-@pytest.fixture(scope="session")
-def library() -> Library:
-    """The pinned packages' sources; the tests are skipped where no index gives them."""
-    try:
-        return Library(*(python_files(package) for package in PACKAGES))
-    except NoIndex as reason:
-        pytest.skip(str(reason))
 
 
 def faults(library: Library, use: Use) -> list[str]:

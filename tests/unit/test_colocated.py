@@ -35,11 +35,14 @@ EOS, ROWS, TOKENS = 3, 131, 120
 
 
 class RecordingLLM:
-    """vLLM's methods by name and signature (0.24.0, entrypoints/llm.py); keeps the order of calls and its memory."""
+    """vLLM's methods by name and signature (0.24.0, entrypoints/llm.py); keeps the order of calls and its memory.
+    tests/contract/test_vllm.py reads what it enforces in vLLM's source."""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments, self.calls = arguments, [("start", os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING"))]
+        self.start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork")
         self.awake = {"weights", "kv_cache"}
+        self.buffers_saved = False
         self.weights: dict[str, Tensor] = {}
         self.prefixes_of: int | None = None  # the weights that cached prefixes belong to
         self.loads = 0
@@ -56,13 +59,16 @@ class RecordingLLM:
         woken = set(tags or ("weights", "kv_cache"))
         assert not woken & self.awake, f"{woken} is mapped already"
         self.awake |= woken
+        if self.buffers_saved:  # whatever the tags are
+            assert "weights" in self.awake, "CUDA_ERROR_ILLEGAL_ADDRESS: buffers copied into unmapped weights"
+            self.buffers_saved = False
         self.calls.append(("wake", *sorted(woken)))
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         assert self.awake == {"weights", "kv_cache"}, "unmapping what is not mapped"
         self.awake = set()
         if level == 2:
-            self.weights = {}
+            self.weights, self.buffers_saved = {}, True
         self.calls.append(("sleep", level))
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
@@ -195,7 +201,8 @@ def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path, monkeypa
     llm = colocated.llm
     engine.close()
     engine.close()
-    assert llm.calls[-1] == ("shutdown",) and ended == []  # the trainer's group stays
+    assert llm.calls[-3:] == [("wake", "weights"), ("wake", "kv_cache"), ("shutdown",)]
+    assert ended == []  # the trainer's group stays
     torch.distributed.destroy_process_group("other")  # type: ignore[arg-type]
     assert ended == ["other"]
 

@@ -31,6 +31,7 @@ _OVERRIDES = {
     "model.rollout.samples_per_prompt": 1,
     "model.rollout.max_num_seqs": 32,
     "model.rollout.gpu_memory_utilization": 0.08,
+    "model.rollout.sleep": False,  # vLLM asserts that the device's free memory grows, and others allocate meanwhile
     "model.rollout.torch_compile": False,
     "model.data.held_out": 32,
     "model.data.path": ROOT / "examples" / "prompts" / "instructions.jsonl",

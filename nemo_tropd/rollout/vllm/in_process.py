@@ -15,6 +15,7 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
@@ -29,6 +30,8 @@ from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.weights.stream import checked_stream
 
 _DISCARD_ALL = 2  # vLLM's sleep level that keeps nothing
+# In the order of waking: on the first call after a sleep vLLM copies buffers back into the weights, whatever its tag.
+_MEMORY = ("weights", "kv_cache")
 # A second runner of vLLM draws all seeded requests of a step in one kernel (the first launches one a request), but
 # takes at most so many biased logits a request. Source: vllm 0.24.0, v1/worker/gpu/sample/logit_bias.py.
 _MOST_BIASED = 1024
@@ -52,8 +55,22 @@ class ColocatedEngine:
     sleeps: bool = True  # needs ``settings.refreshable``; False keeps weights and cache on the device between rollouts
     make_llm: Callable[..., Any] | None = None  # instead of vllm.LLM, in tests
     _llm: Any = field(default=None, init=False)
-    _asleep: set[str] = field(default_factory=set, init=False)  # of weights, kv_cache
+    _asleep: set[str] = field(default_factory=set, init=False)  # of _MEMORY
     _version: int | None = field(default=None, init=False)
+
+    def check_room(self) -> None:
+        """vLLM asks for its share of the device first. One rank that lacks it would leave the others in collectives of
+        vLLM's start; what all ranks ask before it, all raise."""
+        if not torch.cuda.is_available():
+            return
+        torch.cuda.empty_cache()
+        (free, total), share = torch.cuda.mem_get_info(), self.settings.gpu_memory_utilization
+        if free < share * total:
+            raise EngineError(
+                f"model.rollout.gpu_memory_utilization={share} of the {total / 2**30:.1f} GiB of "
+                f"{torch.cuda.get_device_name()} is the engine's, but only {free / 2**30:.1f} GiB are free; lower it, "
+                "or end what else runs on this GPU"
+            )
 
     def start(self) -> None:
         """Build vLLM's engine beside the trainer's models and put it to sleep; it takes memory that must be free."""
@@ -62,11 +79,19 @@ class ColocatedEngine:
         arguments = self.settings.llm_arguments() | {"enable_sleep_mode": self.sleeps}
         if self.world_size > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
+        if self.settings.tensor_parallel > 1 and "expandable_segments:True" in _allocator_settings():
+            # Its IPC handles cannot be made of such segments: the process would end.
+            arguments["disable_custom_all_reduce"] = True
         try:
             with environment(self._environment()):
-                self._llm = (self.make_llm or _vllm())(**arguments)
+                make = self.make_llm or _vllm()
+                if torch.cuda.is_available():
+                    # vLLM's import patches set_stream, to remember the stream. Where it knows none it makes one, which
+                    # would stay the trainer's, whose gradient accumulators are made on this one.
+                    torch.cuda.set_stream(torch.cuda.current_stream())
+                self._llm = make(**arguments)
         except Exception as error:
-            self.close()
+            _release_half_built(error)
             raise EngineError(
                 f"vLLM could not start on {self.settings.model_dir} ({type(error).__name__}: {error}); if memory is "
                 "short, lower model.rollout.gpu_memory_utilization or set model.rollout.placement=process"
@@ -112,12 +137,12 @@ class ColocatedEngine:
             return []
         if self._version is None:
             raise EngineError("the engine has no weights (discarded by sleep(), or never loaded): refresh it first")
-        self._wake("weights", "kv_cache")
+        self._wake(*_MEMORY)
         return _generate(llm, requests, s, self._version)
 
     def sleep(self) -> bool:
-        if self._llm is not None and self.sleeps and self._asleep != {"weights", "kv_cache"}:
-            self._wake(*sorted(self._asleep))  # vLLM falls asleep as one
+        if self._llm is not None and self.sleeps and self._asleep != set(_MEMORY):
+            self._wake(*_MEMORY)  # vLLM falls asleep as one
             self._fall_asleep()
         return self.sleeps
 
@@ -126,7 +151,7 @@ class ColocatedEngine:
         if self._llm is None:
             return
         try:
-            self._wake(*sorted(self._asleep))  # vLLM unmaps all memory at its end, and what sleeps is unmapped already
+            self._wake(*_MEMORY)  # vLLM unmaps all memory at its end, and what sleeps is unmapped already
             with _default_group_kept():
                 self._llm.llm_engine.engine_core.shutdown()
                 self._llm = None
@@ -147,6 +172,9 @@ class ColocatedEngine:
     def _environment(self) -> dict[str, str]:
         values = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, which the external launcher demands, too
+            # Of a child's tensor-parallel workers: torch counts this process's devices as a use of CUDA, after which
+            # forked processes have none, and vLLM forks where CUDA is merely not initialized.
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "VLLM_PLUGINS": "",  # NeMo registers one, which costs 20 s and tracebacks
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",  # compiles at its first use, and knows no seeds a request
@@ -172,7 +200,23 @@ class ColocatedEngine:
 
     def _fall_asleep(self) -> None:
         self.llm.sleep(level=_DISCARD_ALL)
-        self._asleep, self._version = {"weights", "kv_cache"}, None
+        self._asleep, self._version = set(_MEMORY), None
+
+
+def _allocator_settings() -> str:
+    """Torch reads either name."""
+    return os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+
+
+def _release_half_built(error: BaseException) -> None:
+    """Free what vLLM had allocated when it failed: the frames of ``error``, and cycles, still hold it."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    gc.unfreeze()  # vLLM freezes what is alive after its warm-up
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -28,12 +28,15 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_tropd.parallel.addresses import interface_of
 from nemo_tropd.rollout.engine import DTYPES, EngineError, WeightStreamError
+from nemo_tropd.rollout.vllm.in_process import environment
 from nemo_tropd.rollout.vllm.wire import Bucket, JoinGroup
 
 _FILE_PREFIX = "nemo_tropd-weights-"
 _STALE_AFTER_S = 60.0
 _CLOSE_TIMEOUT_S = 2.0
+_POLL_S = 0.001
 Tensors = Mapping[str, Tensor]
 
 
@@ -100,14 +103,20 @@ class WeightGroup:
     def __init__(self, store: dist.TCPStore, place: JoinGroup, *, own_address: str) -> None:
         """``place.rank`` is this rank's. Raises RuntimeError if the others do not come within ``place.timeout_s``."""
         self._store = store  # the trainer's serves the others for as long as it is held
+        self._timeout_s = place.timeout_s
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._pending: list[Any] = []
         meeting, timeout = dist.PrefixStore(place.prefix, store), timedelta(seconds=place.timeout_s)
         self._group: Any
         if self.device.type == "cuda":
+            _choose_interface(own_address)
+            # This process waits no longer than the timeout, and then names who is silent. NCCL's watchdog would end the
+            # process: its timeout comes later, and errors are left to us.
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(meeting, place.rank, place.size, options)
+            options._timeout = 2 * timeout
+            with environment({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}):
+                self._group = dist.ProcessGroupNCCL(meeting, place.rank, place.size, options)
+            self._meet()
         else:
             gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
             gloo._timeout = timeout
@@ -157,11 +166,44 @@ class WeightGroup:
         last.start()
         last.join(_CLOSE_TIMEOUT_S)
 
+    def _meet(self) -> None:
+        """NCCL connects at the first broadcast, in a call that waits forever for a rank that is gone."""
+        met: list[BaseException | None] = []
+
+        def broadcast(flat: Tensor) -> None:
+            try:
+                self._start(flat)
+                met.append(None)
+            except BaseException as error:
+                met.append(error)
+
+        flat = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        thread = threading.Thread(target=broadcast, args=(flat,), daemon=True)
+        thread.start()
+        thread.join(self._timeout_s)
+        if not met:
+            raise RuntimeError(f"NCCL could not connect all ranks within {self._timeout_s:g} s")
+        if met[0] is not None:
+            raise met[0]
+        self._finish()
+
     def _start(self, flat: Tensor) -> None:
         self._pending = [self._group.broadcast(flat, 0), flat]
 
     def _finish(self) -> None:
         self._pending[0].wait()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # wait() only orders the stream behind the broadcast
+        if self.device.type == "cuda":  # there wait() only orders the stream behind the broadcast
+            done, until = torch.cuda.current_stream().record_event(), time.monotonic() + self._timeout_s
+            while not done.query():
+                if time.monotonic() > until:
+                    self.close()  # else whatever waits for the device next would wait forever
+                    raise RuntimeError(f"a broadcast of weights did not end within {self._timeout_s:g} s")
+                time.sleep(_POLL_S)
         self._pending = []
+
+
+def _choose_interface(own_address: str) -> None:
+    """Have NCCL use the interface of ``own_address``, unless it is told another or, as a rank of several, uses one."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if not several and (name := interface_of(own_address)):
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # the = asks for this very name
