@@ -7,6 +7,8 @@
 #   anything else  is run as a command
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=docker/home.sh
+source "$here/home.sh"
 python=${NEMO_TROPD_PYTHON:-python3}
 command=${1:-doctor}
 case $command in

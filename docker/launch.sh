@@ -17,6 +17,8 @@
 # Uses the Python of NEMO_TROPD_PYTHON, else of the checkout's .venv, else python3.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=docker/home.sh
+source "$root/docker/home.sh"
 python=${NEMO_TROPD_PYTHON:-}
 if [[ -z $python ]]; then
   python=$root/.venv/bin/python

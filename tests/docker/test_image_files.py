@@ -210,6 +210,60 @@ def test_gpu_check_works_in_the_image(tmp_path: Path) -> None:
     assert done.returncode == 0 and "skipped" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.timeout(200)
+def test_the_readmes_command_works_where_a_container_starts(tmp_path: Path) -> None:
+    """torchrun, with the script's path as it is in the repository; the recipe's own files are found, too."""
+    start = copy_of_the_image(tmp_path)
+    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=1", "examples/train_tropd.py"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--config-name", "smollm2_1gpu", "--cfg", "job"],
+        cwd=start,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    data = yaml.safe_load(done.stdout)["model"]["data"]["path"]
+    assert (start / data).is_file()
+    assert (start / "conf" / "base.yaml").is_file() and (start / "docker" / "launch.sh").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"), [("Dockerfile", "/workspace/runs"), ("Dockerfile.cpu", "/opt/nemo_tropd/runs")]
+)
+def test_any_uid_has_a_home_on_the_volume_of_its_runs(name: str, runs: str) -> None:
+    words = instructions(name)
+    final = words[max(i for i, (word, _) in enumerate(words) if word == "FROM") :]
+    environment = dict(pair for word, rest in final if word == "ENV" for pair in re.findall(r"(\w+)=(\S+)", rest))
+    assert environment["HOME"] == f"{runs}/.home" and environment["USER"]  # torch asks for a name, which a uid may lack
+    made = " ".join(rest for word, rest in final if word == "RUN")
+    assert re.search(rf"install -d [^&]*-m 1777 [^&]*\b{Path(runs).name if name.endswith('cpu') else runs}\b", made)
+    # Libraries' byte code cannot be written by those who run the image.
+    assert any(word == "ENV" and "UV_COMPILE_BYTECODE=1" in rest for word, rest in words)
+
+
+@pytest.mark.parametrize("home", [None, "/", "/proc/none", "new"])
+@pytest.mark.parametrize("script", ["entrypoint.sh", "launch.sh"])
+def test_scripts_find_a_home_that_can_be_written_to(tmp_path: Path, script: str, home: str | None) -> None:
+    """As docker leaves it for a uid without an entry in passwd, and on a volume that has no such folder yet."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ntouch "$HOME/.cache" && echo "$HOME $USER"\n')
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "USER")}
+    environment |= {"NEMO_TROPD_PYTHON": str(python), "TMPDIR": str(tmp_path)}
+    environment |= {} if home is None else {"HOME": str(tmp_path / home) if home == "new" else home}
+    done = subprocess.run(
+        [str(DOCKER / script)], env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found, user = done.stdout.split()
+    assert Path(found).is_relative_to(tmp_path) and (Path(found) / ".cache").is_file() and user
+    assert found == str(tmp_path / "new") or home != "new"
+
+
 # The part of the Compose specification that the file uses: keys that do not exist there are refused.
 SERVICE = {
     "type": "object",
@@ -224,6 +278,7 @@ SERVICE = {
         },
         "hostname": {"type": "string"},
         "init": {"type": "boolean"},
+        "user": {"type": "string"},
         "shm_size": {"type": ["string", "integer"]},
         "ulimits": {"type": "object", "additionalProperties": {"type": ["integer", "object"]}},
         "restart": {"type": "string", "pattern": r"^(no|always|unless-stopped|on-failure(:\d+)?)$"},
@@ -312,7 +367,7 @@ def test_kubernetes_example_and_its_command_line(monkeypatch: pytest.MonkeyPatch
 
 
 def test_shell_scripts_parse_and_can_be_run() -> None:
-    for name in ("launch.sh", "entrypoint.sh", "slurm.sbatch"):
+    for name in ("launch.sh", "entrypoint.sh", "home.sh", "slurm.sbatch"):
         subprocess.run(["bash", "-n", str(DOCKER / name)], check=True, timeout=20)
     assert all(os.access(DOCKER / name, os.X_OK) for name in ("launch.sh", "entrypoint.sh"))
 

@@ -55,6 +55,7 @@ _TEMPLATES = "tests/unit/test_templates.py::"
 _TOKENS_OF_A_RUN = "tests/unit/test_tokens_of_a_run.py::"
 _SUPERVISOR = "tests/dist/test_supervisor.py::"
 _LAYOUTS = "tests/dist/test_training_layouts.py::"
+_DEVICE = "tests/unit/test_colocated_device.py::"
 
 
 def _batch(what: str, line: str, becomes: str, *tests: str) -> Fault:
@@ -103,6 +104,10 @@ def _optimizer(what: str, line: str, becomes: str, *tests: str) -> Fault:
 
 def _step(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("step", what, "nemo_tropd/training/step.py", line, becomes, tests)
+
+
+def _gpu(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    return Fault("gpu", what, f"nemo_tropd/{file}.py", line, becomes, tests)
 
 
 def _weights(what: str, line: str, becomes: str, *tests: str) -> Fault:
@@ -1488,5 +1493,55 @@ FAULTS: list[Fault] = [
         "if not said and self._unfinished_in_a_row == UNFINISHED_STEPS:",
         "if said and self._unfinished_in_a_row == UNFINISHED_STEPS:",
         _TOKENS_OF_A_RUN + "test_a_run_whose_rollouts_never_end_says_so_once",
+    ),
+    # gpu: what only a GPU would show
+    _gpu(
+        "rollout/vllm/in_process",
+        "the cache wakes before the weights",
+        "self._wake(*_MEMORY)  # vLLM unmaps all memory at its end, and what sleeps is unmapped already",
+        "self._wake(*sorted(_MEMORY))",
+        "tests/unit/test_colocated.py::test_asleep_it_writes_nothing_until_it_is_refreshed",
+    ),
+    _gpu(
+        "rollout/vllm/in_process",
+        "a stream of vLLM's becomes the trainer's",
+        "torch.cuda.set_stream(torch.cuda.current_stream())",
+        "pass",
+        _DEVICE + "test_the_trainers_stream_stays_current",
+    ),
+    _gpu(
+        "rollout/vllm/in_process",
+        "tensor-parallel workers are forked",
+        '"VLLM_WORKER_MULTIPROC_METHOD": "spawn",',
+        "",
+        _DEVICE + "test_memory_that_has_no_ipc_handle_is_not_shared",
+    ),
+    _gpu(
+        "rollout/collective",
+        "ranks start though one has no memory",
+        "engine.check_room()",
+        "pass",
+        _DEVICE + "test_a_rank_without_memory_stops_all_before_any_starts",
+    ),
+    _gpu(
+        "rollout/weights/senders",
+        "NCCL's watchdog is as fast as our wait",
+        "options._timeout = 2 * timeout",
+        "options._timeout = timeout",
+        "tests/unit/test_weight_group.py::test_our_wait_ends_before_nccls_watchdog",
+    ),
+    _gpu(
+        "rollout/vllm/child",
+        "dying workers are not waited for",
+        "while session_members(process.pid) and time.monotonic() < until:",
+        "while False:",
+        _STREAM + "test_an_engine_has_ended_when_its_workers_have",
+    ),
+    _gpu(
+        "loss/overlap",
+        "a stream is made a call",
+        "if device not in _side_streams:  # each new one is the next of torch's pool of 32, which others draw from, too",
+        "if True:",
+        "tests/unit/test_device_waits.py::test_the_side_stream_is_made_once",
     ),
 ]

@@ -26,12 +26,14 @@ from nemo_tropd.rollout.engine import (
     WeightStreamError,
     check_requests,
 )
-from nemo_tropd.rollout.vllm.child import VllmEngine
+from nemo_tropd.rollout.vllm import child
+from nemo_tropd.rollout.vllm.child import VllmEngine, session_members
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.vllm.wire import Bucket
 from nemo_tropd.rollout.weights.senders import SharedMemory
 from nemo_tropd.rollout.weights.stream import buckets, checked_stream, checkpoint_shapes
 from nemo_tropd.training.guidance import request_seed
+from tests.tiny_models import make_tiny
 
 pytestmark = pytest.mark.random
 
@@ -249,3 +251,27 @@ def test_the_engines_process_outlives_signals_but_not_its_owner(tmp_path: Path) 
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         owner.wait()
+
+
+def test_an_engine_has_ended_when_its_workers_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Killed, a worker with 70 GB of a GPU takes its time; the trainer would find that memory taken."""
+    script = "import subprocess, sys; subprocess.Popen(['sleep', '60']); print('up', flush=True); input()"
+    leader = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert leader.stdout is not None and leader.stdout.readline()
+    members = session_members(leader.pid)
+    assert leader.pid in members and len(members) == 2
+    engine = VllmEngine(EngineSettings(make_tiny(tmp_path), dtype="float32", max_model_len=32))
+    slow = [psutil.Process(pid) for pid in members if pid != leader.pid]
+    asked: list[int] = []
+
+    def dying(pid: int) -> list[int]:
+        asked.append(pid)
+        return [slow[0].pid] if len(asked) < 4 else session_members(pid)
+
+    monkeypatch.setattr(child, "session_members", dying)
+    engine._kill(leader)
+    assert len(asked) >= 4 and set(asked) == {leader.pid}
+    assert not session_members(leader.pid)
+    leader.communicate()

@@ -8,11 +8,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from nemo_tropd.rollout.engine import EngineDied, EngineError
 from nemo_tropd.rollout.vllm.remote import RemoteEngine
@@ -20,6 +23,7 @@ from nemo_tropd.rollout.vllm.wire import Wire
 from nemo_tropd.rollout.weights.senders import SharedMemory
 
 _CLOSE_TIMEOUT_S = 10.0
+_POLL_S = 0.02
 _LOG_LINES_SHOWN = 12
 # Set for the trainer's ranks by torchrun; vLLM would take them for its own. The secret is for engine hosts alone.
 # Without byte code the process would compile all of vLLM anew; KVCACHE_SPACE would overrule kv_cache_gib; interpreted
@@ -27,6 +31,16 @@ _LOG_LINES_SHOWN = 12
 _TAKEN_OUT = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
 _TAKEN_OUT |= {"PYTHONDONTWRITEBYTECODE", "VLLM_CPU_KVCACHE_SPACE", "TRITON_INTERPRET"}
 _PREFIXES_TAKEN_OUT = ("TORCHELASTIC_", "ROLE_", "MASTER_", "NEMO_TROPD_SECRET")
+
+
+def session_members(leader: int) -> list[int]:
+    """Processes of the session that ``leader`` led, but for dead ones that wait to be reaped: they hold nothing."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(OSError):
+            if os.getsid(process.pid) == leader and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -95,6 +109,10 @@ class VllmEngine(RemoteEngine):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=_CLOSE_TIMEOUT_S)
+        # vLLM's workers, which hold the memory if there are several, are nobody's children any more.
+        until = time.monotonic() + _CLOSE_TIMEOUT_S
+        while session_members(process.pid) and time.monotonic() < until:
+            time.sleep(_POLL_S)
 
     def _describe(self, members: Sequence[Wire], reason: str) -> str:
         at = self._members.index(members[0]) if members else 0

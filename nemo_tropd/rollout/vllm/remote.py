@@ -36,7 +36,7 @@ class RemoteEngine:
     _: KW_ONLY
     threads: int = 1  # OpenMP threads of an engine on CPU
     bucket_mib: int = 256  # size of a bucket of weights
-    start_timeout_s: float = 600.0  # for the engines to load the model
+    start_timeout_s: float = 1800.0  # for the engines to load the model: 145 GB from a shared disk
     timeout_s: float = 300.0  # for a bucket of weights
     answer_timeout_s: float = 3600.0  # for the rollouts of one call: members that say nothing for so long are dead
     _members: list[w.Wire] = field(default_factory=list, init=False)  # by index, all of them, or none
