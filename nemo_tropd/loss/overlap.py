@@ -31,7 +31,7 @@ def run_chunks(
             back(chunk, reduce(chunk, product(chunk, 0)))
         return
     main = torch.cuda.current_stream(device)
-    if device not in _side_streams:  # each new one is the next of torch's pool of 32, which others draw from, too
+    if device not in _side_streams:  # each is the next of torch's pool of 32, which others draw from, too
         _side_streams[device] = torch.cuda.Stream(device)
     side = _side_streams[device]
     # The side stream's memory may still be read on the main stream, and the main stream's be of earlier side work.

@@ -1540,7 +1540,7 @@ FAULTS: list[Fault] = [
     _gpu(
         "loss/overlap",
         "a stream is made a call",
-        "if device not in _side_streams:  # each new one is the next of torch's pool of 32, which others draw from, too",
+        "if device not in _side_streams:  # each is the next of torch's pool of 32, which others draw from, too",
         "if True:",
         "tests/unit/test_device_waits.py::test_the_side_stream_is_made_once",
     ),
