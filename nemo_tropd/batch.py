@@ -29,13 +29,42 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """The distribution that tokens are sampled from and trained on: softmax(z / temperature), restricted to its
+    ``top_k`` most probable tokens, then to the fewest of those with ``top_p`` of their mass, and renormalised."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: the full vocabulary
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0.0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (the full vocabulary) or more")
+
+    def __str__(self) -> str:
+        words = "softmax(logits)" if self.temperature == 1 else f"softmax(logits / {self.temperature:g})"
+        if self.top_k:
+            words += f", cut to the {self.top_k} most probable tokens"
+        if self.top_p < 1:
+            words += f", of those to {self.top_p:g} of the mass"
+        return words
+
+
+PLAIN = Sampling()
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One sequence: a prompt, a prefix of teacher tokens (may be empty), and the student's continuation."""
 
     prompt_ids: list[int]
     prefix_ids: list[int]
     response_ids: list[int]
-    response_log_probs: list[float]  # the engine's, nats, under the weights of version ``weight_version``
+    response_log_probs: list[float]  # the engine's, nats, as sampled, under the weights of version ``weight_version``
     weight_version: int
     sequence_id: int  # within its step; with step and seed it determines every random draw
     prompt_index: int
@@ -70,7 +99,12 @@ class TeacherScores:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """All an objective sees: log-probabilities (nats, fp32), never logits, shards or process groups."""
+    """All an objective sees: log-probabilities (nats, fp32), never logits, shards or process groups.
+
+    All are of softmax(z / temperature). Where ``Sampling`` cuts that, the student's own tokens have the renormalised
+    log-probability under which they were sampled. Its top k and entropy, its view of teacher prefixes, and the teacher
+    are never cut: a forward KL to a distribution with zeros is infinite.
+    """
 
     student_log_probs: Tensor  # [T]     log pi_S(x_t), carries gradient
     student_top_k_log_probs: Tensor  # [T, K]  log pi_S(v) for v in the teacher's top k, carries gradient

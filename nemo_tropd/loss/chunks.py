@@ -6,19 +6,22 @@ states' dtype; everything after them in fp32 (fp64 for fp64 models). Buffers are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from nemo_tropd.parallel.vocab import SoftmaxColumns, SoftmaxTopK, VocabShard, softmax_columns, softmax_top_k
+from nemo_tropd.batch import PLAIN, Sampling
+from nemo_tropd.parallel.vocab import SoftmaxColumns, SoftmaxTopK, VocabShard, largest, softmax_columns, softmax_top_k
+
+from .sampled import Kept
 
 
 class TorchChunks:
     """The head of one model, a chunk at a time, by torch alone; what runs on CPU and for fp64 models."""
 
-    def __init__(self, weight: Tensor, shard: VocabShard, most: int) -> None:
-        self.weight, self.shard = weight.detach()[: shard.width], shard
+    def __init__(self, weight: Tensor, shard: VocabShard, most: int, sampling: Sampling = PLAIN) -> None:
+        self.weight, self.shard, self.sampling = weight.detach()[: shard.width], shard, sampling
         self.columns = shard.width
         self.wide_dtype = torch.promote_types(weight.dtype, torch.float32)
         self._logits = weight.new_empty(most, shard.width)
@@ -26,18 +29,30 @@ class TorchChunks:
         self._wide = self._logits if same else weight.new_empty(most, shard.width, dtype=self.wide_dtype)
 
     def compute(self, states: Tensor, slot: int = 0) -> Tensor:
-        """states [C, H] -> logits [C, columns], wide; the caller may overwrite them, and the next call does."""
+        """states [C, H] -> logits / temperature [C, columns], wide; the caller may overwrite them, and the next
+        call does."""
         logits = torch.mm(states, self.weight.t(), out=self._logits[: states.size(0)])
-        return logits if self._wide is self._logits else self._wide[: states.size(0)].copy_(logits)
+        wide = logits if self._wide is self._logits else self._wide[: states.size(0)].copy_(logits)
+        return wide if self.sampling.temperature == 1 else wide.div_(self.sampling.temperature)
 
     def narrow(self, wide: Tensor) -> Tensor:
         """``wide`` in the dtype of products; overwrites the logits."""
         return wide if wide.dtype == self.weight.dtype else self._logits[: wide.size(0)].copy_(wide)
 
     def student(self, logits: Tensor, token_ids: Tensor, *, entropy: bool) -> StudentChunk:
-        """token_ids [C, N] global -> log-probabilities; overwrites ``logits``. One MAX and one SUM over the group."""
-        softmax = softmax_columns(logits, token_ids, self.shard, entropy=entropy, overwrite=True)
-        return StudentChunk(softmax.log_probs, softmax.log_z, softmax.entropy, softmax, self)
+        """token_ids [C, N] global -> log-probabilities; overwrites ``logits``. One MAX and one SUM over the group; with
+        top-k, one gather before them."""
+        shard, kept = self.shard, None
+        if self.sampling.top_k:
+            values, columns = largest(logits, min(self.sampling.top_k, shard.width))
+            kept = Kept.of(values, columns + shard.start, self.sampling, shard)
+        softmax = softmax_columns(logits, token_ids, shard, entropy=entropy, overwrite=True)
+        if kept is not None:
+            more = (kept.logits - softmax.log_z[:, None], *shard.locate(kept.ids))
+            both = zip((softmax.log_probs, softmax.local, softmax.owned), more, strict=True)
+            log_probs, local, owned = (torch.cat(pair, 1) for pair in both)
+            softmax = replace(softmax, log_probs=log_probs, local=local, owned=owned)
+        return StudentChunk(softmax.log_probs, softmax.log_z, softmax.entropy, kept, softmax, self)
 
     def teacher(self, logits: Tensor, token_ids: Tensor, k: int, *, entropy: bool) -> SoftmaxTopK:
         """token_ids [C, N] global -> top k, log-probabilities, entropy; overwrites ``logits``. One gather."""
@@ -46,11 +61,12 @@ class TorchChunks:
 
 @dataclass(frozen=True)
 class StudentChunk:
-    """Log-probabilities of N columns a token, and what their gradient needs."""
+    """Log-probabilities of N columns a token, those of ``kept`` last, and what their gradient needs."""
 
-    log_probs: Tensor  # [C, N] wide, replicated over the group
+    log_probs: Tensor  # [C, N] wide, of softmax(z / temperature), replicated over the group
     log_z: Tensor  # [C]
     entropy: Tensor | None  # [C], nats
+    kept: Kept | None
     softmax: SoftmaxColumns
     product: TorchChunks
 

@@ -24,6 +24,7 @@ def exact_divergences(
     teacher_layout: HeadLayout | None = None,
 ) -> dict[str, Tensor]:
     """KL(S || T), KL(T || S), 1 - TV = sum min(pi_S, pi_T), H_S and H_T at ``rows``: [T] each, nats, fp32, replicated.
+    Always of the complete softmax at temperature 1, whatever ``layout.sampling`` is: models are compared, not samples.
 
     Hidden states and weights as for ``head_loss``, each model with its own H; rows [T]. If the two are not split alike,
     the teacher's logits are gathered over its group, a chunk at a time; the student's ``layout`` cuts both into chunks.

@@ -3,9 +3,9 @@
 For each chunk of tokens: head product, log-sum-exp and K + 1 columns, objective, gradient over the logits, two products
 back. Gradients are made in the forward pass, so logits live for one chunk and nothing is recomputed.
 
-Collectives over the tensor-parallel group: student, one MAX and one SUM a chunk; teacher, one gather a chunk; then one
-all-reduce of the hidden gradient (under sequence parallelism one gather of the hidden states and one reduce-scatter of
-their gradient). Backward has none.
+Collectives over the tensor-parallel group: student, one MAX and one SUM a chunk, before them one gather if tokens were
+sampled with top-k; teacher, one gather a chunk; then one all-reduce of the hidden gradient (under sequence parallelism
+one gather of the hidden states and one reduce-scatter of their gradient). Backward has none.
 
 Every rank of the group must have the same tokens and teacher scores. Errors about them are raised on all ranks at once.
 """
@@ -26,6 +26,7 @@ from .backend import head_chunks
 from .chunks import StudentChunk
 from .inputs import HeadLayout, HiddenRows, check_head, check_tokens, first_bad
 from .overlap import run_chunks
+from .sampled import as_sampled
 from .weight_gradient import WeightGradient, add_scaled, scale_in_place
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def teacher_scores(
     entropy: bool = False,
     carry_bad: bool = False,
 ) -> TeacherScores:
-    """The frozen teacher's log pi_T(x), its top k and, if asked, its entropy, at ``rows`` of its hidden states.
+    """The frozen teacher's log pi_T(x), its top k and, if asked, its entropy, at ``rows`` of its hidden states, all at
+    the layout's temperature and never cut.
 
     Shapes and errors as for ``head_loss``; rows and token_ids [T]. Results are fp32 (fp64 for an fp64 model),
     replicated. ``carry_bad``: tokens whose logits are not finite get NaN and id 0, and rows and ids are trusted.
@@ -120,7 +122,7 @@ def teacher_scores(
     check_head(hidden, weight, rows, token_ids, shard, layout.sequence_parallel, trusted=carry_bad)
     check_k(k, layout.vocab_size)
     states = HiddenRows.of(hidden, rows, shard, layout.sequence_parallel)
-    product, chunks, slots = head_chunks(hidden, weight, shard, rows.numel(), layout.chunk_tokens)
+    product, chunks, slots = head_chunks(hidden, weight, shard, rows.numel(), layout)
     wide = product.wide_dtype
     log_probs, log_z, entropies = (torch.empty(rows.shape, dtype=wide, device=rows.device) for _ in range(3))
     top = torch.empty(rows.numel(), k, dtype=wide, device=rows.device)
@@ -165,13 +167,13 @@ def score_tokens(
     check_head(hidden, weight, tokens.rows, tokens.token_ids, shard, layout.sequence_parallel, trusted=carry_bad)
     check_tokens(tokens, teacher, shard, trusted=carry_bad)
     states = HiddenRows.of(hidden, tokens.rows, shard, layout.sequence_parallel)
-    product, chunks, _ = head_chunks(hidden, weight, shard, len(tokens), layout.chunk_tokens)
+    product, chunks, _ = head_chunks(hidden, weight, shard, len(tokens), layout)
     ids = _columns(tokens, teacher)
     log_probs = torch.empty(ids.shape, dtype=product.wide_dtype, device=ids.device)
     log_z, entropies = (torch.empty(len(tokens), dtype=product.wide_dtype, device=ids.device) for _ in range(2))
     for chunk in chunks:
         out = product.student(product.compute(states.pick(chunk), 0), ids[chunk], entropy=entropy)
-        log_probs[chunk], log_z[chunk] = out.log_probs, out.log_z
+        log_probs[chunk], log_z[chunk] = as_sampled(out.log_probs, out.kept, tokens, chunk), out.log_z
         if out.entropy is not None:
             entropies[chunk] = out.entropy
     if not carry_bad:
@@ -207,12 +209,14 @@ class _Run:
     def objective_gradient(
         self, out: StudentChunk | KernelStudentChunk, chunk: slice
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss [C] (weighted, unscaled, detached), gradient [C, K + 1] of the scaled sum, and metrics of one chunk."""
+        """Loss [C] (weighted, unscaled, detached), gradient [C, columns] of the scaled sum over the temperature, by
+        which logits were divided, and metrics of one chunk."""
         with torch.enable_grad():
             columns, reference = out.log_probs.requires_grad_(self.grad_enabled), self.options.reference_log_probs
             scores = token_scores(
-                columns, self.tokens, self.teacher, entropy=out.entropy, reference_log_probs=reference, chunk=chunk
-            )
+                as_sampled(columns, out.kept, self.tokens, chunk), self.tokens, self.teacher,
+                entropy=out.entropy, reference_log_probs=reference, chunk=chunk,
+            )  # fmt: skip
             loss, metrics = self.objective(scores)
             for name, values in {"loss": loss, **metrics}.items():
                 if (shape := values.shape) != scores.student_log_probs.shape:
@@ -221,7 +225,8 @@ class _Run:
                 loss = loss * self.options.token_weights[chunk].to(loss.dtype)
             grad = torch.zeros_like(columns)
             if loss.requires_grad:
-                (grad,) = torch.autograd.grad((loss * self.scale).sum(), columns)
+                scale = self.scale / self.layout.sampling.temperature
+                (grad,) = torch.autograd.grad((loss * scale).sum(), columns)
         return loss.detach(), grad, metrics
 
     def close(self, loss: Tensor, metrics: list[dict[str, Tensor]]) -> None:
@@ -244,7 +249,7 @@ class _Pass:
     def __init__(self, hidden: Tensor, weight: Tensor, run: _Run, *, want_hidden: bool, want_weight: bool) -> None:
         self.run, shard, layout = run, run.layout.shard(weight), run.layout
         self.states = HiddenRows.of(hidden, run.tokens.rows, shard, layout.sequence_parallel)
-        self.product, self.chunks, self.slots = head_chunks(hidden, weight, shard, len(run.tokens), layout.chunk_tokens)
+        self.product, self.chunks, self.slots = head_chunks(hidden, weight, shard, len(run.tokens), layout)
         # An empty micro-batch goes through the objective once, for the names of its metrics.
         self.chunks = self.chunks or [slice(0, 0)]
         self.ids = _columns(run.tokens, run.teacher)

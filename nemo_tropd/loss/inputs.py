@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nemo_tropd.batch import LossTokens, TeacherScores
+from nemo_tropd.batch import PLAIN, LossTokens, Sampling, TeacherScores
 from nemo_tropd.parallel.vocab import VocabShard, check_ids, check_integers, check_k
 
 # Bytes that the logits of all chunks in flight may take, with all their copies. Larger chunks gain little: the products
@@ -22,12 +22,19 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """How the head of one model is split over ranks, and how its tokens are cut into chunks."""
+    """How the head of one model is split over ranks, how its tokens are cut into chunks, and what they are scored by.
+    ValueError for a ``sampling`` that has no gradient, or that only a sorted vocabulary could tell."""
 
     vocab_size: int  # the true size (the tokenizer's): columns past it are padding, which enters nothing
     group: ProcessGroup | None = None  # the tensor-parallel group
     sequence_parallel: bool = False
     chunk_tokens: int | None = None  # None: as many as a memory bound allows
+    sampling: Sampling = PLAIN  # of the student's tokens; of a teacher only the temperature counts
+
+    def __post_init__(self) -> None:
+        s = self.sampling
+        if not s.temperature > 0 or (s.top_p < 1 and not s.top_k):
+            raise ValueError(f"{s}: give a temperature above 0, and with top_p below 1 a top_k")
 
     def shard(self, weight: Tensor) -> VocabShard:
         """The shard that ``weight`` [V_local, H] is; ValueError if all shards are too narrow for the vocabulary."""

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from nemo_tropd.batch import Sampling
 from nemo_tropd.parallel.vocab import SoftmaxTopK, VocabShard, merge_softmax_top_k
 
 from . import kernels, kernels_top_k
+from .sampled import Kept, without_repeats
 
 
 class KernelChunks:
@@ -23,8 +25,9 @@ class KernelChunks:
 
     wide_dtype = torch.float32
 
-    def __init__(self, weight: Tensor, shard: VocabShard, most: int, slots: int) -> None:
+    def __init__(self, weight: Tensor, shard: VocabShard, most: int, slots: int, sampling: Sampling) -> None:
         self.weight, self.shard, self.columns = weight.detach(), shard, weight.size(0)
+        self.sampling, self.scale = sampling, 1 / sampling.temperature
         stride = kernels.aligned(self.columns)
         self._buffers = [weight.new_empty(most, stride) for _ in range(slots)]
 
@@ -34,53 +37,74 @@ class KernelChunks:
         return torch.mm(states, self.weight.t(), out=logits)
 
     def student(self, logits: Tensor, token_ids: Tensor, *, entropy: bool) -> KernelStudentChunk:
-        """token_ids [C, N] global -> their log-probabilities. One read; one MAX and one SUM over the group."""
-        shard = self.shard
+        """token_ids [C, N] global -> their log-probabilities. One read; one MAX and one SUM over the group. With top-k,
+        the winning blocks are read again, and one gather comes first."""
+        shard, kept = self.shard, None
         local = token_ids - shard.start
-        out = kernels.stream(logits, shard.width, local, entropy=entropy)
+        if self.sampling.top_k:
+            out, values, ids = self._stream_top_k(logits, local, self.sampling.top_k, entropy)
+            kept = Kept.of(values, ids, self.sampling, shard)
+        else:
+            out = kernels.stream(logits, shard.width, local, entropy=entropy, scale=self.scale)
         top, sums, columns, entropies = out.top, out.sums, out.columns, out.entropy
         if shard.group is not None:
             top, sums, columns, entropies = _reduce(out, local, shard)
         log_sum = sums.log()
+        log_probs, log_z = columns - log_sum[:, None], log_sum + top
+        if kept is not None:
+            log_probs = torch.cat([log_probs, kept.logits - log_z[:, None]], 1)
+            local = torch.cat([local, kept.ids - shard.start], 1)
         return KernelStudentChunk(
-            log_probs=columns - log_sum[:, None],
-            log_z=log_sum + top,
+            log_probs=log_probs,
+            log_z=log_z,
             entropy=None if entropies is None else log_sum + entropies / sums,
+            kept=kept,
             logits=logits,
             local=local,
-            width=shard.width,
+            product=self,
         )
 
     def teacher(self, logits: Tensor, token_ids: Tensor, k: int, *, entropy: bool) -> SoftmaxTopK:
         """token_ids [C, N] global -> top k, log-probabilities, entropy. One read and the winning blocks; one gather."""
         shard = self.shard
-        own_k = min(k, shard.width)
-        sub_block = kernels_top_k.sub_block_for(shard.width, own_k)
         local = token_ids - shard.start
-        out = kernels.stream(logits, shard.width, local, entropy=entropy, sub_block=sub_block)
-        assert out.block_maxima is not None
-        values, ids = kernels_top_k.top_k(logits, shard.width, own_k, out.block_maxima, sub_block)
+        out, values, ids = self._stream_top_k(logits, local, k, entropy)
         owned = (local >= 0) & (local < shard.width)
         fixed = [out.top, out.sums, *([] if out.entropy is None else [out.entropy])]
         parts = torch.cat([torch.stack(fixed, 1), torch.where(owned, out.columns + out.top[:, None], 0.0)], 1)
-        return merge_softmax_top_k(values, ids + shard.start, parts, k, shard, entropy=entropy)
+        return merge_softmax_top_k(values, ids, parts, k, shard, entropy=entropy)
+
+    def _stream_top_k(
+        self, logits: Tensor, local: Tensor, k: int, entropy: bool
+    ) -> tuple[kernels.Streamed, Tensor, Tensor]:
+        """One read, and this shard's top k: logits / temperature and global ids, [C, <= k]."""
+        width, own_k = self.shard.width, min(k, self.shard.width)
+        sub_block = kernels_top_k.sub_block_for(width, own_k)
+        out = kernels.stream(logits, width, local, entropy=entropy, sub_block=sub_block, scale=self.scale)
+        assert out.block_maxima is not None
+        values, ids = kernels_top_k.top_k(logits, width, own_k, out.block_maxima, sub_block)
+        return out, values if self.scale == 1 else values * self.scale, ids + self.shard.start
 
 
 @dataclass(frozen=True)
 class KernelStudentChunk:
-    """Log-probabilities of N columns a token, and what their gradient needs."""
+    """Log-probabilities of N columns a token, those of ``kept`` last, and what their gradient needs."""
 
-    log_probs: Tensor  # [C, N] fp32, replicated over the group
+    log_probs: Tensor  # [C, N] fp32, of softmax(z / temperature), replicated over the group
     log_z: Tensor  # [C]
     entropy: Tensor | None  # [C], nats
+    kept: Kept | None
     logits: Tensor  # [C, columns]
     local: Tensor  # [C, N]
-    width: int
+    product: KernelChunks
 
     def logit_gradient(self, grad: Tensor) -> Tensor:
         """scatter(grad) - softmax * sum(grad), [C, columns], from grad [C, N]; overwrites the logits."""
-        grad, log_probs = grad.contiguous(), self.log_probs.detach()
-        kernels.write_gradient(self.logits, self.width, self.local, self.log_z, grad, log_probs)
+        local, grad, log_probs = self.local, grad.contiguous(), self.log_probs.detach()
+        if self.kept is not None:
+            local, grad = without_repeats(local, grad, self.kept.ids.size(1))
+        width, scale = self.product.shard.width, self.product.scale
+        kernels.write_gradient(self.logits, width, local, self.log_z, grad, log_probs, scale=scale)
         return self.logits
 
 

@@ -1,9 +1,10 @@
 """Triton kernels of the chunked head: what is left of a loss between its matrix products.
 
 Every kernel streams rows of logits [C, stride] where a product left them, in their own dtype (bf16, fp16 or fp32), and
-computes in fp32. Columns at and past ``width`` never count, whatever they contain, and get gradient 0. Buffers end on a
-multiple of 16 columns (``aligned``), so that loads and stores are 128 bits wide. Results are this shard's alone, and
-relative to the row's maximum on it; ``loss.kernel_chunks`` reduces them.
+computes in fp32, with logits times ``scale`` (one over the temperature). Columns at and past ``width`` never count,
+whatever they contain, and get gradient 0. Buffers end on a multiple of 16 columns (``aligned``), so that loads and
+stores are 128 bits wide. Results are this shard's alone, and relative to the row's maximum on it;
+``loss.kernel_chunks`` reduces them.
 
 Each row has a program of its own, unless ``programs`` asks for fewer, which then walk several rows each and leave
 multiprocessors to a product that runs beside. With TRITON_INTERPRET=1 set before Triton is first imported, all of it
@@ -34,17 +35,17 @@ def aligned(columns: int) -> int:
 class Streamed:
     """One pass over a shard's logits [C, width]; partial results, relative to the shard's own maximum."""
 
-    top: Tensor  # [C] fp32, the maximum; -inf for an empty shard
+    top: Tensor  # [C] fp32, the maximum; -inf for an empty shard. z is a logit times ``scale``
     sums: Tensor  # [C] fp32, sum of exp(z - top)
     columns: Tensor  # [C, N] fp32, z - top at the ids this shard owns, else 0
     entropy: Tensor | None  # [C] fp32, sum of -exp(z - top) (z - top)
-    block_maxima: Tensor | None  # [C, blocks] fp32
+    block_maxima: Tensor | None  # [C, blocks] fp32, of the logits as they are
 
 
 @triton.jit
 def _stream_kernel(
     logits, ids, top_out, sums_out, entropy_out, columns_out, maxima_out,
-    rows, stride, width, limit, count, blocks,
+    rows, stride, width, limit, count, blocks, factor,
     COUNT: tl.constexpr, SUB: tl.constexpr, PER: tl.constexpr, ENTROPY: tl.constexpr, MAXIMA: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = SUB * PER
@@ -68,14 +69,15 @@ def _stream_kernel(
             else:
                 new = tl.maximum(top, tl.max(x, 0))
             anchor = tl.where(new == lowest, 0.0, new)
-            scale = tl.exp(top - anchor)
-            p = tl.exp(x - anchor)
+            scale = tl.exp((top - anchor) * factor)
+            y = (x - anchor) * factor
+            p = tl.exp(y)
             if ENTROPY:
-                moved = tl.where(total > 0, top - anchor, 0.0)
-                weighted = scale * (weighted + total * moved) + tl.sum(tl.where(p > 0, p * (x - anchor), 0.0), 0)
+                moved = tl.where(total > 0, (top - anchor) * factor, 0.0)
+                weighted = scale * (weighted + total * moved) + tl.sum(tl.where(p > 0, p * y, 0.0), 0)
             total = total * scale + tl.sum(p, 0)
             top = new
-        tl.store(top_out + row, top)
+        tl.store(top_out + row, top * factor)
         tl.store(sums_out + row, total)
         if ENTROPY:
             tl.store(entropy_out + row, -weighted)
@@ -83,7 +85,7 @@ def _stream_kernel(
         column = tl.load(ids + r * count + j, mask=j < count, other=-1)
         owned = (column >= 0) & (column < width)
         value = tl.load(base + column, mask=owned, other=0.0).to(tl.float32)
-        tl.store(columns_out + r * count + j, tl.where(owned, value - top, 0.0), mask=j < count)
+        tl.store(columns_out + r * count + j, tl.where(owned, (value - top) * factor, 0.0), mask=j < count)
 
 
 def stream(
@@ -94,6 +96,7 @@ def stream(
     entropy: bool = False,
     sub_block: int | None = None,
     programs: int | None = None,
+    scale: float = 1.0,
 ) -> Streamed:
     """One read of ``logits`` [C, aligned], of which ``width`` columns count.
 
@@ -113,8 +116,8 @@ def stream(
         _stream_kernel[(min(rows, programs or rows),)](
             logits, local_ids, top, sums, sums if entropies is None else entropies, columns,
             sums if maxima is None else maxima, rows, logits.stride(0), width, aligned(width), count, max(blocks, 1),
-            COUNT=power_of_two(count), SUB=sub, PER=TILE // sub, ENTROPY=entropy, MAXIMA=sub_block is not None,
-            num_warps=WARPS,
+            float(scale), COUNT=power_of_two(count), SUB=sub, PER=TILE // sub, ENTROPY=entropy,
+            MAXIMA=sub_block is not None, num_warps=WARPS,
         )  # fmt: skip
     return Streamed(top, sums, columns, entropies, maxima)
 
@@ -122,7 +125,7 @@ def stream(
 @triton.jit
 def _gradient_kernel(
     logits, ids, log_z, grad, log_probs,
-    rows, stride, width, limit, count,
+    rows, stride, width, limit, count, factor,
     COUNT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -137,7 +140,7 @@ def _gradient_kernel(
         for i in range(0, tl.cdiv(limit, TILE)):
             o = i * TILE + tl.arange(0, TILE)
             x = tl.load(base + o, mask=o < limit, other=0.0).to(tl.float32)
-            y = tl.where(o < width, -tl.exp(x - z) * total, 0.0)
+            y = tl.where(o < width, -tl.exp(x * factor - z) * total, 0.0)
             tl.store(base + o, y.to(logits.dtype.element_ty), mask=o < limit)
         # The sampled token (column 0) may be among the others, which are distinct: both then get the sum of the two.
         first = j == 0
@@ -161,10 +164,12 @@ def write_gradient(
     log_probs: Tensor,
     *,
     programs: int | None = None,
+    scale: float = 1.0,
 ) -> None:
-    """Overwrite ``logits`` [C, aligned] with scatter(grad) - softmax * sum(grad); padding gets 0.
+    """Overwrite ``logits`` [C, aligned] with scatter(grad) - softmax(logits * scale) * sum(grad); padding gets 0.
 
-    local_ids, grad (fp32), log_probs (fp32, normalised) [C, N]: within a row all ids but the first are distinct.
+    local_ids, grad (fp32), log_probs (fp32, normalised) [C, N]: within a row all ids of this shard but the first are
+    distinct.
     log_z [C] fp32 over the full vocabulary.
     """
     check_rows(logits, width)
@@ -172,7 +177,7 @@ def write_gradient(
     if rows:
         _gradient_kernel[(min(rows, programs or rows),)](
             logits, local_ids, log_z, grad, log_probs,
-            rows, logits.stride(0), width, aligned(logits.size(1)), count,
+            rows, logits.stride(0), width, aligned(logits.size(1)), count, float(scale),
             COUNT=power_of_two(count), TILE=GRADIENT_TILE, num_warps=WARPS,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_tropd.batch import Rollout, TeacherScores, TokenBatch, TokenScores
+from nemo_tropd.batch import Rollout, Sampling, TeacherScores, TokenBatch, TokenScores
 from nemo_tropd.config import ModelConfig
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.convert.hf_export import device_stream, hf_stream
@@ -112,7 +112,7 @@ class MegatronTrOPDModel(ModelPT):
         teacher, found = admit(
             lambda recipe: make(fp8=recipe), fp8, calibration,
             lambda batches, scores: list(self._student_scores(batches, scores)), settings.admission,
-            chunk_tokens=self.settings.tropd.chunk_tokens,
+            chunk_tokens=self.settings.tropd.chunk_tokens, temperature=self.settings.rollout.temperature,
             counts=self.topology.tensor_rank == 0 and self.topology.data_rank == 0,
         )  # fmt: skip
         if self.topology.is_leader:
@@ -195,9 +195,13 @@ class MegatronTrOPDModel(ModelPT):
         self.student.eval()
 
     def score(self, batches: Sequence[TokenBatch]) -> list[TeacherScores | None]:
-        """The teacher's scores of every micro-batch (None except on the last pipeline stage)."""
+        """The teacher's scores of every micro-batch (None except on the last pipeline stage), at the temperature of the
+        rollouts: with equal logits, student and teacher are equal."""
         tropd, entropy = self.settings.tropd, self.objective.needs_teacher_entropy
-        return self.sharing.score(batches, top_k=tropd.top_k, entropy=entropy, chunk_tokens=tropd.chunk_tokens)
+        return self.sharing.score(
+            batches, top_k=tropd.top_k, entropy=entropy, chunk_tokens=tropd.chunk_tokens,
+            temperature=self.settings.rollout.temperature,
+        )  # fmt: skip
 
     def get_loss_and_metrics(
         self,
@@ -224,13 +228,17 @@ class MegatronTrOPDModel(ModelPT):
         return sums.sums.get("loss", 0.0), sums
 
     def _layout(self) -> HeadLayout:
-        topology, chunk_tokens = self.topology, self.settings.tropd.chunk_tokens
-        return HeadLayout(self.vocab_size, topology.tensor_group, topology.sequence_parallel, chunk_tokens)
+        topology, chunk_tokens, r = self.topology, self.settings.tropd.chunk_tokens, self.settings.rollout
+        sampling = Sampling(r.temperature, r.top_p, r.top_k)
+        return HeadLayout(self.vocab_size, topology.tensor_group, topology.sequence_parallel, chunk_tokens, sampling)
 
     def _reference_scores(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:
         if self.reference is None:
             return [None] * len(batches)
-        scored = self.reference.score(batches, top_k=1, entropy=False, chunk_tokens=self.settings.tropd.chunk_tokens)
+        chunk_tokens, temperature = self.settings.tropd.chunk_tokens, self.settings.rollout.temperature
+        scored = self.reference.score(
+            batches, top_k=1, entropy=False, chunk_tokens=chunk_tokens, temperature=temperature
+        )
         return [s.log_probs if s is not None else None for s in scored]
 
     def _statistics(
@@ -257,7 +265,8 @@ class MegatronTrOPDModel(ModelPT):
 
     @torch.no_grad()
     def get_divergences(self, batches: Sequence[TokenBatch]) -> MetricSums:
-        """Sums over loss tokens of the exact divergences of student and teacher over the full true vocabulary."""
+        """Sums over loss tokens of the exact divergences of student and teacher over the full true vocabulary. They
+        compare models, not samples: at temperature 1, whatever the rollouts have."""
         sums = DeviceSums()
         found = self.sharing.divergences(
             batches,

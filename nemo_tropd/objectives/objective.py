@@ -27,6 +27,9 @@ class ParameterError(ValueError):
 class Objective:
     """A per-token loss: ``objective(scores) -> (loss [T], metrics: name -> [T])``. The loss is minimised.
 
+    pi_S(x) of a student token is the probability with which it was sampled, whatever temperature, top-k and top-p; in
+    sums over the teacher's top k, in H_S and for prefix tokens it is that of the complete softmax (see TokenScores).
+
     Shared parameters, both off by default:
         guidance_weight  tokens the teacher wrote get ``-guidance_weight * log pi_S(x)`` in place of the objective's own
                          loss (TrOPD, Eq. 9, has 0.001).

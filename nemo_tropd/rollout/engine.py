@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.batch import Sampling as Sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,23 +31,6 @@ class RequestError(EngineError, ValueError):
 
 class WeightStreamError(EngineError):
     """The stream of weights does not fit the engine's model: tensors missing, unknown, repeated or of another shape."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are sampled. Log-probabilities are those of the unscaled softmax whatever is set here."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0: the full vocabulary
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0.0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (the full vocabulary) or more")
 
 
 @dataclass(frozen=True)

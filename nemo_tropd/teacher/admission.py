@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ StudentScores = Callable[[Sequence[TokenBatch], Sequence[TeacherScores | None]],
 
 @dataclass(frozen=True)
 class Admission:
-    """An FP8 teacher against the same teacher in bf16. Means over tokens; KL and R in nats."""
+    """An FP8 teacher against the same teacher in bf16, both at the run's temperature. Means over tokens; KL and R in
+    nats."""
 
     recipe: str
     tokens: int
@@ -84,6 +86,7 @@ def admit(
     bounds: AdmissionConfig,
     *,
     chunk_tokens: int | None = None,
+    temperature: float = 1.0,
     counts: bool = True,
 ) -> tuple[TeacherScorer, Admission]:
     """The FP8 teacher and its figures if they satisfy ``bounds``, else ConfigError (collective).
@@ -92,14 +95,15 @@ def admit(
     False on ranks that only repeat what another finds.
     """
     teacher = make_teacher(None)
-    reference = teacher.score(batches, top_k=min(TOP_K, teacher.vocab_size), entropy=False, chunk_tokens=chunk_tokens)
+    options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "temperature": temperature}
+    reference = teacher.score(batches, top_k=min(TOP_K, teacher.vocab_size), entropy=False, **options)
     del teacher
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     scored = student(batches, reference)
     teacher = make_teacher(fp8)
-    quantized = teacher.score_like(batches, reference, chunk_tokens=chunk_tokens)
+    quantized = teacher.score_like(batches, reference, **options)
     pairs = [(s, q) for s, q in zip(scored, quantized, strict=True) if counts and s is not None and q is not None]
     found = measure([s for s, _ in pairs], [q for _, q in pairs], fp8.recipe)
     found.check(bounds, fp8.first_last_bf16)

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemo_tropd.batch import LossTokens, TeacherScores, TokenBatch, TokenScores
+from nemo_tropd.batch import LossTokens, Sampling, TeacherScores, TokenBatch, TokenScores
 from nemo_tropd.convert.families import ModelShape, read_shape
 from nemo_tropd.convert.hf_import import load_hf
 from nemo_tropd.gpt.build import build_gpt, head_weight
@@ -101,19 +101,24 @@ class TeacherScorer:
             raise RuntimeError("the teacher's weights are in host memory; use its head inside scoring()")
         return head_weight(self.model)
 
-    def layout(self, chunk_tokens: int | None) -> HeadLayout:
-        """How this rank's shard of the head is read."""
-        return HeadLayout(
-            self.vocab_size, self.topology.tensor_group, self.topology.sequence_parallel, chunk_tokens=chunk_tokens
-        )
+    def layout(self, chunk_tokens: int | None, temperature: float = 1.0) -> HeadLayout:
+        """How this rank's shard of the head is read. Never cut by top-k or top-p: the gate needs a finite log pi_T."""
+        sampling, topology = Sampling(temperature), self.topology
+        return HeadLayout(self.vocab_size, topology.tensor_group, topology.sequence_parallel, chunk_tokens, sampling)
 
     @torch.no_grad()
     def score(
-        self, batches: Sequence[TokenBatch], *, top_k: int, entropy: bool, chunk_tokens: int | None
+        self,
+        batches: Sequence[TokenBatch],
+        *,
+        top_k: int,
+        entropy: bool,
+        chunk_tokens: int | None,
+        temperature: float = 1.0,
     ) -> list[TeacherScores | None]:
-        """The teacher's scores of each batch's loss tokens, NaN where its logits are not finite; None except on the
-        last pipeline stage."""
-        layout = self.layout(chunk_tokens)
+        """The teacher's scores, by softmax(z / temperature), of each batch's loss tokens, NaN where its logits are not
+        finite; None except on the last pipeline stage."""
+        layout = self.layout(chunk_tokens, temperature)
 
         def reduce(hidden: Tensor, tokens: LossTokens, _: int) -> TeacherScores:
             return teacher_scores(
@@ -124,15 +129,22 @@ class TeacherScorer:
 
     @torch.no_grad()
     def score_like(
-        self, batches: Sequence[TokenBatch], reference: Sequence[TeacherScores | None], *, chunk_tokens: int | None
+        self,
+        batches: Sequence[TokenBatch],
+        reference: Sequence[TeacherScores | None],
+        *,
+        chunk_tokens: int | None,
+        temperature: float = 1.0,
     ) -> list[TokenScores | None]:
         """This model in the student's place beside ``reference``: its log-probabilities at the same tokens and at the
         reference's top k. None except on the last pipeline stage."""
 
+        layout = self.layout(chunk_tokens, temperature)
+
         def reduce(hidden: Tensor, tokens: LossTokens, index: int) -> TokenScores:
             other = reference[index]
             assert other is not None
-            return score_tokens(hidden, self.head, tokens, other, self.layout(chunk_tokens), carry_bad=True)
+            return score_tokens(hidden, self.head, tokens, other, layout, carry_bad=True)
 
         return self._reduced(batches, reduce)
 

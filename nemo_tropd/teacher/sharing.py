@@ -8,6 +8,7 @@ scores travel, never hidden states or logits (except in validation, which gather
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,18 @@ class TeacherSharing:
         self.replica = topology.ranks.replica(topology.rank)
 
     def score(
-        self, batches: Sequence[TokenBatch], *, top_k: int, entropy: bool, chunk_tokens: int | None
+        self,
+        batches: Sequence[TokenBatch],
+        *,
+        top_k: int,
+        entropy: bool,
+        chunk_tokens: int | None,
+        temperature: float = 1.0,
     ) -> list[TeacherScores | None]:
         """The teacher's scores of this data rank's micro-batches, on all ranks of the last stage (collective).
         ``batches`` are the same number on every rank."""
-        score = partial(self.teacher.score, top_k=top_k, entropy=entropy, chunk_tokens=chunk_tokens)
+        options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "temperature": temperature}
+        score = partial(self.teacher.score, top_k=top_k, entropy=entropy, **options)
         if not self.own_degree:
             return score(batches)
         jobs = self._jobs(self._all_batches(batches))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tropd import objectives
+from nemo_tropd.batch import Sampling
 from nemo_tropd.loss.divergence import exact_divergences
 from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
@@ -25,6 +26,7 @@ from tests.dist.checks import Checks, counted
 from tests.dist.run_distributed import run_distributed
 from tests.dist.test_vocab_parallel import check_vocabulary
 from tests.oracles.micro_batch import POISON, VARIANTS, MicroBatch, make, objective_and_loss
+from tests.oracles.sampled_states import check_states
 
 pytestmark = pytest.mark.random
 
@@ -52,7 +54,7 @@ def run_head(
     w = shard(mb.weight, rank, size, dtype)
     reference = mb.reference.gather(1, mb.tokens.token_ids[:, None])[:, 0].float()
     out = head_loss(
-        h, w, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size, group, parallel, chunk),
+        h, w, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size, group, parallel, chunk, mb.sampling),
         scale=scale, options=LossOptions(reference_log_probs=reference),
     )  # fmt: skip
     out.loss.backward()
@@ -81,6 +83,27 @@ def check_values_and_gradients(checks: Checks, group: Any, seed: int) -> None:
         checks.close(case + " weight", w.grad, want_w, TOLERANCE[dtype])
 
 
+def check_sampling(checks: Checks, group: Any, seed: int) -> None:
+    """Tokens sampled at a temperature, from the top k and top p of the full vocabulary: by enumeration, and by equations
+    on rows of which some are prefixes and some tokens were cut off."""
+    rank, size, draw = dist.get_rank(group), dist.get_world_size(group), random.Random(seed)
+    for i in range(10):
+        top_k = draw.randint(1, 32)
+        cut = Sampling(draw.uniform(0.3, 1.5), draw.uniform(0.2, 1.0), top_k) if i else Sampling(0.6, 0.95, 20)
+        for failure in check_states(seed + i, cut, torch.float64, 1e-6, group, rank, size):
+            checks.true(f"{cut} {failure}", False)
+        variant, layout, parallel = draw.choice(list(VARIANTS)), LAYOUTS[i % 2], bool(i // 2 % 2)
+        mb, chunk = make(seed + i, sampling=cut, **layout), (5, None)[i % 3 % 2]
+        out, h, w, (want, want_h, want_w, of) = run_head(mb, variant, torch.float32, chunk, group, parallel, 1.0)
+        case = f"{variant} {layout} {cut} sp {parallel}"
+        checks.close(case + " loss", out.loss, want, 1e-5, of)
+        checks.close(case + " hidden", h.grad, want_h, 1e-5)
+        checks.close(case + " weight", w.grad, want_w, 1e-5)
+    empty = make(1, fill=0.0, sampling=Sampling(0.6, 0.95, 20))
+    out, h, w, _ = run_head(empty, "tropd", torch.float32, None, group, False, 0.1)
+    checks.true("empty, cut", out.loss.item() == 0 and not h.grad.any() and not w.grad.any())
+
+
 def check_collectives(checks: Checks, group: Any, seed: int) -> None:
     mb, rank, size = make(seed), dist.get_rank(group), dist.get_world_size(group)
     scores = mb.teacher_scores()
@@ -99,6 +122,12 @@ def check_collectives(checks: Checks, group: Any, seed: int) -> None:
             want |= {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1} if parallel else {"all_reduce": 1}
             checks.true(f"collectives forward, sp {parallel}", dict(forward) == want, forward)
             checks.true(f"collectives backward, sp {parallel}", not backward, backward)
+    h, w = mb.hidden.float().requires_grad_(True), shard(mb.weight, rank, size, torch.float32)
+    cut = HeadLayout(mb.vocab_size, group, chunk_tokens=5, sampling=Sampling(0.6, 0.95, 20))
+    with counted() as forward:
+        head_loss(h, w, mb.tokens, scores, objectives.build("tropd"), cut, scale=0.1)
+    want = {"MAX": chunks, "SUM": chunks, "all_gather_into_tensor": chunks, "all_reduce": 1}
+    checks.true("collectives forward, cut", dict(forward) == want, forward)
     with counted() as forward:
         teacher_scores(
             mb.teacher_hidden.float(), shard(mb.teacher_weight, rank, size, torch.float32), mb.tokens.rows,
@@ -231,6 +260,7 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
     started, checks, group = time.monotonic(), Checks(), dist.group.WORLD
     check_vocabulary(checks, rank, world_size, seed)
     check_values_and_gradients(checks, group, seed)
+    check_sampling(checks, group, seed)
     check_collectives(checks, group, seed)
     check_teacher(checks, group, seed)
     check_empty(checks, group)

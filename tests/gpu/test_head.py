@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_tropd import objectives
+from nemo_tropd.batch import Sampling
 from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
 from tests.oracles.micro_batch import VARIANTS, MicroBatch, make, objective_and_loss
@@ -23,7 +24,15 @@ def on_gpu(mb: MicroBatch) -> MicroBatch:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_value_and_gradients(variant: str, dtype: torch.dtype) -> None:
-    mb = make(4)
+    compare(variant, make(4), dtype)
+
+
+@pytest.mark.parametrize("variant", ["tropd", "jsd", "entropy_opd"])
+def test_value_and_gradients_as_sampled(variant: str) -> None:
+    compare(variant, make(4, sampling=Sampling(0.6, 0.95, 20)), torch.float32)
+
+
+def compare(variant: str, mb: MicroBatch, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:  # rounding must not move a draw to the other side of the gate
         mb.hidden, mb.teacher_hidden = mb.hidden / 4, mb.teacher_hidden / 4
         mb.hidden, mb.weight = mb.hidden.to(dtype).double(), mb.weight.to(dtype).double()
@@ -34,8 +43,9 @@ def test_value_and_gradients(variant: str, dtype: torch.dtype) -> None:
     reference = mb.reference.gather(1, mb.tokens.token_ids[:, None])[:, 0].float()
     for chunk in (None, 5):  # one chunk; several on two streams
         h2, w2 = mb.hidden.to(dtype).requires_grad_(True), mb.weight.to(dtype).requires_grad_(True)
+        layout = HeadLayout(mb.vocab_size, chunk_tokens=chunk, sampling=mb.sampling)
         out = head_loss(
-            h2, w2, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size, chunk_tokens=chunk),
+            h2, w2, mb.tokens, mb.teacher_scores(), objective, layout,
             scale=1 / 37, options=LossOptions(reference_log_probs=reference),
         )  # fmt: skip
         out.loss.backward()

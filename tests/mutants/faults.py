@@ -42,6 +42,7 @@ _STRANGERS = "tests/unit/test_strangers.py::"
 _VOCAB = "tests/unit/test_vocab.py::"
 _HEAD = "tests/unit/test_head.py::"
 _EQUATIONS = _HEAD + "test_value_and_gradients"
+_SAMPLED = "tests/unit/test_sampling.py::"
 _SHARDS = "tests/dist/test_head_parallel.py::test_head_on_shards[2]"
 _OPTIMIZER = "tests/unit/test_optimizer.py::"
 _CHECKPOINT = "tests/unit/test_checkpoint.py::"
@@ -820,7 +821,7 @@ FAULTS: list[Fault] = [
     _loss(
         "head",
         "the scale is left out of the gradient",
-        "(grad,) = torch.autograd.grad((loss * self.scale).sum(), columns)",
+        "(grad,) = torch.autograd.grad((loss * scale).sum(), columns)",
         "(grad,) = torch.autograd.grad(loss.sum(), columns)",
         _EQUATIONS,
     ),
@@ -1372,6 +1373,51 @@ FAULTS: list[Fault] = [
         "if projection_bias != config.add_bias_linear:",
         "if projection_bias is None:",
         ("tests/unit/test_model_logits.py::test_logits_are_transformers_and_weights_come_back",),
+    ),
+    # sampling: what is sampled is what is trained on
+    _loss(
+        "sampled",
+        "top-p drops the token that completes the mass",
+        "kept = mass.cumsum(-1) - mass < sampling.top_p",
+        "kept = mass.cumsum(-1) < sampling.top_p",
+        _SAMPLED + "test_expected_gradients_are_those_of_the_distribution_that_was_sampled",
+    ),
+    _loss(
+        "sampled",
+        "the teacher's own tokens are cut, too",
+        "sampled = torch.where(tokens.guided[chunk], own, own - torch.cat(members, 1).logsumexp(-1))",
+        "sampled = own - torch.cat(members, 1).logsumexp(-1)",
+        _SAMPLED + "test_expected_gradients_are_those_of_the_distribution_that_was_sampled",
+    ),
+    _loss(
+        "sampled",
+        "the sampled token counts twice",
+        "among = ((kept.ids == ids) & kept.kept).any(-1)",
+        "among = torch.zeros_like(tokens.guided[chunk])",
+        _SAMPLED + "test_expected_gradients_are_those_of_the_distribution_that_was_sampled",
+    ),
+    _loss(
+        "head",
+        "the temperature is left out of the gradient",
+        "scale = self.scale / self.layout.sampling.temperature",
+        "scale = self.scale",
+        _SAMPLED + "test_expected_gradients_are_those_of_the_distribution_that_was_sampled",
+    ),
+    _loss(
+        "sampled",
+        "a kept token in the teacher's top k has its gradient written twice",
+        "return torch.cat([local[:, :-kept], last.masked_fill(repeat, -1)], 1), grad",
+        "return local, grad",
+        "tests/dist/test_head_kernels.py::test_kernels",
+        slow=True,
+    ),
+    Fault(
+        "sampling",
+        "the teacher is scored at temperature 1",
+        "nemo_tropd/teacher/scorer.py",
+        "sampling, topology = Sampling(temperature), self.topology",
+        "sampling, topology = Sampling(), self.topology",
+        (_SAMPLED + "test_a_run_scores_all_its_models_as_it_samples",),
     ),
     # numbers: what is not finite is carried to every rank, named, and never used
     _numbers(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .sampling import FULL, Cut, renormalised
+
 
 @dataclass
 class World:
@@ -29,17 +31,18 @@ class World:
     tau_entropy: float = math.nan  # the batch's threshold, where an objective has one
     mask_sum: float = math.nan
     baseline: float = 0.0
+    sampling: Cut = FULL
 
     @property
     def student(self) -> Tensor:
-        return self.logits.log_softmax(-1)
+        return (self.logits / self.sampling.temperature).log_softmax(-1)
 
     def at(self, table: Tensor) -> Tensor:
         return (table * torch.nn.functional.one_hot(self.x, table.size(-1))).sum(-1)
 
     @property
     def likelihood(self) -> Tensor:
-        return self.at(self.student)
+        return renormalised(self.logits, self.x, self.guided, self.sampling)
 
     @property
     def ratio(self) -> Tensor:
@@ -80,9 +83,10 @@ def fkl(w: World, tail: str = "none") -> Tensor:
 
 def jsd(w: World, beta: float = 0.5, teacher_term: str = "differentiated") -> Tensor:
     mixture = (beta * w.teacher.exp() + (1 - beta) * w.student.exp()).log()
+    at_x = (beta * w.at(w.teacher).exp() + (1 - beta) * w.likelihood.exp()).log()
     first = (w.top * w.teacher.exp() * (w.teacher - mixture)).sum(-1)
     first = first.detach() if teacher_term == "detached" else first
-    reward = (w.at(mixture) - w.likelihood).detach()
+    reward = (at_x - w.likelihood).detach()
     return beta * first + (1 - beta) * -reward * w.likelihood
 
 

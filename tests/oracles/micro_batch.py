@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from nemo_tropd import objectives
-from nemo_tropd.batch import LossTokens, TeacherScores
+from nemo_tropd.batch import PLAIN, LossTokens, Sampling, TeacherScores
 from nemo_tropd.objectives import Objective
 
 from .equations import EQUATIONS, World, entropy
+from .sampling import near_a_cut, renormalised
 
 POISON = 1e4
 
@@ -53,10 +54,11 @@ class MicroBatch:
     tokens: LossTokens
     vocab_size: int
     k: int
+    sampling: Sampling = PLAIN
 
     def teacher_log_probs(self) -> Tensor:
         rows = self.teacher_hidden.flatten(0, 1)[self.tokens.rows]
-        return (rows @ self.teacher_weight[: self.vocab_size].t()).log_softmax(-1)
+        return (rows @ self.teacher_weight[: self.vocab_size].t() / self.sampling.temperature).log_softmax(-1)
 
     def teacher_scores(self) -> TeacherScores:
         full = self.teacher_log_probs()
@@ -69,7 +71,7 @@ class MicroBatch:
         t = self.tokens
         return World(
             logits, self.teacher_log_probs(), t.token_ids, t.uniforms.double(), self.k, t.guided,
-            t.behavior_log_probs.double(), self.reference,
+            t.behavior_log_probs.double(), self.reference, sampling=self.sampling,
         )  # fmt: skip
 
 
@@ -97,6 +99,7 @@ def _on_a_jump(mb: MicroBatch) -> bool:
         *((importance - at).abs() < MARGIN for at in JUMPS_OF_IMPORTANCE),
         (world.u - world.ratio.exp()).abs() < MARGIN,
         student.diff() < ENTROPY_GAP,
+        torch.tensor([near_a_cut(world.logits, mb.sampling, MARGIN)]),
     ]
     return any(bool(n.any()) for n in near)
 
@@ -111,6 +114,7 @@ def _draw(
     padding: int = 5,
     k: int = 7,
     fill: float = 0.7,
+    sampling: Sampling = PLAIN,
 ) -> MicroBatch:
     """A micro-batch where about ``fill`` of the positions enter the loss, some of them guided."""
     g = torch.Generator().manual_seed(seed)
@@ -126,7 +130,8 @@ def _draw(
     states.view(-1, hidden)[~chosen] = POISON
     weight[vocab_size:] = POISON
     teacher_weight[vocab_size:] = POISON
-    student = (states.flatten(0, 1)[rows] @ weight[:vocab_size].t()).log_softmax(-1)
+    logits = states.flatten(0, 1)[rows] @ weight[:vocab_size].t()
+    student = logits.log_softmax(-1)
     teacher = (teacher_states.flatten(0, 1)[rows] @ teacher_weight[:vocab_size].t()).log_softmax(-1)
     # Half sampled from the student, half the teacher's favourite: trusted tokens, outliers and tokens in the top k.
     sampled = torch.multinomial(student.exp(), 1, generator=g)[:, 0] if tokens_drawn else rows
@@ -134,11 +139,11 @@ def _draw(
     if tokens_drawn:
         x[0] = vocab_size - 1
     guided = torch.rand(tokens_drawn, generator=g) < 0.25
-    own = student.gather(1, x[:, None])[:, 0]
+    own = renormalised(logits, x, guided, sampling)
     behavior = torch.where(guided, math.nan, own + 0.3 * normal(tokens_drawn))
     tokens = LossTokens(rows, x, guided, torch.rand(tokens_drawn, generator=g), behavior.float(), rows // length)
     reference = normal(tokens_drawn, vocab_size).log_softmax(-1)
-    return MicroBatch(states, weight, teacher_states, teacher_weight, reference, tokens, vocab_size, k)
+    return MicroBatch(states, weight, teacher_states, teacher_weight, reference, tokens, vocab_size, k, sampling)
 
 
 def objective_and_loss(variant: str, world: World) -> tuple[Objective, Tensor]:

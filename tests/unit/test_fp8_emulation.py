@@ -143,23 +143,25 @@ def build(tiny: Path, topology: Topology, log: list[str]) -> Callable[[Fp8Settin
     return make
 
 
-def student_scores(path: Path, topology: Topology) -> Callable[..., Any]:
+def student_scores(path: Path, topology: Topology, temperature: float = 1.0) -> Callable[..., Any]:
     student = TeacherScorer(path, topology, dtype=torch.float32, vocab_size=VOCABULARY)
-    return partial(student.score_like, chunk_tokens=None)
+    return partial(student.score_like, chunk_tokens=None, temperature=temperature)
 
 
-def test_the_whole_path_admits_a_teacher(tiny: Path, tmp_path: Path, topology: Topology) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_whole_path_admits_a_teacher(tiny: Path, tmp_path: Path, topology: Topology, temperature: float) -> None:
     """bf16 first, freed, then FP8; the figures against full distributions in float64."""
     other = make_tiny(tmp_path / "student", "qwen2", layers=2, seed=9)
     log: list[str] = []
     given, wide = batches(2), AdmissionConfig(top_k_kl=9.0, gate_flips=1.0, ratio_error=9.0)
-    student = student_scores(other, topology)
+    student = student_scores(other, topology, temperature)
 
     def watched(seen: Any, reference: Any) -> Any:
         log.append("student")
         return student(seen, reference)
 
-    teacher, found = admit(build(tiny, topology, log), Fp8Settings("tensorwise"), given, watched, wide)
+    make = build(tiny, topology, log)
+    teacher, found = admit(make, Fp8Settings("tensorwise"), given, watched, wide, temperature=temperature)
     assert log == ["bf16", "student", "tensorwise"]
     assert isinstance(teacher, EmulatedScorer)
     assert found.tokens == sum(b.count_loss_tokens for b in given) == 2 * (17 + 9 + 23 - 12)
@@ -169,7 +171,7 @@ def test_the_whole_path_admits_a_teacher(tiny: Path, tmp_path: Path, topology: T
     kl, flips, error = [], [], []
     for batch in given:
         rows = batch.loss_tokens()
-        full, eight, mine = (full_log_probs(s, batch)[rows.rows] for s in (exact, teacher, small))
+        full, eight, mine = (full_log_probs(s, batch, temperature)[rows.rows] for s in (exact, teacher, small))
         top = full.topk(64).indices
         p, q = full.gather(1, top).exp(), eight.gather(1, top).exp()
         rest_p, rest_q = 1 - p.sum(-1), 1 - q.sum(-1)
@@ -184,12 +186,12 @@ def test_the_whole_path_admits_a_teacher(tiny: Path, tmp_path: Path, topology: T
     assert found.ratio_error > 0.005
 
 
-def full_log_probs(scorer: TeacherScorer, batch: TokenBatch) -> Tensor:
+def full_log_probs(scorer: TeacherScorer, batch: TokenBatch, temperature: float) -> Tensor:
     """[B * S, V] float64, from the scorer's hidden states; the head's product is bf16's or fp32's own."""
     (hidden,) = scorer.hidden([batch])
     assert hidden is not None
     logits = hidden.flatten(0, 1) @ scorer.head.detach().T
-    return logits[:, :VOCABULARY].double().log_softmax(-1)
+    return (logits[:, :VOCABULARY].double() / temperature).log_softmax(-1)
 
 
 def test_a_teacher_past_a_bound_is_refused_with_the_values(tiny: Path, topology: Topology) -> None:

@@ -48,7 +48,8 @@ def run(
     h, w = (t.to(dtype).clone().requires_grad_(True) for t in (mb.hidden, mb.weight))
     reference = mb.reference.gather(1, mb.tokens.token_ids[:, None])[:, 0].float()
     out = head_loss(
-        h, w, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size, chunk_tokens=chunk_tokens),
+        h, w, mb.tokens, mb.teacher_scores(), objective,
+        HeadLayout(mb.vocab_size, chunk_tokens=chunk_tokens, sampling=mb.sampling),
         scale=scale, options=LossOptions(**({"reference_log_probs": reference} | options)),
     )  # fmt: skip
     out.loss.backward()
