@@ -251,10 +251,13 @@ class RolloutConfig:
     dtype: str = choice("bfloat16", "float32")
     """float32 or bfloat16."""
     temperature: float = number(1.0, at_least=0.01, at_most=2)
-    """Above 0, since TrOPD needs samples; vLLM raises anything below 0.01 to that, and accepts at most 2."""
+    """Student and teacher are sampled, scored and trained as softmax(logits / temperature). Above 0, since TrOPD needs
+    samples; vLLM raises anything below 0.01 to that, and accepts at most 2."""
     top_p: float = number(1.0, above=0, at_most=1)
-    top_k: int = integer(0, at_least=0)
-    """0: the entire vocabulary."""
+    """Of what top_k leaves, the fewest tokens with this mass; below 1 only with top_k. The loss takes log-probabilities
+    under what was sampled from; forward KL and prefixes those of the complete softmax."""
+    top_k: int = integer(0, at_least=0, at_most=1024)
+    """The most probable tokens that may be sampled; 0: the entire vocabulary."""
     max_new_tokens: int = integer(8096, at_least=1)
     end_tokens: list[Any] = field(default_factory=list, metadata=TOKENS)
     """Tokens that end a response, as texts or ids, in the student's and the teacher's engine, e.g. ["<|im_end|>"];

@@ -148,6 +148,11 @@ def _check_engine(cfg: TropdConfig) -> None:
     most = max(cfg.model.encoder_seq_length, ENGINE_TOKENS)
     sequences = f"vLLM takes at most {most}, the tokens it computes at a time"
     _require(cfg, r.max_num_seqs <= most, f"{key}.max_num_seqs", sequences)
+    sorted_ = (
+        f"without {key}.top_k it needs the sorted vocabulary of every token, which the trainer does not make: set "
+        f"{key}.top_k too (at most 1024; 20 is common), or top_p=1"
+    )
+    _require(cfg, r.top_p == 1 or r.top_k > 0, f"{key}.top_p", sorted_)
     if r.placement == "dedicated":
         d, why = r.dedicated, f"{key}.placement=dedicated needs"
         listens = f"{why} host:port where rank 0 listens for the engine hosts"

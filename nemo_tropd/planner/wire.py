@@ -41,6 +41,7 @@ def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, ma
     student_tensor = hidden * (2 * passes * 2 + again) * student.layers / own.pipeline
     student_head = ring(mine * student.hidden * width, own.tensor, reduce=True)
     columns = ring(scored * (m.tropd.top_k + 4) * FP32, own.tensor, reduce=True)
+    columns += scored * 2 * m.rollout.top_k * FP32 * (own.tensor - 1)  # the tokens that sampling kept
     # A teacher group scores the rows of several data-parallel ranks, or a share of one's.
     seen = mine * ranks.owners / ranks.replicas
     teacher_hidden = ring(seen * teacher.hidden * teacher_width, theirs.tensor, reduce=True)

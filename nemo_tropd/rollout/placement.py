@@ -19,9 +19,10 @@ from nemo_tropd.rollout.secret import read_secret
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nemo_tropd.batch import Sampling
     from nemo_tropd.parallel.topology import Topology
     from nemo_tropd.rollout.collective import Rollouts
-    from nemo_tropd.rollout.engine import RolloutEngine, Sampling
+    from nemo_tropd.rollout.engine import RolloutEngine
     from nemo_tropd.rollout.vllm.settings import EngineSettings
 
 
@@ -57,7 +58,7 @@ def check_placement(cfg: TropdConfig) -> None:
 
 
 def sampling_of(cfg: TropdConfig) -> Sampling:
-    from nemo_tropd.rollout.engine import Sampling
+    from nemo_tropd.batch import Sampling
 
     return Sampling(cfg.model.rollout.temperature, cfg.model.rollout.top_p, cfg.model.rollout.top_k)
 

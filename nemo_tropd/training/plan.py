@@ -42,6 +42,7 @@ from nemo_tropd.planner.seconds import step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
+from nemo_tropd.rollout.placement import sampling_of
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.training.answers import AnswerError, judged_as
 from nemo_tropd.training.guidance import wanted_responses
@@ -279,6 +280,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         ("teacher", plan.teacher.describe() + f", {m.teacher.precision or t.precision}" + fp8),
         ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
         ("objective", repr(plan.objective)),
+        ("sampled, trained on", str(sampling_of(cfg))),
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
         *plan.prompts.notes,
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),

@@ -23,20 +23,22 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from nemo_tropd.batch import Rollout
+from nemo_tropd.batch import PLAIN, Rollout, Sampling, TokenBatch
+from nemo_tropd.loss.head import score_tokens, teacher_scores
+from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.rollout.collective import RankZeroRollouts
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
     RequestError,
     RolloutRequest,
-    Sampling,
     WeightStreamError,
 )
 from nemo_tropd.rollout.vllm.child import VllmEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.training.guidance import request_seed
 from nemo_tropd.training.teacher_responses import TeacherResponses, checkpoint_fingerprint
+from tests.oracles.sampling import renormalised
 from tests.tiny_models import make_tiny
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.random]
@@ -44,6 +46,8 @@ CONTEXT = 96
 EOS = 3
 SEED = random.randrange(1 << 30)
 TEACHER_SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=50)
+SAMPLED = Sampling(temperature=0.6, top_p=0.95, top_k=20)  # Qwen3's own
+VOCABULARY = 131
 
 
 def engine_of(model_dir: Path, exchange_dir: Path, **changes: Any) -> VllmEngine:
@@ -84,14 +88,14 @@ def some_requests(count: int, new_tokens: int = 16, prefix: bool = True) -> list
 
 
 @torch.no_grad()
-def differences(model: torch.nn.Module, rollouts: Sequence[Rollout]) -> list[float]:
-    """Of every sampled token: between the engine's log-probability and the unscaled softmax of transformers."""
-    found = []
+def differences(model: torch.nn.Module, rollouts: Sequence[Rollout], sampling: Sampling = PLAIN) -> list[float]:
+    """Of every sampled token: between the engine's log-probability and the one by which transformers' logits would have
+    been sampled."""
+    found: list[float] = []
     for r in rollouts:
-        scores = model(torch.tensor([r.token_ids])).logits[0].float().log_softmax(-1)
-        start = len(r.token_ids) - len(r.response_ids)
-        for i, (token, log_prob) in enumerate(zip(r.response_ids, r.response_log_probs, strict=True)):
-            found.append(abs(scores[start + i - 1, token].item() - log_prob))
+        logits, x = model(torch.tensor([r.token_ids])).logits[0, :, :VOCABULARY].double(), torch.tensor(r.response_ids)
+        scores = renormalised(logits[-1 - len(x) : -1], x, torch.zeros_like(x), sampling)
+        found += (scores - torch.tensor(r.response_log_probs)).abs().tolist()
     return found
 
 
@@ -112,10 +116,10 @@ def gone(pids: Sequence[int], within_s: float = 30.0) -> bool:
 class Served:
     """A tiny model's engine, which starts in the background, and the transformers model it should agree with."""
 
-    def __init__(self, folder: Path, family: str, tied: bool, **settings: Any) -> None:
+    def __init__(self, folder: Path, family: str, tied: bool, rows: int = VOCABULARY, **settings: Any) -> None:
         # Logits of one nat: no token is near certain and none near impossible, whatever the seed.
         shape: dict[str, Any] = {"layers": 2, "hidden": 128, "head_dim": 32, "spread": 1.0}
-        self.model_dir = make_tiny(folder / "model", family, tied=tied, seed=SEED, **shape)
+        self.model_dir = make_tiny(folder / "model", family, tied=tied, seed=SEED, vocab=rows, **shape)
         self.exchange = folder / "exchange"
         self.exchange.mkdir()
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32).eval()
@@ -154,7 +158,14 @@ def all_served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, S
             patch.setenv(name, value)
         made = {
             "tied": Served(tmp_path_factory.mktemp("tied"), "qwen3", tied=True),
-            "untied": Served(tmp_path_factory.mktemp("untied"), "qwen2", tied=False),
+            "untied": Served(
+                tmp_path_factory.mktemp("untied"),
+                "qwen2",
+                tied=False,
+                rows=VOCABULARY + 9,
+                sampling=SAMPLED,
+                true_vocab_size=VOCABULARY,
+            ),
             "bfloat16": Served(
                 tmp_path_factory.mktemp("bfloat16"), "llama3", tied=True, dtype="bfloat16", sampling=TEACHER_SAMPLING
             ),
@@ -299,6 +310,22 @@ def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(sh
     assert list(shared.exchange.iterdir()) == []
 
 
+@torch.no_grad()
+def test_engine_and_trainer_agree_about_what_was_sampled(all_served: dict[str, Served]) -> None:
+    """At a temperature, from the top k and the top p of it, with rows in the head that have no token."""
+    served = all_served["untied"].ready()
+    rollouts = served.engine.generate(some_requests(30))
+    assert max(differences(served.model, rollouts, SAMPLED)) < 1e-3
+    assert max(differences(served.model, rollouts)) > 0.05  # the check can fail
+    batch = TokenBatch.pack(rollouts, pad_id=0, seed=0, step=0)
+    tokens, weight = batch.loss_tokens(), served.model.lm_head.weight
+    hidden, layout = served.model.model(batch.input_ids).last_hidden_state, HeadLayout(VOCABULARY, sampling=SAMPLED)
+    teacher = teacher_scores(hidden, weight, tokens.rows, tokens.token_ids, 1, layout)
+    seen = score_tokens(hidden, weight, tokens, teacher, layout)
+    gap = (seen.student_log_probs - tokens.behavior_log_probs)[~tokens.guided]
+    assert len(gap) > 60 and gap.abs().max() < 1e-3
+
+
 def test_an_untied_model_with_biases_is_refreshed_whole_or_not_at_all(all_served: dict[str, Served]) -> None:
     served = all_served["untied"].ready()
     with torch.no_grad():
@@ -306,7 +333,7 @@ def test_an_untied_model_with_biases_is_refreshed_whole_or_not_at_all(all_served
     perturb(served.model)
     served.engine.update_weights(served.weights(), 3)
     rollouts = served.engine.generate(served.requests)
-    assert max(differences(served.model, rollouts)) < 1e-3 and {r.weight_version for r in rollouts} == {3}
+    assert max(differences(served.model, rollouts, SAMPLED)) < 1e-3 and {r.weight_version for r in rollouts} == {3}
     pid = served.engine.process_id
     torn = ((name, p) for name, p in served.weights() if "layers.1.mlp.up_proj" not in name)
     with pytest.raises(WeightStreamError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
@@ -337,8 +364,7 @@ def test_in_bfloat16_it_agrees_loosely_and_writes_the_teachers_responses(
         Rollout(list(p), [], w.response_ids, w.log_probs, 1, 0, 0, w.finished)
         for p, w in zip(prompts, written, strict=True)
     ]
-    # The softmax is unscaled although tokens are drawn at temperature 0.7 from the most likely ones.
-    assert statistics.median(differences(served.model, rollouts)) < 0.05
+    assert statistics.median(differences(served.model, rollouts, TEACHER_SAMPLING)) < 0.05
 
 
 def test_an_engine_that_cannot_start_says_why_and_leaves_nothing(

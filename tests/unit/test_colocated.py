@@ -176,7 +176,7 @@ def test_every_request_has_its_seed_and_padding_is_never_drawn(tmp_path: Path) -
     assert all(set(s.logit_bias) == set(range(TOKENS, ROWS)) and s.stop_token_ids == [EOS] for s in seen)
     assert all(s.logprobs == 0 and not s.detokenize for s in seen)
     arguments = colocated.llm.arguments
-    assert arguments["logprobs_mode"] == "raw_logprobs" and arguments["enforce_eager"] is False
+    assert arguments["logprobs_mode"] == "processed_logprobs" and arguments["enforce_eager"] is False
     assert arguments["enable_sleep_mode"] is True and "distributed_executor_backend" not in arguments
 
 

@@ -39,10 +39,12 @@ def plan(tiny: TinyRun, run_dir: Path, **keys: object):
 
 
 def test_a_plan_is_made_and_printed(tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cfg = compose_config(tiny.overrides(tmp_path / "run", tensor=2))
+    sampled = {"model.rollout.temperature": 0.6, "model.rollout.top_k": 20}
+    cfg = compose_config(tiny.overrides(tmp_path / "run", tensor=2, **sampled))
     made = make_plan(cfg)
     print_plan(cfg, made)
     shown = capsys.readouterr().out
+    assert "trained on" in shown and "softmax(logits / 0.6), cut to the 20 most probable tokens" in shown
     assert "2 = tensor 2 x pipeline 1 x data 1" in shown and "131 tokens" in shown and "memory of a rank" in shown
     assert made.vocab_size == 131 and len(made.prompts.held_out) == 4
     assert not (tmp_path / "run").exists()

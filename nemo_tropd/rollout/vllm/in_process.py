@@ -35,7 +35,7 @@ _MEMORY = ("weights", "kv_cache")
 # A second runner of vLLM draws all seeded requests of a step in one kernel (the first launches one a request), but
 # takes at most so many biased logits a request. Source: vllm 0.24.0, v1/worker/gpu/sample/logit_bias.py.
 _MOST_BIASED = 1024
-# Added to the logit of a padding row. Its raw log-probability is reported unchanged, but it is never sampled.
+# Added to the logit of a padding row, which then has no share in what is sampled from.
 _NEVER = -100.0
 
 

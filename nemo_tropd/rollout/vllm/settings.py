@@ -10,16 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_tropd.batch import Sampling
 from nemo_tropd.config import ENGINE_TOKENS
 from nemo_tropd.convert.config_json import ConversionError
 from nemo_tropd.convert.rope import vllm_overrides
-from nemo_tropd.rollout.engine import DTYPES, EngineError, Sampling
+from nemo_tropd.rollout.engine import DTYPES, EngineError
 from nemo_tropd.rollout.weights.stream import checkpoint_shapes
 
 _FIXED_ARGUMENTS: dict[str, Any] = {
     "skip_tokenizer_init": True,  # token ids in, token ids out
     "generation_config": "vllm",  # no sampling defaults from the checkpoint
-    "logprobs_mode": "raw_logprobs",
+    # Of what was sampled from: after temperature, top-k, top-p and the bias that takes padding rows out.
+    "logprobs_mode": "processed_logprobs",
     "load_format": "safetensors",
     "config_format": "hf",  # else params.json, where a folder has the weights in Mistral's own format as well
     "worker_extension_cls": "nemo_tropd.rollout.weights.vllm_worker.WorkerExtension",
