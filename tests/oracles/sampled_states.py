@@ -55,7 +55,7 @@ def check_states(
             ("hidden", torch.zeros_like(h[0]).index_add(0, states, h2.grad[0].double()), h.grad[0], h.grad.norm()),
             ("weight", w2.grad, w.grad.chunk(size, 0)[rank], w.grad.norm()),
         ):
-            error = float((got.double() - right).norm() / of.clamp(min=1e-3))
+            error = float((got.detach().double() - right.detach()).norm() / of.detach().clamp(min=1e-3))
             if not error < tolerance:
                 yield f"{name}: {what} is off by {error:.2e}"
 

@@ -71,7 +71,8 @@ def distribution(logits: Tensor, cut: Cut) -> Tensor:
     """[V], probabilities, 0 where nothing is sampled."""
     ids = kept(logits.tolist(), cut)
     weights = {v: math.exp((float(logits[v]) - float(logits.max())) / cut.temperature) for v in ids}
-    return torch.tensor([weights.get(v, 0.0) / math.fsum(weights.values()) for v in range(len(logits))]).double()
+    total = math.fsum(weights.values())
+    return torch.tensor([weights.get(v, 0.0) / total for v in range(len(logits))], dtype=torch.float64)
 
 
 def expected(objective: str, logits: Tensor, teacher: Tensor, k: int, cut: Cut) -> tuple[Tensor, Tensor]:
