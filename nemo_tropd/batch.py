@@ -48,9 +48,9 @@ class Sampling:
     def __str__(self) -> str:
         words = "softmax(logits)" if self.temperature == 1 else f"softmax(logits / {self.temperature:g})"
         if self.top_k:
-            words += f", cut to the {self.top_k} most probable tokens"
+            words += f", top-k {self.top_k}"
         if self.top_p < 1:
-            words += f", of those to {self.top_p:g} of the mass"
+            words += f", then top-p {self.top_p:g}"
         return words
 
 

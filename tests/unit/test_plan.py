@@ -44,7 +44,7 @@ def test_a_plan_is_made_and_printed(tiny: TinyRun, tmp_path: Path, capsys: pytes
     made = make_plan(cfg)
     print_plan(cfg, made)
     shown = capsys.readouterr().out
-    assert "trained on" in shown and "softmax(logits / 0.6), cut to the 20 most probable tokens" in shown
+    assert "trained on" in shown and "softmax(logits / 0.6), top-k 20" in shown
     assert "2 = tensor 2 x pipeline 1 x data 1" in shown and "131 tokens" in shown and "memory of a rank" in shown
     assert made.vocab_size == 131 and len(made.prompts.held_out) == 4
     assert not (tmp_path / "run").exists()

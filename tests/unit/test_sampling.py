@@ -182,5 +182,4 @@ def test_a_run_scores_all_its_models_as_it_samples(
 
 def test_the_plan_names_it() -> None:
     assert str(Sampling()) == "softmax(logits)"
-    words = "softmax(logits / 0.6), cut to the 20 most probable tokens, of those to 0.95 of the mass"
-    assert str(Sampling(0.6, 0.95, 20)) == words
+    assert str(Sampling(0.6, 0.95, 20)) == "softmax(logits / 0.6), top-k 20, then top-p 0.95"
