@@ -8,7 +8,6 @@ scores travel, never hidden states or logits (except in validation, which gather
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,8 +41,9 @@ class TeacherSharing:
     ) -> list[TeacherScores | None]:
         """The teacher's scores of this data rank's micro-batches, on all ranks of the last stage (collective).
         ``batches`` are the same number on every rank."""
-        options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "temperature": temperature}
-        score = partial(self.teacher.score, top_k=top_k, entropy=entropy, **options)
+        score = partial(
+            self.teacher.score, top_k=top_k, entropy=entropy, chunk_tokens=chunk_tokens, temperature=temperature
+        )
         if not self.own_degree:
             return score(batches)
         jobs = self._jobs(self._all_batches(batches))
