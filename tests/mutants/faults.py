@@ -1563,6 +1563,13 @@ FAULTS: list[Fault] = [
         _DEVICE + "test_memory_that_has_no_ipc_handle_is_not_shared",
     ),
     _gpu(
+        "rollout/vllm/in_process",
+        "IPC handles are asked of expandable segments",
+        'arguments["disable_custom_all_reduce"] = True',
+        "pass",
+        _DEVICE + "test_memory_that_has_no_ipc_handle_is_not_shared",
+    ),
+    _gpu(
         "rollout/collective",
         "ranks start though one has no memory",
         "engine.check_room()",
