@@ -133,8 +133,8 @@ def _read_json(file: BinaryIO, path: Path) -> Records:
                 hint = "" if blank < number - 1 else "; give one record per line, or one array of records"
                 shown = text.strip()[:80]
                 raise PromptError(f"{where}: not JSON ({error.msg} at column {error.colno}): {shown}{hint}") from error
-            except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-                raise PromptError(f"{where}: not JSON that can be read: {error}") from error
+            except (RecursionError, ValueError) as error:
+                raise _unreadable(where, error) from error
             yield _object(record, where, "a line"), where
 
 
@@ -154,10 +154,16 @@ def _array(text: str, path: Path, first_line: int) -> Records:
             line, shown = error.lineno + first_line - 1, text[place : place + 80]
             raise PromptError(f"{where}: not JSON ({error.msg} in line {line}): {shown}") from error
         except (RecursionError, ValueError) as error:
-            raise PromptError(f"{where}: not JSON that can be read: {error}") from error
+            raise _unreadable(where, error) from error
         yield _object(record, where, "an entry"), where
     if rest := text[place + 1 :].strip():
         raise PromptError(f"{path}: more follows the end of its array (record {number}): {rest[:80]}")
+
+
+def _unreadable(where: str, error: Exception) -> PromptError:
+    """Of JSON that is nested too deeply, or has a number of thousands of digits."""
+    why = "nested too deeply" if isinstance(error, RecursionError) else error
+    return PromptError(f"{where}: not JSON that can be read: {why}")
 
 
 def _decoded(data: bytes, where: str) -> str:

@@ -120,6 +120,8 @@ def _type(name: str, dtype: str) -> str:
     }  # fmt: skip
     if name in pointers:
         return pointers[name]
+    if name == "factor":
+        return "fp32"
     return "i32" if name in ("rows", "stride", "width", "limit", "count", "blocks", "k") else "*fp32"
 
 

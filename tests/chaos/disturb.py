@@ -124,7 +124,7 @@ def recover(run_dir: Path) -> None:
 
 def damage_files(run_dir: Path, draw: random.Random) -> str:
     """Between two attempts: files that power loss or a bad disk leaves behind; one good checkpoint stays."""
-    checkpoints = sorted((run_dir / "checkpoints").glob("step_*"))
+    checkpoints = sorted((run_dir / "checkpoints").glob("step_" + 8 * "[0-9]"))
     finished = (run_dir / "summary.json").is_file()  # the next attempt will only say so, and remove nothing
     choices: list[Callable[[], str]] = [] if finished else [lambda: _left_overs(run_dir)]
     if len(checkpoints) > 1:

@@ -202,7 +202,7 @@ def last_step(run_dir: Path) -> int:
 
 def saved_steps(run_dir: Path) -> list[int]:
     """The complete checkpoints' steps."""
-    return [int(p.name.removeprefix("step_")) for p in (run_dir / "checkpoints").glob("step_*")]
+    return [int(p.name.removeprefix("step_")) for p in (run_dir / "checkpoints").glob("step_" + 8 * "[0-9]")]
 
 
 def differences(run_dir: Path, expected: tuple[dict[int, list[float]], dict[str, torch.Tensor]]) -> list[str]:

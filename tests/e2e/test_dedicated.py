@@ -15,7 +15,7 @@ from tests.e2e.test_training import figures
 from tests.e2e.tiny_run import ROOT, TinyRun, environment
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)  # with the session's own engine, which starts first
 def test_a_dedicated_engine_gives_the_same_steps(
     tiny: TinyRun, engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

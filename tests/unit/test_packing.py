@@ -162,6 +162,7 @@ def test_an_empty_row_is_one_unscored_sequence() -> None:
 )
 def test_settings_that_cannot_work_are_refused(key: str, value: object, remedy: str) -> None:
     cfg = TropdConfig()
+    cfg.model.data.path = "prompts.jsonl"
     check(cfg)
     setattr(cfg.model, key, value)
     with pytest.raises(ConfigError, match=remedy) as error:

@@ -144,7 +144,7 @@ def test_json_nested_too_deeply_is_named_by_its_file(model: Path, tmp_path: Path
         read_shape(model)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(nested + "\n")
-    with pytest.raises(PromptError, match=r"line 1: .* nested too deeply"):
+    with pytest.raises(PromptError, match=r"record 1: .* nested too deeply"):
         load_prompts(str(prompts), tokenizer, max_prompt_tokens=9, held_out=0)
     (tmp_path / "summary.json").write_text(nested)
     (tmp_path / "metrics.jsonl").write_text(nested + '\n{"step": 1, "kind": "train", "loss": 1.0}\n')
@@ -246,7 +246,9 @@ SHOWN = r"[INST] [/etc/passwd] [/INST] :smile: [bold]\x1b]0;title\x07\x1b[2J\x9b
 def test_text_from_data_is_printed_as_it_is_and_obeyed_by_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert printable("ä 一\n\tb") == "ä 一\n\tb" and printable(HOSTILE) == SHOWN
     answer = {"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE}
-    print_summary({"name": "[/x]", "steps": 1, "before": {}, "after": {}, "answers": [answer]})
+    print_summary(
+        {"name": "[/x]", "steps": 1, "before": {"reverse_kl": 2.0}, "after": {"reverse_kl": 1.0}, "answers": [answer]}
+    )
     out = capsys.readouterr().out.replace("\n", "")
     assert out.count("[/INST] :smile: [bold]\\x1b]0;title") == 3 and "[/x]: held-out" in out
     RunProgress(enabled=True, first=0, total=1).say(HOSTILE)
