@@ -272,7 +272,7 @@ class RollCall:
                 self._responded = time.monotonic()  # to the question: nothing comes back from a set
                 if STOP:
                     self._store.set(self._stop_key, "1")
-                elif stops:
+                elif stops and not self._done.is_set():  # else it was meant for a run that is over
                     STOP.ask()
                 if self._store.check([self._failure_key]) and not self.failed:
                     self._why = str(json.loads(self._store.get(self._failure_key))[1])
