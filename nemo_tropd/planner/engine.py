@@ -59,6 +59,7 @@ def engine_tensor(cfg: TropdConfig, machine: Machine) -> int:
 
 
 def engine_load(cfg: TropdConfig, student: ModelShape, machine: Machine) -> EngineLoad:
+    """What ``cfg`` asks of each of the student's engines in a step."""
     m, where = cfg.model, placement(cfg, machine)
     engines = {"process": 1, "dedicated": m.rollout.dedicated.engines or 1, "colocated": layout(cfg).data}[where]
     sequences = math.ceil(m.global_batch_size / engines)

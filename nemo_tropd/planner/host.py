@@ -5,11 +5,9 @@ from nemo_tropd.config_keys import value_at
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.planner.machine import HOST_ENGINE, HOST_RANK, Machine
 from nemo_tropd.planner.memory import (
-    BYTES,
-    FP32,
     Memory,
+    checkpoint_bytes,
     layout,
-    optimizer_bytes,
     placement,
     positions,
     stage_parameters,
@@ -25,7 +23,7 @@ EXPORT = 2e9  # a file of weights as it is written, and the largest tensor
 def host_memory(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> Memory:
     """Of the host that needs most, rank 0's: all its ranks together. ``machine`` is a GPU's."""
     devices, numbers = cfg.trainer.devices, sum(stage_parameters(student, student_degrees(cfg)))
-    t, m = cfg.trainer, cfg.model
+    m = cfg.model
     resident = {
         "processes": devices * HOST_RANK,
         "rollouts": devices * positions(cfg) * ROLLOUT_OBJECTS,
@@ -35,10 +33,7 @@ def host_memory(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, mach
     if placement(cfg, machine) == "process":
         resident["engine"] = HOST_ENGINE
     # Every rank copies what it writes; what data-parallel ranks have in common is written once.
-    states = optimizer_bytes(cfg, numbers) * (layout(cfg).data if m.optim.distributed else 1)
-    if m.optim.distributed and t.precision == "32":
-        states += FP32 * numbers  # the sharded optimizer also saves the weights that it updates
-    written = (states + numbers * BYTES[t.precision]) / layout(cfg).data
+    written = checkpoint_bytes(cfg, numbers) / layout(cfg).data
     phases = {"checkpoint": {"states on their way": devices * written}, "export": {"files": EXPORT}}
     before = {}
     if m.data.held_out or m.tropd.guidance.enabled:

@@ -70,12 +70,14 @@ class Degrees:
 
 
 def layout(cfg: TropdConfig) -> RankLayout:
+    """The ranks of a run. Raises ValueError as RankLayout does."""
     m, ranks = cfg.model, cfg.trainer.num_nodes * cfg.trainer.devices
     tensor, pipeline = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     return RankLayout(ranks, tensor, pipeline, m.teacher.tensor_model_parallel_size)
 
 
 def student_degrees(cfg: TropdConfig) -> Degrees:
+    """The student's degrees."""
     m, tensor = cfg.model, cfg.model.tensor_model_parallel_size
     return Degrees(tensor, m.pipeline_model_parallel_size, tensor if m.sequence_parallel else 1)
 
@@ -210,6 +212,16 @@ def optimizer_bytes(cfg: TropdConfig, numbers: float) -> float:
     moments = {"adam": 2, "sgd": 1}[cfg.model.optim.name]
     master = 1 if cfg.trainer.precision == "bf16" else 0
     return FP32 * (moments + master) * numbers / (layout(cfg).data if cfg.model.optim.distributed else 1)
+
+
+def checkpoint_bytes(cfg: TropdConfig, numbers: float) -> float:
+    """Bytes of ``numbers`` weights and of all their optimizer states, over all data-parallel ranks."""
+    states, sharded = optimizer_bytes(cfg, numbers), cfg.model.optim.distributed
+    if sharded:
+        states *= layout(cfg).data
+    if sharded and cfg.trainer.precision == "32":
+        states += FP32 * numbers  # the sharded optimizer also saves the weights that it updates
+    return states + numbers * BYTES[cfg.trainer.precision]
 
 
 def placement(cfg: TropdConfig, machine: Machine) -> str:

@@ -10,6 +10,7 @@ from nemo_tropd.planner.machine import Machine
 from nemo_tropd.planner.memory import (
     BYTES,
     FP32,
+    checkpoint_bytes,
     layout,
     micro_batches,
     optimizer_bytes,
@@ -76,9 +77,7 @@ def step_seconds(
 
 def checkpoint_seconds(cfg: TropdConfig, student: ModelShape) -> float:
     """To save a checkpoint: every node writes its share."""
-    numbers, width = student.parameters(), BYTES[cfg.trainer.precision]
-    states = optimizer_bytes(cfg, numbers) * (layout(cfg).data if cfg.model.optim.distributed else 1)
-    return (states + numbers * width) / cfg.trainer.num_nodes / rates.DISK
+    return checkpoint_bytes(cfg, student.parameters()) / cfg.trainer.num_nodes / rates.DISK
 
 
 def time_lines(cfg: TropdConfig, student: ModelShape, seconds: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -58,6 +58,7 @@ def check_placement(cfg: TropdConfig) -> None:
 
 
 def sampling_of(cfg: TropdConfig) -> Sampling:
+    """How ``model.rollout`` samples."""
     from nemo_tropd.batch import Sampling
 
     return Sampling(cfg.model.rollout.temperature, cfg.model.rollout.top_p, cfg.model.rollout.top_k)
@@ -119,11 +120,10 @@ class Engines:
         settings = self._settings(cfg, cfg.model.teacher.path, "process", refreshable=False)
         devices: tuple[str | None, ...] = (None,)
         if torch.cuda.is_available():
-            settings = replace(settings, tensor_parallel=self._teacher_tensor, torch_compile=False)
-            settings = replace(settings, max_num_seqs=TEACHER_SEQUENCES)
+            changes: dict[str, Any] = {"tensor_parallel": self._teacher_tensor, "max_num_seqs": TEACHER_SEQUENCES}
             if self._kv_cache_gib is None:
-                share = teacher_utilization(torch.cuda.mem_get_info()[1])
-                settings = replace(settings, gpu_memory_utilization=share)
+                changes["gpu_memory_utilization"] = teacher_utilization(torch.cuda.mem_get_info()[1])
+            settings = replace(settings, torch_compile=False, **changes)
             devices = device_groups(cfg.trainer.devices, self._teacher_tensor, torch.cuda.device_count())
         return VllmEngine(settings, devices=devices, **self._remote_options(cfg))
 

@@ -23,8 +23,6 @@ from nemo_tropd.parallel.signals import SIGNALS
 TIME_LIMIT_S = 5
 MEMORY_LIMIT_BYTES = 4 << 30
 _LONGEST_RESPONSE = 4000  # characters; a longer response is cut from its start, since the answer comes last
-
-
 _LONGEST_TEXT = 100  # characters of a known answer that a response can be expected to end in, to the letter
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 # Begins with a word, and has nothing of a formula: a number in it (Apollo 11) is not all of the answer.

@@ -1071,8 +1071,8 @@ FAULTS: list[Fault] = [
     _plan(
         "host",
         "every rank copies all states to its host",
-        "written = (states + numbers * BYTES[t.precision]) / layout(cfg).data",
-        "written = states + numbers * BYTES[t.precision]",
+        "written = checkpoint_bytes(cfg, numbers) / layout(cfg).data",
+        "written = checkpoint_bytes(cfg, numbers)",
         "test_a_host_holds_what_its_ranks_write",
     ),
     # conversion: names, layouts, shards
