@@ -26,8 +26,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from nemo_tropd.config import ConfigError, schema_fields
 from nemo_tropd.config_keys import bad_value, scalar_section, typed, unknown_key, value_at
 from nemo_tropd.fields import complaint
+from nemo_tropd.parallel.signals import STOP
 
-_RANK_0_S = 15.0  # what rank 0 may need longer than another rank to find the same error
+_POLL_S, _RANK_0_POLLS = 0.1, 150  # rank 0 may need 15 s longer than another rank to find the same error
 
 
 def fail(error: BaseException) -> NoReturn:
@@ -39,7 +40,10 @@ def fail(error: BaseException) -> NoReturn:
     rank, who = os.environ.get("RANK", "0"), ""
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_RANK_0_S)
+        for _ in range(_RANK_0_POLLS):
+            if STOP:  # torchrun's SIGTERM came before the line above: rank 0 has spoken
+                raise SystemExit(2)
+            time.sleep(_POLL_S)
         who = f"rank {rank}: "
     print(f"\n{who}{type(error).__name__}: {printable(str(error))}", file=sys.stderr, flush=True)
     raise SystemExit(2)

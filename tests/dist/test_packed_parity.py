@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.dist.checks import Checks
@@ -119,7 +120,10 @@ def _check_case(checks: Checks, root: str, case: Case, seed: int) -> None:
         apart = float(((packed.joined[name] - want).abs() / want.abs().clamp(min=1)).max())
         checks.true(f"{case} {name}", apart < TOLERANCE, apart)
     for name, want in alone.gradients.items():
-        checks.close(f"{case} {name}", packed.gradients[name], want, TOLERANCE)
+        # A rank's part can be tiny beside the rest (3 of 131 embedding rows): the error is one of the parameter.
+        size = want.double().square().sum()
+        dist.all_reduce(size, group=topology.tensor_group)
+        checks.close(f"{case} {name}", packed.gradients[name], want, TOLERANCE, size.sqrt())
     checks.true(f"{case} metrics", packed.sums.sums.keys() == alone.sums.sums.keys())
     for name, value in alone.sums.sums.items():
         seen = packed.sums.sums[name]
