@@ -183,10 +183,13 @@ def check_refusals(checks: Checks) -> None:
 
 
 def check_head(checks: Checks, seed: int) -> None:
-    """Every objective through the kernels against float64 on the full vocabulary, value and both gradients."""
-    group = dist.group.WORLD
+    """Every objective through the kernels against float64 on the full vocabulary, value and both gradients.
+
+    On one rank in both dtypes; on two, whose kernels see no more than their own columns, in one of them by turns.
+    """
+    group, dtypes = dist.group.WORLD, (torch.float32, torch.bfloat16)
     for i, variant in enumerate(VARIANTS):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in dtypes if dist.get_world_size() == 1 else (dtypes[(seed + i) % 2],):
             layout, parallel, chunk = i % 2, bool(i // 2 % 2), (None, 5)[i // 4 % 2]
             # Under bf16's rounding a draw or a threshold may fall to the other side: those inputs are fixed, and tame.
             fixed = dtype == torch.bfloat16
@@ -285,5 +288,5 @@ def test_kernels(world_size: int) -> None:
         results = run_distributed(work, world_size, seed, timeout_s=540, fresh=True)
     for rank, (failures, count, seconds) in enumerate(results):
         print(f"rank {rank}: {count} checks in {seconds:.1f} s")
-        assert count > (400 if world_size == 1 else 200)
+        assert count > (400 if world_size == 1 else 150)
         assert not failures, f"seed {seed}, rank {rank}:\n" + "\n".join(failures)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -85,6 +87,11 @@ MARGIN, ENTROPY_GAP = 5e-5, 5e-6
 
 def make(seed: int, **shape: Any) -> MicroBatch:
     """A micro-batch as ``_draw`` draws it, no token of which lies on a jump of an equation."""
+    return deepcopy(_made(seed, **shape))
+
+
+@lru_cache(maxsize=16)
+def _made(seed: int, **shape: Any) -> MicroBatch:
     drawn = (_draw(seed + 10**7 * attempt, **shape) for attempt in count())
     return next(mb for mb in drawn if not _on_a_jump(mb))
 
