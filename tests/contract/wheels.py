@@ -14,12 +14,14 @@ from nemo_tropd.files import default_cache_dir
 
 PINS = Path(__file__).parents[2] / "docker" / "requirements-gpu.txt"
 PACKAGES = ("megatron-core", "vllm", "transformer-engine")
+# Its wheel for another platform has the same Python files and headers in an eighth of the GPU wheel's size.
+SMALLER = {"torch": ["macosx_11_0_arm64"]}
+KEPT = (".py", ".pyi", ".hpp")  # the last two: what torch's compiled parts take, and the variables they read
 SECONDS = 900
 # What the wheels are built for: the image's Python and platform, whatever runs the tests.
 TARGET = ["--only-binary=:all:", "--no-deps", "--python-version", "3.12", "--implementation", "cp"]
 TARGET += [arg for abi in ("cp312", "abi3", "none") for arg in ("--abi", abi)]
-TARGET += [arg for minor in (17, 24, 28, 31, 34, 35) for arg in ("--platform", f"manylinux_2_{minor}_x86_64")]
-TARGET += ["--platform", "manylinux2014_x86_64"]
+PLATFORMS = ["manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 28, 31, 34, 35))]
 
 
 class NoIndex(Exception):
@@ -56,6 +58,7 @@ def python_files(package: str) -> Path:
 
 def _download(package: str, version: str, into: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "1", "--dest", str(into), *TARGET]
+    command += [arg for name in SMALLER.get(package, PLATFORMS) for arg in ("--platform", name)]
     try:
         done = subprocess.run(
             [*command, f"{package}=={version}"], capture_output=True, text=True, timeout=SECONDS, check=False
@@ -75,5 +78,5 @@ def _unpack(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             parts = Path(name).parts
-            if name.endswith(".py") and ".." not in parts and not Path(name).is_absolute():
+            if name.endswith(KEPT) and ".." not in parts and not Path(name).is_absolute():
                 archive.extract(name, folder)
