@@ -10,7 +10,7 @@ import pytest
 from tests.contract import reading
 from tests.contract.wheels import NoIndex
 
-FEWEST = 50
+FEWEST = 60
 GOOD = """
 [[entry]]
 ours = "ours.py"

@@ -78,6 +78,32 @@ def test_the_share_is_asked_of_free_memory_before_any_rank_can_fail_alone(librar
     assert "dist.all_reduce(memory_tensor" in method_source(library, *launcher)
 
 
+def test_communicators_are_made_before_the_share_is_looked_for(library: Library) -> None:
+    """So that ``check_room`` leaves them room."""
+    device = method_source(library, *WORKER, "init_device")
+    made, measured = device.index("init_worker_distributed_environment("), device.index("MemorySnapshot(device")
+    assert made < measured < device.index("request_memory(init_snapshot")
+    communicator = ("vllm.distributed.device_communicators.cuda_communicator", "CudaCommunicator")
+    made_of = method_source(library, *communicator, "__init__")
+    assert all(f"{part}(" in made_of for part in ("PyNcclCommunicator", "SymmMemCommunicator", "CustomAllreduce"))
+
+
+def test_the_prefix_cache_says_whether_it_was_emptied(library: Library) -> None:
+    """It keeps what unfinished requests hold, and raises nothing."""
+    pool = method_source(library, "vllm.v1.core.block_pool", "BlockPool", "reset_prefix_cache")
+    assert re.search(r"if num_used_blocks != 1:(\n.*)+?\n\s+return False", pool)
+    engine = method_source(library, "vllm.v1.engine.core", "EngineCore", "reset_prefix_cache")
+    assert "return self.scheduler.reset_prefix_cache(" in engine
+
+
+def test_tritons_hooks_are_set_when_the_engine_is_warm(library: Library) -> None:
+    """For the process's life: the trainer's kernels compile later."""
+    assert "activate_triton_jit_monitor(" in method_source(library, *WORKER, "compile_or_warm_up_model")
+    monitor = module_source(library, "vllm.triton_utils.jit_monitor")
+    assert "knobs.runtime.jit_post_compile_hook = _on_jit_compile" in monitor
+    assert "knobs.autotuning.print = True" in monitor and "def deactivate" not in monitor
+
+
 def test_graph_buffers_are_shared_by_ipc_handles_unless_it_is_disabled(library: Library) -> None:
     """Of expandable segments there is none. vLLM knows the older name of the variable alone."""
     reduce = ("vllm.distributed.device_communicators.custom_all_reduce", "CustomAllreduce")

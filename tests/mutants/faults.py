@@ -1570,6 +1570,27 @@ FAULTS: list[Fault] = [
         _DEVICE + "test_memory_that_has_no_ipc_handle_is_not_shared",
     ),
     _gpu(
+        "rollout/vllm/in_process",
+        "prefixes of other weights stay cached",
+        "if not llm.reset_prefix_cache():",
+        "if llm.reset_prefix_cache() is None:",
+        "tests/unit/test_colocated.py::test_prefixes_of_other_weights_are_never_used",
+    ),
+    _gpu(
+        "rollout/vllm/in_process",
+        "communicators are not left room",
+        "free -= _COMMUNICATORS * several",
+        "free -= 0",
+        _DEVICE + "test_communicators_come_before_the_share",
+    ),
+    _gpu(
+        "rollout/vllm/in_process",
+        "vLLM warns of the trainer's kernels",
+        "knobs.runtime.jit_post_compile_hook, knobs.autotuning.print = hook, shown",
+        "pass",
+        _DEVICE + "test_compiling_the_trainers_kernels_is_no_delay_of_inference",
+    ),
+    _gpu(
         "rollout/collective",
         "ranks start though one has no memory",
         "engine.check_room()",

@@ -45,7 +45,7 @@ class RecordingLLM:
         self.buffers_saved = False
         self.weights: dict[str, Tensor] = {}
         self.prefixes_of: int | None = None  # the weights that cached prefixes belong to
-        self.loads = 0
+        self.loads = self.unfinished = 0
         self.seen: list[Any] = []
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shutdown))
 
@@ -72,8 +72,10 @@ class RecordingLLM:
         self.calls.append(("sleep", level))
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        self.prefixes_of = None
         self.calls.append(("forget prefixes",))
+        if self.unfinished:  # what requests hold stays cached, and nothing but the answer tells of it
+            return False
+        self.prefixes_of = None
         return True
 
     def collective_rpc(self, method: str, timeout: float | None = None, args: tuple = (), kwargs: Any = None) -> list:
@@ -205,6 +207,20 @@ def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path, monkeypa
     assert ended == []  # the trainer's group stays
     torch.distributed.destroy_process_group("other")  # type: ignore[arg-type]
     assert ended == ["other"]
+
+
+def test_prefixes_of_other_weights_are_never_used(tmp_path: Path) -> None:
+    """vLLM keeps its cache while a request is unfinished, as one is whose call was interrupted."""
+    colocated = Colocated(tmp_path, sleeps=False)
+    engine = colocated.engine
+    engine.start()
+    engine.update_weights(colocated.stream(), 0)
+    engine.generate(requests())
+    colocated.llm.unfinished = 1
+    with pytest.raises(EngineError, match="keeps cached prefixes"):
+        engine.update_weights(colocated.stream(), 1)
+    with pytest.raises(EngineError, match="has no weights"):
+        engine.generate(requests())
 
 
 def test_without_sleep_memory_and_weights_stay(tmp_path: Path) -> None:

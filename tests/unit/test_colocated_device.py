@@ -6,6 +6,7 @@ import random
 import re
 import threading
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,39 @@ def test_the_trainers_stream_stays_current(
     folder, before = make_tiny(tmp_path, layers=2, vocab=ROWS), device.stream
     ColocatedEngine(EngineSettings(folder, dtype="float32", max_model_len=64)).start()
     assert device.stream is before and known == [before]
+
+
+def test_compiling_the_trainers_kernels_is_no_delay_of_inference(
+    tmp_path: Path, device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start of vLLM leaves hooks in Triton that warn of each kernel compiled afterwards."""
+    from triton import knobs
+
+    def before(**_: Any) -> None:
+        pass
+
+    class MonitoringLLM(RecordingLLM):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            knobs.runtime.jit_post_compile_hook = lambda **_: self.calls.append(("warned",))
+            knobs.autotuning.print = True
+
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", before)
+    monkeypatch.setattr(knobs.autotuning, "print", False)
+    folder = make_tiny(tmp_path, layers=2, vocab=ROWS)
+    settings = EngineSettings(folder, dtype="float32", max_model_len=64)
+    ColocatedEngine(settings, make_llm=MonitoringLLM).start()
+    assert knobs.runtime.jit_post_compile_hook is before and knobs.autotuning.print is False
+
+
+@pytest.mark.parametrize(("tensor", "fits"), [(1, True), (2, False)])
+def test_communicators_come_before_the_share(tmp_path: Path, device: SimpleNamespace, tensor: int, fits: bool) -> None:
+    """vLLM asks for its share when it has made them: a rank that then lacks it would fail alone."""
+    device.free = int(0.3 * device.total) + (1 << 28)
+    engine = Colocated(tmp_path, gpu_memory_utilization=0.3, tensor_parallel=tensor).engine
+    outcome: Any = nullcontext() if fits else pytest.raises(EngineError, match=r"only 23\.8 GiB are free beside its")
+    with outcome:
+        engine.check_room()
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

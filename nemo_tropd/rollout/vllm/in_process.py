@@ -35,6 +35,9 @@ _MEMORY = ("weights", "kv_cache")
 # A second runner of vLLM draws all seeded requests of a step in one kernel (the first launches one a request), but
 # takes at most so many biased logits a request. Source: vllm 0.24.0, v1/worker/gpu/sample/logit_bias.py.
 _MOST_BIASED = 1024
+# Bytes of a GPU that vLLM's communicators take before it looks for its share, if the engine spans several GPUs:
+# NCCL's buffers, 64 MiB of symmetric memory, its own all-reduce's.
+_COMMUNICATORS = 1 << 29
 # Added to the logit of a padding row, which then has no share in what is sampled from.
 _NEVER = -100.0
 
@@ -65,10 +68,13 @@ class ColocatedEngine:
             return
         torch.cuda.empty_cache()
         (free, total), share = torch.cuda.mem_get_info(), self.settings.gpu_memory_utilization
+        several = self.settings.tensor_parallel > 1
+        free -= _COMMUNICATORS * several
         if free < share * total:
             raise EngineError(
                 f"model.rollout.gpu_memory_utilization={share} of the {total / 2**30:.1f} GiB of "
-                f"{torch.cuda.get_device_name()} is the engine's, but only {free / 2**30:.1f} GiB are free; lower it, "
+                f"{torch.cuda.get_device_name()} is the engine's, but only {free / 2**30:.1f} GiB are free"
+                f"{' beside its communicators' * several}; lower it, "
                 "or end what else runs on this GPU"
             )
 
@@ -83,7 +89,7 @@ class ColocatedEngine:
             # Its IPC handles cannot be made of such segments: the process would end.
             arguments["disable_custom_all_reduce"] = True
         try:
-            with environment(self._environment()):
+            with environment(self._environment()), _triton_hooks_kept():
                 make = self.make_llm or _vllm()
                 if torch.cuda.is_available():
                     # vLLM's import patches set_stream, to remember the stream. Where it knows none it makes one, which
@@ -126,7 +132,7 @@ class ColocatedEngine:
             raise WeightStreamError(f"vLLM did not take the weights ({type(error).__name__}: {error})") from error
         if next(passed, None) is not None:
             raise WeightStreamError("vLLM stopped reading the weights before their end")
-        llm.reset_prefix_cache()
+        _forget_prefixes(llm)
         self._version = version
         return RefreshStats(seconds=time.monotonic() - began, bytes=sum(sizes), buckets=1)
 
@@ -249,6 +255,28 @@ def _default_group_kept() -> Iterator[None]:
         torch.distributed.destroy_process_group = destroy
 
 
+@contextmanager
+def _triton_hooks_kept() -> Iterator[None]:
+    """vLLM's start ends with hooks that warn of each Triton kernel compiled from then on, as a delay of inference: the
+    trainer's own kernels are still to come. Source: vllm 0.24.0, triton_utils/jit_monitor.py."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from triton import knobs
+
+    hook, shown = knobs.runtime.jit_post_compile_hook, knobs.autotuning.print
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_post_compile_hook, knobs.autotuning.print = hook, shown
+
+
+def _forget_prefixes(llm: Any) -> None:
+    """Empty the prefix cache; EngineError where vLLM keeps it, since requests are unfinished: other weights made it."""
+    if not llm.reset_prefix_cache():
+        raise EngineError("vLLM keeps cached prefixes, since requests of an earlier call are unfinished")
+
+
 def _generate(llm: Any, requests: Sequence[RolloutRequest], settings: EngineSettings, version: int) -> list[Rollout]:
     """One rollout a request, in order; each is sampled with its own seed, and the list is queued before it starts."""
     from vllm import SamplingParams, TokensPrompt
@@ -272,7 +300,7 @@ def _generate(llm: Any, requests: Sequence[RolloutRequest], settings: EngineSett
     ]
     prompts = [TokensPrompt(prompt_token_ids=[*r.prompt_ids, *r.prefix_ids]) for r in requests]
     # What earlier calls left in the cache would change how this list is scheduled.
-    llm.reset_prefix_cache()
+    _forget_prefixes(llm)
     outputs = llm.generate(prompts, parameters, use_tqdm=False)
     return [_rollout(r, output.outputs[0], version) for r, output in zip(requests, outputs, strict=True)]
 
