@@ -1578,6 +1578,13 @@ FAULTS: list[Fault] = [
     ),
     _gpu(
         "rollout/vllm/in_process",
+        "vLLM does not see expandable segments",
+        'values["PYTORCH_CUDA_ALLOC_CONF"] = newer',
+        "pass",
+        _DEVICE + "test_vllm_sees_the_settings_that_torchs_allocator_goes_by",
+    ),
+    _gpu(
+        "rollout/vllm/in_process",
         "communicators are not left room",
         "free -= _COMMUNICATORS * several",
         "free -= 0",

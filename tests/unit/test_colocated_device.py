@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import threading
@@ -105,6 +106,35 @@ def test_communicators_come_before_the_share(tmp_path: Path, device: SimpleNames
     outcome: Any = nullcontext() if fits else pytest.raises(EngineError, match=r"only 23\.8 GiB are free beside its")
     with outcome:
         engine.check_room()
+
+
+@pytest.mark.parametrize(
+    ("newer", "older", "seen"),
+    [
+        ("expandable_segments:True", None, "expandable_segments:True"),
+        ("expandable_segments:True", "max_split_size_mb:512", "expandable_segments:True"),
+        ("max_split_size_mb:512", "expandable_segments:True", "max_split_size_mb:512"),
+        (None, "expandable_segments:True", "expandable_segments:True"),
+    ],
+)
+def test_vllm_sees_the_settings_that_torchs_allocator_goes_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newer: str | None, older: str | None, seen: str
+) -> None:
+    """It turns expandable segments off around its pool, and on afterwards, where it sees them under the older name."""
+    found: list[str | None] = []
+
+    class LookingLLM(RecordingLLM):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            found.append(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+
+    for name, value in (("PYTORCH_ALLOC_CONF", newer), ("PYTORCH_CUDA_ALLOC_CONF", older)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    folder = make_tiny(tmp_path, layers=2, vocab=ROWS)
+    ColocatedEngine(EngineSettings(folder, dtype="float32", max_model_len=64), make_llm=LookingLLM).start()
+    assert found == [seen] and os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == older
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

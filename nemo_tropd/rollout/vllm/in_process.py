@@ -190,9 +190,9 @@ class ColocatedEngine:
         if torch.cuda.is_available() and "VLLM_USE_V2_MODEL_RUNNER" not in os.environ:
             biased = self.settings.model_rows - self.settings.vocab_size
             values["VLLM_USE_V2_MODEL_RUNNER"] = str(int(biased <= _MOST_BIASED))
-        # vLLM turns expandable segments off around its own pool, but knows only the older of the variable's names.
-        newer = os.environ.get("PYTORCH_ALLOC_CONF", "")
-        if self.sleeps and "expandable_segments:True" in newer and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # vLLM turns expandable segments off around its own pool and on again, by what it finds under the older of the
+        # variable's names; torch goes by the newer where both are set.
+        if self.sleeps and (newer := os.environ.get("PYTORCH_ALLOC_CONF")):
             values["PYTORCH_CUDA_ALLOC_CONF"] = newer
         return values
 
