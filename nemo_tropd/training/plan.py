@@ -44,7 +44,7 @@ from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory
 from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.rollout.placement import sampling_of
 from nemo_tropd.teacher.fp8 import Fp8Settings
-from nemo_tropd.training.answers import AnswerError, judged_as
+from nemo_tropd.evaluation.answers import AnswerError, judged_as
 from nemo_tropd.training.guidance import wanted_responses
 
 OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params

@@ -11,7 +11,7 @@ from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.rollout.engine import RolloutRequest
-from nemo_tropd.training.answers import exact_match
+from nemo_tropd.evaluation.answers import exact_match
 from nemo_tropd.training.guidance import request_seed
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.teacher_responses import TeacherResponses

@@ -721,8 +721,8 @@ FAULTS: list[Fault] = [
     Fault(
         "answers",
         "of several answers the first alone counts",
-        "nemo_tropd/training/answers.py",
-        "return True if True in verdicts else False if False in verdicts else None",
+        "nemo_tropd/evaluation/answers.py",
+        "return next((v for wanted in (True, False) for v in verdicts if v[0] is wanted), (None, None))",
         "return verdicts[0]",
         ("tests/unit/test_answers.py::test_any_of_several_answers_is_right",),
     ),
@@ -1478,7 +1478,7 @@ FAULTS: list[Fault] = [
         _STRANGERS + "test_another_users_bucket_files_are_left_alone",
     ),
     _strangers(
-        "training/answers",
+        "evaluation/answers",
         "a stop reaches the judge before it is ready",
         "before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: the judge unblocks what it ignores",
         "before = signal.pthread_sigmask(signal.SIG_BLOCK, ())",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tropd.training import answers
-from nemo_tropd.training.answers import AnswerError, exact_match, judged_as
+from nemo_tropd.evaluation import answers
+from nemo_tropd.evaluation.answers import AnswerError, exact_match, judged_as
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_the_judge_ends_with_its_owner_though_another_process_holds_its_pipe():
     """The owner is killed; a child that it forked lives on with all its open files."""
     script = (
         "import os, time\n"
-        "from nemo_tropd.training import answers\n"
+        "from nemo_tropd.evaluation import answers\n"
         "assert answers.exact_match('19', '19')\n"
         "print(answers._JUDGE._child.pid, os.fork() or time.sleep(60), flush=True)\n"
         "time.sleep(60)\n"

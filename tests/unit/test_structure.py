@@ -31,6 +31,7 @@ ALLOWED = {
     "convert": {"files", "parallel"},
     "rollout": {"batch", "config", "convert", "files", "parallel"},
     "report": {"files"},
+    "evaluation": {"batch", "config", "config_data", "convert", "data", "fields", "files", "parallel", "rollout"},
     "gpt": {"batch", "config", "parallel", "convert"},
     "teacher": {"batch", "config", "parallel", "objectives", "loss", "convert", "gpt"},
     "model": {"batch", "config", "parallel", "objectives", "loss", "convert", "gpt", "teacher", "rollout"},

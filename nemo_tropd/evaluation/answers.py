@@ -45,14 +45,19 @@ def exact_match(response: str, answer: str | Sequence[str]) -> bool | None:
     punctuation and markup. Wrong is also one that has none, that cannot be judged within the limits, or at which the
     judging process dies twice (said on stderr). Raises AnswerError when the judging process cannot run.
     """
+    return judged(response, answer)[0]
+
+
+def judged(response: str, answer: str | Sequence[str]) -> tuple[bool | None, str | None]:
+    """:func:`exact_match`, and the response's answer: the right one of several, None if nothing could be parsed."""
     if not isinstance(answer, str):
-        verdicts = [exact_match(response, one) for one in answer]
-        return True if True in verdicts else False if False in verdicts else None
+        verdicts = [judged(response, one) for one in answer]
+        return next((v for wanted in (True, False) for v in verdicts if v[0] is wanted), (None, None))
     response, kind = response[-_LONGEST_RESPONSE:], judged_as(answer)
     answer = answer.rpartition("####")[2]
     if kind == "expression":
-        return bool(_JUDGE.ask(response, answer))
-    return _same_text(response, answer) if kind == "text" else None
+        return _JUDGE.verdict(response, answer)
+    return (_same_text(response, answer), _plain(_final_text(response)) or None) if kind else (None, None)
 
 
 @cache
@@ -99,6 +104,10 @@ class _Judge:
 
     def ask(self, response: str | None, answer: str) -> bool:
         """Is ``response`` right; or for None, is ``answer`` an expression?"""
+        return self.verdict(response, answer)[0]
+
+    def verdict(self, response: str | None, answer: str) -> tuple[bool, str | None]:
+        """What :meth:`ask` says, and the response's answer."""
         with self._lock:
             reply = self._reply([response, answer])
             if isinstance(reply, int) and reply != -signal.SIGALRM:
@@ -107,8 +116,9 @@ class _Judge:
             if reply != -signal.SIGALRM:
                 why = f"the process that judges answers died twice (code {reply}); the right answer is {answer!r}"
                 print(f"a response counts as wrong: {why}", file=sys.stderr, flush=True)
-            return False
-        return bool(json.loads(reply))
+            return False, None
+        right, found = json.loads(reply)
+        return right, found
 
     def _reply(self, question: list[str | None]) -> str | int:
         """The judge's line, or the code it exited with."""

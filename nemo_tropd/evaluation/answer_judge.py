@@ -1,4 +1,4 @@
-"""The process behind answers.py: reads [response, answer] as JSON lines, writes true or false.
+"""The process behind answers.py: reads [response, answer] as JSON lines, writes [right, answer found].
 
 Beyond the time limit of a question the kernel kills the process with SIGALRM; beyond the memory limit the verdict is
 false. It ends with its pipe, or soon after its owner, and with no signal that stops a run.
@@ -17,13 +17,25 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 _TARGETS = (LatexExtractionConfig(), ExprExtractionConfig())
 
 
-def judge(response: str | None, answer: str) -> bool:
-    """Is ``response`` right; or for None, has ``answer`` an expression? math-verify's own time limits are off."""
+def judge(response: str | None, answer: str) -> tuple[bool, str | None]:
+    """Is ``response`` right, and what is its answer (None: no expression)? Or for None, has ``answer`` an expression?
+
+    math-verify's own time limits are off.
+    """
     gold = parse(answer, extraction_config=_TARGETS, parsing_timeout=None)
-    if not gold or response is None:
-        return bool(gold)
+    if response is None:
+        return bool(gold), None
     found = parse(response, extraction_config=_TARGETS, parsing_timeout=None)
-    return bool(found) and verify(gold, found, timeout_seconds=None)
+    right = bool(gold and found) and verify(gold, found, timeout_seconds=None)
+    return right, _text(found) if found else None
+
+
+def _text(found: list[object]) -> str:
+    """Equal answers in other forms mostly have one text: that of the expression, not of what was said."""
+    try:
+        return str(found[0])
+    except ValueError:  # a number of too many digits
+        return str(found[-1])
 
 
 def main() -> None:
@@ -50,7 +62,7 @@ def main() -> None:
         try:
             verdict = judge(response, answer)
         except (MemoryError, RecursionError):
-            verdict = False
+            verdict = False, None
         signal.alarm(0)
         print(json.dumps(verdict), flush=True)
 

@@ -1,0 +1,1 @@
+"""Benchmarks: problems, a model's answers, verdicts on them, and what the numbers say."""
