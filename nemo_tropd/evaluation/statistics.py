@@ -1,0 +1,149 @@
+"""What verdicts on a benchmark say: scores with their errors, and whether two models differ by more than noise.
+
+Arrays are (problems, samples). Problems are the independent units: samples of one problem are correlated, so an error
+is that of the problems' means (clustered), and a comparison pairs the models' means of each problem.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_CHUNK = 1 << 22  # drawn indices held at once
+
+
+class Mean(NamedTuple):
+    """``error`` is the standard error; NaN of a single problem."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one benchmark: the mean over all samples with its standard error over problems (NaN of one problem), pass@k by
+    k, majority@n, and the shares of samples that were cut at the length limit and whose answer could not be parsed."""
+
+    mean: float
+    error: float
+    pass_at: dict[int, float]
+    majority: float
+    truncated: float
+    unparsed: float
+
+
+class Difference(NamedTuple):
+    """``value``: mean of second less first, over problems; ``low`` to ``high``: its bootstrap interval."""
+
+    value: float
+    error: float
+    low: float
+    high: float
+    level: float
+    problems: int
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Is zero outside of the interval? The interval of one problem alone says nothing."""
+        return self.problems > 1 and not self.low <= 0.0 <= self.high
+
+    def sentence(self, first: str, second: str) -> str:
+        """In words, in points of 100."""
+        value, low, high = (100 * x for x in (self.value, self.low, self.high))
+        way = "higher" if value > 0 else "lower"
+        size = f"{second} scores {abs(value):.1f} points {way} than {first}" if value else f"{second} and {first} tie"
+        said = f"{size} ({self.level:.0%} interval {low:+.1f} to {high:+.1f}, {self.problems} problems)"
+        if self.beyond_noise:
+            return f"{said}: more than noise."
+        return f"{said}: no more than noise explains."
+
+
+def score(correct: ArrayLike, answers: Sequence[Sequence[str | None]], finished: ArrayLike) -> Score:
+    """All of them of (problems, samples), each problem with as many samples; pass@k for k of powers of 2, and for n.
+    Raises ValueError where shapes differ or there is nothing."""
+    right, ended, most = _array(correct), _array(finished), majority(answers, correct)
+    if right.shape != ended.shape:
+        raise ValueError(f"verdicts are {right.shape}, and whether samples finished is {ended.shape}")
+    n = right.shape[1]
+    ks = sorted({*(1 << i for i in range(n.bit_length())), n})
+    unparsed = share([[answer is None for answer in row] for row in answers])
+    pass_at = {k: pass_at_k(right, k).value for k in ks}
+    return Score(*mean(right), pass_at, most.value, share(1 - ended), unparsed)
+
+
+def mean(correct: ArrayLike) -> Mean:
+    """Of (problems, samples) or (problems,) values: the mean over all, and its standard error over problems. Raises
+    ValueError where there is nothing."""
+    means = _means(correct)
+    error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+    return Mean(float(means.mean()), error)
+
+
+def share(flags: ArrayLike) -> float:
+    """Of the samples, the share that is flagged: truncated, or unparsed."""
+    return mean(flags).value
+
+
+def pass_at_k(correct: ArrayLike, k: int) -> Mean:
+    """The chance that one of ``k`` samples, taken of a problem's n without putting back, is right: unbiased. Raises
+    ValueError for a k that is not from 1 to n."""
+    right = _array(correct)
+    if right.ndim != 2 or not 1 <= k <= right.shape[1]:
+        raise ValueError(f"k = {k}: give one from 1 to the number of samples, {right.shape[1:]}")
+    n, count = right.shape[1], right.sum(axis=1)
+    # the chance that all k are wrong: C(n - c, k) / C(n, k)
+    factors = [(n - count - i) / (n - i) for i in range(k)]
+    return mean(1.0 - np.clip(factors, 0.0, None).prod(axis=0))
+
+
+def majority(answers: Sequence[Sequence[str | None]], correct: ArrayLike) -> Mean:
+    """majority@n: is the answer that most samples of a problem gave right? Among answers given as often each counts its
+    share; None is no vote; without votes it is wrong. Of equal answers, the share of right ones counts."""
+    right = _array(correct)
+    if right.ndim != 2 or [len(row) for row in answers] != [right.shape[1]] * len(right):
+        raise ValueError(f"give an answer for each of the verdicts, {right.shape}")
+    scores = []
+    for row, verdicts in zip(answers, right, strict=True):
+        votes = Counter(answer for answer in row if answer is not None)
+        most = max(votes.values(), default=0)
+        winners = [answer for answer, count in votes.items() if count == most]
+        means = [np.mean([v for a, v in zip(row, verdicts, strict=True) if a == winner]) for winner in winners]
+        scores.append(float(np.mean(means)) if means else 0.0)
+    return mean(scores)
+
+
+def difference(
+    first: ArrayLike, second: ArrayLike, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> Difference:
+    """Of two models on the same problems in the same order; their numbers of samples may differ. The interval is of
+    percentiles over ``resamples`` of the problems. Raises ValueError where problems do not match."""
+    ours, theirs = _means(first), _means(second)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"the models answered {len(ours)} and {len(theirs)} problems: compare the same ones")
+    if not 0.0 < level < 1.0 or resamples < 1:
+        raise ValueError(f"level = {level}, resamples = {resamples}: give a level between 0 and 1, and some resamples")
+    change = theirs - ours
+    random, n = np.random.default_rng(seed), len(change)
+    rows = max(1, _CHUNK // n)
+    drawn = [
+        change[random.integers(0, n, (min(rows, resamples - done), n))].mean(axis=1)
+        for done in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
+    return Difference(*mean(change), float(low), float(high), level, n)
+
+
+def _array(values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim not in (1, 2) or array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(f"give finite values of (problems, samples), at least one: {array.shape}")
+    return array
+
+
+def _means(values: ArrayLike) -> NDArray[np.float64]:
+    """Of each problem."""
+    array = _array(values)
+    return array if array.ndim == 1 else array.mean(axis=1)

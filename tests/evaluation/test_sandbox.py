@@ -1,0 +1,168 @@
+"""Hostile programs end within their limits and harm nothing, with namespaces and, as far as promised, without."""
+
+import os
+import socket
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemo_tropd.evaluation import sandbox
+from nemo_tropd.evaluation.sandbox import Limits, SandboxError, run
+
+SMALL = Limits(seconds=2.0, cpu_seconds=2, memory_bytes=256 << 20)
+BOTH = pytest.mark.parametrize("namespaces", [True, False])
+FORK_BOMB = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+DETACHED = (
+    "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+    "        os.execvp('/bin/sleep', ['sleep', '61.4375'])\n    os._exit(0)\ntime.sleep(0.2)"
+)
+ENDLESS = {
+    "a loop": "while True: pass",
+    "a loop that keeps signals off": (
+        "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except OSError: pass\n"
+        "while True: pass"
+    ),
+    "sleep": "import time; time.sleep(99)",
+    "a fork bomb": FORK_BOMB,
+    "a detached process": DETACHED + "\ntime.sleep(99)",
+}
+MEMORY = {
+    "a list": "x = []\nwhile True: x.append('a' * 1000000)",
+    "at once": "x = bytearray(1 << 33)",
+    "by many processes": (
+        "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        x = b'a' * (100 << 20)\n"
+        "        time.sleep(99)\ntime.sleep(99)"
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    yield
+    found = [p for p in Path("/proc").glob("[0-9]*/cmdline") if _ours(p)]
+    assert not found, found
+
+
+def _ours(path):
+    try:
+        line = path.read_bytes()
+    except OSError:
+        return False
+    return b"61.4375" in line or b"program.py" in line
+
+
+def test_what_ends_by_itself_is_told_as_it_was():
+    outcome = run("import sys\nprint(input()[::-1])\nprint('oh', file=sys.stderr)\nsys.exit(3)", "abc\n")
+    assert outcome == ("ended", 3, "cba\n", "oh\n")
+    assert run("raise ValueError('no')").code == 1
+    assert run("import os; os.kill(os.getpid(), 9)") == ("ended", -9, "", "")
+    assert run("x = '\ud800'").code == 0  # no text for a file as it stands
+    assert run("def f(n): return n and f(n - 1)\nimport sys\nsys.setrecursionlimit(50000)\nprint(f(40000))").code == 0
+
+
+@BOTH
+@pytest.mark.parametrize("program", ENDLESS.values(), ids=ENDLESS)
+def test_the_endless_end(program, namespaces):
+    start = time.monotonic()
+    outcome = run(program, limits=replace(SMALL, seconds=1.0), namespaces=namespaces)
+    assert outcome.status in ("time", "processes") and time.monotonic() - start < 20
+
+
+@BOTH
+@pytest.mark.parametrize("program", MEMORY.values(), ids=MEMORY)
+def test_memory_is_bounded(program, namespaces):
+    assert run(program, limits=SMALL, namespaces=namespaces).status == "memory"
+
+
+@BOTH
+def test_what_is_started_and_left_ends_with_the_program(namespaces):
+    assert run(DETACHED, namespaces=namespaces).status == "ended"
+
+
+@BOTH
+def test_a_gigabyte_printed_is_cut(namespaces):
+    start = time.monotonic()
+    outcome = run("for _ in range(1024): print('a' * (1 << 20))", limits=SMALL, namespaces=namespaces)
+    assert outcome.status == "output" and len(outcome.stdout) == SMALL.output_bytes
+    assert time.monotonic() - start < 20
+    never = run("import os\nwhile True:\n    try: os.write(1, b'a' * 9999)\n    except OSError: pass", limits=SMALL)
+    assert never.status == "output"
+
+
+@BOTH
+def test_files_elsewhere_are_neither_read_nor_changed(namespaces, tmp_path):
+    tmp_path.chmod(0o777)
+    (tmp_path / "secret").write_text("s3cret")
+    home, here = Path.home(), Path(__file__)
+    program = f"""
+import os
+for path in ({str(home)!r}, {str(tmp_path)!r}, "/etc", "/var"):
+    try: print(os.listdir(path))
+    except OSError: print("no")
+for path in ({str(tmp_path / "secret")!r}, {str(here)!r}, "/etc/passwd", "/proc/1/environ"):
+    try: print(open(path).read())
+    except OSError: print("no")
+for path in ({str(tmp_path / "new")!r}, {str(home / "tropd-new")!r}, "/usr/new", "/new", "/dev/shm/x", "/var/tmp/x"):
+    try: print(open(path, "w").write("x"))
+    except OSError: print("no")
+try: print(os.remove({str(tmp_path / "secret")!r}))
+except OSError: print("no")
+print(open("mine", "w").write("x"))
+"""
+    outcome = run(program, namespaces=namespaces)
+    lines = outcome.stdout.splitlines()
+    if namespaces:  # folders on the way to the interpreter may be there, with nothing else in them
+        lines[:4] = [
+            "no" if "s3cret" not in line and ".ssh" not in line and "passwd" not in line else line for line in lines[:4]
+        ]
+    assert lines == ["no"] * 15 + ["1"], outcome
+    assert (tmp_path / "secret").read_text() == "s3cret" and not (tmp_path / "new").exists()
+
+
+@BOTH
+def test_no_connection_is_made(namespaces):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        outcome = run(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)", namespaces=namespaces)
+    assert outcome.code == 1 and ("Network is unreachable" if namespaces else "Permission denied") in outcome.stderr
+
+
+def test_disk_is_bounded():
+    program = (
+        "import itertools\nfor i in itertools.count():\n    with open(f'f{i}', 'wb') as f:\n"
+        "        for _ in range(8): f.write(bytes(1 << 20))\n    print(i, flush=True)"
+    )
+    outcome = run(program, limits=replace(Limits(), file_bytes=16 << 20))
+    assert outcome.code == 1 and "No space left" in outcome.stderr and int(outcome.stdout.split()[-1]) < 8
+    outcome = run("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))")
+    assert outcome.code == 1 and "File too large" in outcome.stderr
+
+
+@BOTH
+def test_other_processes_get_no_signals(namespaces):
+    outcome = run(f"import os\nos.kill({os.getpid()}, 0)", namespaces=namespaces)
+    assert outcome.code == 1 and ("No such process" in outcome.stderr or "not permitted" in outcome.stderr)
+    assert run("import os\nos.kill(-1, 9)", namespaces=namespaces).status in ("ended", "killed")
+
+
+def test_threads_run_programs_at_once_and_leave_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
+    found = {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: run(f"print({n})").stdout})) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: f"{n}\n" for n in range(6)}
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interpreter_that_cannot_start_is_an_error_and_no_verdict(monkeypatch):
+    monkeypatch.setattr(sandbox.sys, "base_prefix", sandbox.sys.prefix)
+    monkeypatch.setattr(sandbox.Path, "resolve", lambda path: path)
+    with pytest.raises(SandboxError):
+        run("print(1)")
+    sandbox.missing.cache_clear()
