@@ -30,6 +30,7 @@ from nemo_tropd.data import (
     template_notes,
 )
 from nemo_tropd.data.tokenizer import STUDENT, TEACHER
+from nemo_tropd.evaluation.answers import AnswerError, judged_as
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.parallel.cpu import fast_bf16
@@ -44,7 +45,6 @@ from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory
 from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.rollout.placement import sampling_of
 from nemo_tropd.teacher.fp8 import Fp8Settings
-from nemo_tropd.evaluation.answers import AnswerError, judged_as
 from nemo_tropd.training.guidance import wanted_responses
 
 OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params

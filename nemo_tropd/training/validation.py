@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.evaluation.answers import exact_match
 from nemo_tropd.files import read_json, write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.rollout.engine import RolloutRequest
-from nemo_tropd.evaluation.answers import exact_match
 from nemo_tropd.training.guidance import request_seed
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.teacher_responses import TeacherResponses

