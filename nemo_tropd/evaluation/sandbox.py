@@ -47,21 +47,32 @@ class Outcome(NamedTuple):
     stderr: str
 
 
-def run(program: str, stdin: str = "", limits: Limits | None = None, namespaces: bool = True) -> Outcome:
+def run(program: str, stdin: str = "", limits: Limits | None = None, namespaces: bool | None = None) -> Outcome:
     """Runs a Python program to its end or over a limit; when it returns, no process of it is left. Thread-safe.
 
-    ``namespaces`` False leaves them out, as where the kernel refuses them. Raises SandboxError.
+    ``namespaces`` False does without them, as where the kernel refuses them. Raises SandboxError.
     """
-    return _run(program, stdin, limits or Limits(), namespaces)[0]
+    return _run(program, stdin, limits or Limits(), _probed()[0] if namespaces is None else namespaces)[0]
+
+
+def missing() -> tuple[str, ...]:
+    """The guards that this machine refuses; stderr is told once. Raises SandboxError where no program runs at all."""
+    return _probed()[1]
 
 
 @cache
-def missing() -> tuple[str, ...]:
-    """The guards that this machine refuses. Raises SandboxError where even the simplest program does not run."""
-    outcome, lacking = _run("print('ready')", "", Limits(), True)
+def _probed() -> tuple[bool, tuple[str, ...]]:
+    """Whether to ask for namespaces, and what is missing."""
+    try:
+        namespaces, (outcome, lacking) = True, _run("print('ready')", "", Limits(), True)
+    except SandboxError as error:  # some container has them, but no mounts in them
+        namespaces, (outcome, lacking) = False, _run("print('ready')", "", Limits(), False)
+        lacking = [f"namespaces ({error})", *lacking]
     if outcome.stdout != "ready\n":
         raise SandboxError(f"python does not run in the sandbox: {outcome}; is {sys.prefix} readable by all users?")
-    return tuple(lacking)
+    if lacking:
+        print(f"the sandbox for programs of models is without {'; '.join(lacking)}", file=sys.stderr, flush=True)
+    return namespaces, tuple(lacking)
 
 
 def _run(program: str, stdin: str, limits: Limits, namespaces: bool) -> tuple[Outcome, list[str]]:
@@ -97,7 +108,7 @@ def _run(program: str, stdin: str, limits: Limits, namespaces: bool) -> tuple[Ou
             texts, over = _read(process, got, limits)
         finally:
             os.close(got)
-            _end(process)
+            _end(process, limits)
     return _outcome(texts, over)
 
 
@@ -121,13 +132,13 @@ def _read(process: "subprocess.Popen[bytes]", report: int, limits: Limits) -> tu
     return texts, over
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", limits: Limits) -> None:
     """The pipes are closed: what still prints ends by that, or else in time; after that it is killed."""
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     process.stderr.close()
     try:
-        process.wait(_START_S)
+        process.wait(limits.seconds + _START_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

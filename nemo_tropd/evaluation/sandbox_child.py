@@ -114,6 +114,9 @@ def control_groups(memory, processes):
         if not wanted or not (folder.parent / "cgroup.procs").exists():
             continue
         try:
+            for old in folder.parent.glob("tropd-sandbox-*"):  # of one that was killed
+                if not Path("/proc", old.name.rpartition("-")[2]).exists():
+                    old.rmdir()
             folder.mkdir()
         except OSError:
             continue
@@ -167,13 +170,19 @@ def confine(task, user, isolated):
         limit = limit if ceiling == resource.RLIM_INFINITY else min(limit, ceiling)
         resource.setrlimit(what, (limit, limit))
     if user is not None:
-        os.setgroups([])
+        with contextlib.suppress(PermissionError):  # there may be none to give up
+            os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     if isolated or "Landlock" in task["missing"]:
         _prctl(38, 1)
     else:
         landlock(task["readable"], task["folder"])
+
+
+def mapped(user):
+    lines = Path("/proc/self/uid_map").read_text().splitlines()
+    return any(first <= user < first + count for first, _, count in (map(int, line.split()) for line in lines))
 
 
 def supervise(task, report, isolated, groups):
@@ -183,14 +192,16 @@ def supervise(task, report, isolated, groups):
         (folder / "cgroup.procs").write_text("0")
     folder, user = task["folder"], None
     if os.geteuid() == 0 and (isolated or task["reachable"]):
-        user = 200_000 + task["id"] % 4_000_000  # one to itself, so that its processes are counted alone
+        # one to itself, so that its processes are counted alone; where there is none, the one called nobody
+        user = next(filter(mapped, (200_000 + task["id"], 65534)), None)
     if isolated:
         change_root(folder, task["readable"], task["file_bytes"])
         folder = "/tmp"
     os.chdir(folder)
     Path("program.py").write_text(task["program"])
     text = os.memfd_create("input")
-    os.write(text, task["input"].encode()) if task["input"] else None
+    if task["input"]:
+        os.write(text, task["input"].encode(errors="replace"))
     os.lseek(text, 0, os.SEEK_SET)
     if user is not None:
         os.chown(".", user, user)

@@ -12,7 +12,8 @@ import pytest
 from nemo_tropd.evaluation import sandbox
 from nemo_tropd.evaluation.sandbox import Limits, SandboxError, run
 
-SMALL = Limits(seconds=2.0, cpu_seconds=2, memory_bytes=256 << 20)
+SMALL = Limits(cpu_seconds=2, memory_bytes=128 << 20)
+SHORT = replace(SMALL, seconds=0.5)
 BOTH = pytest.mark.parametrize("namespaces", [True, False])
 FORK_BOMB = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
 DETACHED = (
@@ -33,7 +34,7 @@ MEMORY = {
     "a list": "x = []\nwhile True: x.append('a' * 1000000)",
     "at once": "x = bytearray(1 << 33)",
     "by many processes": (
-        "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        x = b'a' * (100 << 20)\n"
+        "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        x = b'a' * (50 << 20)\n"
         "        time.sleep(99)\ntime.sleep(99)"
     ),
 }
@@ -67,7 +68,7 @@ def test_what_ends_by_itself_is_told_as_it_was():
 @pytest.mark.parametrize("program", ENDLESS.values(), ids=ENDLESS)
 def test_the_endless_end(program, namespaces):
     start = time.monotonic()
-    outcome = run(program, limits=replace(SMALL, seconds=1.0), namespaces=namespaces)
+    outcome = run(program, limits=SHORT, namespaces=namespaces)
     assert outcome.status in ("time", "processes") and time.monotonic() - start < 20
 
 
@@ -88,7 +89,7 @@ def test_a_gigabyte_printed_is_cut(namespaces):
     outcome = run("for _ in range(1024): print('a' * (1 << 20))", limits=SMALL, namespaces=namespaces)
     assert outcome.status == "output" and len(outcome.stdout) == SMALL.output_bytes
     assert time.monotonic() - start < 20
-    never = run("import os\nwhile True:\n    try: os.write(1, b'a' * 9999)\n    except OSError: pass", limits=SMALL)
+    never = run("import os\nwhile True:\n    try: os.write(1, b'a' * 9999)\n    except OSError: pass", limits=SHORT)
     assert never.status == "output"
 
 
@@ -160,9 +161,29 @@ def test_threads_run_programs_at_once_and_leave_no_files(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interpreter_that_cannot_start_is_an_error_and_no_verdict(monkeypatch):
+@pytest.fixture
+def probed_anew():
+    sandbox._probed.cache_clear()
+    yield
+    sandbox._probed.cache_clear()
+
+
+def test_an_interpreter_that_cannot_start_is_an_error_and_no_verdict(monkeypatch, probed_anew):
     monkeypatch.setattr(sandbox.sys, "base_prefix", sandbox.sys.prefix)
     monkeypatch.setattr(sandbox.Path, "resolve", lambda path: path)
     with pytest.raises(SandboxError):
         run("print(1)")
-    sandbox.missing.cache_clear()
+
+
+def test_what_a_machine_refuses_is_said_once(monkeypatch, probed_anew, capsys):
+    complete = sandbox._run
+
+    def without_mounts(program, stdin, limits, namespaces):
+        if namespaces:
+            raise SandboxError("mount: refused")
+        return complete(program, stdin, limits, namespaces)
+
+    monkeypatch.setattr(sandbox, "_run", without_mounts)
+    assert run("print(1)").stdout == run("print(1)").stdout == "1\n"
+    assert sandbox.missing()[0] == "namespaces (mount: refused)"
+    assert capsys.readouterr().err.count("is without namespaces (mount: refused)") == 1
