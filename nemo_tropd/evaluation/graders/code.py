@@ -244,6 +244,6 @@ def _unpacked(key: str, text: str) -> object:
         texts = [argument for name, argument in codes if name in _TEXTS]
         if len(texts) != 1 or not {name for name, _ in codes} <= _PICKLED:
             raise ValueError("the pickle holds something else than one text")
-        return json.loads(texts[0])
+        return json.loads(str(texts[0]))
     except (zlib.error, ValueError) as error:
         raise ConfigError(key, text[:80], f"neither JSON nor base64 of zlib of a pickle of JSON: {error}") from error
