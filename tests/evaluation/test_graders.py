@@ -12,6 +12,7 @@ import pytest
 from nemo_tropd.config import ConfigError
 from nemo_tropd.evaluation import answers, graders
 from nemo_tropd.evaluation.graders import Verdict, code, instructions
+from nemo_tropd.evaluation.sandbox import SandboxError
 
 MATH = {"problem": "question", "answer": "solution"}
 
@@ -191,6 +192,15 @@ def test_a_function_is_checked():
     assert (
         details[0] == "AssertionError" and details[6] == "over its limit: time" and details[5].startswith("NameError")
     )
+
+
+def test_a_machine_on_which_no_program_runs_is_named_before_any_is_generated(monkeypatch):
+    def refused():
+        raise SandboxError("python does not run")
+
+    monkeypatch.setattr(code, "missing", refused)
+    with pytest.raises(ConfigError, match="no program can be run here: python does not run"):
+        graders.build("humaneval", "{problem}", HUMANEVAL, {})
 
 
 def livecodebench(public, private, metadata="{}", starter=""):

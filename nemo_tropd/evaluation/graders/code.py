@@ -20,7 +20,7 @@ from typing import Any
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.evaluation.graders.contract import Form, Verdict, said, settings
-from nemo_tropd.evaluation.sandbox import Limits, Outcome, missing, run
+from nemo_tropd.evaluation.sandbox import Limits, Outcome, SandboxError, missing, run
 
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*[\w+.-]*[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 # where a base model that completes a function goes on to something else
@@ -55,18 +55,21 @@ _LARGEST_TESTS = 1 << 30  # bytes
 
 
 class _CodeGrader:
-    """Options ``time_limit_s`` (of processor time, for each test), ``memory_gib`` and ``workers``, programs at once (by
-    default one for each processor)."""
+    """Options ``time_limit_s`` (of processor time, for each test, in whole seconds), ``memory_gib`` and ``workers``,
+    programs at once (by default one for each processor)."""
 
     def __init__(self, options: Mapping[str, object], **defaults: Any) -> None:
         chosen = settings(options, workers=len(os.sched_getaffinity(0)), **defaults)
+        try:
+            missing()
+        except SandboxError as error:
+            raise ConfigError("grader", type(self).__name__, f"no program can be run here: {error}") from error
         seconds, self._workers = chosen["time_limit_s"], chosen["workers"]
         # A busy machine gives a program its processor time later.
         wall, memory = 3 * seconds + 5, int(chosen["memory_gib"] * (1 << 30))
         self._limits = Limits(seconds=wall, cpu_seconds=max(1, round(seconds)), memory_bytes=memory)
 
     def grade(self, items: Sequence[tuple[object, str]]) -> list[Verdict]:
-        missing()  # whether programs run at all
         with ThreadPoolExecutor(self._workers) as pool:
             return list(pool.map(lambda item: self._verdict(item[0], said(item[1])), items))
 
