@@ -168,7 +168,8 @@ def confine(task, user, isolated):
     ):  # fmt: skip
         ceiling = resource.getrlimit(what)[1]
         limit = limit if ceiling == resource.RLIM_INFINITY else min(limit, ceiling)
-        resource.setrlimit(what, (limit, limit))
+        # over the lower limit a program gets SIGXCPU, which says why it ends; over the upper one it is killed
+        resource.setrlimit(what, (limit, limit + int(what == resource.RLIMIT_CPU and limit != ceiling)))
     if user is not None:
         with contextlib.suppress(PermissionError):  # there may be none to give up
             os.setgroups([])
@@ -231,7 +232,8 @@ def watch(program, task):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
                 if found[0] == program:
                     code = os.waitstatus_to_exitcode(found[1])
-                    return ("time" if code in (-signal.SIGXCPU, -signal.SIGKILL) and cpu_used(task) else "ended"), code
+                    ignored = code == -signal.SIGKILL and cpu_used() > task["cpu_seconds"] / 2
+                    return "time" if code == -signal.SIGXCPU or ignored else "ended", code
         if time.monotonic() > end:
             return "time", None
         used = descendants()
@@ -242,9 +244,10 @@ def watch(program, task):
         signal.sigtimedwait([signal.SIGCHLD], _POLL_S)
 
 
-def cpu_used(task):
+def cpu_used():
+    """Seconds, of what has ended; the kernel counts coarsely, and for its limit otherwise."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime >= 0.9 * task["cpu_seconds"]  # the kernel counts in ticks
+    return usage.ru_utime + usage.ru_stime
 
 
 def main():

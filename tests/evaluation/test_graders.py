@@ -172,26 +172,23 @@ def test_a_function_is_checked():
     text, reference = asked(grader, TASK)
     assert text == "Complete:\n" + HEAD
     right = [
-        "    return floor(n / 2)\n", "    return n // 2\n\nprint(half(input()))\n",
-        f"```python\n{WHOLE}```", WHOLE + MAIN,
+        "    print('4')\n    return floor(n / 2)\n\nprint(half(input()))\n", WHOLE + MAIN,
+        "```\n    return n // 2\n```",
         f"First\n```\n1 / 0\n```\nthen\n```python\n{HEAD}    return n // 2\n{MAIN}```\nand\n```\n$ python half.py\n```",
-        f"```\n1 / 0\n```</think>\n```py\n{WHOLE}\n```", "```\n    return n // 2\n```",
-        "    print('4')\n    return n >> 1",
+        f"```\n1 / 0\n```</think>\n```py\n{WHOLE}\n```",
     ]  # fmt: skip
     wrong = [
-        "    return n", "    return n / 2", "    exit(0)", "    import os\n    os._exit(0)", "    return (",
-        "    return m",
-        "    while True: pass", "    import sys\n    sys.stdin.read()\n    return input()", "Well, it is half.",
-        "    x = 'a' * (1 << 40)", f"```python\n{WHOLE}```</think>    return n",
+        "    return n", "    while True: pass", "    import os\n    os._exit(0)", "    return (",
+        "    import sys\n    sys.stdin.read()\n    return input()", "Well, it is half.", "    x = 'a' * (1 << 40)",
+        f"```python\n{WHOLE}```</think>    return m",
     ]  # fmt: skip
     nothing = ["", "<think>" + WHOLE, WHOLE + "</think>", "```python\n```"]
     verdicts = grader.grade([(reference, response) for response in right + wrong + nothing])
     assert [v.correct for v in verdicts] == [True] * len(right) + [False] * (len(wrong) + 4), verdicts
     assert [v.answer is None for v in verdicts] == [False] * (len(right) + len(wrong)) + [True] * 4
     details = [v.detail for v in verdicts[len(right) :]]
-    assert (
-        details[0] == "AssertionError" and details[6] == "over its limit: time" and details[5].startswith("NameError")
-    )
+    assert details[:2] == ["AssertionError", "over its limit: time"] and details[7].startswith("NameError")
+    assert details[6] == "over its limit: memory"
 
 
 def test_a_machine_on_which_no_program_runs_is_named_before_any_is_generated(monkeypatch):
@@ -235,13 +232,11 @@ def test_programs_are_tested_by_standard_input():
         "a = int(input())",
         f"{add}print()\nprint('.')",
         f"{add}exit(1)",
-        "while True: 0",
     ]
     verdicts = grader.grade([(reference, r) for r in [*right, *(f"```python\n{w}\n```" for w in wrong), add, ""]])
-    assert [v.correct for v in verdicts] == [True] * 3 + [False] * 8, verdicts
-    assert [v.answer is None for v in verdicts] == [False] * 9 + [True] * 2
+    assert [v.correct for v in verdicts] == [True] * 3 + [False] * 7, verdicts
+    assert [v.answer is None for v in verdicts] == [False] * 8 + [True] * 2
     assert verdicts[3].detail == "test 2: wrong output" and verdicts[4].detail == "test 1: wrong output"
-    assert verdicts[8].detail == "test 1: over its limit: time"
 
 
 def test_programs_are_tested_by_calls():
