@@ -25,7 +25,7 @@ from nemo_tropd.parallel.vocab import SoftmaxTopK, check_finite, check_k
 from .backend import head_chunks
 from .chunks import StudentChunk
 from .inputs import HeadLayout, HiddenRows, check_head, check_tokens, first_bad
-from .overlap import run_chunks
+from .overlap import read_by_caller, run_chunks
 from .sampled import as_sampled
 from .weight_gradient import WeightGradient, add_scaled, scale_in_place
 
@@ -265,6 +265,7 @@ class _Pass:
     def compute(self) -> None:
         device = self.ids.device
         run_chunks(self.chunks, self._product, self._reduce, self._back, slots=self.slots, device=device)
+        read_by_caller([*self.losses, *self.log_z, *(v for m in self.metrics for v in m.values())], device)
 
     def _product(self, chunk: slice, slot: int) -> Tensor:
         picked = self._picked[chunk.start] = self.states.pick(chunk)

@@ -114,9 +114,8 @@ def _reduce(out: kernels.Streamed, local: Tensor, shard: VocabShard) -> tuple[Te
     shift = torch.where(out.sums > 0, out.top - top, 0.0)  # a shard of -inf alone adds nothing
     scale = shift.exp()
     owned = (local >= 0) & (local < shard.width)
-    parts = [(out.sums * scale)[:, None], torch.where(owned, out.columns + (out.top - top)[:, None], 0.0)]
-    if out.entropy is not None:
-        parts.append((scale * (out.entropy - shift * out.sums))[:, None])
-    packed = shard.reduce(torch.cat(parts, 1), ReduceOp.SUM)
-    count = local.size(1)
-    return top, packed[:, 0], packed[:, 1 : 1 + count], packed[:, -1] if out.entropy is not None else None
+    # In the order of softmax_columns, which a rank whose shard is padding alone takes part with.
+    sums = [out.sums * scale, *([] if out.entropy is None else [scale * (out.entropy - shift * out.sums)])]
+    columns = torch.where(owned, out.columns + (out.top - top)[:, None], 0.0)
+    packed = shard.reduce(torch.cat([torch.stack(sums, 1), columns], 1), ReduceOp.SUM)
+    return top, packed[:, 0], packed[:, len(sums) :], packed[:, 1] if out.entropy is not None else None

@@ -1,6 +1,6 @@
 """Overlaps the matrix products of one chunk with the reductions of its neighbours (CUDA streams)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -24,7 +24,7 @@ def run_chunks(
 
     With two slots on a GPU, ``reduce``, bound by memory, runs on a stream of its own beside the neighbouring chunks'
     ``product`` and ``back``, which are bound by arithmetic. Tensors that ``reduce`` makes may be used on the caller's
-    stream once this returns. A collective in ``reduce`` is called in the same order on every rank.
+    stream once this returns (see ``read_by_caller``). A collective in ``reduce`` is called in one order on every rank.
     """
     if slots < 2 or device.type != "cuda" or len(chunks) < 2:
         for chunk in chunks:
@@ -49,3 +49,11 @@ def run_chunks(
             done = side.record_event()
         main.wait_event(done)
         back(chunk, reduced)
+
+
+def read_by_caller(made: Iterable[Tensor], device: torch.device) -> None:
+    """The caller's stream reads what ``reduce`` made. Else torch would give its memory back to the driver (where memory
+    is short, and segments expandable) as soon as the stream that it was made on is done."""
+    if device.type == "cuda":
+        for tensor in made:
+            tensor.record_stream(torch.cuda.current_stream(device))

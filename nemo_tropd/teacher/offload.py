@@ -30,6 +30,8 @@ class WeightHome:
             self._host = self._copied()
         for storage, _ in self._host:
             storage.resize_(0)
+        for module in self._model.modules():  # Transformer Engine's casts of weights that are not kept in FP8
+            getattr(module, "_fp8_workspaces", {}).clear()  # the next pass makes them again
         self.away = True
         if any(storage.device.type == "cuda" for storage, _ in self._host):
             torch.cuda.empty_cache()  # an engine in this process takes its memory from the driver, not from torch

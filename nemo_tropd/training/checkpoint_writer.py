@@ -1,4 +1,4 @@
-"""Megatron writes checkpoints here in the rank's own process.
+"""Megatron writes checkpoints here in the rank's own process, from memory that is free again afterwards.
 
 Its own writer forks a process with threads, waits without a limit even for killed children, and collects their results
 through a manager process that a signal to the process group ends (with a stop's own save) and that outlives the rank.
@@ -10,7 +10,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-_FORKING = "write_preloaded_data_multiproc"
+_FORKING, _COPYING = "write_preloaded_data_multiproc", "preload_tensors"
 
 
 def write_in_this_process() -> None:
@@ -19,6 +19,15 @@ def write_in_this_process() -> None:
     filesystem_async._results_queue = queue.Queue()
     if hasattr(FileSystemWriterAsync, _FORKING):
         setattr(FileSystemWriterAsync, _FORKING, staticmethod(_write))
+    setattr(FileSystemWriterAsync, _COPYING, staticmethod(_to_host))
+
+
+def _to_host(buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    """In the place of ``preload_tensors``, whose copies torch page-locks: up to double the size, and it keeps them."""
+    return [
+        (path, key, (objects, [(item, tensor.to("cpu")) for item, tensor in tensors]))
+        for path, key, (objects, tensors) in buckets
+    ]
 
 
 def _write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:

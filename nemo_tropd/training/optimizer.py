@@ -117,6 +117,9 @@ class StudentOptimizer:
         moments = state.get("optimizer", state).get("state")
         if moments is not None and isinstance(self.parts[0].optimizer, torch.optim.Adam):
             moments.setdefault("common_step", torch.tensor(0.0))  # Megatron does not save a count of 0
+        for group in state.get("optimizer", state)["param_groups"]:
+            # Since 0.19 Megatron finds a group's saved states by its rates, too, which a resumed run may change.
+            group.update({k: groups[0][k] for k in ("max_lr", "min_lr") if k in groups[0]})
         pieces = state.pop("param_state", None)
         with torch.no_grad():
             self.megatron.load_state_dict(state)

@@ -246,6 +246,16 @@ def check_paths_agree(checks: Checks, seed: int) -> None:
         checks.close(f"paths: {name}", got, want, 1e-5, size if name == "loss" else None)
 
 
+def check_a_shard_of_padding_alone(checks: Checks, seed: int) -> None:
+    """Its rank goes by torch, the others by the kernels: both must mean the same by what they sum."""
+    mb = make(seed, vocab_size=40, padding=40)
+    run = run_head(mb, "entropy_opd", torch.float32, 5, dist.group.WORLD, False, 0.1)
+    out, h, w, (want, want_h, want_w, size) = run
+    checks.close("padding alone: loss", out.loss, want, 1e-5, size)
+    checks.close("padding alone: hidden", h.grad, want_h, 1e-5)
+    checks.close("padding alone: weight", w.grad, want_w, 1e-5)
+
+
 def _every_dtype(tensor: Tensor) -> bool:
     return tensor.dtype in inputs.KERNEL_DTYPES
 
@@ -276,6 +286,7 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
     check_micro_batches(checks, group, None, seed)
     check_errors(checks, group)
     check_paths_agree(checks, seed)
+    check_a_shard_of_padding_alone(checks, seed)
     return checks.failures, checks.count, time.monotonic() - started
 
 

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.objectives import build
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training import checkpoint
 from nemo_tropd.training.checkpoint import Checkpoints, complete_checkpoints
+from nemo_tropd.training.checkpoint_writer import write_in_this_process
 from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state
 from nemo_tropd.training.trainer import TEACHER_REMEDY
 from tests.e2e.compose import compose_config
@@ -191,3 +193,21 @@ def test_everything_is_on_the_disk_before_an_older_checkpoint_goes(
     files = {Path(".tmp-step_00000004") / p.relative_to(new) for p in (new, *new.rglob("*"))}
     assert {str(p) for p in files} <= {path for event, path in events[:renamed] if event == "fsync"}
     assert ("fsync", ".") in events[renamed:removed]
+
+
+class OnDevice:
+    """A double of a GPU's tensor. A copy that does not block is page-locked memory, of the next power of two, which
+    torch keeps for later copies: what a checkpoint needs for a moment a host would be without from then on."""
+
+    def to(self, device: str, non_blocking: bool = False) -> torch.Tensor:
+        assert device == "cpu" and not non_blocking
+        return torch.ones(3)
+
+
+def test_a_checkpoint_leaves_no_page_locked_memory_behind(tmp_path: Path, topology: Topology) -> None:
+    write_in_this_process()
+    writer = FileSystemWriterAsync(tmp_path)
+    writer.write_buckets = [("path", "key", ([("object", "bytes")], [("item", OnDevice())]))]
+    _, copy, _ = writer.get_save_function_and_args()
+    ((path, key, (objects, ((item, tensor),))),) = copy()
+    assert (path, key, objects, item) == ("path", "key", [("object", "bytes")], "item") and tensor.sum() == 3

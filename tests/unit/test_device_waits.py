@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_tropd import objectives
-from nemo_tropd.loss import overlap
+from nemo_tropd.loss import head, overlap
 from nemo_tropd.loss.head import LossOptions, head_loss, score_tokens, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
 from tests.oracles.micro_batch import make
@@ -104,3 +105,21 @@ def test_the_side_stream_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     both = [("main", "waits for", "side 0"), ("side 0", "waits for", "main")]
     assert log[:3] == [both[1], both[1], both[0]] and set(log) == set(both)
     assert order[:5] == [("product", 0), ("product", 1), ("reduce", 0), ("back", 0), ("product", 2)]
+
+
+def test_the_allocator_knows_who_reads_what_the_side_stream_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of expandable segments is unmapped once the stream that it was made on is done, whoever reads it."""
+
+    class Made:
+        reader = ""
+
+        def record_stream(self, stream: str) -> None:
+            self.reader = stream
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
+    monkeypatch.setattr(head, "run_chunks", lambda *parts, **options: None)
+    work, (loss, metric, log_z) = object.__new__(head._Pass), (Made() for _ in range(3))
+    work.ids, work.chunks, work.slots = SimpleNamespace(device=torch.device("cuda", 0)), [], 2  # type: ignore[assignment]
+    work.losses, work.metrics, work.log_z = [loss], [{"trust": metric}], [log_z]  # type: ignore[list-item, dict-item]
+    work.compute()
+    assert {made.reader for made in (loss, metric, log_z)} == {"the caller's"}

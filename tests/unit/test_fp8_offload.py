@@ -104,6 +104,14 @@ def test_what_comes_back_is_what_left(tiny: Path, topology: Topology) -> None:
         assert weight_bytes(moves.model) == 0
 
 
+def test_casts_of_the_weights_leave_with_them() -> None:
+    """Beside weights that are not kept in FP8 Transformer Engine keeps their casts, neither parameters nor buffers."""
+    layer = torch.nn.Linear(2, 2)
+    layer._fp8_workspaces = {"weight": torch.zeros(4)}  # type: ignore[assignment]
+    WeightHome(torch.nn.Sequential(layer)).leave()
+    assert not layer._fp8_workspaces
+
+
 class Quantized(Tensor):
     """A double of Transformer Engine's quantized tensors: a wrapper without storage around data and scale."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from nemo_tropd.config import OptimConfig, SchedConfig
@@ -15,7 +16,9 @@ from nemo_tropd.convert.hf_import import load_hf
 from nemo_tropd.gpt.build import build_gpt
 from nemo_tropd.gpt.ddp import data_parallel
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.training.checkpoint import Checkpoints
 from nemo_tropd.training.optimizer import StudentOptimizer
+from nemo_tropd.training.resume import RunState
 from tests.tiny_models import make_tiny
 
 pytestmark = pytest.mark.random
@@ -115,3 +118,35 @@ def test_a_resumed_schedule_goes_by_the_step(student: Student) -> None:
     for step in (4, 0, 2):
         student.give(1.0)
         assert student.optimizer.step(step).learning_rate == pytest.approx(learning_rate(step), rel=1e-6)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_states_are_loaded_at_another_rate_and_decay(distributed: bool, tmp_path: Path, topology: Topology) -> None:
+    """Since 0.19 Megatron finds a group's saved states by its rates, too: a run resumed at another one had none."""
+    folder = make_tiny(tmp_path / "hf", "qwen2", layers=1)
+    shape = read_shape(folder)
+
+    def student(lr: float, min_lr: float, decay: float) -> tuple[DistributedDataParallel, StudentOptimizer]:
+        model = build_gpt(shape, topology)
+        load_hf(model, folder, shape, topology)
+        ddp = data_parallel(model, topology, distributed_optimizer=distributed)
+        sched = SchedConfig(name="cosine", min_lr=min_lr)
+        cfg = OptimConfig(lr=lr, weight_decay=decay, sched=sched, distributed=distributed)
+        return ddp, StudentOptimizer(cfg, ddp, dtype=torch.float32, clip=1.0, max_steps=9)
+
+    ddp, optimizer = student(1e-2, 1e-4, 0.3)
+    ddp.zero_grad_buffer()
+    for parameter in ddp.module.parameters():
+        parameter.main_grad.normal_()
+    assert optimizer.step(0).applied
+    checkpoints = Checkpoints(tmp_path / "run", topology, hf_source=folder, keep=1)
+    path = checkpoints.save(ddp.module, optimizer, RunState(1, {}, {}, "r"))
+    other, loader = student(3e-3, 1e-5, 0.1)
+    checkpoints.load(path, other.module, loader)
+    saved, loaded = ([s["exp_avg"] for s in one.parts[0].optimizer.state.values()] for one in (optimizer, loader))
+    assert saved and all(torch.equal(a, b) for a, b in zip(saved, loaded, strict=True))
+    groups = loader.megatron.param_groups
+    assert {(g["max_lr"], g["min_lr"]) for g in groups} == {(3e-3, 1e-5)}
+    other.zero_grad_buffer()
+    assert loader.step(1).learning_rate < 3e-3
+    assert {g["weight_decay"] for g in loader.megatron.param_groups} == {0.1, 0.0}
