@@ -10,7 +10,7 @@ import pytest
 from tests.contract import reading
 from tests.contract.wheels import NoIndex
 
-FEWEST = 60
+FEWEST = 120
 GOOD = """
 [[entry]]
 ours = "ours.py"
