@@ -1017,6 +1017,14 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         "resume",
+        "a rank outlives its torchrun",
+        "examples/train_tropd.py",
+        "die_with_parent()  # torchrun: ranks must not train on without it",
+        "pass",
+        ("tests/unit/test_supervise.py::test_a_rank_and_an_agent_end_with_who_started_them",),
+    ),
+    Fault(
+        "resume",
         "a second run is let in",
         "nemo_tropd/training/run_lock.py",
         "return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)",

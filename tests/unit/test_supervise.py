@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -143,3 +145,34 @@ def test_ranks_that_do_not_stop_are_killed(monkeypatch: pytest.MonkeyPatch) -> N
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert "ranks still run after 1 s" in output and process.returncode == 128 + 9
+
+
+@pytest.mark.parametrize(
+    ("command", "library"), [("examples/train_tropd.py", "yaml"), ("-m nemo_tropd.launch.agent", "torch")]
+)
+def test_a_rank_and_an_agent_end_with_who_started_them(command: str, library: str, tmp_path: Path) -> None:
+    """From their first import on."""
+    (tmp_path / f"{library}.py").write_text(
+        "import pathlib, time\npathlib.Path(__file__).with_name('began').touch()\ntime.sleep(60)\n"
+    )
+    code = (
+        f"import subprocess, sys, time; child = subprocess.Popen([sys.executable, *{command.split()!r}]);"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "TORCHELASTIC_RUN_ID": "none"}
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+    assert owner.stdout is not None
+    child = psutil.Process(int(owner.stdout.readline()))
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "began").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        owner.kill()
+        owner.wait()
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    finally:
+        owner.kill()
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
