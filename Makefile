@@ -64,12 +64,13 @@ compare: setup
 scaling: setup
 	$(BIN)/python examples/benchmarks/scaling.py $(ARGS)
 
-# On a machine with a GPU, in the container or any environment with the gpu extra: all GPU checks, one table.
+# On a machine with a GPU, in the container or any environment with the gpu extra: all GPU checks, one table
+# of which a cut run leaves its rows (examples/README.md).
 # Works from any directory: the image links this file into the one its containers start in.
 gpu-check:
 	root=$$(dirname "$$(readlink -f '$(lastword $(MAKEFILE_LIST))')"); \
 	python="$$root/$(BIN)/python"; test -x "$$python" || python=python3; \
-	"$$python" "$$root/examples/benchmarks/gpu_check/check.py" --tests $(ARGS)
+	"$$python" "$$root/examples/benchmarks/gpu_check/check.py" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

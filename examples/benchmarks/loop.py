@@ -16,7 +16,8 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def fill_random(model: Any) -> None:
 
 
 class OurLoop:
-    """Our trainer's step over ``case``, on the rollouts that ``engine`` makes."""
+    """Our trainer's step over ``case``."""
 
     def __init__(self, case: LoopCase, folder: Path, topology: Any) -> None:
         from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
@@ -80,17 +81,29 @@ class OurLoop:
         )
         self.model.prepare_for_training()
 
-    def run(
-        self, make_engine: Callable[[], Any], first: int = 0, before_closing: Callable[[], None] = lambda: None
-    ) -> LoopCost:
-        """Warm up, then time some steps, of which the fastest counts; ``first`` is the number of the first."""
+    def run(self) -> LoopCost:
+        """The fastest of the timed steps on rollouts made beforehand."""
+        case, device, timed = self.case, self.topology.device, []
+        for number, values in enumerate(self.steps(lambda: FixedRollouts(case.completions()))):
+            if number >= case.warmup:
+                timed.append(values)
+            elif device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+        best = min(timed, key=lambda r: r["seconds/step"])
+        return LoopCost({name: best[f"seconds/{name}"] for name in PHASES}, best["seconds/step"], *peak(device))
+
+    def steps(
+        self, make_engine: Callable[[], Any], shown: Callable[[int, str], None] = lambda number, phase: None
+    ) -> Iterator[dict[str, float]]:
+        """The metrics of each step, warm-up included, as it ends; the engine is closed at the end. ``shown`` is called
+        as a phase of a step begins."""
         from nemo_tropd.data import Prompt, PromptSet
         from nemo_tropd.rollout.collective import EveryRankRollouts
         from nemo_tropd.training.guidance import Guidance
         from nemo_tropd.training.packing import Packer
         from nemo_tropd.training.step import TrainStep
 
-        case, device = self.case, self.topology.device
+        case = self.case
         prompts = PromptSet(
             tuple(Prompt(str(i), "", (), None, tuple(ids), "random") for i, ids in enumerate(case.prompts()))
         )
@@ -104,24 +117,12 @@ class OurLoop:
             guidance=Guidance(seed=1, total_steps=100, max_new_tokens=case.new_tokens),
             packer=Packer(self.topology, 0, m.micro_batch_size, m.tokens_per_micro_batch, m.seed),
         )
-        records = []
         try:
-            self.model.send_weights(first)
-            for number in range(first, first + case.warmup + case.timed):
-                if number == first + case.warmup and device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                records.append(step.run(number, keep_tokens=False).values)
-            memory, of = peak(device)
-            before_closing()
+            self.model.send_weights(0)
+            for number in range(case.warmup + case.timed):
+                yield step.run(number, keep_tokens=False, shown=partial(shown, number)).values
         finally:
             rollouts.close()
-        timed = records[case.warmup :]
-        best = min(timed, key=lambda r: r["seconds/step"])
-        seconds = {name: best[f"seconds/{name}"] for name in PHASES}
-        cost = LoopCost(seconds, best["seconds/step"], memory, of)
-        # The worst: what an engine loses by sleeping shows after some cycles of sleep and refresh.
-        cost.notes["mismatch"] = max(r.get("mismatch_mean_abs", float("nan")) for r in timed)
-        return cost
 
 
 def measure_ours(case: LoopCase, folder: str) -> LoopCost:
@@ -130,7 +131,7 @@ def measure_ours(case: LoopCase, folder: str) -> LoopCost:
 
     topology = Topology.start(seed=1)
     try:
-        cost = OurLoop(case, Path(folder), topology).run(lambda: FixedRollouts(case.completions()))
+        cost = OurLoop(case, Path(folder), topology).run()
         cost.matrix_share = ideal_seconds(case, topology.device) / cost.not_rollout_s
     finally:
         topology.stop()

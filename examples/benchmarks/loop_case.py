@@ -75,7 +75,6 @@ class LoopCost:
     peak_gib: float = 0.0
     peak_of: str = ""
     matrix_share: float | None = None
-    notes: dict[str, float] = field(default_factory=dict)
 
     @property
     def not_rollout_s(self) -> float:
@@ -128,7 +127,7 @@ def config_of(case: LoopCase, folder: Path) -> TropdConfig:
     m.teacher.fp8 = case.teacher_fp8
     m.teacher.admission.prompts = 0  # random weights have nothing to admit
     m.rollout.samples_per_prompt, m.rollout.max_new_tokens = 1, case.new_tokens
-    m.rollout.dtype, m.data.path = dtype, str(folder)
+    m.rollout.dtype, m.data.path, m.data.max_prompt_tokens = dtype, str(folder), case.prompt_tokens
     return cfg
 
 

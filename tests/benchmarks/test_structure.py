@@ -23,7 +23,7 @@ COMMANDS = [
 # library -> the only modules that import it
 ONE_PLACE = {
     "triton": {"examples.benchmarks.head"},
-    "vllm": {"examples.benchmarks.gpu_check.loop"},
+    "vllm": {"examples.benchmarks.gpu_check.step"},
     "transformer_engine": set(),
 }
 

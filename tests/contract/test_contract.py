@@ -24,7 +24,6 @@ CONFIG_FIELDS = {
     ("gpt/build.py", "transformer_config"): set(),
     ("gpt/ddp.py", "recompute_fields"): {"selective", "full"},
     ("teacher/fp8.py", "transformer_fields"): set(),
-    ("examples/benchmarks/gpu_check/teacher.py", "OPTIONS"): set(),
 }
 # Those that end as keywords of vllm.LLM, which hands what it does not name to EngineArgs.
 ENGINE_ARGUMENTS = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 
-from examples.benchmarks.gpu_check import pair
 from tests.contract.sources import Library
 from tests.contract.test_contract import method_source, source
 
@@ -50,8 +49,7 @@ def test_sleeping_memory_is_unmapped_and_freed_memory_unmapped_again(library: Li
 
 
 def test_a_sleep_asserts_that_the_whole_device_gained_memory(library: Library) -> None:
-    """So that runs which share a GPU must not sleep."""
-    assert pair._OVERRIDES["model.rollout.sleep"] is False
+    """So that runs which share a GPU must not sleep: the GPU check has one after the other."""
     sleep = method_source(library, *WORKER, "sleep")
     assert "torch.cuda.mem_get_info()" in sleep and "assert freed_bytes >= 0" in sleep
 

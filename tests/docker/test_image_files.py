@@ -199,10 +199,11 @@ def test_gpu_check_works_in_the_image(tmp_path: Path) -> None:
     done = run("make", "gpu-check", cwd=start)
     assert done.returncode == 2 and "gpu-check needs a CUDA device" in done.stdout, done.stdout + done.stderr
     home = (start / "Makefile").resolve().parent
-    # Each subject's module, and the tests, find all that they import among the image's files.
+    # Each check's module, and what it imports later, and the tests find all that they import among the image's files.
     script = (
-        "import importlib, examples.benchmarks.gpu_check.check as c; "
-        "print([importlib.import_module(m).__file__ for m, _ in c.SUBJECTS.values()])"
+        "import importlib, examples.benchmarks.gpu_check.check as c, tests.tiny_models; "
+        "found = {(m, f) for x in c.CHECKS for m, f in [x.where.split(':')]}; "
+        "print([(importlib.import_module(m).__file__, getattr(importlib.import_module(m), f)) for m, f in found])"
     )
     done = run(sys.executable, "-c", script, cwd=home)
     assert done.returncode == 0 and str(home) in done.stdout and str(ROOT) not in done.stdout, done.stderr

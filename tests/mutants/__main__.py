@@ -126,7 +126,7 @@ def _run_here(copy: Path, tests: Sequence[str], stop_at_first: bool, result: Pat
     # No byte code of ours is kept: a fault may have the size and the second of the line that it replaces.
     sys.dont_write_bytecode = True
     os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
-    for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "nemo_tropd")]:
+    for name in [n for n in sys.modules if n.split(".")[0] in ("tests", "examples", "nemo_tropd")]:
         del sys.modules[name]
     sys.path[:] = [str(copy), *(p for p in sys.path if Path(p).resolve() != ROOT)]
     sys.modules["__main__"] = types.ModuleType("__main__")  # which spawned processes would import

@@ -59,6 +59,17 @@ _LAYOUTS = "tests/dist/test_training_layouts.py::"
 _DEVICE = "tests/unit/test_colocated_device.py::"
 
 
+def _gpu_check(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
+    return Fault(
+        "gpu check",
+        what,
+        f"examples/benchmarks/{file}.py",
+        line,
+        becomes,
+        (f"tests/benchmarks/test_gpu_check.py::{test}",),
+    )
+
+
 def _batch(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("batch", what, "nemo_tropd/batch.py", line, becomes, tests)
 
@@ -1713,5 +1724,40 @@ FAULTS: list[Fault] = [
         "if not isolated:",
         "if False:",
         "test_sandbox.py::test_what_is_started_and_left_ends_with_the_program",
+    ),
+    _gpu_check(
+        "gpu_check/check",
+        "what no longer fits is begun",
+        "if check.seconds > left:",
+        "if left < 0:",
+        "test_a_failure_is_a_row_and_the_next_check_runs",
+    ),
+    _gpu_check(
+        "gpu_check/check",
+        "a check without rows is good",
+        'failure = failure or ("" if count else "it measured nothing")',
+        "pass",
+        "test_a_failure_is_a_row_and_the_next_check_runs",
+    ),
+    _gpu_check(
+        "isolated",
+        "what a check started outlives it",
+        "os.killpg(process.pid, signal.SIGKILL)",
+        "pass",
+        "test_a_failure_is_a_row_and_the_next_check_runs",
+    ),
+    _gpu_check(
+        "isolated",
+        "a check outlives the command",
+        "die_with_parent()",
+        "pass",
+        "test_a_killed_command_leaves_its_rows_and_resumes",
+    ),
+    _gpu_check(
+        "gpu_check/runs",
+        "an engine with old weights passes",
+        "mean is not None and mean <= MISMATCH and applied,",
+        "mean is not None and applied,",
+        "test_the_loops_check_rehearsed",
     ),
 ]

@@ -1,8 +1,9 @@
-"""All GPU checks in one command and one table: ``python examples/benchmarks/gpu_check/check.py [SUBJECT ...]``.
+"""All GPU checks in one command: ``python examples/benchmarks/gpu_check/check.py``.
 
-Each subject runs in a process of its own, so that neither its memory nor its failure affects the next one. Rows are
-printed when a subject ends, and all of them again in one table. Exit code 0: every check holds, 1: one does not hold or
-failed, 2: there is no CUDA device.
+They run in the order of their worth, each in a process of its own, so that neither its memory nor its failure affects
+the next. A row is in rows.jsonl and table.md, and on the disk, before the next one is measured: what ends this command
+early leaves the rows so far, and --resume continues. Exit code 0: every check ran and holds; 1: one did not; 2: there
+is no CUDA device.
 """
 
 from __future__ import annotations
@@ -10,106 +11,165 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import subprocess
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
-
-import torch
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run, its siblings are imported
 
-from examples.benchmarks.gpu_check.rows import Row
-from examples.benchmarks.isolated import IsolatedError, isolated_stream
+from examples.benchmarks.gpu_check.rows import CHECKS, Check, Row
+from examples.benchmarks.isolated import IsolatedError, isolated, isolated_stream
 
-ROOT = Path(__file__).resolve().parents[3]
+MARK = {True: "held", False: "NOT HELD", None: ""}
+REHEARSAL = "REHEARSAL on a CPU with tiny models: no figure is a GPU's"
 
-# Subject -> (module with ``check()``, seconds it may take). In the order in which they run.
-SUBJECTS: dict[str, tuple[str, float]] = {
-    "head": ("examples.benchmarks.gpu_check.head", 200),
-    "teacher": ("examples.benchmarks.gpu_check.teacher", 120),
-    "loop": ("examples.benchmarks.gpu_check.loop", 225),
-    "pair": ("examples.benchmarks.gpu_check.pair", 200),
-    "student": ("examples.benchmarks.gpu_check.student", 90),
-}
-TOTAL_S = 480.0  # of all subjects together; a subject's own limit is cut to what is left
-MARK = {True: "[green]held[/]", False: "[red]not held[/]", None: ""}
+
+class Journal:
+    """rows.jsonl and table.md of a folder, to which rows are appended."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.lines, self.table = folder, folder / "rows.jsonl", folder / "table.md"
+        if not self.table.exists():
+            _append(self.table, "| check | point | measured | wanted | |\n|---|---|---|---|---|\n")
+
+    def add(self, check: str, row: Row) -> None:
+        """Put ``row`` on the disk and print it."""
+        _append(self.lines, json.dumps({"check": check, **asdict(row)}) + "\n")
+        cells = [" ".join(text.split()) for text in (check, row.point, row.measured, row.wanted, MARK[row.held])]
+        _append(self.table, "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |\n")
+        print(": ".join(cells[:3]), f"({cells[3] or 'for information'})", cells[4], flush=True)
+
+    def note(self, what: str, check: str) -> None:
+        """That a check "began" or "ended"."""
+        _append(self.lines, json.dumps({what: check}) + "\n")
+
+    def state(self) -> dict[str, bool | None]:
+        """Of each check that began, the last time: whether all rows held; None if it did not end."""
+        held: dict[str, bool] = {}
+        ended: dict[str, bool] = {}
+        for line in self.lines.read_text(encoding="utf-8").splitlines() if self.lines.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut off
+                continue
+            if name := entry.get("began"):
+                held[name] = True
+                ended.pop(name, None)
+            elif name := entry.get("ended"):
+                ended[name] = held[name]
+            elif entry["held"] is False:
+                held[entry["check"]] = False
+        return {name: ended.get(name) for name in held}
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n":
+            text = "\n" + text  # behind a line that was cut off
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run(checks: Sequence[Check], journal: Journal, end: float, *, rehearsal: bool = False) -> None:
+    """Run those of ``checks`` that fit before ``end`` of the monotonic clock."""
+    for check in checks:
+        left = end - time.monotonic()
+        if check.seconds > left:
+            text = f"{max(left, 0):.0f} s were left and it takes about {check.seconds:.0f}: --resume {journal.folder}"
+            journal.add(check.name, Row("not run", text))
+            continue
+        journal.note("began", check.name)
+        for row in _rows(check, journal.folder / f"{check.name}.log", min(2 * check.seconds, left), rehearsal):
+            journal.add(check.name, row)
+        journal.note("ended", check.name)
+
+
+def _rows(check: Check, log: Path, limit_s: float, rehearsal: bool) -> Iterator[Row]:
+    """What ``check`` yields; how it failed, if it does."""
+    began, count, failure = time.monotonic(), 0, ""
+    try:
+        for row in isolated_stream(_measure, check.where, rehearsal, limit_s=limit_s, log=log):
+            count += 1
+            yield row
+    except IsolatedError as error:
+        failure = str(error)
+    failure = failure or ("" if count else "it measured nothing")
+    if failure:
+        yield Row("failed", f"after {time.monotonic() - began:.0f} s: {failure}; see {log}", "an end", False)
+
+
+def _measure(where: str, rehearsal: bool) -> Iterator[Row]:
+    module, function = where.split(":")
+    measure = getattr(importlib.import_module(module), function)
+    yield from measure(rehearsal=True) if rehearsal else measure()
+
+
+def machine() -> str:
+    """The GPU and the versions that are measured; empty without a CUDA device. In a process of its own, since what asks
+    a GPU takes memory of it."""
+    try:
+        return isolated(_machine, limit_s=120)
+    except IsolatedError as error:
+        print(f"torch did not answer: {error}", file=sys.stderr)
+        return ""
+
+
+def _machine() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+    versions = []
+    for package in ("torch", "triton", "transformer-engine", "megatron-core", "vllm", "trl"):
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{package} absent")
+    return f"{torch.cuda.get_device_name()}, {free:.1f} of {total:.1f} GiB free; {', '.join(versions)}"
 
 
 def main() -> None:
     """See the module's text."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("subjects", nargs="*", help=f"some of: {', '.join(SUBJECTS)}; none: all")
-    parser.add_argument("--tests", action="store_true", help="run the tests in tests/gpu first")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    names = [check.name for check in CHECKS]
+    questions = "\n".join(f"  {c.name:8} {c.seconds:4.0f} s  {c.question}?" for c in CHECKS)
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nChecks, with the seconds they are expected to take:\n{questions}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=names, metavar="CHECK", help="run these, also if they have ended")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all; what does not fit is listed as not run")
+    parser.add_argument("--out", type=Path, help="a folder for the rows (default: runs/gpu-check/TIME)")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="run what has not ended in this folder")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny models, those that can")
     options = parser.parse_args()
-    unknown = [name for name in options.subjects if name not in SUBJECTS]
-    if unknown:
-        parser.error(f"unknown subject {', '.join(unknown)}; known: {', '.join(SUBJECTS)}")
-    console = Console(width=150)
-    if not torch.cuda.is_available():
-        console.print("gpu-check needs a CUDA device, and torch sees none: nothing was checked")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends what the check has started, too
+    end = time.monotonic() + 60 * options.minutes
+    chosen = [c for c in CHECKS if c.name in (options.only or names) and (c.rehearses or not options.rehearse)]
+    folder = options.resume or options.out or Path("runs", "gpu-check", time.strftime("%Y%m%d-%H%M%S"))
+    if (folder / "rows.jsonl").is_file() != bool(options.resume):
+        parser.error(f"{folder} has {'no rows to resume' if options.resume else 'rows: give it with --resume'}")
+    if not chosen:
+        parser.error(f"these need a GPU: {', '.join(options.only)}")
+    seen = REHEARSAL if options.rehearse else machine()
+    if not seen:
+        print("gpu-check needs a CUDA device, and torch sees none: nothing was checked")
         sys.exit(2)
-    rows = run(options.subjects or list(SUBJECTS), console, tests=options.tests)
-    if options.json:
-        options.json.write_text(json.dumps([{"subject": s, **asdict(r)} for s, r in rows], indent=1) + "\n")
-    sys.exit(1 if any(row.held is False for _, row in rows) else 0)
-
-
-def run(subjects: Sequence[str], console: Console, *, tests: bool = False) -> list[tuple[str, Row]]:
-    """Run the subjects and print the table."""
-    began = time.monotonic()
-    rows: list[tuple[str, Row]] = []
-    if tests:
-        rows.append(("tests", _tests()))
-        _show(console, *rows[-1])
-    for name in subjects:
-        for row in _subject(name, TOTAL_S - (time.monotonic() - began)):
-            rows.append((name, row))
-            _show(console, name, row)
-    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.monotonic() - began:.0f} s"
-    table = Table("subject", "point", "measured", "wanted", "", title=title)
-    for name, row in rows:
-        table.add_row(name, row.point, row.measured, row.wanted, MARK[row.held])
-    console.print(table)
-    return rows
-
-
-def _show(console: Console, name: str, row: Row) -> None:
-    console.print(f"{name}: {row.point}: {row.measured} ({row.wanted or 'for information'}) {MARK[row.held]}")
-
-
-def _tests() -> Row:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
-    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else f"exit code {done.returncode}"
-    return Row("tests/gpu", last.strip("= "), "all pass", done.returncode == 0)
-
-
-def _subject(name: str, left_s: float) -> list[Row]:
-    module, most = SUBJECTS[name]
-    seconds = min(most, left_s)
-    if seconds <= 0:
-        return [Row("done in time", f"not started: {TOTAL_S:g} s had passed", f"{TOTAL_S:g} s for all", False)]
-    rows: list[Row] = []
-    try:
-        for row in isolated_stream(_subject_rows, module, limit_s=seconds):
-            rows.append(row)
-    except IsolatedError as error:
-        rows.append(Row("ends without an error", str(error)[:200], f"in at most {most:g} s", False))
-    return rows
-
-
-def _subject_rows(module: str) -> Iterator[Row]:
-    for row in importlib.import_module(module).check():
-        print(f"{row.point}: {row.measured}", flush=True)
-        yield row
+    journal = Journal(folder)
+    journal.add("machine", Row("measured on", seen))
+    done = {name for name, held in journal.state().items() if held is not None}
+    run([c for c in chosen if options.only or c.name not in done], journal, end, rehearsal=options.rehearse)
+    state = journal.state()
+    good = all(state.get(c.name) for c in chosen)
+    print(f"{'every check held' if good else 'not every check ran and held'}: {journal.table}")
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":

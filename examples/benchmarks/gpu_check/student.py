@@ -6,19 +6,14 @@ sequences are laid out would change.
 
 from __future__ import annotations
 
-import random
-import re
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from examples.benchmarks.gpu_check.rows import Row
 from examples.benchmarks.head import free_gpu, median_ms
@@ -30,24 +25,20 @@ from nemo_tropd.config import OptimConfig
 from nemo_tropd.gpt.build import build_gpt, head_weight
 from nemo_tropd.gpt.ddp import data_parallel, recompute_fields
 from nemo_tropd.gpt.forward import run_model
-from nemo_tropd.loss.head import LossOptions, head_loss, score_tokens
+from nemo_tropd.loss.head import score_tokens
 from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.optimizer import StudentOptimizer
-from nemo_tropd.training.packing import Packer
 
 SHAPE = SHAPES["Qwen2.5-1.5B-Instruct"]
-TOKENS, TOP_K, SEQUENCES = 8192, 64, 16
-LENGTHS = (256, 4096)
+TOKENS, TOP_K = 8192, 64
 NOISE = 0.01  # nats: mean |difference| of log-probabilities that bf16 may make
 GRADIENT_NOISE = 0.02  # relative: what sums rounded to bf16 may differ by from sums in fp32
-ATTENTION = re.compile(r"flash|fmha|sdpa|attention", re.IGNORECASE)
-PRODUCTS = re.compile(r"gemm|nvjet|xmma|cutlass|cublas", re.IGNORECASE)
 
 
-def check() -> Iterator[Row]:
-    """The points of this subject."""
+def student() -> Iterator[Row]:
+    """Packing, time and memory of a row, gradients, the optimizer, waits."""
     topology = Topology.start(seed=1)
     try:
         yield from _points(topology)
@@ -65,14 +56,10 @@ def _points(topology: Topology) -> Iterator[Row]:
     )
     yield _same_log_probs(student, topology)
     yield from _one_row(student, topology)
-    yield from _throughput(student, topology)
-    yield _new_lengths(student, topology)
-    yield _head_gradient(student, topology)
     yield _layer_gradients(student, topology)
     yield _optimizer_step(student, optimizer, topology)
     step = _pass_of(student, topology, [_row(_rollouts([TOKENS // 4] * 4, seed=2), topology)])
     yield Row("times the host waits for the device in a pass of one row", f"{_waits(step)}")
-    yield _shares(step)
 
 
 def _same_log_probs(student: DistributedDataParallel, topology: Topology) -> Row:
@@ -116,81 +103,6 @@ def _one_row(student: DistributedDataParallel, topology: Topology) -> Iterator[R
         f"{again_ms:.1f} ms, {again_ms / ms:.2f} x the time, peak {again_peak:.1f} GiB",
         "a lower peak",
         again_peak < peak,
-    )
-
-
-def _throughput(student: DistributedDataParallel, topology: Topology) -> Iterator[Row]:
-    """Sequences of very different lengths: rows of a token budget against padded micro-batches of two."""
-    draw = random.Random(5)
-    rollouts = _rollouts([draw.randint(*LENGTHS) for _ in range(SEQUENCES)], seed=3)
-    count = sum(len(r.token_ids) for r in rollouts)
-    found = {}
-    for name, tokens in (("packed", TOKENS), ("padded", None)):
-        batches = Packer(topology, 0, 2, tokens, seed=0).pack(rollouts, step=0)
-        step = _pass_of(student, topology, batches)
-        ms = median_ms(step)
-        computed = sum(b.input_ids.numel() for b in batches)
-        found[name] = count / ms * 1e3
-        yield Row(
-            f"{SEQUENCES} sequences of {LENGTHS[0]} to {LENGTHS[1]} tokens, {name}",
-            f"{found[name]:,.0f} tokens/s; {len(batches)} passes, {computed / count - 1:.1%} padding",
-        )
-    yield Row(
-        "packed against padded",
-        f"{found['packed'] / found['padded']:.2f} x the tokens/s",
-        "no slower",
-        found["packed"] >= found["padded"],
-    )
-
-
-def _new_lengths(student: DistributedDataParallel, topology: Topology) -> Row:
-    """Every row of a run has lengths of its own: what a layout costs the first time it is seen."""
-    draw = random.Random(6)
-    first, again = [], []
-    for seed in range(20, 26):
-        lengths = [draw.randint(64, TOKENS // 4) for _ in range(4)]
-        row = _row(_rollouts([*lengths, TOKENS - sum(lengths)], seed=seed), topology)
-        step = _pass_of(student, topology, [row])
-        first.append(_once_ms(step))
-        again.append(_once_ms(step))
-    ratio = statistics.median(first) / statistics.median(again)
-    return Row(
-        f"rows of {TOKENS} tokens in six layouts not seen before",
-        f"{statistics.median(first):.1f} ms at first (worst {max(first):.1f}), {statistics.median(again):.1f} ms again",
-        "at most 1.05 x the second time",
-        ratio <= 1.05,
-    )
-
-
-def _head_gradient(student: DistributedDataParallel, topology: Topology) -> Row:
-    """The tied head's weight gradient: into the fp32 buffer, and through autograd in bf16."""
-    batch = _row(_rollouts([TOKENS // 8] * 2, seed=4), topology)
-    weight: Any = head_weight(student.module)  # Megatron's DDP gives it attributes that Parameter does not declare
-    with torch.no_grad():
-        hidden = run_model(student.module, batch)
-    tokens = batch.loss_tokens()
-    head = partial(
-        head_loss,
-        hidden.detach().requires_grad_(),
-        weight,
-        tokens,
-        _teacher(batch),
-        objectives.build("tropd"),
-        HeadLayout(SHAPE.vocab_size, topology.tensor_group),
-        scale=1 / len(tokens),
-    )
-    (through,) = torch.autograd.grad(head().loss, weight)
-    weight.main_grad.zero_()
-    weight.grad_added_to_main_grad = False
-    torch.autograd.grad(head(options=LossOptions(accumulate_main_grad=True)).loss, weight)
-    error = _relative(through.float(), weight.main_grad)
-    added = bool(weight.grad_added_to_main_grad)
-    student.zero_grad_buffer()
-    return Row(
-        "the head's gradient in the fp32 buffer against autograd's in bf16",
-        f"relative difference {error:.2e}, buffer {weight.main_grad.dtype}",
-        f"at most {GRADIENT_NOISE}",
-        added and 0 <= error <= GRADIENT_NOISE,
     )
 
 
@@ -296,27 +208,6 @@ def _padded(rollouts: Sequence[Rollout], topology: Topology) -> TokenBatch:
     return TokenBatch.pack(rollouts, pad_id=0, seed=0, step=0).to(topology.device)
 
 
-def _shares(run: Callable[[], Any]) -> Row:
-    """Where the device's time goes."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    kernels = [(e.key, e.self_device_time_total) for e in profiler.key_averages() if e.self_device_time_total]
-    total = sum(time for _, time in kernels) or 1
-    attention = [(time, name) for name, time in kernels if ATTENTION.search(name)]
-    products = sum(time for name, time in kernels if PRODUCTS.search(name) and not ATTENTION.search(name))
-    others = sorted(
-        ((t, n) for n, t in kernels if not (ATTENTION.search(n) or PRODUCTS.search(n))), reverse=True
-    )  # fmt: skip
-    kernel = max(attention)[1][:60] if attention else "none seen"
-    rest = ", ".join(f"{n[:40]} {t / total:.1%}" for t, n in others[:3])
-    return Row(
-        "where the device's time goes in that pass",
-        f"matrix products {products / total:.1%}, attention {sum(t for t, _ in attention) / total:.1%} ({kernel}); "
-        f"then {rest}",
-    )
-
-
 def _waits(run: Callable[[], Any]) -> int:
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -326,15 +217,6 @@ def _waits(run: Callable[[], Any]) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(w.message) for w in seen)
-
-
-def _once_ms(run: Callable[[], Any]) -> float:
-    """One run as it comes, host time with the device waited for: what is slow the first time shows."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) * 1e3
 
 
 def _peak(run: Callable[[], Any]) -> float:
