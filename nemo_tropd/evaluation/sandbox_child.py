@@ -116,7 +116,8 @@ def control_groups(memory, processes):
         try:
             for old in folder.parent.glob("tropd-sandbox-*"):  # of one that was killed
                 if not Path("/proc", old.name.rpartition("-")[2]).exists():
-                    old.rmdir()
+                    with contextlib.suppress(OSError):  # another removes it, too
+                        old.rmdir()
             folder.mkdir()
         except OSError:
             continue

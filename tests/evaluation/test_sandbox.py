@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_tropd.evaluation import sandbox
+from nemo_tropd.evaluation import sandbox, sandbox_child
 from nemo_tropd.evaluation.sandbox import Limits, SandboxError, run
 
 SMALL = Limits(cpu_seconds=2, memory_bytes=128 << 20)
@@ -198,3 +199,26 @@ def test_what_a_machine_refuses_is_said_once(monkeypatch, probed_anew, capsys):
     assert run("print(1)").stdout == run("print(1)").stdout == "1\n"
     assert sandbox.missing()[0] == "namespaces (mount: refused)"
     assert capsys.readouterr().err.count("is without namespaces (mount: refused)") == 1
+
+
+def test_control_groups_that_killed_ones_left_hinder_nothing_and_are_removed(monkeypatch):
+    def groups():
+        return sandbox_child.control_groups(1 << 30, 50)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_child.os, "getpid", lambda: 4_194_999)  # no process can be called so
+        old = groups()
+    if not old:
+        pytest.skip("this machine refuses control groups, which nemo_tropd.evaluation.sandbox.missing() says")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        for folder in old:
+            (folder / "cgroup.procs").write_text(str(process.pid))
+        made = groups()
+        process.kill()
+    assert len(made) == len(old) and all(folder.exists() for folder in old)
+    end = time.monotonic() + 10
+    while any(folder.exists() for folder in old) and time.monotonic() < end:
+        for folder in {*made, *groups()}:
+            folder.rmdir()
+        made = []
+    assert not any(folder.exists() for folder in old)
