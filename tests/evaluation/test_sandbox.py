@@ -29,13 +29,11 @@ ENDLESS = {
         "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except OSError: pass\n"
         "while True: pass"
     ),
-    "sleep": "import time; time.sleep(99)",
     "a fork bomb": FORK_BOMB,
     "a detached process": DETACHED + "\ntime.sleep(99)",
 }
 MEMORY = {
     "a list": "x = []\nwhile True: x.append('a' * 1000000)",
-    "at once": "x = bytearray(1 << 33)",
     "by many processes": (
         "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        x = b'a' * (50 << 20)\n"
         "        time.sleep(99)\ntime.sleep(99)"
@@ -99,10 +97,8 @@ def test_a_gigabyte_printed_is_cut(namespaces):
     outcome = run("for _ in range(1024): print('a' * (1 << 20))", limits=SMALL, namespaces=namespaces)
     assert outcome.status == "output" and len(outcome.stdout) == SMALL.output_bytes
     assert time.monotonic() - start < 20
-    never = namespaces or run(
-        "import os\nwhile True:\n    try: os.write(1, b'a' * 9999)\n    except OSError: pass", limits=SHORT
-    )
-    assert never is True or never.status == "output"
+    deaf = "import os\nfor _ in range(999):\n    try: os.write(1, b'a' * 9999)\n    except OSError: pass"
+    assert run(deaf, limits=SMALL, namespaces=namespaces).status == "output"
 
 
 @BOTH
