@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -70,3 +71,22 @@ class GivenEngines:
 def replay_engines(vocab_size: int) -> GivenEngines:
     """Doubles for the student and for the teacher."""
     return GivenEngines(lambda: ReplayEngine(vocab_size))
+
+
+class SayingEngine(ReplayEngine):
+    """Says what ``say`` gives for a request, and keeps every list that it was asked."""
+
+    def __init__(self, tokenizer: Any, end_id: int, say: Callable[[RolloutRequest], str]) -> None:
+        super().__init__(len(tokenizer))
+        self.tokenizer, self.end_id, self.say, self.asked = tokenizer, end_id, say, list[list[RolloutRequest]]()
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """The text's tokens and the end token, cut at the length limit."""
+        self.asked.append(list(requests))
+        rollouts = []
+        for r in requests:
+            every = [*self.tokenizer(self.say(r), add_special_tokens=False)["input_ids"], self.end_id]
+            ids, finished = every[: r.max_new_tokens], len(every) <= r.max_new_tokens
+            scores = [-1.0] * len(ids)
+            rollouts.append(Rollout(r.prompt_ids, [], ids, scores, 0, r.sequence_id, r.prompt_index, finished))
+        return rollouts

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from nemo_tropd.files import write_text
@@ -52,11 +52,7 @@ def write_report(run_dir: str | os.PathLike[str], summary: dict[str, Any] | None
 
 def render(record: RunRecord) -> str:
     """The page as text. All text of the run is escaped by the template."""
-    loader = PackageLoader("nemo_tropd.report", package_path="")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         record=record,
         lead=_lead(record),
         rows=_rows(record),
@@ -66,6 +62,14 @@ def render(record: RunRecord) -> str:
         colors=COLORS,
         svg=_svg,
     )
+
+
+def template(name: str) -> Template:
+    """A page's template, which escapes what it is given."""
+    loader = PackageLoader("nemo_tropd.report", package_path="")
+    return Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template(name)
 
 
 def _svg(chart: Chart) -> Markup:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.data import PromptError, PromptSplit
 from nemo_tropd.files import read_json, remove_stale
 from nemo_tropd.objectives import Objective
@@ -16,7 +17,6 @@ from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.checkpoint import newest_readable
 from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state, settled
 from nemo_tropd.training.run_lock import check_shared, run_lock
-from nemo_tropd.training.teacher_responses import checkpoint_fingerprint
 
 
 @dataclass(frozen=True)

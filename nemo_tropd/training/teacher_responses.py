@@ -8,19 +8,16 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.convert.config_json import ConversionError
-from nemo_tropd.convert.weight_files import weight_files
-from nemo_tropd.files import complete_file, default_cache_dir, remove_stale, write_json
+from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
+from nemo_tropd.files import complete_file, default_cache_dir, remove_stale
 from nemo_tropd.parallel.agreement import World, on_rank_zero
 from nemo_tropd.rollout.engine import EngineDied, RolloutEngine, RolloutRequest, Sampling, check_rollouts
 from nemo_tropd.rollout.placement import EngineFactory, sampling_of
@@ -28,7 +25,6 @@ from nemo_tropd.rollout.placement import EngineFactory, sampling_of
 _log = logging.getLogger(__name__)
 _FORMAT = 2
 _BATCH = {"cpu": 64, "cuda": 1024}  # prompts of a shard and an engine: what an interrupted run may lose
-_CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -41,35 +37,6 @@ class TeacherResponse:
 
 
 _NOTHING = TeacherResponse([], [], False)
-
-
-def checkpoint_fingerprint(model_dir: str | Path, memory: Path | None = None) -> str:
-    """A digest of a checkpoint's config files and weights, wherever it lies. FileNotFoundError without weights.
-    ``memory`` (a JSON file) keeps a weight file's digest, which counts until the file's size, inode or times change."""
-    folder = Path(model_dir)
-    try:
-        files = weight_files(folder)
-    except ConversionError as error:
-        raise FileNotFoundError(f"{folder} holds no safetensors checkpoint to tell from others: {error}") from error
-    known: dict[str, list[Any]] = {}
-    if memory is not None:
-        with suppress(OSError, msgspec.MsgspecError):  # not there yet, or damaged: the weights are read again
-            known = msgspec.json.decode(memory.read_bytes(), type=dict[str, list[Any]])
-    digest, marks = hashlib.sha256(), {}
-    for name in _CONFIG_FILES:
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    for file in files:
-        stat, place = file.stat(), str(file.resolve())
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        if known.get(place, [])[:-1] != mark:
-            with file.open("rb") as weights:
-                marks[place] = [*mark, hashlib.file_digest(weights, "sha256").hexdigest()]
-        digest.update(f"{file.name}:{(known | marks)[place][-1]}".encode())
-    if memory is not None and marks:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, known | marks)
-    return digest.hexdigest()
 
 
 def prompt_key(prompt_ids: Sequence[int]) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from nemo_tropd.config import schema_keys
+from nemo_tropd.evaluation.settings import Benchmark, Evaluation
 from tests.e2e.tiny_run import ROOT
 
 TOP = ("nemo_tropd", "examples", "conf", "docker", "tests")
 KEYS = set(schema_keys())
+EVALUATION_KEYS = {f.name for kind in (Evaluation, Benchmark) for f in fields(kind)}
 TARGETS = set(re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -55,14 +58,15 @@ def config_keys(page: Path, text: str) -> Iterator[str]:
             if not known:
                 yield f"{key}: not a key of nemo_tropd/config.py"
         if "--config-name" in piece:
+            known_here = EVALUATION_KEYS if "examples/evaluate.py" in piece else KEYS
             for key in re.findall(r"\s\+?([a-z_]+)=", piece):
-                if key not in KEYS:
+                if key not in known_here:
                     yield f"{key}: not a key of nemo_tropd/config.py"
 
 
 def config_names(page: Path, text: str) -> Iterator[str]:
     for name in re.findall(r"--config-name[ =]([\w.-]+)", text):
-        if name not in ("RECIPE", "NAME") and not (ROOT / "conf" / f"{name}.yaml").is_file():
+        if name not in ("RECIPE", "NAME") and not list((ROOT / "conf").glob(f"**/{name}.yaml")):
             yield f"--config-name {name}: no such file in conf/"
 
 
@@ -169,6 +173,7 @@ def test_whatever_a_page_names_exists(page: Path) -> None:
         ("`model.teachers.*`", "model.teachers.*"),
         ("    torchrun x.py --config-name base check_onyl=true", "check_onyl"),
         ("--config-name smollm2_gpu", "--config-name smollm2_gpu"),
+        ("    python examples/evaluate.py --config-name aime24 model=a sample=3", "sample"),
         ("see `nemo_tropd/no_such/file.py`", "nemo_tropd/no_such/file.py"),
         ("    python examples/no_such.py", "examples/no_such.py"),
         ("`no_such_recipe.yaml`", "no_such_recipe.yaml"),

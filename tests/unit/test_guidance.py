@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from nemo_tropd import files
 from nemo_tropd.batch import Rollout
+from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.data import Prompt, PromptOrder, PromptSet, PromptSplit
 from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling
 from nemo_tropd.training.guidance import (
@@ -29,12 +30,7 @@ from nemo_tropd.training.guidance import (
     request_seed,
     wanted_responses,
 )
-from nemo_tropd.training.teacher_responses import (
-    TeacherResponse,
-    TeacherResponses,
-    checkpoint_fingerprint,
-    prompt_key,
-)
+from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses, prompt_key
 from tests.e2e.compose import compose_config
 from tests.oracles import philox
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "config": {"config_data", "fields"},
     "config_keys": {"config", "fields"},
     "config_checks": {"config", "config_keys", "fields"},
-    "command_line": {"config", "config_keys", "fields"},
+    "command_line": {"config", "config_keys", "fields", "parallel"},  # signals, which imports nothing
     "planner": {"config", "config_keys", "convert", "parallel", "rollout"},
     "launch": {"command_line", "config", "config_checks", "parallel", "rollout"},
     "doctor": {"parallel"},  # addresses, which imports no framework
@@ -31,7 +31,10 @@ ALLOWED = {
     "convert": {"files", "parallel"},
     "rollout": {"batch", "config", "convert", "files", "parallel"},
     "report": {"files"},
-    "evaluation": {"batch", "config", "config_data", "convert", "data", "fields", "files", "parallel", "rollout"},
+    "evaluation": {
+        *("batch", "command_line", "config", "config_data", "convert", "data", "fields", "files", "parallel"),
+        *("report", "rollout"),
+    },
     "gpt": {"batch", "config", "parallel", "convert"},
     "teacher": {"batch", "config", "parallel", "objectives", "loss", "convert", "gpt"},
     "model": {"batch", "config", "parallel", "objectives", "loss", "convert", "gpt", "teacher", "rollout"},

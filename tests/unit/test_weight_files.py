@@ -16,6 +16,7 @@ from examples.convert_checkpoint import hf_to_megatron
 from examples.drop_layers import drop_layers
 from nemo_tropd.config import ConfigError
 from nemo_tropd.convert.families import ConversionError, read_shape
+from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.convert.folders import copy_sidecar
 from nemo_tropd.convert.hf_files import HfCheckpoint
 from nemo_tropd.convert.weight_files import INDEX, SINGLE, weight_files
@@ -23,7 +24,6 @@ from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.weights.stream import checkpoint_shapes
 from nemo_tropd.training.plan import make_plan
-from nemo_tropd.training.teacher_responses import checkpoint_fingerprint
 from tests.e2e.compose import compose_config
 from tests.e2e.tiny_run import TinyRun
 from tests.tiny_models import make_tiny
