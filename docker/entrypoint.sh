@@ -13,7 +13,7 @@ python=${NEMO_TROPD_PYTHON:-python3}
 command=${1:-doctor}
 case $command in
   train) exec "$here/launch.sh" "${@:2}" ;;
-  doctor) cd "$here/.." && exec "$python" -m nemo_tropd.doctor "${@:2}" ;;
+  doctor) exec "$python" -m nemo_tropd.doctor "${@:2}" ;; # of the runs in the working directory
   demo) cd "$here/.." && exec "$python" examples/demo.py "${@:2}" ;;
   *) exec "$@" ;;
 esac

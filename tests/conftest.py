@@ -29,6 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="draw the random inputs of the run that printed 'random inputs: --seed S' (a test's inputs depend on S "
         "and its own name alone, so one failed test can be run by itself)",
     )  # fmt: skip
+    parser.addoption(
+        "--images", action="append", choices=("cpu", "gpu"), default=[],
+        help="build this image and use it (tests/docker/build.py); may be repeated",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

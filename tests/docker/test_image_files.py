@@ -265,6 +265,18 @@ def test_scripts_find_a_home_that_can_be_written_to(tmp_path: Path, script: str,
     assert found == str(tmp_path / "new") or home != "new"
 
 
+@pytest.mark.parametrize("words", [[], ["doctor"]])
+def test_the_doctor_looks_at_the_runs_where_a_container_starts(tmp_path: Path, words: list[str]) -> None:
+    """Not at those of the image's own folder, which nobody can write to."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\npwd\necho "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "NEMO_TROPD_PYTHON": str(python)}
+    command = [str(DOCKER / "entrypoint.sh"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout.splitlines() == [str(tmp_path), "-m nemo_tropd.doctor"]
+
+
 # The part of the Compose specification that the file uses: keys that do not exist there are refused.
 SERVICE = {
     "type": "object",

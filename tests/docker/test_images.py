@@ -1,0 +1,31 @@
+"""The images themselves, where ``--images`` asks for them; and that the changed Dockerfile is the one of docker/."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.docker.bases import EDITS, gpu_dockerfile
+from tests.docker.build import IMAGES, main
+from tests.docker.buildah import missing_tools
+from tests.docker.test_image_files import DOCKER
+
+
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("role", IMAGES)
+def test_an_image_is_built_and_used(role: str, request: pytest.FixtureRequest) -> None:
+    if role not in request.config.option.images:
+        pytest.skip(f"takes from 20 minutes to hours, and many GB: asked for by --images {role}")
+    if reason := missing_tools():
+        pytest.skip(reason)
+    assert main([role]) == 0
+
+
+def test_only_what_needs_cudas_compilers_is_changed() -> None:
+    text = (DOCKER / "Dockerfile").read_text()
+    before, after = text.splitlines(), gpu_dockerfile(text).splitlines()
+    gone = [line for line in before if line not in after]
+    assert gone and not [line for line in gone if line.startswith(("FROM", "COPY", "ENV", "USER", "ENTRYPOINT"))]
+    assert len(before) - len(after) == len(gone) - 2  # the other edit's two lines
+    assert any("-r source.txt" in line for line in gone) and all("-r source.txt" not in line for line in after)
+    with pytest.raises(ValueError, match="adapt EDITS"):
+        gpu_dockerfile(text.replace(EDITS[0][0], "RUN other="))
