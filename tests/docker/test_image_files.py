@@ -265,6 +265,19 @@ def test_scripts_find_a_home_that_can_be_written_to(tmp_path: Path, script: str,
     assert found == str(tmp_path / "new") or home != "new"
 
 
+def test_torchs_cpu_wheel_may_come_from_elsewhere() -> None:
+    """The Makefile's rule, which tests/docker/build.py relies on: with TORCH_BACKEND empty no index is named."""
+    words = instructions("Dockerfile.cpu")
+    (sync,) = (re.search(r"uv pip sync [^&]*", rest)[0] for word, rest in words if "uv pip sync" in rest)  # type: ignore[index]
+    assert ("ARG", "TORCH_BACKEND=cpu") in words
+    for backend, said in (("cpu", "--torch-backend cpu docker"), ("", "pip sync docker")):
+        script = sync.replace("uv ", "echo uv ")
+        done = subprocess.run(
+            ["sh", "-c", script], env={"TORCH_BACKEND": backend}, capture_output=True, text=True, check=True
+        )
+        assert said in done.stdout
+
+
 @pytest.mark.parametrize("words", [[], ["doctor"]])
 def test_the_doctor_looks_at_the_runs_where_a_container_starts(tmp_path: Path, words: list[str]) -> None:
     """Not at those of the image's own folder, which nobody can write to."""
@@ -273,7 +286,9 @@ def test_the_doctor_looks_at_the_runs_where_a_container_starts(tmp_path: Path, w
     python.chmod(0o755)
     environment = {**os.environ, "NEMO_TROPD_PYTHON": str(python)}
     command = [str(DOCKER / "entrypoint.sh"), *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=20, check=True
+    )
     assert done.stdout.splitlines() == [str(tmp_path), "-m nemo_tropd.doctor"]
 
 

@@ -118,6 +118,11 @@ def _step(what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("step", what, "nemo_tropd/training/step.py", line, becomes, tests)
 
 
+def _image(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    files = "tests/docker/test_image_files.py::"
+    return Fault("images", f"{file}: {what}", f"docker/{file}", line, becomes, tuple(files + t for t in tests))
+
+
 def _gpu(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("gpu", what, f"nemo_tropd/{file}.py", line, becomes, tests)
 
@@ -1759,6 +1764,33 @@ FAULTS: list[Fault] = [
         "mean is not None and mean <= MISMATCH and applied,",
         "mean is not None and applied,",
         "test_the_loops_check_rehearsed",
+    _image(
+        "entrypoint.sh",
+        "the doctor looks at the image's own folder",
+        'doctor) exec "$python" -m nemo_tropd.doctor "${@:2}" ;; # of the runs in the working directory',
+        'doctor) cd "$here/.." && exec "$python" -m nemo_tropd.doctor "${@:2}" ;;',
+        "test_the_doctor_looks_at_the_runs_where_a_container_starts",
+    ),
+    _image(
+        "home.sh",
+        "a home that cannot be written to is kept",
+        'if ! mkdir -p "${HOME:=/}" 2> /dev/null || [[ $HOME == / || ! -w $HOME ]]; then',
+        'if ! mkdir -p "${HOME:=/}" 2> /dev/null; then',
+        "test_scripts_find_a_home_that_can_be_written_to",
+    ),
+    _image(
+        "Dockerfile.cpu",
+        "torch's CPU wheel is always asked of one index",
+        '&& uv pip sync ${TORCH_BACKEND:+--torch-backend "$TORCH_BACKEND"} docker/requirements-cpu.txt',
+        "&& uv pip sync --torch-backend cpu docker/requirements-cpu.txt",
+        "test_torchs_cpu_wheel_may_come_from_elsewhere",
+    ),
+    _image(
+        "Dockerfile.cpu",
+        "the home is not on the volume",
+        "ENV HOME=/opt/nemo_tropd/runs/.home USER=tropd",
+        "ENV HOME=/home/tropd USER=tropd",
+        "test_any_uid_has_a_home_on_the_volume_of_its_runs",
     ),
     _evaluation(
         "store",
