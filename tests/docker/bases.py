@@ -74,7 +74,8 @@ def make_base(tools: Buildah, role: str) -> None:
     command = ["nice", "-n", "19", "mmdebstrap", "--quiet", "--variant=minbase", *options, release, str(archive)]
     subprocess.run(command, check=True)
     (folder / "Dockerfile").write_text(_CPU if role == "cpu" else _GPU)
-    for name in names:  # the second one is all layers of the first
-        tools.build(name, folder / "Dockerfile", folder)
+    tools.build(names[0], folder / "Dockerfile", folder)
+    for name in names[1:]:
+        tools.ask("tag", names[0], name)
     archive.unlink()
     print(f"{release} in the place of {' and '.join(names)}: {time.monotonic() - start:.0f} s", flush=True)
