@@ -25,7 +25,8 @@ ADD base.tar /
 {_PATH} NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN cd /srv && for name in python3.12 python3.12-dev python3.12-venv; do \\
       mkdir -p $name/DEBIAN && printf '%s\\n' "Package: $name" "Version: 3.12" "Architecture: all" "Maintainer: none" \\
-        "Depends: $(echo $name | sed s/3.12/3.13/)" "Description: stands for Ubuntu's" > $name/DEBIAN/control; done \\
+        "Depends: $(echo $name | sed 's/3.12\\(-.*\\)/3.13\\1, python3.12/; s/^python3.12$/python3.13/')" \\
+        "Description: stands for Ubuntu's" > $name/DEBIAN/control; done \\
     && mkdir -p python3.12/usr/bin && ln -s python3.13 python3.12/usr/bin/python3.12 \\
     && for name in python3.12*; do dpkg-deb --build $name && cat $name/DEBIAN/control \\
       && printf '%s\\n' "Filename: ./$name.deb" "Size: $(stat -c %s $name.deb)" \\

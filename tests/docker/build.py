@@ -13,7 +13,9 @@ comes from there, as in the Makefile. Exit code 1 if a build or a check fails.
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -62,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
             for line in tools.layers(IMAGES[role]):
                 print(line, flush=True)
             failed += run_checks(tools, role, options.only)
+    except subprocess.CalledProcessError as error:
+        print(f"exit code {error.returncode}: {shlex.join(map(str, error.cmd))}\n{error.stderr or ''}", file=sys.stderr)
+        return 1
     finally:
         tools.close()
         if options.storage is None:
