@@ -55,7 +55,7 @@ class Buildah:
     def build(self, image: str, file: Path, context: Path, arguments: Mapping[str, str] | None = None) -> None:
         """``docker build``; prints the steps and the seconds. Raises CalledProcessError."""
         start = time.monotonic()
-        # docker's own format: OCI's has neither SHELL nor HEALTHCHECK. What is mounted leaves nothing in the image.
+        # docker's own format: OCI's has neither SHELL nor HEALTHCHECK. What is mounted leaves empty files in the image.
         words = ["build", "--format", "docker", "--isolation", "chroot", "--pull-never", "--layers", "--tag", image]
         words += [f"--build-arg={name}={value}" for name, value in (arguments or {}).items()]
         with tempfile.TemporaryDirectory() as made:

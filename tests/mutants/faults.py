@@ -1764,6 +1764,7 @@ FAULTS: list[Fault] = [
         "mean is not None and mean <= MISMATCH and applied,",
         "mean is not None and applied,",
         "test_the_loops_check_rehearsed",
+    ),
     _image(
         "entrypoint.sh",
         "the doctor looks at the image's own folder",

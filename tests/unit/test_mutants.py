@@ -20,7 +20,8 @@ def test_every_fault_can_be_planted_and_has_a_test_that_may_notice() -> None:
     for fault in FAULTS:
         source = (ROOT / fault.file).read_text()
         planted = fault.planted(source)
-        assert ast.dump(ast.parse(planted)) != ast.dump(ast.parse(source)), f"{fault.what} changes nothing"
+        read = (lambda text: ast.dump(ast.parse(text))) if fault.file.endswith(".py") else str.split
+        assert read(planted) != read(source), f"{fault.what} changes nothing"
         assert fault.tests, fault.what
         for test in fault.tests:
             file, _, name = test.partition("::")
