@@ -26,6 +26,7 @@ from nemo_tropd.convert.megatron_files import check_files
 from nemo_tropd.convert.metadata_file import without_code
 from nemo_tropd.files import finish_folder, sync
 from nemo_tropd.parallel.agreement import on_every_rank, on_rank_zero
+from nemo_tropd.parallel.roll_call import failed_collective
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.checkpoint_writer import write_in_this_process
 from nemo_tropd.training.optimizer import StudentOptimizer
@@ -233,6 +234,8 @@ def _load_error(path: Path, error: BaseException) -> CheckpointError:
         return CheckpointError(f"{path} cannot be read ({_cause(error)}); rerun the command when the file system works")
     if any(isinstance(cause, MemoryError | torch.OutOfMemoryError) or "allocate" in str(cause) for cause in causes):
         return CheckpointError(f"{path} cannot be loaded: out of memory ({_cause(error)})")
+    if any(map(failed_collective, causes)):  # a rank is gone, or too slow
+        return CheckpointError(f"{path} was not loaded: the ranks lost each other ({_cause(error)})")
     return DamagedCheckpoint(f"{path} cannot be loaded (it is damaged: {_cause(error)})")
 
 

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nemo_tropd.config import ConfigError
 from nemo_tropd.training.checkpoint import CheckpointError
 from nemo_tropd.training.run import train
 from nemo_tropd.training.trainer import Outcome
-from tests.doubles import replay_engines
+from tests.doubles import ReplayEngine, replay_engines
 from tests.e2e.compose import compose_config
 from tests.e2e.tiny_run import TinyRun, train_lines
 from tests.faults import planted
@@ -101,15 +102,21 @@ def test_an_optimizer_resumes_to_the_bit(keys: dict[str, Any], go: Go, tmp_path:
 def test_a_run_that_has_applied_no_step_resumes(
     go: Go, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before its first step, then after a step that was skipped."""
+    """Stopped before its first step, outside of the loop and in it, then after a step that was skipped."""
     from nemo_tropd.training import step as step_module
     from nemo_tropd.training.optimizer import StudentOptimizer
 
     run_dir = tmp_path / "run"
-    with planted("load", lambda: os.kill(os.getpid(), signal.SIGTERM), rank=0):
-        outcome = go(run_dir, 3)
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)  # a thread reads it
+
+    for phase in ("load", "engine start"):
+        with planted(phase, stop, rank=0):
+            outcome = go(run_dir, 3)
         assert outcome is not None and outcome.stopped_by_signal and outcome.step == 0
-    assert not list(run_dir.glob("checkpoints/*"))
+        assert not list(run_dir.glob("checkpoints/*"))
 
     step = StudentOptimizer.step
 
@@ -152,13 +159,22 @@ def test_steps_that_were_skipped_in_a_row_count_on_in_a_resumed_run(
     assert outcome is not None and outcome.step == 3
 
 
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each time that an engine was closed, whether it was told that the run is over."""
+    found: list[bool] = []
+    monkeypatch.setattr(ReplayEngine, "close", lambda self, *, run_over=False: found.append(run_over))
+    return found
+
+
 def test_a_stop_right_after_a_checkpoint_saves_nothing_twice(
-    go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    go: Go, tmp_path: Path, closed: list[bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with planted("save", lambda: os.kill(os.getpid(), signal.SIGTERM), rank=0):
         outcome = go(tmp_path / "run", 3)
     assert outcome is not None and outcome.stopped_by_signal and outcome.step == 1
     assert capsys.readouterr().out.count("checkpoint ") == 1
+    assert closed == [False]  # hosts of engines wait for the run
 
 
 # --- settings ---
@@ -219,7 +235,8 @@ def test_what_alters_draws_or_loss_is_refused_by_key(go: Go, copy: Path, models:
 def test_models_are_known_by_their_content(go: Go, copy: Path, models: TinyRun, tmp_path: Path) -> None:
     """A moved folder resumes; other weights under the path it had do not, unless the user says so."""
     moved = shutil.copytree(models.teacher, tmp_path / "moved")
-    outcome = go(copy, 4, **{"model.teacher.path": moved})
+    student = shutil.copytree(models.student, tmp_path / "student")
+    outcome = go(copy, 4, **{"model.teacher.path": moved, "pretrained_checkpoint.restore_from_path": student})
     assert outcome is not None and outcome.step == 4
     tensors = load_file(moved / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, moved / "model.safetensors")
@@ -358,22 +375,21 @@ def test_a_finished_run_makes_lost_results_again(lost: str, go: Go, finished: Pa
     assert go(copy, 3) is None
 
 
-def test_an_extended_run_killed_in_its_export_exports_again(
-    go: Go, copy: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_extended_run_killed_in_its_export_or_report_makes_both_again(
+    go: Go, copy: Path, closed: list[bool]
 ) -> None:
-    from nemo_tropd.training import run
-
     old = weights(copy)
 
-    def killed(*args: Any, **keys: Any) -> None:
-        raise KeyboardInterrupt
+    def killed() -> None:
+        raise RuntimeError("killed")
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(run, "save_hf", killed)
-        go(copy, 4)
-    assert step_dir(copy, 4).is_dir()
+    for phase in ("export", "report"):
+        with planted(phase, killed, rank=0), pytest.raises(RuntimeError, match="killed"):
+            go(copy, 4)
+        assert step_dir(copy, 4).is_dir()
     outcome = go(copy, 4)
     assert outcome is not None and outcome.step == 4
+    assert closed == [False, False, True]  # hosts of engines are told to exit once nothing is left to do
     assert any(not torch.equal(tensor, old[name]) for name, tensor in weights(copy).items())
     assert json.loads((copy / "summary.json").read_text())["steps"] == 4
 

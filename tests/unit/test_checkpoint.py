@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
+from unittest.mock import Mock
 
+import psutil
 import pytest
 import torch
 from megatron.core import dist_checkpointing
@@ -20,8 +24,9 @@ from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training import checkpoint
 from nemo_tropd.training.checkpoint import Checkpoints, complete_checkpoints
 from nemo_tropd.training.checkpoint_writer import write_in_this_process
+from nemo_tropd.training.metrics import MetricsLog
 from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state
-from nemo_tropd.training.trainer import TEACHER_REMEDY
+from nemo_tropd.training.trainer import TEACHER_REMEDY, TropdTrainer
 from tests.e2e.compose import compose_config
 from tests.tiny_models import make_tiny
 from tests.unit.test_optimizer import Student
@@ -77,6 +82,9 @@ def test_the_newest_complete_checkpoints_are_kept_and_the_rest_removed(
         path = checkpoints.save(student.ddp.module, student.optimizer, replace(STATE, step=step))
         assert complete_checkpoints(checkpoints.dir)[-1] == path and (path / "hf" / "config.json").is_file()
     assert sorted(p.name for p in checkpoints.dir.iterdir()) == ["step_00000009", "step_00000010"]
+    # A process of Megatron's would get a stop's signal, too, and take the stop's own checkpoint with it.
+    ours = [p for p in psutil.process_iter(["ppid", "cmdline"]) if p.info["ppid"] == os.getpid()]
+    assert not [p for p in ours if "spawn_main" in " ".join(p.info["cmdline"] or ())]
     (checkpoints.dir / ".tmp-step_00000011").mkdir()  # as a killed run leaves it
     assert complete_checkpoints(checkpoints.dir)[-1] == path
     checkpoints.remove_unfinished()
@@ -101,6 +109,36 @@ def test_a_run_of_other_settings_may_not_resume(key: str) -> None:
     assert str(error.value).startswith(f"{key} = {value!r}: ") and repr(SETTINGS[key]) in str(error.value)
     check_resumable(STATE, replace(STATE, step=0, skipped_steps=0))
     assert check_resumable(STATE, other, [key]) == [f"{key}: {SETTINGS[key]} up to step 3, {value} from here on"]
+
+
+@pytest.mark.parametrize("key", ["trainer.precision", "model.optim.name", "model.optim.distributed"])
+def test_optimizer_states_of_another_kind_are_refused_though_accepted(key: str) -> None:
+    saved, now = (replace(STATE, settings={**SETTINGS, "model.seed": seed, key: seed}) for seed in (11, 12))
+    with pytest.raises(ConfigError, match=rf"^{key} = 12: .* made with 11, .*restore that") as error:
+        check_resumable(saved, now, [key, "model.seed"])
+    assert "remove" not in str(error.value) and "accept_changes" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "rerun the command when the file system works"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), "the ranks lost each other"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), None),
+        (EOFError("common.pt is empty"), None),
+        (KeyError("optimizer.state.exp_avg"), None),
+    ],
+)
+@pytest.mark.parametrize("collected", [False, True])
+def test_only_a_checkpoints_own_fault_is_called_damage(error: Exception, said: str | None, collected: bool) -> None:
+    """A good one, which a machine or its network failed to read, is neither set aside nor said to be damaged."""
+    raised = checkpoint.CheckpointException("read", {1: (error, StackSummary())}) if collected else error
+    made = checkpoint._load_error(Path("run/step_00000003"), raised)
+    assert isinstance(made, checkpoint.DamagedCheckpoint) == (said is None)
+    assert str(made).startswith("run/step_00000003 ") and (said or "it is damaged") in str(made)
 
 
 def test_a_run_that_follows_the_advice_for_a_teacher_that_is_not_finite_resumes() -> None:
@@ -211,3 +249,16 @@ def test_a_checkpoint_leaves_no_page_locked_memory_behind(tmp_path: Path, topolo
     _, copy, _ = writer.get_save_function_and_args()
     ((path, key, (objects, ((item, tensor),))),) = copy()
     assert (path, key, objects, item) == ("path", "key", [("object", "bytes")], "item") and tensor.sum() == 3
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    trainer = Mock(log=MetricsLog(tmp_path, []))
+    trainer.log.write(1, "train", {"loss": 1.0})
+    trainer.checkpoints.save = lambda *args: events.append("checkpoint")
+    TropdTrainer._save(trainer)
+    trainer.log.close()
+    assert events == ["metrics.jsonl", "checkpoint"]
