@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from typing import Any
 
 import pytest
@@ -38,9 +40,9 @@ def start(timeout_s: float) -> Any:
 def silent_peer(rank: int, world_size: int, missing: int, timeout_s: float) -> str:
     """Rank ``missing`` sends no more heartbeats and closes its connections; returns what the others say."""
     topology = start(200)
-    ones = torch.ones(3)
+    ones, printed = torch.ones(3), io.StringIO()
     try:
-        with RollCall(timeout_s) as call:
+        with redirect_stderr(printed), RollCall(timeout_s) as call:
             assert call.together(lambda: rank) == rank
             dist.all_reduce(ones)
             assert ones[0] == world_size
@@ -51,6 +53,7 @@ def silent_peer(rank: int, world_size: int, missing: int, timeout_s: float) -> s
                 return ""
             dist.all_reduce(ones)
     except PeerLost as lost:
+        assert f"PeerLost: {lost}\n(" in printed.getvalue(), printed.getvalue()  # and the collective's own words
         return str(lost)
     return "nothing was noticed"
 
