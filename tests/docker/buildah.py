@@ -124,7 +124,8 @@ class Container:
 
         ``entrypoint=False`` is what Kubernetes does for a pod's ``command``, and pyxis always.
         """
-        words: list[str | Path] = ["run", "--isolation", "chroot"]
+        # docker gives a container a name that it can resolve; buildah gives one that no file knows, and torchrun waits.
+        words: list[str | Path] = ["run", "--isolation", "chroot", "--hostname", "localhost"]
         words += [f"--user={uid}:{uid}"] if uid is not None else []
         words += [f"--volume={source}:{target}" for source, target in (volumes or {}).items()]
         first: Sequence[str] = self.settings["Entrypoint"] if entrypoint else ()  # type: ignore[assignment]
