@@ -1529,6 +1529,13 @@ FAULTS: list[Fault] = [
     ),
     _strangers(
         "convert/metadata_file",
+        "any attribute may be taken where members of enumerations are read",
+        "if not isinstance(kind, EnumType) or name not in kind.__members__:",
+        "if not hasattr(kind, name):",
+        _STRANGERS + "test_members_of_enumerations_are_read_as_any_python_writes_them",
+    ),
+    _strangers(
+        "convert/metadata_file",
         "objects beside the weights are loaded as programs",
         'os.environ[_FORCE] = "1"',
         'os.environ[_FORCE] = "0"',

@@ -24,6 +24,7 @@ from nemo_tropd.command_line import fail, printable
 from nemo_tropd.convert.families import ConversionError, read_shape
 from nemo_tropd.convert.folders import copy_sidecar
 from nemo_tropd.convert.hf_files import INDEX, HfCheckpoint
+from nemo_tropd.convert.metadata_file import read_metadata, without_code
 from nemo_tropd.data import PromptError, load_prompts
 from nemo_tropd.parallel.roll_call import failed_collective
 from nemo_tropd.parallel.topology import Topology
@@ -192,11 +193,47 @@ def test_no_code_of_a_checkpoint_runs(model: Path, tmp_path: Path, topology: Top
         assert not mark.exists()
 
 
+class Attribute:
+    """getattr(of, name) where it is unpickled."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self.arguments = of, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.arguments
+
+
+def test_members_of_enumerations_are_read_as_any_python_writes_them(model: Path, tmp_path: Path) -> None:
+    """As Python 3.11.0 to 3.11.3 do, Debian 12's among them: by getattr, which gives nothing else here."""
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorProperties
+
+    checkpoint = tmp_path / "megatron"
+    hf_to_megatron(model, checkpoint)
+    path = checkpoint / ".metadata"
+    good = pickle.loads(path.read_bytes())
+
+    class Writer(pickle._Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            return (getattr, (type(value), value.name)) if isinstance(value, _MEM_FORMAT_ENCODING) else NotImplemented
+
+    with path.open("wb") as file:
+        Writer(file).dump(good)
+    assert b"getattr" in path.read_bytes()
+    assert read_metadata(checkpoint) == good
+    for of, name in (
+        (TensorProperties, "__init__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (Metadata, "__class__"),
+        (1, "real"),
+    ):
+        path.write_bytes(pickle.dumps(Attribute(of, name)))
+        with pytest.raises(ConversionError, match=f"it has '{name}' of .*which could run code"):
+            read_metadata(checkpoint)
+
+
 def test_an_object_beside_the_weights_cannot_run_code(tmp_path: Path, topology: Topology, model: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-    from nemo_tropd.convert.metadata_file import without_code
 
     folder, mark = tmp_path / "objects", tmp_path / "mark"
     folder.mkdir()
