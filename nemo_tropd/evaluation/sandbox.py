@@ -38,8 +38,8 @@ class Limits:
 
 
 class Outcome(NamedTuple):
-    """``status`` is "ended" (``code``: the exit code), or the limit it went over: "time", "memory", "processes" or
-    "output"; or "killed". Output is cut at its limit."""
+    """``status`` is "ended" (``code``: the exit code), or the limit it went over: "time", "memory", "processes",
+    "disk" or "output"; or "killed". Output is cut at its limit."""
 
     status: str
     code: int | None

@@ -57,6 +57,10 @@ def change_root(root, readable, file_bytes):
     _call("unshare", _NEWNS)
     _call("mount", None, "/", None, _REC | _PRIVATE, None)
     _call("mount", "tmpfs", root, "tmpfs", _NOSUID, b"size=1m,mode=755")
+    for name in ("proc", "tmp"):
+        Path(root, name).mkdir()
+    # Before what is readable, which may be in /tmp itself: the interpreter of a clone there.
+    _call("mount", "tmpfs", f"{root}/tmp", "tmpfs", _NOSUID | _NODEV, f"size={4 * file_bytes},mode=1777")
     for path in (*_SYSTEM, *readable, *_DEVICES):
         source, target = Path(path), Path(root + path)
         if target.exists() or not source.exists():
@@ -67,12 +71,11 @@ def change_root(root, readable, file_bytes):
             continue
         target.mkdir() if source.is_dir() else target.touch()
         _call("mount", path, str(target), None, _BIND | _REC, None)
-    for name in ("proc", "tmp"):
-        Path(root, name).mkdir()
-    attributes = struct.pack("4Q", 1 | _NOSUID, 0, 0, 0)  # 1: read-only
-    if _LIBC.syscall(_MOUNT_SETATTR, -100, root.encode(), 0x8000, attributes, ctypes.c_size_t(len(attributes))) < 0:
-        raise OSError(ctypes.get_errno(), "mount_setattr")
-    _call("mount", "tmpfs", f"{root}/tmp", "tmpfs", _NOSUID | _NODEV, f"size={4 * file_bytes},mode=1777")
+    # 1: read-only; with all that is mounted below, but then not /tmp
+    for path, recursive, on, off in ((root, 0x8000, 1 | _NOSUID, 0), (f"{root}/tmp", 0, 0, 1)):
+        attributes = struct.pack("4Q", on, off, 0, 0)
+        if _LIBC.syscall(_MOUNT_SETATTR, -100, path.encode(), recursive, attributes, ctypes.c_size_t(32)) < 0:
+            raise OSError(ctypes.get_errno(), f"mount_setattr of {path}")
     _call("mount", "proc", f"{root}/proc", "proc", _NOSUID | _NODEV | _NOEXEC, None)
     os.chdir(root)
     _call("pivot_root", ".", ".")
@@ -220,12 +223,12 @@ def supervise(task, report, isolated, groups):
         except BaseException as error:
             os.write(report, _line(error=str(error)))
         os._exit(1)
-    status, code = watch(program, task)
+    status, code = watch(program, task, None if isolated else folder)
     os.write(report, _line(status=status, code=code, missing=task["missing"]))
 
 
-def watch(program, task):
-    """How it ended: "ended" with a code, or the limit it went over."""
+def watch(program, task, folder):
+    """How it ended: "ended" with a code, or the limit it went over; ``folder`` is one that nothing else bounds."""
     end = time.monotonic() + task["seconds"]
     limit = task["memory_bytes"] // resource.getpagesize()
     while True:
@@ -242,7 +245,19 @@ def watch(program, task):
             return "memory", None
         if len(used) > 2 * task["processes"]:
             return "processes", None
+        if folder is not None and written(folder) > 4 * task["file_bytes"]:
+            return "disk", None
         signal.sigtimedwait([signal.SIGCHLD], _POLL_S)
+
+
+def written(folder):
+    """Bytes on the disk, of all files that a folder names."""
+    blocks = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                blocks += os.lstat(os.path.join(path, name)).st_blocks
+    return 512 * blocks
 
 
 def cpu_used():

@@ -139,15 +139,34 @@ def test_no_connection_is_made(namespaces):
     assert outcome.code == 1 and ("Network is unreachable" if namespaces else "Permission denied") in outcome.stderr
 
 
-def test_disk_is_bounded():
+@BOTH
+def test_disk_is_bounded(namespaces):
     program = (
         "import itertools\nfor i in itertools.count():\n    with open(f'f{i}', 'wb') as f:\n"
         "        for _ in range(8): f.write(bytes(1 << 20))\n    print(i, flush=True)"
     )
-    outcome = run(program, limits=replace(Limits(), file_bytes=16 << 20))
-    assert outcome.code == 1 and "No space left" in outcome.stderr and int(outcome.stdout.split()[-1]) < 8
-    outcome = run("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))")
+    outcome = run(program, limits=replace(Limits(), file_bytes=16 << 20), namespaces=namespaces)
+    if namespaces:
+        assert outcome.code == 1 and "No space left" in outcome.stderr and int(outcome.stdout.split()[-1]) < 8
+    else:
+        assert outcome.status == "disk" and int(outcome.stdout.split()[-1]) < 200
+    outcome = run("f = open('f', 'wb')\nwhile True: f.write(bytes(1 << 20))", namespaces=namespaces)
     assert outcome.code == 1 and "File too large" in outcome.stderr
+
+
+@BOTH
+def test_an_interpreter_in_the_folder_of_temporary_files_is_found(namespaces, tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox.sys, "base_prefix", str(tmp_path))  # one more folder that is readable
+    (tmp_path / "library.py").write_text("there")
+    program = f"print(open({str(tmp_path / 'library.py')!r}).read())\nopen('own', 'w').write('x')\n"
+    if os.geteuid() == 0:
+        os.chmod(tmp_path, 0o755)
+        for folder in tmp_path.parents[:2]:
+            os.chmod(folder, 0o711)
+    outcome = run(program, namespaces=namespaces)
+    assert (outcome.code, outcome.stdout) == (0, "there\n"), outcome
+    outcome = run(f"open({str(tmp_path / 'more')!r}, 'w')", namespaces=namespaces)
+    assert outcome.code == 1 and not (tmp_path / "more").exists()
 
 
 @BOTH
