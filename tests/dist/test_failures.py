@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_tropd.convert.families import ConversionError
 from tests import faults
 from tests.dist.run_distributed import DistributedFailure, run_distributed
 from tests.doubles import replay_engines
@@ -54,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_ranks_error_is_everybodys_at_once(root: Path) -> None:
     for phase in random.sample([*ANY_RANK, *RANK_0], PER_RUN):
         guilty = random.choice([0, 1]) if phase in ANY_RANK else 0
-        kind = random.choice([OSError, KeyError, Strange])
+        kind = random.choice([OSError, KeyError, ConversionError, Strange])
         with pytest.raises(DistributedFailure) as failure:
             run_distributed(fail_at, 2, str(root), phase, guilty, kind, timeout_s=100, init_gloo=False)
         seconds = time.time() - float((root / "failed_at").read_text())

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.random
 
 
 def save_and_load(rank: int, world_size: int, root: str, tensor: int) -> dict[str, Any]:
-    """One step; a checkpoint of ours and one of Megatron's gathered kind; the second loaded by an optimizer of ours."""
+    """A checkpoint before the first step; after one, a checkpoint of ours and one of Megatron's gathered kind; each
+    loaded by an optimizer of ours."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -45,18 +46,26 @@ def save_and_load(rank: int, world_size: int, root: str, tensor: int) -> dict[st
         found = ((p, part.optimizer.state[p]) for group in part.optimizer.param_groups for p in group["params"])
         return [t for p, state in found for t in (p, *(state[key] for key in sorted(state)))]
 
+    def step(ddp: Any, optimizer: StudentOptimizer) -> None:
+        ddp.zero_grad_buffer()
+        for parameter, gradient in zip(ddp.module.parameters(), gradients, strict=True):
+            parameter.main_grad.copy_(gradient)
+        ddp.finish_grad_sync()
+        assert optimizer.step(0).applied
+
+    checkpoints = Checkpoints(folder / "run", topology, hf_source=folder / "hf", keep=1)
     ddp, optimizer = student()
-    ddp.zero_grad_buffer()
-    for parameter in ddp.module.parameters():
-        parameter.main_grad.normal_()
-    ddp.finish_grad_sync()
-    assert optimizer.step(0).applied
+    gradients = [torch.randn_like(parameter.main_grad) for parameter in ddp.module.parameters()]
+    path = checkpoints.save(ddp.module, optimizer, RunState(0, {}, {}, "r"))
+    resumed, begun = student()
+    checkpoints.load(path, resumed.module, begun)
+    step(resumed, begun)
+    step(ddp, optimizer)
     wanted, (part,) = [t.detach().clone() for t in states(optimizer)], optimizer.parts
     model_state = ddp.module.sharded_state_dict(prefix="model.")
     pieces = optimizer.sharded_state_dict(model_state)["param_state"]
     held = sum(t.data.numel() for t in nested_values(pieces) if isinstance(t, ShardedTensor))
 
-    checkpoints = Checkpoints(folder / "run", topology, hf_source=folder / "hf", keep=1)
     path = checkpoints.save(ddp.module, optimizer, RunState(1, {}, {}, "r"))
     found, state, damage = newest_readable(checkpoints.dir)
     assert (found, state.step if state else None, damage) == (path, 1, [])
@@ -68,7 +77,7 @@ def save_and_load(rank: int, world_size: int, root: str, tensor: int) -> dict[st
     content = {"optimizer": state_dict, "model": ddp.module.sharded_state_dict(prefix="model.")}
     dist_checkpointing.save({**content, "run_state": vars(state)}, str(folder / "theirs"))
 
-    same = []
+    same = [all(torch.equal(a, b) for a, b in zip(states(begun), wanted, strict=True))]
     for source in (path, folder / "theirs"):
         other, loader = student()
         checkpoints.load(source, other.module, loader)
@@ -86,7 +95,7 @@ def test_each_rank_saves_and_loads_its_own_states_in_megatrons_files(tensor: int
     ranks = run_distributed(save_and_load, 2, str(tmp_path), tensor)
     for rank in ranks:
         assert rank["held"] == rank["own"], "a rank keeps more than its share for a checkpoint"
-        assert rank["same"] == [True] * 4
+        assert rank["same"] == [True] * 5
 
     def tensors(folder: Path) -> dict[str, torch.Tensor]:
         metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
