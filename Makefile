@@ -29,7 +29,8 @@ $(READY): $(PINS) pyproject.toml
 demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# Three tests at a time (many wait for a peer that is gone), each with up to four processes; ARGS="-n 0 -s" for one after the other, with output.
+# Three tests at a time (many wait for a peer that is gone), each with up to four processes; ARGS="-n 0 -s" for one after
+# the other, with output.
 # Every run draws other random inputs; ARGS="-m random --draws 30" repeats the tests that draw any, 30 times.
 test: setup
 	$(BIN)/python -m pytest -n 3 $(ARGS)
