@@ -22,6 +22,7 @@ _NOTHING = (False, None)
 
 
 def expressions() -> Callable[..., object]:
+    """What judges by math-verify: (response, answer) -> (right, answer found)."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns at each call without a time limit
@@ -51,6 +52,7 @@ def _text(found: list[object]) -> str:
 
 
 def ifbench() -> Callable[..., object]:
+    """What judges by IFBench's own checks: a verdict for each instruction; without a question, the data it lacks."""
     spacy = ModuleType("spacy.cli")
     spacy.download = lambda *_: None  # type: ignore[attr-defined]
     # At import the package downloads a model that none of its checks uses.
@@ -60,6 +62,7 @@ def ifbench() -> Callable[..., object]:
 
 
 def ifeval() -> Callable[..., object]:
+    """As ``ifbench``, by the checks of lm-eval's IFEval."""
     spec = find_spec("lm_eval")
     assert spec is not None and spec.submodule_search_locations is not None  # graders/instructions.py has looked
     for name in ("lm_eval", "lm_eval.tasks"):  # which import every framework that the package knows

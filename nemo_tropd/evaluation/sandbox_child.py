@@ -186,6 +186,7 @@ def confine(task, user, isolated):
 
 
 def mapped(user):
+    """Whether this process's user namespace has ``user``."""
     lines = Path("/proc/self/uid_map").read_text().splitlines()
     return any(first <= user < first + count for first, _, count in (map(int, line.split()) for line in lines))
 
@@ -267,6 +268,7 @@ def cpu_used():
 
 
 def main():
+    """See above; arguments: the descriptor for the report, the process that asks; the task comes on standard input."""
     report, owner = int(sys.argv[1]), int(sys.argv[2])
     os.set_inheritable(report, False)
     _prctl(1, signal.SIGKILL)
