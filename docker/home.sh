@@ -4,5 +4,3 @@ if ! mkdir -p "${HOME:=/}" 2> /dev/null || [[ $HOME == / || ! -w $HOME ]]; then
   HOME=$(mktemp -d "${TMPDIR:-/tmp}/home.XXXXXX")
 fi
 export HOME USER=${USER:-uid$(id -u)}
-# torch's compiler would keep its own in /tmp by that name, which is one for all uids of a node that share a /tmp.
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$HOME/.cache/torchinductor}

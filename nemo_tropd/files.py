@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -161,4 +162,19 @@ def default_cache_dir() -> Path:
     """``$NEMO_TROPD_CACHE``, else ``$XDG_CACHE_HOME/nemo_tropd``, else ``~/.cache/nemo_tropd``."""
     if os.environ.get("NEMO_TROPD_CACHE"):
         return Path(os.environ["NEMO_TROPD_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_tropd"
+    return _caches() / "nemo_tropd"
+
+
+def name_compiler_cache() -> None:
+    """Call before torch compiles anything: by its own choice, /tmp/torchinductor_NAME, all uids that a container gives
+    one user name would share a folder that only the first can write to. TORCHINDUCTOR_CACHE_DIR names another."""
+    folder = _caches() / "torchinductor"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        folder = Path(tempfile.gettempdir(), f"torchinductor_uid{os.getuid()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _caches() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

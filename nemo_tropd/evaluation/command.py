@@ -8,6 +8,7 @@ from types import FrameType
 from nemo_tropd.command_line import fail
 from nemo_tropd.config import ConfigError
 from nemo_tropd.evaluation.settings import read_command_line
+from nemo_tropd.files import name_compiler_cache
 
 
 def main(argv: Sequence[str], conf_dir: Path, convert: Callable[[Path, Path], None], usage: str = "") -> None:
@@ -17,6 +18,7 @@ def main(argv: Sequence[str], conf_dir: Path, convert: Callable[[Path, Path], No
         plan = read_command_line(argv, conf_dir, usage)
     except ConfigError as error:
         fail(error)
+    name_compiler_cache()
     from nemo_tropd.evaluation.run import EXPECTED, evaluate
 
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

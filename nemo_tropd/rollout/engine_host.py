@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nemo_tropd.config import ConfigError, host_and_port
+from nemo_tropd.files import name_compiler_cache
 from nemo_tropd.rollout.engine import EngineError, RolloutEngine
 from nemo_tropd.rollout.secret import read_secret
 from nemo_tropd.rollout.vllm import wire as w
@@ -95,6 +96,7 @@ def main() -> None:
     wait = "seconds to wait for the trainer to listen (default %(default)g)"
     parser.add_argument("--wait-s", type=float, default=3600.0, help=wait)
     given = parser.parse_args()
+    name_compiler_cache()
     # vLLM's own NCCL group would end this process where the trainer is lost during a broadcast; it is to wait for it.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     try:

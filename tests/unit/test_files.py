@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -209,3 +210,32 @@ def test_writers_of_one_file_at_once_leave_one_of_theirs(tmp_path: Path):
         first.write_text("first")
         second.write_text("second")
     assert path.read_text() == "first" and _names(tmp_path) == ["target"]
+
+
+def test_the_cache_directory_follows_the_environment(monkeypatch):
+    for name in ("NEMO_TROPD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/x")
+    assert files.default_cache_dir() == Path("/home/x/.cache/nemo_tropd")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
+    assert files.default_cache_dir() == Path("/var/cache/nemo_tropd")
+    monkeypatch.setenv("NEMO_TROPD_CACHE", "/data")
+    assert files.default_cache_dir() == Path("/data")
+
+
+@pytest.mark.parametrize("home", ["new", "/proc/none"])
+def test_torchs_compiler_keeps_its_cache_where_this_uid_can_write(monkeypatch, tmp_path, home):
+    """In a container one user name may stand for many uids, and a home may be missing or another's."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    files.name_compiler_cache()
+    other = tmp_path / f"torchinductor_uid{os.getuid()}"
+    assert cache_dir() == str(tmp_path / "new/.cache/torchinductor" if home == "new" else other)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "given"))
+    files.name_compiler_cache()
+    assert cache_dir() == str(tmp_path / "given")

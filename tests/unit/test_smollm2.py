@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from examples import make_smollm2
 from examples.drop_layers import drop_layers
 from examples.make_smollm2 import build_smollm2, build_student, convert_gguf
-from nemo_tropd import files
 from nemo_tropd.convert.families import ConversionError
 
 pytestmark = pytest.mark.random
@@ -224,17 +223,6 @@ def test_an_unwritable_cache_is_named(tmp_path, packaged):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConversionError, match="cannot write to the cache folder"):
         build_smollm2(tmp_path / "file" / "cache", quiet=True)
-
-
-def test_the_cache_directory_follows_the_environment(monkeypatch):
-    for name in ("NEMO_TROPD_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/x")
-    assert files.default_cache_dir() == Path("/home/x/.cache/nemo_tropd")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
-    assert files.default_cache_dir() == Path("/var/cache/nemo_tropd")
-    monkeypatch.setenv("NEMO_TROPD_CACHE", "/data")
-    assert files.default_cache_dir() == Path("/data")
 
 
 def write_sharded(folder: Path, layers: int) -> dict[str, torch.Tensor]:
