@@ -12,6 +12,7 @@ Exit code 1 if a fault survives, cannot be planted, or the tests fail without it
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -35,7 +36,15 @@ from tests.mutants.faults import FAULTS, Fault
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "build", "*.egg-info", "shared")
 # Imported once, before the forks: each fault's tests then start at once. Nothing of the repository is among them.
-PRELOADED = ("torch", "numpy", "safetensors.torch", "omegaconf", "transformers", "megatron.core")
+PRELOADED = (
+    "torch", "numpy", "safetensors.torch", "omegaconf", "hydra", "transformers", "transformers.models.qwen3",
+    "transformers.models.auto.modeling_auto", "datasets", "math_verify", "matplotlib.figure", "jinja2", "rich.console",
+    "rich.progress", "megatron.core", "megatron.core.models.gpt", "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.distributed", "megatron.core.optimizer", "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.dist_checkpointing", "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async", "nemo.core", "nemo.utils.exp_manager",
+    "lightning.pytorch", "torch.distributed.checkpoint", "torch.distributed.run",
+)  # fmt: skip
 CRASHES = ("ImportError", "ModuleNotFoundError", "SyntaxError", "NameError", "UnboundLocalError", "AttributeError")
 CRASHED = re.compile(rf"^(E\s+)?({'|'.join(CRASHES)}): ", re.MULTILINE)  # in the traceback of another process
 LIMIT_S = 900
@@ -63,6 +72,8 @@ def main() -> int:
     warnings.simplefilter("ignore")
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page that it looks at
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
