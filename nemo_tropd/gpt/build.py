@@ -136,7 +136,7 @@ def transformer_config(
         "calculate_per_token_loss": True,
         "masked_softmax_fusion": False,  # of the local attention alone, by apex; Transformer Engine's has its own
         "bias_activation_fusion": on_cuda,
-        "bias_dropout_fusion": on_cuda,
+        "bias_dropout_fusion": False,  # without dropout one addition, which torch would compile for each length anew
         "gradient_accumulation_fusion": False,  # see specs.fuse_gradient_accumulation
         "persist_layer_norm": uses_transformer_engine(),
         # The unfused one waits for the device twice a layer to learn where concatenated sequences begin.

@@ -81,9 +81,11 @@ def line_row(line: dict[str, Any]) -> Row:
         return Row(f"validation after step {line['step']}, forward and reverse KL", " and ".join(map(str, values)))
     mean, applied = line["mismatch_mean_abs"], bool(line["applied"])
     text = "not finite" if mean is None else f"{mean:.5f} nats, largest {line['mismatch_max_abs']:.3f}"
+    seconds = {name.partition("/")[2]: value for name, value in line.items() if name.startswith("seconds/")}
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
     return Row(
         f"step {line['step']}: log-probabilities of engine and trainer",
-        f"mean |difference| {text}; {line['seconds/step']:.2f} s, applied: {applied}",
+        f"mean |difference| {text}; seconds: {parts}; applied: {applied}",
         f"mean at most {MISMATCH}, applied",
         mean is not None and mean <= MISMATCH and applied,
     )
