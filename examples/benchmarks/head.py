@@ -35,7 +35,7 @@ from torch import Tensor
 from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens, TeacherScores
 from nemo_tropd.loss import head, inputs
-from nemo_tropd.loss.head import head_loss, teacher_scores, token_scores
+from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores, token_scores
 from nemo_tropd.loss.inputs import HeadLayout
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
@@ -119,10 +119,13 @@ Loss = Callable[[Tensor, Tensor, Problem], Tensor]
 
 
 def ours(h: Tensor, w: Tensor, p: Problem, chunk_tokens: int | None = None) -> Tensor:
-    """TrOPD on the chunked heads."""
+    """TrOPD on the chunked heads, called as the trainer does: without a look at results, which waits for the device."""
     layout, tokens = HeadLayout(w.size(0), chunk_tokens=chunk_tokens), p.tokens
-    scores = teacher_scores(p.teacher_hidden[None], p.teacher_weight, tokens.rows, tokens.token_ids, TOP_K, layout)
-    return head_loss(h[None], w, tokens, scores, objectives.build("tropd"), layout, scale=1 / len(tokens)).loss
+    scores = teacher_scores(
+        p.teacher_hidden[None], p.teacher_weight, tokens.rows, tokens.token_ids, TOP_K, layout, carry_bad=True
+    )
+    objective, options = objectives.build("tropd"), LossOptions(carry_bad=True)
+    return head_loss(h[None], w, tokens, scores, objective, layout, scale=1 / len(tokens), options=options).loss
 
 
 def plain(h: Tensor, w: Tensor, p: Problem) -> Tensor:

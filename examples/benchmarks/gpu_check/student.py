@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ def _points(topology: Topology) -> Iterator[Row]:
     yield _layer_gradients(student, topology)
     yield _optimizer_step(student, optimizer, topology)
     step = _pass_of(student, topology, [_row(_rollouts([TOKENS // 4] * 4, seed=2), topology)])
-    yield Row("times the host waits for the device in a pass of one row", f"{_waits(step)}")
+    waits = _waits(step)
+    text = f"{len(waits)}{': ' if waits else ''}{', '.join(waits)}"
+    yield Row("times the host waits for the device in a pass of one row", text)
 
 
 def _same_log_probs(student: DistributedDataParallel, topology: Topology) -> Row:
@@ -216,7 +219,8 @@ def _padded(rollouts: Sequence[Rollout], topology: Topology) -> TokenBatch:
     return TokenBatch.pack(rollouts, pad_id=0, seed=0, step=0).to(topology.device)
 
 
-def _waits(run: Callable[[], Any]) -> int:
+def _waits(run: Callable[[], Any]) -> list[str]:
+    """Files and lines."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
@@ -224,7 +228,7 @@ def _waits(run: Callable[[], Any]) -> int:
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) for w in seen)
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
 
 
 def _peak(run: Callable[[], Any]) -> float:
