@@ -49,7 +49,7 @@ MEMBERS = {
     "megatron.core.tensor_parallel.layers.ColumnParallelLinear": "weight forward _forward_impl",
     "vllm.outputs.RequestOutput": "outputs",
     "vllm.outputs.CompletionOutput": "token_ids logprobs finish_reason",
-    "vllm.logprobs.Logprob": "logprob",
+    "vllm.v1.engine.logprobs.LogprobsProcessor": "num_logprobs logprobs _update_sample_logprobs",
     "vllm.v1.worker.gpu_worker.Worker": "model_runner load_model",
     "vllm.v1.worker.worker_base.WorkerBase": "vllm_config device",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": "get_model",

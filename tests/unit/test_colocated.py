@@ -100,7 +100,7 @@ class RecordingLLM:
         finished = draw.random() < 0.5
         tokens = [*tokens[:-1], EOS] if finished else tokens
         level = float(self.weights["model.norm.weight"].double().sum())
-        steps = [{t: SimpleNamespace(logprob=-t - level)} for t in tokens]
+        steps = [-t - level for t in tokens]
         reason = "stop" if finished else "length"
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens, logprobs=steps, finish_reason=reason)])
 
