@@ -5,7 +5,8 @@
     make mutants ARGS="--quick"                     without the slow ones
 
 A fault is killed when one of its tests fails on what it checks: an assertion, or an error that the program raises. A
-test that breaks on an import or a misspelt name has noticed nothing. All tests must first pass without any fault.
+test that breaks on an import or a misspelt name has noticed nothing. All tests must first pass without any fault, the
+quick ones before the quick faults, the slow ones before the slow.
 Exit code 1 if a fault survives, cannot be planted, or the tests fail without it.
 """
 
@@ -25,8 +26,10 @@ import time
 import types
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -64,6 +67,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="ROOM", help=", ".join(sorted({f.room for f in FAULTS})))
     parser.add_argument("--quick", action="store_true", help="leave out the faults that only slow tests notice")
     parser.add_argument("--match", default="", metavar="TEXT", help="only faults with TEXT in their description")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="faults at a time, each in its own copy")
     options = parser.parse_args()
     chosen = [f for f in FAULTS if (not options.only or f.room in options.only) and not (options.quick and f.slow)]
     chosen = sorted((f for f in chosen if options.match in f.what), key=lambda f: f.slow)
@@ -74,22 +78,35 @@ def main() -> int:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page that it looks at
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copy = Path(folder) / "tree"
-        shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
-        tests = list(dict.fromkeys(t for f in chosen for t in f.tests))
-        print(f"{len(chosen)} faults, {len(tests)} tests; first without any fault", flush=True)
-        clean = run_tests(copy, tests, stop_at_first=False)
-        if clean.killer or clean.trouble:
-            print(f"the tests do not pass without a fault: {clean.killer or clean.trouble}")
-            return 1
-        print(f"all pass, {clean.seconds:.0f} s", flush=True)
-        verdicts = [plant(copy, fault) for fault in chosen]
+    verdicts: list[Verdict] = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(options.jobs) as pool:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for i in range(options.jobs):
+            shutil.copytree(ROOT, Path(folder) / str(i) / "tree", ignore=LEFT_OUT)
+            copies.put(Path(folder) / str(i) / "tree")
+        for slow in sorted({f.slow for f in chosen}):
+            group = [f for f in chosen if f.slow == slow]
+            without = clean(copies, list(dict.fromkeys(t for f in group for t in f.tests)))
+            if without:
+                verdicts += [Verdict(None, without, 0.0)] * len(group)
+            else:
+                verdicts += pool.map(lambda fault: plant(copies, fault), group)
     return report(chosen, verdicts)
 
 
-def plant(copy: Path, fault: Fault) -> Verdict:
-    """Run the fault's tests with the fault in place, and take it out again."""
+def clean(copies: SimpleQueue[Path], tests: Sequence[str]) -> str | None:
+    """What is wrong with the tests as they are."""
+    copy = copies.get()
+    verdict = run_tests(copy, tests, stop_at_first=False, limit_s=max(LIMIT_S, 60.0 * len(tests)))
+    copies.put(copy)
+    wrong = verdict.killer or verdict.trouble
+    print(f"{len(tests)} tests without any fault: {wrong or 'all pass'}, {verdict.seconds:.0f} s", flush=True)
+    return f"the tests do not pass without a fault: {wrong}" if wrong else None
+
+
+def plant(copies: SimpleQueue[Path], fault: Fault) -> Verdict:
+    """Run the fault's tests with the fault in place in one of the copies, and take it out again."""
+    copy = copies.get()
     path = copy / fault.file
     original = path.read_text()
     try:
@@ -99,11 +116,12 @@ def plant(copy: Path, fault: Fault) -> Verdict:
         verdict = Verdict(None, str(error), 0.0)
     finally:
         path.write_text(original)
+        copies.put(copy)
     print(line(fault, verdict), flush=True)
     return verdict
 
 
-def run_tests(copy: Path, tests: Sequence[str], *, stop_at_first: bool = True) -> Verdict:
+def run_tests(copy: Path, tests: Sequence[str], *, stop_at_first: bool = True, limit_s: float = LIMIT_S) -> Verdict:
     """Run ``tests`` in a process that imports nemo_tropd from ``copy``, as do the processes it starts."""
     began, result = time.monotonic(), copy.parent / "result.json"
     result.unlink(missing_ok=True)
@@ -113,14 +131,14 @@ def run_tests(copy: Path, tests: Sequence[str], *, stop_at_first: bool = True) -
             _run_here(copy, tests, stop_at_first, result)
         finally:
             os._exit(1)
-    while time.monotonic() - began < LIMIT_S:
+    while time.monotonic() - began < limit_s:
         if os.waitpid(pid, os.WNOHANG)[0]:
             break
         time.sleep(0.02)
     else:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        return Verdict(None, f"no end within {LIMIT_S} s", LIMIT_S)
+        return Verdict(None, f"no end within {limit_s:.0f} s", limit_s)
     seconds = time.monotonic() - began
     if not result.is_file():
         return Verdict(None, f"the tests' process died: {(copy.parent / 'output.txt').read_text()[-2000:]}", seconds)
