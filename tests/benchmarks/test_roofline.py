@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from examples.benchmarks.roofline import GPUS, Head
+from tests.dist.run_distributed import run_distributed
 
 # Measured on one H100, T 8192, V 151,936, student 1536, teacher 3584, bf16: what the model must reproduce.
 MEASURED_LIMIT_MS = (25.8, 28.6)
@@ -20,16 +17,13 @@ MEASURED_PASSES_MS = {
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-def test_no_spills_and_wide_accesses(capability: int) -> None:
+def test_no_spills_and_wide_accesses(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: another test may have had Triton interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.benchmarks.test_roofline", str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run_distributed(check, 1, capability, timeout_s=240, init_gloo=False)
 
 
-def check(capability: int) -> None:
+def check(rank: int, world_size: int, capability: int) -> None:
     """Compile every case; the streaming loops must load and store what the model says, 128 bits at a time."""
     from tests.benchmarks.kernel_report import cases, compile_case
 
@@ -77,7 +71,3 @@ def test_the_model_scales() -> None:
     # Only what every token keeps grows: its hidden gradient and the teacher's scores.
     assert grown == 24576 * (1536 * 2 + 64 * 20)
     assert Head(tensor_parallel=8).limit(gpu) == pytest.approx(short.limit(gpu) / 8)
-
-
-if __name__ == "__main__":
-    check(int(sys.argv[1]))

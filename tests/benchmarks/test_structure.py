@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
 from tests.unit.test_structure import circle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,28 +53,9 @@ def test_there_are_commands() -> None:
     assert {Path(command).stem for command in COMMANDS} >= {"head", "loop", "roofline", "scaling", "compare", "check"}
 
 
-# Each command in a fork of one process, which has imported once what takes seconds and no module of the examples.
-HELP_OF_EACH = """
-import os, runpy, sys
-import nemo_tropd.training.run
-for command in sys.argv[1:]:
-    print(f"# {command}", flush=True)
-    child = os.fork()
-    if child == 0:
-        sys.argv, sys.path[0] = [command, "--help"], os.path.dirname(command)
-        runpy.run_path(command, run_name="__main__")
-        os._exit(99)  # --help has returned
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code == 0, (command, code)
-"""
-
-
 @pytest.mark.timeout(600)
 def test_a_command_runs_as_a_file_from_any_directory(tmp_path: Path) -> None:
     """Their modules are found without PYTHONPATH."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    words = [sys.executable, "-c", HELP_OF_EACH, *(str(ROOT / command) for command in COMMANDS)]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
     for command in COMMANDS:
-        assert f"# {ROOT / command}\nusage:" in done.stdout, (command, done.stdout, done.stderr)
+        done = run_command(ROOT / command, "--help", cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.startswith("usage:"), (command, done.stdout, done.stderr)

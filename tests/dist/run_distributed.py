@@ -48,14 +48,14 @@ def run_distributed(
     they started are killed ``timeout_s`` after their start or soon after the first failure. Raises DistributedFailure
     naming the rank.
     """
-    context = _context(fresh)
+    context = process_context(fresh)
     port = _free_port()
     processes: list[Any] = []
     pipes: list[Connection] = []
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            values = _child_environment(rank, world_size, port)
+            values = child_environment(rank, world_size, port)
             call = (theirs, fn, rank, world_size, args, timeout_s, init_gloo)
             # Unpickled first of all: what ``fn``'s module reads and prints when it is imported is then right, too.
             surroundings = _Surroundings({**os.environ, **values}, f"{torch.initial_seed()} {rank}")
@@ -73,7 +73,8 @@ def run_distributed(
             pipe.close()
 
 
-def _context(fresh: bool) -> Any:
+def process_context(fresh: bool = False) -> Any:
+    """Of multiprocessing: forks of the warm server, or interpreters."""
     if fresh:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -177,7 +178,7 @@ def _kill(process: BaseProcess) -> None:
     process.join()
 
 
-def _child_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def child_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -20,6 +20,7 @@ from examples.convert_checkpoint import MANIFEST, hf_to_megatron, megatron_to_hf
 from nemo_tropd.convert import folders
 from nemo_tropd.convert.families import ConversionError, read_shape, shape_of_config
 from nemo_tropd.convert.hf_files import INDEX, SINGLE, write_weights
+from tests.commands import run_command
 from tests.tiny_models import FAMILIES, make_tiny
 
 pytestmark = pytest.mark.random
@@ -408,8 +409,7 @@ def test_the_commands_convert_verify_and_refuse(tiny: Path):
     out, back = tiny.parent / "out", tiny.parent / "back"
 
     def run(*args: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(script), *map(str, args)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return run_command(script, *args, cwd=tiny.parent)
 
     made = run("hf-to-megatron", "--hf", tiny, "--out", out, "--tp", 2, "--dtype", "fp32")
     assert made.returncode == 0, made.stderr

@@ -3,8 +3,6 @@
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -17,6 +15,7 @@ from examples import make_smollm2
 from examples.drop_layers import drop_layers
 from examples.make_smollm2 import build_smollm2, build_student, convert_gguf
 from nemo_tropd.convert.families import ConversionError
+from tests.commands import run_command
 
 pytestmark = pytest.mark.random
 
@@ -269,19 +268,15 @@ def test_dropping_layers_renumbers_the_others_in_every_file(tmp_path):
 
 def test_layers_are_dropped_by_a_command_that_runs_from_any_directory(tmp_path):
     write_sharded(tmp_path / "teacher", 3)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, str(EXAMPLES / "drop_layers.py"), "teacher", "student", "--drop"]
     for drop, code in (("1", 0), ("3", 1)):
-        done = subprocess.run([*command, drop], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = run_command(EXAMPLES / "drop_layers.py", "teacher", "student", "--drop", drop, cwd=tmp_path)
         assert done.returncode == code, done.stderr
     assert "different numbers from 0 to 2" in done.stderr and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "student" / "config.json").read_text())["num_hidden_layers"] == 2
 
 
 def test_the_builder_runs_as_a_file_from_any_directory(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    command = [sys.executable, str(EXAMPLES / "make_smollm2.py"), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_command(EXAMPLES / "make_smollm2.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
 
 
