@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tropd import objectives
-from nemo_tropd.batch import Sampling
+from nemo_tropd.batch import Sampling, TeacherScores
 from nemo_tropd.loss.divergence import exact_divergences
 from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
+from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.vocab import NonFiniteLogits
 from tests.dist.checks import Checks, counted
 from tests.dist.run_distributed import run_distributed
@@ -39,48 +40,70 @@ def shard(weight: Tensor, rank: int, size: int, dtype: torch.dtype) -> Tensor:
     return weight.chunk(size, 0)[rank].to(dtype).clone().requires_grad_(True)
 
 
-def run_head(
-    mb: MicroBatch, variant: str, dtype: torch.dtype, chunk: int | None, group: Any, parallel: bool, scale: float
-) -> tuple[Any, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The head on this rank and the oracle's loss and gradients for the same inputs (rounded to ``dtype``)."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+@dataclass(frozen=True)
+class Exact:
+    """A micro-batch in a dtype's values, and what the oracle makes of it."""
+
+    mb: MicroBatch
+    scores: TeacherScores
+    objective: Objective
+    loss: Tensor
+    hidden: Tensor  # gradient
+    weight: Tensor  # gradient
+    size: Tensor  # losses of both signs cancel in the sum: its error is measured against the sum of their sizes
+
+
+def exact_head(mb: MicroBatch, variant: str, dtype: torch.dtype, scale: float) -> Exact:
     mb = replace(mb, hidden=mb.hidden.to(dtype).double(), weight=mb.weight.to(dtype).double())
-    full_h, full_w = mb.hidden.clone().requires_grad_(True), mb.weight.clone().requires_grad_(True)
-    objective, losses = objective_and_loss(variant, mb.world(full_h, full_w))
-    want = losses.sum() * scale
-    want.backward()
+    h, w = mb.hidden.clone().requires_grad_(True), mb.weight.clone().requires_grad_(True)
+    objective, losses = objective_and_loss(variant, mb.world(h, w))
+    loss = losses.sum() * scale
+    loss.backward()
+    assert h.grad is not None and w.grad is not None
+    size = losses.detach().abs().sum() * scale
+    return Exact(mb, mb.teacher_scores(), objective, loss.detach(), h.grad, w.grad, size)
+
+
+def run_exact(
+    exact: Exact, dtype: torch.dtype, chunk: int | None, group: Any, parallel: bool, scale: float
+) -> tuple[Any, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The head on this rank, and this rank's part of what the oracle has."""
+    rank, size, mb = dist.get_rank(group), dist.get_world_size(group), exact.mb
     h = mb.hidden.chunk(size, 1)[rank] if parallel else mb.hidden
     h = h.to(dtype).clone().requires_grad_(True)
     w = shard(mb.weight, rank, size, dtype)
     reference = mb.reference.gather(1, mb.tokens.token_ids[:, None])[:, 0].float()
     out = head_loss(
-        h, w, mb.tokens, mb.teacher_scores(), objective, HeadLayout(mb.vocab_size, group, parallel, chunk, mb.sampling),
+        h, w, mb.tokens, exact.scores, exact.objective, HeadLayout(mb.vocab_size, group, parallel, chunk, mb.sampling),
         scale=scale, options=LossOptions(reference_log_probs=reference),
     )  # fmt: skip
     out.loss.backward()
-    want_h = full_h.grad.chunk(size, 1)[rank] if parallel else full_h.grad
-    # Losses of both signs cancel in the sum: its error is measured against the sum of their sizes.
-    return out, h, w, (want, want_h, full_w.grad.chunk(size, 0)[rank], losses.detach().abs().sum() * scale)
+    want_h = exact.hidden.chunk(size, 1)[rank] if parallel else exact.hidden
+    return out, h, w, (exact.loss, want_h, exact.weight.chunk(size, 0)[rank], exact.size)
+
+
+def run_head(
+    mb: MicroBatch, variant: str, dtype: torch.dtype, chunk: int | None, group: Any, parallel: bool, scale: float
+) -> tuple[Any, Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The head on this rank and the oracle's loss and gradients for the same inputs (rounded to ``dtype``)."""
+    return run_exact(exact_head(mb, variant, dtype, scale), dtype, chunk, group, parallel, scale)
 
 
 def check_values_and_gradients(checks: Checks, group: Any, seed: int) -> None:
-    both = (False, True)  # sequence parallel
-    combinations = [
-        *product((0, 1), (4, 5, None), both, (torch.float32,)),
-        *product((0,), (6, None), both, (torch.bfloat16,)),
-    ]
-    cases = [(variant, *combination) for variant in VARIANTS for combination in combinations]
-    for variant, layout, chunk, parallel, dtype in cases:
+    """The oracle is asked once for all chunks and both ways to hold the hidden states."""
+    for variant, (layout, dtype) in product(VARIANTS, ((0, torch.float32), (1, torch.float32), (0, torch.bfloat16))):
         # Under bf16's rounding a draw or a threshold may fall to the other side: those inputs are fixed, and tame.
         fixed = dtype == torch.bfloat16
         mb = make(4 if fixed else seed + layout, **LAYOUTS[layout])
         if fixed:
             mb = replace(mb, hidden=mb.hidden / 4, teacher_hidden=mb.teacher_hidden / 4)
-        case = f"{variant} {LAYOUTS[layout]} chunk {chunk} sp {parallel} {dtype}"
-        out, h, w, (want, want_h, want_w, size) = run_head(mb, variant, dtype, chunk, group, parallel, 1 / 37)
-        checks.close(case + " loss", out.loss, want, TOLERANCE[dtype], size)
-        checks.close(case + " hidden", h.grad, want_h, TOLERANCE[dtype])
-        checks.close(case + " weight", w.grad, want_w, TOLERANCE[dtype])
+        exact = exact_head(mb, variant, dtype, 1 / 37)
+        for chunk, parallel in product((6, None) if fixed else (4, 5, None), (False, True)):
+            case = f"{variant} {LAYOUTS[layout]} chunk {chunk} sp {parallel} {dtype}"
+            out, h, w, (want, want_h, want_w, size) = run_exact(exact, dtype, chunk, group, parallel, 1 / 37)
+            checks.close(case + " loss", out.loss, want, TOLERANCE[dtype], size)
+            checks.close(case + " hidden", h.grad, want_h, TOLERANCE[dtype])
+            checks.close(case + " weight", w.grad, want_w, TOLERANCE[dtype])
 
 
 def check_sampling(checks: Checks, group: Any, seed: int) -> None:
