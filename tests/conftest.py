@@ -5,6 +5,7 @@ Also which tests stay together when several processes share them (pytest-xdist, 
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 from tests.default_signals import default_signals
 from tests.random_inputs import start_generators
 
-# What these folders start is shared by all their files. First those that take longest, hosts for what they wait.
+# What these folders start is shared by all their files.
 TOGETHER = ("hosts", "e2e")
-FIRST = (*TOGETHER, "dist", "benchmarks")
+# First those that take longest: hosts, which wait much, beside dist, whose several processes then have both cores.
+FIRST = ("hosts", "dist", "e2e", "benchmarks")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,6 +84,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The long ones first, so that no process is left with them at the end."""
     if hasattr(config, "workerinput"):  # of xdist
         items.sort(key=lambda item: _place(_folder(item.nodeid)))
+
+
+def pytest_collection_finish() -> None:
+    """What all test files have imported stays: a collection that looks at it takes a second, and e2e asks for many."""
+    gc.collect()
+    gc.freeze()
 
 
 def _place(folder: str) -> int:

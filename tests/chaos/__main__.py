@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import importlib
 import os
 import random
@@ -52,6 +53,8 @@ def main() -> int:
     quiet_libraries()
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page that it looks at
     from tests.chaos.round import Rounds, mount_small, unmount
 
     folder = Path(tempfile.mkdtemp(prefix="chaos_"))
