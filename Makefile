@@ -35,7 +35,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# Plants single faults in a copy, each of which a test must notice; ARGS="--only loss" for one room.
+# Plants single faults in copies, two at a time, each of which a test must notice; ARGS="--only loss" for one room.
 mutants: setup
 	$(BIN)/python -m tests.mutants $(ARGS)
 
