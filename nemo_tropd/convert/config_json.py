@@ -62,6 +62,8 @@ def read_config(hf_dir: str | Path) -> dict[str, Any]:
         raise ConversionError(f"{path} does not exist: a Hugging Face checkpoint folder is needed") from None
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ConversionError(f"{path} must contain a JSON object, not {type(config).__name__}")
     return config

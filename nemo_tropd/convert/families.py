@@ -24,6 +24,7 @@ from nemo_tropd.convert.config_json import ConversionError, check_keys, flag, nu
 from nemo_tropd.convert.rope import RopeScaling, read_rope
 
 Layout = Literal["copy", "vocabulary", "query_key_value", "gate_up", "columns"]
+_MOST_LAYERS = 1000
 VOCAB_MULTIPLE = 128  # the padded vocabulary divides by this many rows for each tensor-parallel rank
 
 
@@ -268,9 +269,14 @@ def shape_of_config(config: dict[str, Any], where: str = "config.json") -> Model
     name = _find_family(config, where)
     family = FAMILIES[name]
     check_keys(config, frozenset(("attention_bias", "mlp_bias") if family.biases else ()), where)
-    other = sorted(set(config.get("layer_types") or ["full_attention"]) - {"full_attention"})
-    if other:
+    layers = positive(config, "num_hidden_layers", where)
+    if layers > _MOST_LAYERS:  # names of that many tensors would fill the memory before one of them is missed
+        raise ConversionError(f"{where}: num_hidden_layers = {layers}: give at most {_MOST_LAYERS}")
+    types = config.get("layer_types") or ["full_attention"] * layers
+    if other := sorted({str(kind) for kind in types} - {"full_attention"}):
         raise ConversionError(f"{where}: unsupported layer_types {other}; supported: 'full_attention'")
+    if len(types) != layers:  # transformers, and with it vLLM, would not load it
+        raise ConversionError(f"{where}: layer_types names {len(types)} layers, num_hidden_layers is {layers}")
     heads, hidden = (positive(config, key, where) for key in ("num_attention_heads", "hidden_size"))
     kv_heads = positive(config, "num_key_value_heads", where, family.kv_heads_default or heads)
     if heads % kv_heads:
@@ -280,7 +286,7 @@ def shape_of_config(config: dict[str, Any], where: str = "config.json") -> Model
     attention_bias = family.biases and flag(config, "attention_bias", where)
     return ModelShape(
         family=name,
-        layers=positive(config, "num_hidden_layers", where),
+        layers=layers,
         hidden=hidden,
         ffn=positive(config, "intermediate_size", where),
         heads=heads,

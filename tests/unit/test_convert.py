@@ -187,6 +187,12 @@ def test_refuses_a_config_that_is_no_json_object(tiny: Path, content: bytes):
     _refused(tiny, "config.json", "JSON")
 
 
+def test_a_config_that_is_a_folder_is_refused(tiny: Path):
+    (tiny / "config.json").unlink()
+    (tiny / "config.json").mkdir()
+    _refused(tiny, "config.json cannot be read")
+
+
 def test_names_a_missing_file(tiny: Path):
     (tiny / "model-00002-of-00002.safetensors").unlink()
     _refused(tiny, "model-00002-of-00002.safetensors does not exist")

@@ -47,8 +47,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 linear": ("qwen2", {"rope_parameters": LINEAR, "max_window_layers": 1}),
     "qwen3 switched off": ("qwen3", {"sliding_window": 8, "layer_types": ["full_attention"] * 2}),
     "qwen3 yarn": ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.7, "beta_fast": 20, "truncate": False}}),
-    "qwen3 llama3": ("qwen3", {"rope_parameters": LLAMA3}),
 }
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "llama3": {"rope_parameters": LLAMA3},
+    "linear": {"rope_parameters": LINEAR},
+    "dynamic": {"rope_parameters": DYNAMIC, **LAST},
+    "yarn": {"rope_parameters": YARN},
+}
+for family in ("mistral", "qwen2", "qwen3"):  # what is left of each with each; the llama's are above
+    no_window = {"sliding_window": None} if family == "mistral" else {}
+    for kind, rope in ROPES.items():
+        CASES.setdefault(f"{family} {kind}", (family, {**no_window, **rope}))
 
 
 @torch.no_grad()
