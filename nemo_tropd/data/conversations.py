@@ -7,7 +7,7 @@ keys of prompt, messages and answer can be renamed, and dotted for nested record
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,11 @@ class Prompt:
 
 
 class Tally(dict[str, tuple[int, str]]):
-    """How many records something happened to, by its name, and where the first one is."""
+    """How many records something happened to, by its name, and where the first one is; and the records' keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys_of_records: dict[str, None] = {}
 
     def add(self, name: str, where: str) -> None:
         """One more."""
@@ -74,18 +78,20 @@ def checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tall
     answered = bool(turns) and turns[-1]["role"] == "assistant"
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
-    if not turns or (turns[-1]["role"] not in ("tool", "function") and not turns[-1]["content"].strip()):
+    last = turns[-1] if turns else {"role": "system"}
+    said = last["role"] in ("tool", "function") or (last.get("content") or "").strip()
+    if last["role"] in ("system", "developer") or not said:
         tally.add("empty", where)
         return None
     if answered:
         tally.add("answered", where)
     known, name = _lookup(record, keys.answer), _lookup(record, "id")
-    if isinstance(known, Mapping):
+    if any(isinstance(part, Mapping | bytes) for part in (known if isinstance(known, list) else [known])):
         tally.add("structured", where)
     tools = _tools(record.get("tools"), f"{where}: 'tools'")
     if not _is_gap(name):
         name = str(name) if isinstance(name, str | int | float) else json.dumps(name, sort_keys=True, default=str)
-    asked = [turn["content"] for turn in turns if turn["role"] == "user"]
+    asked = [turn["content"] or "" for turn in turns if turn["role"] == "user"]
     return Prompt(
         id=digest(turns, tools).hex()[:16] if _is_gap(name) else name,
         text=(asked or [turns[-1]["content"]])[-1],
@@ -95,6 +101,18 @@ def checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tall
         where=where,
         tools=tools,
     )
+
+
+def has(record: Mapping[str, Any], key: str) -> bool:
+    """Whether there is something, if only null, at a possibly dotted key."""
+    return _lookup(record, key, _ABSENT) is not _ABSENT
+
+
+def unread(keys: PromptKeys, found: Iterable[str]) -> list[str]:
+    """Of the ``found`` keys of records those that nothing reads."""
+    named = (keys.prompt, keys.messages, keys.answer)
+    read = {*named, *(key.split(".")[0] for key in named), *_CONVERSATIONS, "id", "tools"}
+    return [key for key in found if key not in read]
 
 
 def _lookup(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -239,7 +257,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _answer(value: Any) -> str | tuple[str, ...] | None:
-    if _is_gap(value) or isinstance(value, Mapping):
+    if _is_gap(value) or isinstance(value, Mapping | bytes):
         return None
     if not isinstance(value, list | tuple):
         return str(value)

@@ -4,19 +4,20 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache, partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nemo_tropd.data.conversations import Prompt, PromptKeys, Tally, checked, digest
+from nemo_tropd.data.conversations import Prompt, PromptKeys, Tally, checked, digest, has, unread
 from nemo_tropd.data.sources import PromptError, Records, open_records
 from nemo_tropd.data.templates import Template, encode
 
 _TOKENIZE_AT_ONCE = 512
+_NAMED = 8  # fields in a line of the plan
 _MIXTURE = 2  # word 3 of the Philox counter, where one source alone has 0
 
 
@@ -185,15 +186,25 @@ def load_prompts(
     sources = [Source(path, 1.0, keys or PromptKeys(), split)] if isinstance(path, str | Path) else list(path)
     one = len(sources) == 1
     loaded, notes, dropped = [], [], 0
+    missed = _set_keys(sources)
     for source in sources:
         records, files = open_records(source.path, split=source.split)
         tally, of = Tally(), "" if one else f"{source.path}: "
         prompts = _loaded(
-            records, source, lambda part: encode(part, tokenizer, form), max_prompt_tokens, overlong, tally
+            _watched(records, tally, missed),
+            source,
+            partial(encode, tokenizer=tokenizer, template=form, tally=tally),
+            max_prompt_tokens,
+            overlong,
+            tally,
         )
         loaded.append(prompts)
         dropped += tally.get("overlong", (0, ""))[0]
-        notes += [("data", of + line) for line in ([files] if files else []) + _lines(tally, max_prompt_tokens)]
+        lines = [*([files] if files else []), *_lines(tally, max_prompt_tokens, source.keys)]
+        notes += [("data", of + line) for line in lines]
+    for key, name in missed.items():
+        where, there = ", ".join(str(s.path) for s in sources), ", ".join(tally.keys_of_records)
+        raise PromptError(f"{where}: no record has {key!r}, which {name} names; their keys are {there}")
     weights = [source.weight for source in sources]
     train, kept_out = _split(loaded, [str(s.path) for s in sources], apportioned(held_out, weights))
     shares = tuple(Share(len(part), weight) for part, weight in zip(train, weights, strict=True))
@@ -208,6 +219,21 @@ def load_prompts(
         notes.append(("data", f"{copies} prompts left out of training: copies of held-out ones"))
     every = tuple(chain.from_iterable(train))
     return PromptSplit(PromptSet(every, shares if len(shares) > 1 else ()), PromptSet(kept_out), dropped, tuple(notes))
+
+
+def _set_keys(sources: Sequence[Source]) -> dict[str, str]:
+    """Keys of records that were set, and where; of several sources one that has it is enough: they share defaults."""
+    named = [(getattr(source.keys, f.name), f) for source in sources for f in fields(PromptKeys)]
+    return {key: f"model.data.{f.name}_key" for key, f in named if key != f.default}
+
+
+def _watched(records: Records, tally: Tally, missed: dict[str, str]) -> Records:
+    """``records``, whose keys are noted in ``tally``; those of ``missed`` that one has are taken out."""
+    for raw, where in records:
+        tally.keys_of_records.update(dict.fromkeys(map(str, raw)))
+        for key in [key for key in missed if has(raw, key)]:
+            del missed[key]
+        yield raw, where
 
 
 def _loaded(
@@ -246,16 +272,20 @@ def _loaded(
     return prompts
 
 
-def _lines(tally: Tally, longest: int) -> list[str]:
+def _lines(tally: Tally, longest: int, keys: PromptKeys) -> list[str]:
     """What was left out of a source's records, a line each."""
     texts = {
         "overlong": f"prompts dropped: longer than {longest} tokens",
         "empty": "records skipped: nothing to respond to",
         "answered": "conversations end with the assistant: that answer is left out",
         "structured": "known answers are objects, which cannot be judged: name a part of it in model.data.answer_key",
+        "unsaid": "prompts have turns that the chat template leaves out",
     }
     found = [(*tally[name], text) for name, text in texts.items() if name in tally]
-    return [f"{count} of {tally['read'][0]} {text} (first: {where})" for count, where, text in found]
+    lines = [f"{count} of {tally['read'][0]} {text} (first: {where})" for count, where, text in found]
+    others = unread(keys, tally.keys_of_records)
+    more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+    return [*lines, f"not read of the records: {', '.join(others[:_NAMED])}{more}"] if others else lines
 
 
 def split_held_out(prompts: Sequence[Prompt], held_out: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:

@@ -38,7 +38,7 @@ def open_records(path: str | Path, *, split: str = "train") -> tuple[Records, st
     by datasets, a clone of a hub data set, or shards, which are read sorted by name; or the name of a hub data set.
     ``FOLDER:config`` and ``owner/name:config`` choose a configuration, ``split`` a split where there are any.
     """
-    given, local = str(path), Path(path).expanduser()
+    given, local = str(path), Path(os.path.expanduser(path))
     if local.is_file():
         return _read_files([local]), ""
     folder, _, config = str(local).rpartition(":")
@@ -197,7 +197,7 @@ def _open_folder(path: Path, config: str, split: str) -> tuple[Records, str]:
 
     base, patterns = _split_patterns(path, config)
     if patterns and split not in patterns:
-        raise PromptError(f"{path} has no split {split!r}; it has {', '.join(patterns)}")
+        raise PromptError(f"{path} has no split {split!r}; it has {', '.join(map(str, patterns))}")
     matches: set[str] = set()
     for pattern in patterns.get(split, ()):
         with suppress(FileNotFoundError):  # it is one of the forms that a split's name may have

@@ -1,5 +1,6 @@
 """Conversations as text and token ids, by a chat template that writes the same on every day, restart and rank."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +10,18 @@ from typing import Any
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.config_data import DataConfig
-from nemo_tropd.data.conversations import Prompt
+from nemo_tropd.data.conversations import Prompt, Tally
 from nemo_tropd.data.sources import PromptError
 from nemo_tropd.data.tokenizer import ids_of
 
 # Arguments of transformers' apply_chat_template, which a template never sees.
-_TAKEN = {"conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict"}
+_TAKEN = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "return_dict"),
+    "strftime_now",
+}
+_CHANGED = ("assistant", "tool", "function", "ipython")  # roles whose content templates cut, or write as JSON
+# What a record may have that only some templates write.
+_SOME = ("tools", "tool_calls", "reasoning_content", "reasoning", "thinking")
 _ANSWER = "an answer"
 
 
@@ -35,7 +42,7 @@ class Template:
         text, key = data.chat_template, "model.data.chat_template"
         if isinstance(text, str):
             try:
-                text = Path(text).expanduser().read_text(encoding="utf-8")
+                text = Path(os.path.expanduser(text)).read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise ConfigError(
                     key, data.chat_template, f"cannot be read ({error}): give a file, true or false"
@@ -48,21 +55,36 @@ class Template:
                 raise ConfigError(name, value, f"needs a template: set {key} to true or to a file, or leave this out")
         return cls(text, kwargs, data.system_prompt, data.template_date)
 
+    def check(self, tokenizer: Any) -> None:
+        """ConfigError for a variable that the template does not read."""
+        text, key = self.of_tokenizer(tokenizer), "model.data.chat_template_kwargs"
+        for name in self.kwargs if text else ():
+            if not re.search(rf"\b{re.escape(name)}\b", text):
+                raise ConfigError(key, name, "the chat template does not read it, so it would change nothing")
+
     def of_tokenizer(self, tokenizer: Any) -> str:
         """The Jinja text in use; "" for none."""
         own = self.text if self.text is not True else getattr(tokenizer, "chat_template", None)
         return "\n".join(map(str, own.values())) if isinstance(own, Mapping) else str(own or "")
 
+    def _turns(self, prompt: Prompt) -> list[Mapping[str, Any]]:
+        missing = self.system_prompt is not None and prompt.messages[0]["role"] not in ("system", "developer")
+        return [*[{"role": "system", "content": self.system_prompt}] * missing, *prompt.messages]
+
+    def left_out(self, prompt: Prompt, text: str) -> list[Mapping[str, Any]]:
+        """The turns of the user and the system that are not in the rendered ``text``. One is there if its longest word
+        is: templates may change spaces and cases, and quote."""
+        whole = text.casefold()
+        return [t for t in self._turns(prompt) if t["role"] not in _CHANGED and _longest(t["content"]) not in whole]
+
     def render(self, prompt: Prompt, tokenizer: Any) -> str:
         """The prompt's text, with the opening of the assistant's turn. Raises PromptError, which names its line."""
-        messages = [dict(turn) for turn in prompt.messages]
+        messages = [dict(turn) for turn in self._turns(prompt)]
         if self.text is False:
             if len(messages) > 1 or messages[0]["role"] != "user":
                 remedy = "give a string, or set model.data.chat_template to true or to a file"
                 raise PromptError(f"{prompt.where}: a conversation of {len(messages)} turns needs a template: {remedy}")
             return str(messages[0]["content"])
-        if self.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
         try:
             return str(
                 tokenizer.apply_chat_template(
@@ -79,8 +101,11 @@ class Template:
             raise PromptError(f"{prompt.where}: the chat template refuses the prompt: {what}") from error
 
 
-def encode(prompts: Sequence[Prompt], tokenizer: Any, template: Template) -> list[list[int]]:
-    """Token ids of each prompt, template included. Raises PromptError, which names the line."""
+def encode(
+    prompts: Sequence[Prompt], tokenizer: Any, template: Template, tally: Tally | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt, template included; ``tally`` counts "unsaid" ones, of which the template leaves out a
+    turn. Raises PromptError, which names the line."""
     texts = [template.render(prompt, tokenizer) for prompt in prompts]
     for prompt, text in zip(prompts, texts, strict=True):
         try:
@@ -88,11 +113,31 @@ def encode(prompts: Sequence[Prompt], tokenizer: Any, template: Template) -> lis
         except UnicodeEncodeError as error:
             what = f"half of a surrogate pair ({error.object[error.start]!r}) is no text"
             raise PromptError(f"{prompt.where}: {what}: remove it, or replace it by the character it was") from error
-    encoded = ids_of(tokenizer, texts)
-    for prompt, ids in zip(prompts, encoded, strict=True):
+    encoded = _encoded(prompts, texts, tokenizer)
+    for prompt, text, ids in zip(prompts, texts, encoded, strict=True):
         if not ids:
             raise PromptError(f"{prompt.where}: the prompt has no tokens after the chat template: it must have one")
+        lost = template.left_out(prompt, text)
+        if lost and lost[-1] is prompt.messages[-1]:
+            what = f"{lost[-1]['role']!r}, {lost[-1]['content'][:40]!r}"
+            remedy = "name the roles as it does, or choose another template (model.data.chat_template)"
+            raise PromptError(f"{prompt.where}: the chat template leaves out the last turn ({what}): {remedy}")
+        if lost and tally is not None:
+            tally.add("unsaid", prompt.where)
     return encoded
+
+
+def _encoded(prompts: Sequence[Prompt], texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    try:
+        return ids_of(tokenizer, texts)
+    except Exception as error:  # the library's errors have no type of their own
+        if len(prompts) > 1:  # one by one, to name the line
+            return [_encoded([p], [text], tokenizer)[0] for p, text in zip(prompts, texts, strict=True)]
+        raise PromptError(f"{prompts[0].where}: the tokenizer cannot encode the prompt: {error}") from error
+
+
+def _longest(text: str | None) -> str:
+    return max(re.findall(r"\w+", text or ""), key=len, default="").casefold()
 
 
 def template_notes(
@@ -110,6 +155,10 @@ def template_notes(
     if text and (last := _last_tokens(template, tokenizer)) and not set(last) & set(end_ids):
         turn = f"ends the assistant's turn with {tokenizer.decode(last)!r}"
         lines.append(f"{turn}, which has no end token: see model.rollout.end_tokens")
+    for name in _SOME:
+        holders = [p for p in prompts if (p.tools if name == "tools" else any(turn.get(name) for turn in p.messages))]
+        if holders and not re.search(rf"\b{name}\b", text):
+            lines.append(f"does not write the {name} that {len(holders)} prompts have; first {holders[0].where}")
     known = [re.escape(t) for t in map(str, tokenizer.added_tokens_decoder.values()) if t.strip()]
     control = re.compile("|".join(sorted(known, key=len, reverse=True)) or r"(?!)")
     held = [p for p in prompts if any(_user_text(turn, control) for turn in p.messages)]

@@ -43,13 +43,17 @@ def load_tokenizer(folder: Path, key: str) -> Any:
             return made
         made = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         stored = Tokenizer.from_file(str(file))
+        stored.no_truncation()
+        stored.no_padding()
+        texts = [*PROBES, *_with_added(made)]
+        encoded = [(ids_of(made, [text])[0], stored.encode(text, add_special_tokens=False).ids) for text in texts]
     except Exception as error:  # the library's errors have no type of their own
         remedy = "complete the folder with the tokenizer's files (git lfs pull, if they are pointers)"
         raise ConfigError(key, str(folder), f"its tokenizer cannot be read ({_line(error)}): {remedy}") from error
-    stored.no_truncation()
-    stored.no_padding()
-    for text in (*PROBES, *_with_added(made)):
-        ours, wanted = ids_of(made, [text])[0], stored.encode(text, add_special_tokens=False).ids
+    if dropped := getattr(stored.model, "dropout", None):
+        why = f"tokenizer.json has a dropout of {dropped:g}: the same text would have other tokens each time; set it to"
+        raise ConfigError(key, str(folder), f"{why} null")
+    for text, (ours, wanted) in zip(texts, encoded, strict=True):
         if ours != wanted:
             why = f"tokenizer_config.json changes what tokenizer.json says: {text!r} becomes {ours}, and by the file"
             raise ConfigError(key, str(folder), f"{why} {wanted}; make both name the same tokens")
@@ -183,10 +187,11 @@ def end_tokens(
             raise ConfigError(
                 END, token, f"is no token that the models share: give one or its id (special are {known})"
             )
-    own = [
-        {i for i in _named_ends(folder, key, of) if 0 <= i < size}  # -1 is some programs' none
+    named = [
+        {i for i in _named_ends(folder, key, of) if i >= 0}  # -1 is some programs' none
         for folder, key, of in zip(folders, (STUDENT, TEACHER), (tokens, vocabulary.teachers), strict=True)
     ]
+    own = [{i for i in ids if i < size} for ids in named]
     ids = {names[t] if isinstance(t, str) else t for t in given} or own[0] | own[1]
     if not ids:
         why = (
@@ -198,6 +203,8 @@ def end_tokens(
         line += f"; the student's files name {_tokens(tokens, own[0])}, the teacher's {_tokens(tokens, own[1])}"
     elif missing := (own[0] | own[1]) - ids:
         line += f", by {END}; not {_tokens(tokens, missing)}, which the models' files name"
+    if lost := sorted((named[0] | named[1]) - own[0] - own[1]):
+        line += f"; the models' files name {_few(list(map(str, lost)))}, too, which is no token that both have"
     return tuple(sorted(ids)), [("end tokens", line)]
 
 
@@ -206,7 +213,7 @@ def _named_ends(folder: Path, key: str, tokenizer: Any) -> set[int]:
     for file in (folder / "config.json", folder / "generation_config.json"):
         try:
             value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-        except (ValueError, AttributeError, OSError) as error:
+        except (ValueError, AttributeError, OSError, RecursionError) as error:
             raise ConfigError(key, str(file), f"cannot be read ({_line(error)}): restore or remove it") from error
         values = value if isinstance(value, list) else [] if value is None else [value]
         if any(not isinstance(i, int) or isinstance(i, bool) for i in values):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Model:
 def load_models(e: Evaluation, convert: Convert) -> list[Model]:
     """The model and those it is compared with. Raises ConfigError, ConversionError or PromptError."""
     given = [("model", str(e.model)), *(("compare", str(path)) for path in e.compare)]
-    found = [(key, path, *_find(key, Path(path).expanduser())) for key, path in given]
+    found = [(key, path, *_find(key, Path(os.path.expanduser(path)))) for key, path in given]
     labels = [_label(Path(path)) for _, path, *_ in found]
     labels = [label if labels.count(label) == 1 else path for label, (_, path, *_) in zip(labels, found, strict=True)]
     if twice := next((path for path in labels if labels.count(path) > 1), None):

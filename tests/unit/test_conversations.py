@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_tropd.data import Prompt, PromptError, PromptKeys
-from nemo_tropd.data.conversations import checked, digest
+from nemo_tropd.data.conversations import Tally, checked, digest
 
 ASK = {"role": "user", "content": "hi"}
 SAY = {"role": "assistant", "content": "yes"}
@@ -124,8 +124,6 @@ def test_sharegpt_is_recognised_under_any_key() -> None:
 
 
 def test_a_last_answer_is_left_out_and_counted() -> None:
-    from nemo_tropd.data.conversations import Tally
-
     tally = Tally()
     for i, messages in enumerate(([ASK, SAY], [ASK, SAY, ASK, SAY, SAY], [ASK, SAY, ASK], [ASK])):
         found = checked({"messages": messages}, f"line {i}", PromptKeys(), tally)
@@ -145,13 +143,13 @@ def test_a_last_answer_is_left_out_and_counted() -> None:
         {"messages": [SAY]},
         {"messages": [{"role": "user", "content": "  "}]},
         {"messages": "[]"},
+        {"messages": [{"role": "system", "content": "Be brief."}]},
+        {"messages": [{"role": "user", "content": None, "tool_calls": [CALL]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}]}, SAY]},
         {"conversations": []},
     ],
 )
 def test_a_record_without_anything_to_respond_to_is_counted(record: dict[str, Any]) -> None:
-    from nemo_tropd.data.conversations import Tally
-
     tally = Tally()
     assert checked(record, "line 7", PromptKeys(), tally) is None and tally == {"empty": (1, "line 7")}
 
@@ -168,12 +166,16 @@ def test_a_gap_in_the_prompt_leaves_the_messages() -> None:
     [
         (4, "4"), (0, "0"), (0.5, "0.5"), ("4", "4"), ("B", "B"), (True, "True"), (False, "False"), ("nan", "nan"),
         (None, None), ("", None), ("  ", None), (math.nan, None), ([], None), ([None, ""], None),
-        ({"value": 4}, None), ([{"value": 4}], None), (["4"], "4"), (["4", "four"], ("4", "four")),
+        ({"value": 4}, None), ([{"value": 4}], None), (b"4", None), (["4"], "4"), (["4", "four"], ("4", "four")),
         ((4, 4.0, "4"), ("4", "4.0")), ([["a", None], "b", math.nan], ("a", "b")),
     ],
 )  # fmt: skip
 def test_answers_of_every_kind(given: object, answer: object) -> None:
-    assert prompt({"prompt": "hi", "answer": given}).answer == answer
+    tally = Tally()
+    found = checked({"prompt": "hi", "answer": given}, "here", PromptKeys(), tally)
+    assert found is not None and found.answer == answer
+    told = isinstance(given, dict | bytes) or given == [{"value": 4}]
+    assert tally == ({"structured": (1, "here")} if told else {})
 
 
 @pytest.mark.parametrize(

@@ -271,10 +271,27 @@ def test_what_was_left_out_is_counted(tmp_path):
         *["1 prompts left out of training: copies of held-out ones"] * copies,
     ]
     assert load(write_jsonl(tmp_path / "plain.jsonl", [{"prompt": "a"}])).notes == ()
+    fields = {"prompt": "a", "input": "b", "meta": {"answer": 1}, "id": 1, "tools": None}
+    noted = load(write_jsonl(tmp_path / "fields.jsonl", [{"prompt": "c"}, fields | {f"x{i}": i for i in range(8)}]))
+    assert noted.notes == (("data", "not read of the records: input, meta, x0, x1, x2, x3, x4, x5 and 2 more"),)
     odd = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a", "answer": {"value": 3}}])
     assert "1 of 1 known answers are objects" in load(odd).notes[0][1]
     with pytest.raises(PromptError, match=r"all 2 records are empty: 'prompt' and 'messages' hold nothing"):
         load(write_jsonl(tmp_path / "empty.jsonl", [empty, empty]))
+
+
+@pytest.mark.parametrize(("field", "key"), [("answer", "anwser"), ("prompt", "text"), ("messages", "a.b")])
+def test_a_key_that_no_record_has_is_refused(tmp_path, field, key):
+    records = [{"prompt": "a", "messages": [{"role": "user", "content": "b"}], "answer": 1, "a": {"c": 2}}]
+    if field == "prompt":
+        del records[0]["prompt"]
+    path, keys = write_jsonl(tmp_path / "p.jsonl", records), PromptKeys(**{field: key})
+    message = rf"p\.jsonl: no record has '{key}', which model\.data\.{field}_key names; their keys are .*messages"
+    with pytest.raises(PromptError, match=message):
+        load(path, keys=keys)
+    # Of several sources one is enough, and a gap counts.
+    has = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "q", "messages": "[]", "text": "q", key: "q", "a": {"b": []}}])
+    assert len(load([Source(path, 1, keys), Source(has, 1, keys)]).train) == 2
 
 
 def test_a_set_split_over_folders_files_and_sources_gives_the_same_prompts(tmp_path):

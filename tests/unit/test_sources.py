@@ -231,6 +231,7 @@ def test_a_bad_folder_is_refused_by_name(tmp_path: Path) -> None:
         folder("yaml", README__md=b"---\na: [\n---\n", a__jsonl=b"{}"): r"README\.md: its configs cannot be read",
         folder("pointers", a__parquet=POINTER): r"a\.parquet is a Git LFS pointer",
     }
+    cases[folder("tested", test__jsonl=b'{"prompt": "a"}')] = r"tested has no split 'train'; it has test$"
     for path, message in cases.items():
         with pytest.raises(PromptError, match=message):
             read(path)
@@ -250,6 +251,7 @@ def test_a_bad_folder_is_refused_by_name(tmp_path: Path) -> None:
         ("{}/absent:main", r"no prompt file at"),
         ("/dev/null", r"no prompt file at"),
         ("{}/broken.jsonl", r"no prompt file at"),
+        ("~no-such-user/p.jsonl", r"no prompt file at .*~no-such-user"),
     ],
 )
 def test_a_path_to_nothing_is_refused_by_name(path: str, message: str, tmp_path: Path) -> None:

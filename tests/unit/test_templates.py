@@ -170,3 +170,50 @@ def test_reasoning_of_earlier_turns_is_the_templates_business(tokenizers: dict[s
     talk = prompt("a", ("assistant", "<think>b</think>c"), ("user", "d"))
     text = Template().render(talk, tokenizers["r1-qwen"])
     assert "<think>b" not in text and text.endswith("<think>\n") and ">c<" in text
+
+
+QWENS = (  # as Qwen's own: what is of another role is not written
+    "{% for m in messages if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content | trim | upper }}"
+    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def test_turns_that_the_template_leaves_out_are_refused_or_counted(tokenizers: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(QWENS)
+    (tmp_path / "wrong.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.text }}<|im_end|>{% endfor %}")
+    told = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": ' say  "hi" '}]
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "what  now"}, {"messages": told}])
+
+    def load(records: Path, file: str, **keys: Any) -> list[str]:
+        form = template(chat_template=str(tmp_path / file), **keys)
+        found = load_prompts(records, tokenizers["qwen3"], max_prompt_tokens=99, template=form)
+        return [line for _, line in found.notes]
+
+    left_out = "prompts have turns that the chat template leaves out (first: "
+    assert load(path, "t.jinja") == [f"1 of 2 {left_out}{path}, line 2)"]
+    assert load(path, "t.jinja", system_prompt="Think.") == [f"2 of 2 {left_out}{path}, line 1)"]
+    human = [{"prompt": "hello"}, {"messages": [{"role": "Human", "content": "how are you"}]}]
+    other = write_jsonl(tmp_path / "human.jsonl", human)
+    with pytest.raises(PromptError, match=r"line 2: the chat template leaves out the last turn \('Human', 'how are"):
+        load(other, "t.jinja")
+    with pytest.raises(
+        PromptError, match=r"line 1: the chat template leaves out the last turn \('user', 'what  now'\)"
+    ):
+        load(path, "wrong.jinja")
+
+
+def test_what_the_template_does_not_read_is_said(tokenizers: dict[str, Any]) -> None:
+    qwen = tokenizers["qwen3"]
+    template(chat_template_kwargs={"enable_thinking": False}).check(qwen)
+    for name in ("enable_thinkin", "padding", "continue_final_message"):
+        with pytest.raises(ConfigError, match=rf"chat_template_kwargs = '{name}': the chat template does not read it"):
+            template(chat_template_kwargs={name: True}).check(qwen)
+    with pytest.raises(ConfigError, match="'strftime_now': is set by the program"):
+        template(chat_template_kwargs={"strftime_now": "%d"})
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}], "reasoning": "b"}
+    talk = Prompt("a", "b", (*prompt("hi").messages, call), None, (1,), "p.jsonl, line 8", tools=({"name": "f"},))
+    said = notes("qwen3", tokenizers, prompt("hi"), talk).splitlines()
+    assert said == [
+        f"does not write the {n} that 1 prompts have; first p.jsonl, line 8" for n in ("tool_calls", "reasoning")
+    ]
+    assert "does not write the tools that 1" in notes("qwen2.5", tokenizers, talk)

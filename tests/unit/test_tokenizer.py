@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_tropd.config import ConfigError
 from nemo_tropd.data import Prompt, PromptError, Vocabulary, end_tokens, labelled_otherwise, load_tokenizer, token_texts
+from nemo_tropd.data.templates import Template, encode
 from nemo_tropd.data.tokenizer import PROBES, ids_of
 from tests.zoo.tokenizers import SHAPES, write_tokenizer
 
@@ -118,6 +120,35 @@ def test_a_folder_without_a_readable_tokenizer_is_named(tmp_path: Path, content:
         load(folder)
 
 
+def edited(folder: Path, **model: Any) -> Path:
+    """``folder`` with other settings of its tokenizer.json's model."""
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["model"].update(model)
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    return folder
+
+
+def test_a_tokenizer_that_encodes_by_chance_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.teacher\.path = .*dropout of 0\.3: .*other tokens each time.*null"):
+        load(edited(make(tmp_path, "qwen3"), dropout=0.3))
+
+
+def test_a_tokenizer_that_knows_not_every_text_is_an_error_of_its_folder_or_of_the_line(tmp_path: Path) -> None:
+    folder = make(tmp_path, "qwen3")
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "model": words, "added_tokens": []}))
+    with pytest.raises(ConfigError, match=r"its tokenizer cannot be read \(WordLevel error: Missing \[UNK\] token"):
+        load(folder)
+    knows_a = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="<unk>")))
+    asked = [
+        Prompt("1", t, ({"role": "user", "content": t},), None, (), f"p.jsonl, line {i}") for i, t in enumerate("ab")
+    ]
+    assert encode(asked[:1], knows_a, Template(False)) == [[0]]
+    with pytest.raises(PromptError, match=r"p\.jsonl, line 1: the tokenizer cannot encode the prompt: WordLevel error"):
+        encode(asked, knows_a, Template(False))
+
+
 def test_tokens_of_a_report_keep_the_space_before_a_word(folders: dict[str, Path]) -> None:
     for kind, folder in folders.items():
         ours = load(folder)
@@ -211,7 +242,9 @@ def test_end_tokens_are_those_of_student_and_teacher(folders: dict[str, Path], t
     assert f"the student's files name <|endoftext|> {text_end}, the teacher's <|im_end|> {turn_end}" in line
     (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn_end, box, 10**7]}))
     (base / "config.json").write_text(json.dumps({"eos_token_id": box}))
-    assert end_tokens(found, (base, chat), [])[0] == tuple(sorted((text_end, turn_end, box)))
+    ids, ((_, line),) = end_tokens(found, (base, chat), [])
+    assert ids == tuple(sorted((text_end, turn_end, box)))
+    assert line.endswith("; the models' files name 10000000, too, which is no token that both have")
     ids, ((_, line),) = end_tokens(found, (base, chat), ["<|im_end|>", 5])
     assert ids == (5, turn_end) and f"not <|endoftext|> {text_end}" in line
 
@@ -232,9 +265,10 @@ def test_no_end_token_at_all_is_refused(tmp_path: Path) -> None:
             end_tokens(shared(folder, folder), (folder, folder), [])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 7]}))
     assert end_tokens(shared(folder, folder), (folder, folder), [])[0] == (7,)
-    (folder / "generation_config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"generation_config\.json.*cannot be read"):
-        end_tokens(shared(folder, folder), (folder, folder), [])
+    for text in ("[]", "[" * 100_000):
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"generation_config\.json.*cannot be read"):
+            end_tokens(shared(folder, folder), (folder, folder), [])
 
 
 def test_probes_cover_what_tokenizers_disagree_about() -> None:
