@@ -33,6 +33,14 @@ def resolve(cfg: DictConfig) -> TropdConfig:
         raise bad_value(key, value, reason) from error
     assert isinstance(obj, TropdConfig)
     check(obj)
+    for section, names in (
+        (obj.exp_manager, ("exp_dir", "explicit_log_dir")),
+        (obj.pretrained_checkpoint, ("restore_from_path",)),
+        (obj.model.teacher, ("path", "cache_dir")),
+    ):
+        for name in names:  # data and templates are expanded where they are opened
+            if (value := getattr(section, name)) is not None:
+                setattr(section, name, os.path.expanduser(value))
     return obj
 
 

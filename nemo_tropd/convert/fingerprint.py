@@ -38,6 +38,7 @@ def checkpoint_fingerprint(model_dir: str | Path, memory: Path | None = None) ->
                 marks[place] = [*mark, hashlib.file_digest(weights, "sha256").hexdigest()]
         digest.update(f"{file.name}:{(known | marks)[place][-1]}".encode())
     if memory is not None and marks:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, known | marks)
+        with suppress(OSError):  # no room: the weights are read again the next time
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, known | marks)
     return digest.hexdigest()

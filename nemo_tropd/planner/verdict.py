@@ -71,6 +71,8 @@ def check_memory(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
         parts["engine"] = memory.engine
     largest = max((part for part in parts if part in REMEDIES), key=lambda part: parts[part])
     key, remedy = REMEDIES[largest]
+    if largest == "engine" and machine.kind == "cpu":
+        key, remedy = "model.rollout.kv_cache_gib", "lower it"
     advice = f"The largest part that a key can change is {largest}: {remedy}"
     if parts[largest] < need - machine.bytes:
         key = "trainer.devices"

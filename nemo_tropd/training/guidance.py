@@ -131,11 +131,14 @@ def wanted_responses(cfg: TropdConfig, prompts: PromptSplit, first_step: int = 0
     if not guidance.enabled or guidance.max_prefix_tokens == 0:
         return wanted
     order, total = prompts.train.order(m.seed), anneal_steps(cfg)
+    every = len({p.token_ids for p in prompts.train} | wanted.keys())
     for step in range(first_step, min(total, cfg.trainer.tropd.max_steps)):
         annealed = max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens)
         # Of a response that goes on, the prefix and one token to be generated fit the student's limit.
-        if (length := min(annealed, m.rollout.max_new_tokens - 1)) > 0:
-            for i in order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt):
-                ids = prompts.train[i].token_ids
-                wanted[ids] = max(length, wanted.get(ids, 0))
+        length = min(annealed, m.rollout.max_new_tokens - 1)
+        if length <= 0 or len(wanted) == every:  # prefixes get shorter: a prompt's first use needs the longest
+            break
+        for i in order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt):
+            ids = prompts.train[i].token_ids
+            wanted[ids] = max(length, wanted.get(ids, 0))
     return wanted

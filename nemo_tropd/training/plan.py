@@ -1,6 +1,7 @@
 """The plan of a run: everything that can be computed, and refused, before a model is built."""
 
 import os
+import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.rollout.placement import sampling_of
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.training.guidance import wanted_responses
+from nemo_tropd.training.teacher_responses import responses_dir
 
 OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params
 
@@ -92,12 +94,13 @@ def make_plan(cfg: TropdConfig) -> Plan:
             raise ConfigError("model.encoder_seq_length", m.encoder_seq_length, why)
     vocabulary = _vocabulary(student_path, teacher_path, student, teacher)
     tokenizer, vocab_size, template = vocabulary.tokenizer, vocabulary.size, Template.of(m.data)
+    template.check(tokenizer)
     end_ids, end_notes = end_tokens(vocabulary, (student_path, teacher_path), m.rollout.end_tokens)
     objective = build_objective(cfg)
     if m.tropd.top_k > vocab_size:
         raise ConfigError("model.tropd.top_k", m.tropd.top_k, f"the vocabulary has only {vocab_size} tokens")
     directory = run_dir(cfg)
-    _check_run_dir(directory, cfg)
+    _check_folders(cfg, directory)
     prompts = _prompts(cfg, tokenizer, template)
     notes = _text_notes(student_path, vocabulary, template, prompts, end_ids)
     machine = machine_of(cfg)
@@ -194,14 +197,31 @@ def build_objective(cfg: TropdConfig) -> Objective:
 def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
     if not path.is_dir():
         remedy = "give a Hugging Face checkpoint (make_smollm2.py makes one)"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+            remedy = f"nothing is downloaded during a run: hf download {path} --local-dir FOLDER, and give FOLDER"
         raise ConfigError(key, str(path), f"no such directory; {remedy}")
+    if not (path / "config.json").exists() and (within := sorted([*path.glob("hf"), *path.glob("snapshots/*")])):
+        raise ConfigError(key, str(path), f"has no config.json; the checkpoint is in {within[-1]}")
     try:
         shape = read_shape(path)
         shape.check_layout(tensor, pipeline)
         HfCheckpoint(path, shape)  # reads headers alone
     except ConversionError as error:
         raise ConfigError(key, str(path), str(error)) from error
+    if os.environ.get("RANK", "0") == "0":
+        _check_loadable(key, path)
     return shape
+
+
+def _check_loadable(key: str, path: Path) -> None:
+    """The engine reads config.json by transformers' own class, which checks it in its own way."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a class makes of its keys
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(key, str(path), f"transformers, and so vLLM, cannot load its config.json: {why}") from error
 
 
 def _vocabulary(student_path: Path, teacher_path: Path, student: ModelShape, teacher: ModelShape) -> Vocabulary:
@@ -212,12 +232,14 @@ def _vocabulary(student_path: Path, teacher_path: Path, student: ModelShape, tea
 def _text_notes(
     student_path: Path, vocabulary: Vocabulary, template: Template, prompts: PromptSplit, end_ids: tuple[int, ...]
 ) -> list[tuple[str, str]]:
-    """Check the prompts' tokens against both tokenizers; what the plan says of templates and tokens."""
+    """Check the prompts' tokens against both tokenizers; what the plan says of models, templates and tokens."""
     tokenizer, everything = vocabulary.tokenizer, (*prompts.train, *prompts.held_out)
     vocabulary.check(everything, template.of_tokenizer(tokenizer))
     first = everything[:64]
     splits = vocabulary.check_splits([template.render(p, tokenizer) for p in first], [p.where for p in first])
     labels = labelled_otherwise(student_path, tokenizer) if os.environ.get("RANK", "0") == "0" else []
+    if student_path.resolve() == Path(vocabulary.teachers.name_or_path).resolve():
+        labels.append(("teacher", "the student's own folder: at first there is nothing to learn from it"))
     return [*splits, *labels, *template_notes(template, everything, tokenizer, vocabulary.teachers, end_ids)]
 
 
@@ -227,22 +249,41 @@ def _pad_id(tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...]) -> int:
     return int(pad) if pad is not None and pad < vocab_size else end_ids[0]
 
 
+def _check_folders(cfg: TropdConfig, directory: Path) -> None:
+    """What the run writes can be written, and not over its models. Creates nothing."""
+    _check_run_dir(directory, cfg)
+    for key, path in (
+        (STUDENT, cfg.pretrained_checkpoint.restore_from_path),
+        (TEACHER, cfg.model.teacher.path),
+    ):
+        if Path(path).resolve().is_relative_to(directory.resolve()):
+            where = f"lies in the run directory {directory}, where the run writes its own"
+            raise ConfigError(key, path, f"{where}: set exp_manager.explicit_log_dir to another")
+    guidance = cfg.model.tropd.guidance
+    if cfg.model.data.held_out or (guidance.enabled and guidance.max_prefix_tokens):
+        _check_writable("model.teacher.cache_dir", responses_dir(cfg))
+
+
 def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
     """The run directory can be written, and if it has a run, resuming is allowed. Creates nothing."""
-    parent = directory
-    while not parent.exists():
-        parent = parent.parent
     key = "exp_manager.explicit_log_dir" if cfg.exp_manager.explicit_log_dir else "exp_manager.exp_dir"
-    if not parent.is_dir():
-        raise ConfigError(key, str(directory), f"{parent} is a file, not a directory")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(key, str(directory), f"{parent} cannot be written; choose another directory")
+    _check_writable(key, directory)
     complete = list((directory / "checkpoints").glob("step_*")) if directory.is_dir() else []
     if complete and not cfg.exp_manager.resume_if_exists:
         what = f"{directory} has {len(complete)} checkpoint(s) of an earlier run"
         raise ConfigError(
             "exp_manager.resume_if_exists", False, f"{what}; set it to true to resume, or choose another {key}"
         )
+
+
+def _check_writable(key: str, directory: Path) -> None:
+    parent = directory.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ConfigError(key, str(directory), f"{parent} is a file, not a directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(key, str(directory), f"{parent} cannot be written; choose another directory")
 
 
 def machine_of(cfg: TropdConfig) -> Machine:
@@ -281,7 +322,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
         ("objective", repr(plan.objective)),
         ("sampled, trained on", str(sampling_of(cfg))),
-        ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out"),
+        ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out; {_epochs(cfg, plan)}"),
         *plan.prompts.notes,
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
@@ -295,6 +336,13 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
     ):
         table.add_row(label, printable(value))
     Console(width=max(shutil.get_terminal_size((110, 40)).columns, 100), markup=False, emoji=False).print(table)
+
+
+def _epochs(cfg: TropdConfig, plan: Plan) -> str:
+    """How often a run uses the prompts: less than once may be meant, many times a step is a file too small."""
+    step, there = cfg.model.global_batch_size // cfg.model.rollout.samples_per_prompt, len(plan.prompts.train)
+    uses = f"{step * cfg.trainer.tropd.max_steps / there:.1f} times each in a run"
+    return uses if step <= there else f"{uses}, some of them {-(-step // there)} times in a step"
 
 
 def _generation(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.config import TropdConfig
+from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.files import complete_file, default_cache_dir, remove_stale
 from nemo_tropd.parallel.agreement import World, on_rank_zero
@@ -121,7 +121,6 @@ class TeacherResponses:
         generated stays. ``progress`` is told (generated, missing) after each batch."""
         missing = self.missing(prompts, lengths)
         if missing:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for shard, complete_lines in self._damaged.items():
                 _write_lines(shard, complete_lines)
             self._damaged.clear()
@@ -199,6 +198,11 @@ class TeacherResponses:
             self._damaged[shard] = complete
 
 
+def responses_dir(cfg: TropdConfig) -> Path:
+    """Where the teacher's responses are kept."""
+    return Path(cfg.model.teacher.cache_dir or default_cache_dir() / "teacher_responses")
+
+
 def generate_teacher_responses(
     cfg: TropdConfig, wanted: Mapping[tuple[int, ...], int], ranks: World, engines: EngineFactory, vocab_size: int
 ) -> TeacherResponses | None:
@@ -208,7 +212,7 @@ def generate_teacher_responses(
     generated: list[TeacherResponses] = []
 
     def generate() -> None:
-        cache_dir = Path(cfg.model.teacher.cache_dir or default_cache_dir() / "teacher_responses")
+        cache_dir = responses_dir(cfg)
         responses = TeacherResponses(
             cache_dir,
             teacher=checkpoint_fingerprint(cfg.model.teacher.path, cache_dir / "fingerprints.json"),
@@ -238,8 +242,13 @@ def generate_teacher_responses(
 
 
 def _write_lines(target: Path, lines: Sequence[bytes]) -> None:
-    with complete_file(target) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(target) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for line in lines))
+    except OSError as error:
+        why = f"the teacher's responses cannot be kept there ({error}): free space, or choose another directory"
+        raise ConfigError("model.teacher.cache_dir", str(target.parent), why) from error
 
 
 def _line(key: str, response: TeacherResponse) -> bytes:

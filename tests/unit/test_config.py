@@ -17,6 +17,7 @@ from nemo_tropd import command_line
 from nemo_tropd.command_line import compose_command_line
 from nemo_tropd.config import ConfigError, TropdConfig, host_and_port, schema_fields, schema_keys
 from nemo_tropd.config_checks import check, resolve
+from nemo_tropd.config_keys import value_at
 from tests.e2e.compose import CONF, compose_config
 
 REQUIRED = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
@@ -279,6 +280,21 @@ def test_impossible_settings(override: str, named: str, remedy: str) -> None:
         compose_config([*REQUIRED, override])
     assert named in str(caught.value) and remedy in str(caught.value)
     assert override.split("=")[1].replace("null", "none") in str(caught.value).lower()
+
+
+def test_a_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {
+        "pretrained_checkpoint.restore_from_path": "~/a",
+        "model.teacher.path": "~",
+        "model.teacher.cache_dir": "~/c",
+        "exp_manager.exp_dir": "~/runs",
+        "exp_manager.explicit_log_dir": "~no-such-user/x",
+    }
+    cfg = compose_config(["model.data.path=d", *(f"{key}='{value}'" for key, value in given.items())])
+    assert [value_at(cfg, key) for key in given] == [
+        *("/home/me/a", "/home/me", "/home/me/c", "/home/me/runs", "~no-such-user/x")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from nemo_tropd import files
 from nemo_tropd.batch import Rollout
+from nemo_tropd.config import ConfigError
 from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.data import Prompt, PromptOrder, PromptSet, PromptSplit
 from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling
@@ -330,6 +331,10 @@ def test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones
             for cut in (True, False)
         ]
         assert plans[0] == plans[1]
+    # A run without an end is planned, too: once every prompt has been used the prefixes get no longer.
+    cfg.trainer.tropd.max_steps = 2 * 10**9
+    assert set(wanted_responses(cfg, split)) == {p.token_ids for p in prompts}
+    cfg.trainer.tropd.max_steps = steps
     later = wanted_responses(cfg, split, steps - 1)
     assert set(later) <= set(wanted) and all(length <= wanted[ids] for ids, length in later.items())
 
@@ -385,6 +390,14 @@ def test_an_engine_that_dies_is_replaced_once_and_what_was_written_stays(tmp_pat
     with pytest.raises(EngineError, match="cannot"):
         cache(tmp_path / "not").ensure(prompts, lambda: engines.pop(0), batch=2)
     assert log.count("start") == log.count("close") and len(cache(tmp_path / "not")) == 2
+
+
+def test_a_folder_that_takes_no_responses_is_named_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    responses, log = cache(tmp_path / "file" / "responses"), list[str]()
+    with pytest.raises(ConfigError, match=r"model\.teacher\.cache_dir = .*cannot be kept there \(.*Not a directory"):
+        responses.ensure(some_prompts(3), lambda: ScribeEngine(log))
+    assert log[-1] == "close"
 
 
 def test_left_over_partial_files_of_gone_processes_are_removed(tmp_path: Path) -> None:

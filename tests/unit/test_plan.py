@@ -96,9 +96,55 @@ def test_more_than_the_host_has_is_refused(tiny: TinyRun, tmp_path: Path, monkey
         plan(tiny, tmp_path / "run", data=2)
 
 
+def test_a_cache_larger_than_the_host_is_named(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model\.rollout\.kv_cache_gib = 100000\.0: .* is engine: lower it"):
+        plan(tiny, tmp_path / "run", **{"model.rollout.kv_cache_gib": 100000})
+
+
 def test_missing_checkpoint(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"restore_from_path = '/nowhere'.*no such directory"):
         plan(tiny, tmp_path, **{"pretrained_checkpoint.restore_from_path": "/nowhere"})
+
+
+def test_a_name_or_a_folder_around_a_checkpoint_gets_the_remedy(tiny: TinyRun, tmp_path: Path) -> None:
+    key = "pretrained_checkpoint.restore_from_path"
+    with pytest.raises(ConfigError, match=r"nothing is downloaded during a run: hf download Qwen/Qwen3-4B --local-dir"):
+        plan(tiny, tmp_path / "run", **{key: "Qwen/Qwen3-4B"})
+    for within in ("old/hf", "models--a--b/snapshots/0a"):
+        (tmp_path / within).parent.mkdir(parents=True)
+        (tmp_path / within).symlink_to(tiny.student)
+        around = tmp_path / within.split("/")[0]
+        with pytest.raises(ConfigError, match=rf"has no config\.json; the checkpoint is in {tmp_path / within}"):
+            plan(tiny, tmp_path / "run", **{key: around})
+
+
+def test_a_model_in_the_run_directory_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(tiny.teacher, tmp_path / "run" / "hf")
+    with pytest.raises(ConfigError, match=r"model\.teacher\.path = .*lies in the run directory .*explicit_log_dir"):
+        plan(tiny, tmp_path / "run", **{"model.teacher.path": tmp_path / "run" / "hf"})
+    with pytest.raises(ConfigError, match=r"restore_from_path = .*lies in the run directory"):
+        plan(tiny, tiny.student)
+
+
+def test_a_cache_directory_that_cannot_be_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    keys = {"model.teacher.cache_dir": tiny.prompts / "cache"}
+    with pytest.raises(ConfigError, match=r"model\.teacher\.cache_dir = .*prompts\.jsonl is a file, not a directory"):
+        plan(tiny, tmp_path / "run", **keys)
+    assert plan(
+        tiny, tmp_path / "run", **keys, **{"model.data.held_out": 0, "model.tropd.guidance.enabled": False}
+    )  # nothing to keep
+
+
+def test_a_small_file_and_a_teacher_that_is_the_student_are_said(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"model.teacher.path": tiny.student, "model.global_batch_size": 64, "trainer.tropd.max_steps": 7}
+    cfg = compose_config(tiny.overrides(tmp_path / "run", **keys))
+    made = make_plan(cfg)
+    assert ("teacher", "the student's own folder: at first there is nothing to learn from it") in made.notes
+    print_plan(cfg, made)
+    said = "28 to train, 4 held out; 16.0 times each in a run, some of them 3 times in a step"
+    assert said in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_corrupt_checkpoint(tiny: TinyRun, tmp_path: Path) -> None:
@@ -106,6 +152,17 @@ def test_corrupt_checkpoint(tiny: TinyRun, tmp_path: Path) -> None:
     (broken / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"restore_from_path.*config\.json"):
         plan(tiny, tmp_path, **{"pretrained_checkpoint.restore_from_path": broken})
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bf17"}, {"model_type": None}])
+def test_a_config_that_the_engine_could_not_load(tiny: TinyRun, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = shutil.copytree(tiny.teacher, tmp_path / "odd")
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(
+        ConfigError, match=r"model\.teacher\.path = .*transformers, and so vLLM, cannot load its config"
+    ):
+        plan(tiny, tmp_path / "run", **{"model.teacher.path": folder})
 
 
 def test_tensor_parallel_that_does_not_divide_the_heads(tiny: TinyRun, tmp_path: Path) -> None:
