@@ -1618,6 +1618,47 @@ FAULTS: list[Fault] = [
         "if said and self._unfinished_in_a_row == UNFINISHED_STEPS:",
         _TOKENS_OF_A_RUN + "test_a_run_whose_rollouts_never_end_says_so_once",
     ),
+    _tokens(
+        "data/templates",
+        "a last turn that the template leaves out is trained on",
+        "if lost and lost[-1] is prompt.messages[-1]:",
+        "if lost and lost[-1] is prompt.messages[-1] and not encoded:",
+        _TEMPLATES + "test_turns_that_the_template_leaves_out_are_refused_or_counted",
+    ),
+    _tokens(
+        "data/templates",
+        "part of a variable's name passes for it",
+        'if not re.search(rf"\\b{re.escape(name)}\\b", text):',
+        "if name not in text:",
+        _TEMPLATES + "test_what_the_template_does_not_read_is_said",
+    ),
+    _tokens(
+        "data/tokenizer",
+        "a tokenizer with dropout is taken",
+        'if dropped := getattr(stored.model, "dropout", None):',
+        'if dropped := getattr(stored.model, "fuse_unk", None):',
+        _TOKENS + "test_a_tokenizer_that_encodes_by_chance_is_refused",
+    ),
+    _prompts(
+        "a misspelt key of records is taken",
+        "for key in [key for key in missed if has(raw, key)]:",
+        "for key in list(missed):",
+        _PROMPTS + "test_a_key_that_no_record_has_is_refused",
+    ),
+    _guidance(
+        "prefixes are planned until but one prompt is used",
+        "if length <= 0 or len(wanted) == every:  # prefixes get shorter: a prompt's first use needs the longest",
+        "if length <= 0 or len(wanted) >= every - 1:",
+        _GUIDANCE + "test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones",
+    ),
+    Fault(
+        "plan",
+        "a run may write over its own models",
+        "nemo_tropd/training/plan.py",
+        "if Path(path).resolve().is_relative_to(directory.resolve()):",
+        "if Path(path).resolve() == directory.resolve():",
+        ("tests/unit/test_plan.py::test_a_model_in_the_run_directory_is_refused",),
+    ),
     # gpu: what only a GPU would show
     _gpu(
         "teacher/offload",
