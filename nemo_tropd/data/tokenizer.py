@@ -60,6 +60,17 @@ def load_tokenizer(folder: Path, key: str) -> Any:
     return made
 
 
+def check_config(folder: Path, key: str) -> None:
+    """ConfigError for a config.json that transformers' own class, by which the engine reads it, does not take."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a class makes of its keys
+        why = f"transformers, and so vLLM, cannot load its config.json: {' '.join(str(error).split())[:300]}"
+        raise ConfigError(key, str(folder), why) from error
+
+
 def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, nothing added."""
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)

@@ -30,7 +30,7 @@ from nemo_tropd.data import (
     load_tokenizer,
     template_notes,
 )
-from nemo_tropd.data.tokenizer import STUDENT, TEACHER
+from nemo_tropd.data.tokenizer import STUDENT, TEACHER, check_config
 from nemo_tropd.evaluation.answers import AnswerError, judged_as
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, ParameterError, build, parameters
@@ -209,19 +209,8 @@ def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
     except ConversionError as error:
         raise ConfigError(key, str(path), str(error)) from error
     if os.environ.get("RANK", "0") == "0":
-        _check_loadable(key, path)
+        check_config(path, key)
     return shape
-
-
-def _check_loadable(key: str, path: Path) -> None:
-    """The engine reads config.json by transformers' own class, which checks it in its own way."""
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a class makes of its keys
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ConfigError(key, str(path), f"transformers, and so vLLM, cannot load its config.json: {why}") from error
 
 
 def _vocabulary(student_path: Path, teacher_path: Path, student: ModelShape, teacher: ModelShape) -> Vocabulary:
