@@ -19,14 +19,18 @@ TINY_VOCABULARY = 131  # of tests.tiny_models
 
 
 class SharedEngine:
-    """A running engine that outlives the runs it serves; ``before_generate`` lets a test interfere."""
+    """An engine that outlives the runs it serves; ``before_generate`` lets a test interfere."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
         self.before_generate: Callable[[Sequence[RolloutRequest]], None] | None = None
+        self.running = False
 
     def start(self) -> None:
-        """It runs already."""
+        """Once."""
+        if not self.running:
+            self.engine.start()
+        self.running = True
 
     def sleep(self) -> bool:
         """The engine's own."""
@@ -47,15 +51,24 @@ class SharedEngine:
 
 
 class SharedEngines(Engines):
-    """The shared engine for students; a teacher gets an engine of its own."""
+    """The shared engine for students; one engine for the tiny run's teacher, too, and an own one for any other."""
 
-    def __init__(self, shared: SharedEngine) -> None:
+    def __init__(self, shared: SharedEngine, teachers: dict[str, SharedEngine]) -> None:
         super().__init__(TINY_VOCABULARY)
-        self.shared = shared
+        self.shared, self.teachers = shared, teachers
 
     def student(self, cfg: TropdConfig) -> RolloutEngine:
         """The shared engine."""
         return self.shared
+
+    def teacher(self, cfg: TropdConfig) -> RolloutEngine:
+        """Shared if the path ends as the tiny run's."""
+        path = cfg.model.teacher.path
+        if not path.endswith("/teacher"):
+            return super().teacher(cfg)
+        if path not in self.teachers:
+            self.teachers[path] = SharedEngine(super().teacher(cfg))
+        return self.teachers[path]
 
 
 @pytest.fixture(autouse=True)
@@ -78,14 +91,23 @@ def shared_engine(tiny: TinyRun) -> Iterator[SharedEngine]:
 
     quiet_libraries()
     cfg = compose_config(tiny.overrides(tiny.root / "engine"))
-    engine = Engines(TINY_VOCABULARY).student(cfg)
-    engine.start()
-    yield SharedEngine(engine)
-    engine.close()
+    shared = SharedEngine(Engines(TINY_VOCABULARY).student(cfg))
+    shared.start()
+    yield shared
+    shared.engine.close()
+
+
+@pytest.fixture(scope="session")
+def teachers() -> Iterator[dict[str, SharedEngine]]:
+    """Engines of teachers by path, as far as a test needed them."""
+    started: dict[str, SharedEngine] = {}
+    yield started
+    for teacher in started.values():
+        teacher.engine.close()
 
 
 @pytest.fixture
-def engines(shared_engine: SharedEngine) -> Iterator[SharedEngines]:
-    """An engine factory: the shared engine for students, a new one for a teacher that has to generate."""
-    yield SharedEngines(shared_engine)
+def engines(shared_engine: SharedEngine, teachers: dict[str, SharedEngine]) -> Iterator[SharedEngines]:
+    """An engine factory: see SharedEngines."""
+    yield SharedEngines(shared_engine, teachers)
     shared_engine.before_generate = None

@@ -34,12 +34,17 @@ def figures(run_dir: Path) -> list[tuple[float, ...]]:
 
 
 @pytest.fixture(scope="module")
-def straight(tiny: TinyRun, shared_engine: SharedEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(
+    tiny: TinyRun,
+    shared_engine: SharedEngine,
+    teachers: dict[str, SharedEngine],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A run without interruption."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     keys = {"trainer.tropd.max_steps": STEPS, "trainer.tropd.keep_checkpoints": STEPS}
     cfg = compose_config(tiny.overrides(run_dir, **keys))
-    outcome = train(cfg, SharedEngines(shared_engine))
+    outcome = train(cfg, SharedEngines(shared_engine, teachers))
     assert outcome is not None and outcome.step == STEPS and not outcome.stopped_by_signal
     return run_dir
 
@@ -236,32 +241,32 @@ def test_padding_ids_are_never_drawn(tiny: TinyRun, engines, shared_engine: Shar
 
 
 def test_engine_killed_in_the_middle_is_restarted_and_draws_the_same(
-    tiny: TinyRun, engines, straight: Path, tmp_path: Path
+    tiny: TinyRun, engines, shared_engine: SharedEngine, tmp_path: Path
 ) -> None:
-    undisturbed, started, calls = engines, [], []
+    """The session's engine is killed; the one that takes its place in the run takes it in the session, too."""
+    started: list[SharedEngine] = []
+    calls: list[int] = []
 
-    class Mortal(Engines):
+    def kill_in_second_step(requests) -> None:
+        calls.append(len(requests))
+        if len(calls) == 3:  # validation, step 1, step 2
+            threading.Timer(0.05, os.kill, (started[0].engine.process_id, signal.SIGKILL)).start()
+
+    class Mortal(SharedEngines):
         def student(self, cfg):
-            engine = super().student(cfg)
-            generate = engine.generate
-            started.append(engine)
-
-            def interfered(requests):
-                calls.append(len(requests))
-                if len(calls) == 3:  # validation, step 1, step 2
-                    threading.Timer(0.05, os.kill, (engine.process_id, signal.SIGKILL)).start()
-                return generate(requests)
-
-            engine.generate = interfered
-            return engine
+            started.append(SharedEngine(Engines.student(self, cfg)) if started else shared_engine)
+            return started[-1]
 
     run_dir = tmp_path / "run"
     keys = {"trainer.tropd.max_steps": 3, "trainer.tropd.save_interval": 10}
     reference = tmp_path / "reference"
-    train(compose_config(tiny.overrides(reference, **keys)), undisturbed)
-    outcome = train(compose_config(tiny.overrides(run_dir, **keys)), Mortal(131))
+    train(compose_config(tiny.overrides(reference, **keys)), engines)
+    shared_engine.before_generate = kill_in_second_step
+    outcome = train(compose_config(tiny.overrides(run_dir, **keys)), Mortal(shared_engine, engines.teachers))
     assert outcome is not None and outcome.step == 3 and len(started) == 2
     assert figures(run_dir) == figures(reference)
+    shared_engine.engine.close()
+    shared_engine.engine = started[1].engine
 
 
 def test_finished_run_is_not_run_again(tiny: TinyRun, straight: Path, engines, capsys) -> None:
