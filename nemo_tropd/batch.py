@@ -98,6 +98,14 @@ class TeacherScores:
 
 
 @dataclass(frozen=True)
+class TeacherStates:
+    """The frozen teacher's hidden states at T loss tokens, kept for an objective that sees its whole distributions."""
+
+    hidden: Tensor  # [T, H'], of the teacher's dtype, on the device or in host memory
+    split: bool = False  # [ceil(T / P), H'] instead: this tensor-parallel rank's share of the tokens
+
+
+@dataclass(frozen=True)
 class TokenScores:
     """All an objective sees: log-probabilities (nats, fp32), never logits, shards or process groups.
 
@@ -116,6 +124,8 @@ class TokenScores:
     teacher_entropy: Tensor | None = None  # [T]
     behavior_log_probs: Tensor | None = None  # [T] log-probability under the weights that sampled the token
     reference_log_probs: Tensor | None = None  # [T]
+    exact: Tensor | None = None  # [T] an exact objective's value, carries its gradient
+    sums: Tensor | None = None  # [T, n] its sums over both complete distributions, detached
 
 
 @dataclass(frozen=True)

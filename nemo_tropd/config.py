@@ -162,8 +162,8 @@ class ObjectiveConfig:
     """A name of nemo_tropd.objectives."""
     gate: str | None = choice(None, "bernoulli", "threshold", "soft")
     """bernoulli, threshold or soft; null: the objective's own default."""
-    outlier: str | None = choice(None, "fkl", "mask", "clip")
-    """fkl, mask or clip; null: the objective's own default."""
+    outlier: str | None = choice(None, "fkl", "fkl_full", "mask", "clip")
+    """fkl, mask or clip, with tropd_exact fkl or fkl_full; null: the objective's own default."""
     tail: str | None = choice(None, "none", "ghost")
     """none or ghost; null: the objective's own default."""
     guidance_weight: float | None = number(None, at_least=0)
@@ -216,6 +216,9 @@ class TeacherConfig:
     """Layers at each end that stay in bf16. Read only with fp8."""
     offload: bool = flag(False)
     """Keep the teacher's weights in host memory (pinned, if there is a GPU) except while it scores."""
+    offload_states: bool = flag(False)
+    """Exact objectives: keep the teacher's hidden states of a step in host memory (pinned, if there is a GPU) until
+    their micro-batch, instead of on the device."""
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
 

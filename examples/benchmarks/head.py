@@ -33,10 +33,11 @@ from rich.table import Table
 from torch import Tensor
 
 from nemo_tropd import objectives
-from nemo_tropd.batch import LossTokens, TeacherScores
+from nemo_tropd.batch import LossTokens, TeacherScores, TeacherStates
 from nemo_tropd.loss import head, inputs
 from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores, token_scores
 from nemo_tropd.loss.inputs import HeadLayout
+from nemo_tropd.loss.teacher import TeacherHead
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
@@ -128,6 +129,13 @@ def ours(h: Tensor, w: Tensor, p: Problem, chunk_tokens: int | None = None) -> T
     return head_loss(h[None], w, tokens, scores, objective, layout, scale=1 / len(tokens), options=options).loss
 
 
+def ours_exact(h: Tensor, w: Tensor, p: Problem, objective: str = "tropd_exact") -> Tensor:
+    """An objective that sees both distributions; the teacher's hidden states, kept for the step, are an input."""
+    teacher = TeacherHead(TeacherStates(p.teacher_hidden), p.teacher_weight, TOP_K if objective == "tropd_exact" else 1)
+    layout, scale = HeadLayout(w.size(0)), 1 / len(p.tokens)
+    return head_loss(h[None], w, p.tokens, teacher, objectives.build(objective), layout, scale=scale).loss
+
+
 def plain(h: Tensor, w: Tensor, p: Problem) -> Tensor:
     """TrOPD as first written down: two log-softmaxes over [T, V]."""
     ids = p.tokens.token_ids[:, None]
@@ -172,6 +180,8 @@ def cce(h: Tensor, w: Tensor, p: Problem) -> Tensor:
 
 VARIANTS: dict[str, Loss] = {
     "ours: TrOPD": ours,
+    "ours: TrOPD, exact": ours_exact,
+    "ours: reverse KL, exact": partial(ours_exact, objective="opd_exact"),
     "plain torch: TrOPD": plain,
     "torch.compile: TrOPD": lambda h, w, p: _compiled()(h, w, p),
     "TRL: forward KL": partial(trl, beta=0.0),

@@ -56,6 +56,7 @@ class Head:
     sub_block: int = 256  # columns a block of the top k's maxima
     chunk_tokens: int = 2048
     tensor_parallel: int = 1
+    exact: bool = False  # an objective that sees both distributions: half the tokens a chunk, two passes over both
 
     @property
     def columns(self) -> int:
@@ -83,6 +84,12 @@ class Head:
         maxima = self.tokens * blocks * 4.0
         winners = self.tokens * self.top_k * self.sub_block * self.itemsize
         candidates = self.tokens * 2 * self.top_k * 8.0
+        gradient = {"student: gradient over the logits": 2 * self.logits_bytes + 4 * kept}
+        if self.exact:
+            gradient = {
+                "both: an exact objective's sums": 2 * self.logits_bytes,
+                "student: gradient from both, over the logits": 3 * self.logits_bytes + 5 * kept,
+            }
         return {
             "teacher: log-sum-exp and block maxima": self.logits_bytes + maxima,
             "teacher: top k from the winning blocks": maxima
@@ -90,7 +97,7 @@ class Head:
             + 2 * candidates
             + self.tokens * self.top_k * 12.0,
             "student: log-sum-exp and columns": self.logits_bytes + 3 * kept,
-            "student: gradient over the logits": 2 * self.logits_bytes + 4 * kept,
+            **gradient,
         }
 
     def accumulation(self) -> float:
@@ -102,12 +109,15 @@ class Head:
         return elements * (2.0 * (chunks - 1) * 4 + (4 - self.itemsize) + (4 + self.itemsize))
 
     def peak_bytes(self) -> float:
-        """Extra memory, the weight's gradient apart: two chunks of logits, hidden gradients, the teacher's scores."""
+        """Extra memory, the weight's gradient apart: two chunks of logits (of an exact objective of half as many tokens
+        and both models), hidden gradients, the teacher's scores and, if exact, its hidden states."""
         chunk = min(self.chunk_tokens, self.tokens)
+        states = self.tokens * self.teacher_hidden * self.itemsize if self.exact else 0
         slots = 2 if self.tokens > chunk else 1
         hidden = self.tokens * self.student_hidden * self.itemsize
         products = 3 * chunk * self.student_hidden * self.itemsize
-        return float(slots * chunk * self.columns * self.itemsize + hidden + products + self.tokens * self.top_k * 20)
+        kept = hidden + states + self.tokens * self.top_k * 20
+        return float(slots * chunk * self.columns * self.itemsize + products + kept)
 
     def torch_bytes(self) -> float:
         """Bytes that ``loss.chunks.TorchChunks`` moves, logits and their exponentials alone.
@@ -129,9 +139,14 @@ class Head:
         return 1e3 * sum(self.products().values()) / (gpu.tflops * 1e12)
 
     def bytes_a_token(self) -> dict[str, float]:
-        """Of the logits alone: the teacher's read once, the student's read once, then read and written."""
+        """Of the logits alone: the teacher's read once, the student's read once, then read and written; an exact
+        objective reads both twice more, and one of these is the student's last."""
         row = float(self.columns * self.itemsize)
-        return {"teacher read": row, "student read": 2 * row, "student written": row}
+        return {
+            "teacher read": row * (3 if self.exact else 1),
+            "student read": row * (3 if self.exact else 2),
+            "student written": row,
+        }
 
 
 @dataclass(frozen=True)
@@ -212,12 +227,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--teacher-hidden", type=int)
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel degree; the times are those of one rank")
+    parser.add_argument("--exact", action="store_true", help="of an objective that sees both distributions in full")
     options = parser.parse_args()
     if (options.hidden is None) != (options.teacher_hidden is None):
         parser.error("--hidden and --teacher-hidden go together")
     pairs = PAIRS if options.hidden is None else ((options.hidden, options.teacher_hidden),)
     heads = [
-        Head(tokens, options.vocabulary, pair[0], pair[1], tensor_parallel=options.tp)
+        Head(tokens, options.vocabulary, pair[0], pair[1], tensor_parallel=options.tp, exact=options.exact)
         for pair in pairs
         for tokens in ([options.tokens] if options.tokens else [2048, 8192, 32768])
     ]

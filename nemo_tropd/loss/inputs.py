@@ -151,15 +151,20 @@ def first_bad(
     return list(causes)[cause], token
 
 
-def check_tokens(tokens: LossTokens, teacher: TeacherScores, shard: VocabShard, *, trusted: bool = False) -> None:
+def check_tokens(
+    tokens: LossTokens, teacher: TeacherScores | None, shard: VocabShard, *, trusted: bool = False
+) -> None:
     """ValueError for per-token tensors that are not [T] and for a teacher's top k that is not [T, K] of true ids, which
     are not looked at if ``trusted``."""
     count = len(tokens)
     named = {f"tokens.{name}": getattr(tokens, name) for name in ("guided", "uniforms", "behavior_log_probs")}
-    named |= {"teacher.log_probs": teacher.log_probs, "teacher.entropy": teacher.entropy}
+    if teacher is not None:
+        named |= {"teacher.log_probs": teacher.log_probs, "teacher.entropy": teacher.entropy}
     for name, values in named.items():
         if values is not None and values.shape != (count,):
             raise ValueError(f"{name} has shape {tuple(values.shape)}; the micro-batch has {count} loss tokens")
+    if teacher is None:
+        return
     ids = teacher.top_k_ids
     if ids.dim() != 2 or ids.size(0) != count or ids.shape != teacher.top_k_log_probs.shape:
         both = f"teacher.top_k_ids {tuple(ids.shape)} and top_k_log_probs {tuple(teacher.top_k_log_probs.shape)}"

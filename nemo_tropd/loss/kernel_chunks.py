@@ -8,6 +8,7 @@ products, which are faster at round sizes, and nowhere else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +17,12 @@ from torch.distributed import ReduceOp
 from nemo_tropd.batch import Sampling
 from nemo_tropd.parallel.vocab import SoftmaxTopK, VocabShard, merge_softmax_top_k
 
-from . import kernels, kernels_top_k
+from . import kernels, kernels_exact, kernels_top_k
+from .chunks import TheirColumns, TorchComparison
 from .sampled import Kept, without_repeats
+
+if TYPE_CHECKING:
+    from .teacher import Distributions
 
 
 class KernelChunks:
@@ -36,7 +41,9 @@ class KernelChunks:
         logits = self._buffers[slot][: states.size(0), : self.columns]
         return torch.mm(states, self.weight.t(), out=logits)
 
-    def student(self, logits: Tensor, token_ids: Tensor, *, entropy: bool) -> KernelStudentChunk:
+    def student(
+        self, logits: Tensor, token_ids: Tensor, *, entropy: bool, overwrite: bool = True
+    ) -> KernelStudentChunk:
         """token_ids [C, N] global -> their log-probabilities. One read; one MAX and one SUM over the group. With top-k,
         the winning blocks are read again, and one gather comes first."""
         shard, kept = self.shard, None
@@ -64,7 +71,9 @@ class KernelChunks:
             product=self,
         )
 
-    def teacher(self, logits: Tensor, token_ids: Tensor, k: int, *, entropy: bool) -> SoftmaxTopK:
+    def teacher(
+        self, logits: Tensor, token_ids: Tensor, k: int, *, entropy: bool, overwrite: bool = True
+    ) -> SoftmaxTopK:
         """token_ids [C, N] global -> top k, log-probabilities, entropy. One read and the winning blocks; one gather."""
         shard = self.shard
         local = token_ids - shard.start
@@ -73,6 +82,28 @@ class KernelChunks:
         fixed = [out.top, out.sums, *([] if out.entropy is None else [out.entropy])]
         parts = torch.cat([torch.stack(fixed, 1), torch.where(owned, out.columns + out.top[:, None], 0.0)], 1)
         return merge_softmax_top_k(values, ids, parts, k, shard, entropy=entropy)
+
+    def compare(
+        self,
+        objective: Distributions,
+        student: KernelStudentChunk,
+        logits: Tensor,
+        theirs: Tensor,
+        columns: TheirColumns,
+    ) -> KernelComparison | TorchComparison:
+        """See ``chunks.TorchChunks``; the logits stay as they are. An objective without a kernel goes by torch, from
+        fp32 copies of both."""
+        width, formula = self.shard.width, objective.kernel
+        if formula is None:
+            log_p, log_q = (
+                z[:, :width].float().mul_(self.scale).sub_(log_z[:, None])
+                for z, log_z in ((logits, student.log_z), (theirs, columns.log_z))
+            )
+            sums = self.shard.reduce(objective.sums(log_p, log_q).contiguous(), ReduceOp.SUM)
+            return TorchComparison(objective, student, log_p, log_q, sums)
+        pair = kernels_exact.Pair(logits, theirs, width, student.log_z, columns.log_z, self.scale)
+        sums = self.shard.reduce(kernels_exact.sums(pair, *formula), ReduceOp.SUM)
+        return KernelComparison(pair, formula, sums, student, columns.log_probs)
 
     def _stream_top_k(
         self, logits: Tensor, local: Tensor, k: int, entropy: bool
@@ -106,6 +137,35 @@ class KernelStudentChunk:
         width, scale = self.product.shard.width, self.product.scale
         kernels.write_gradient(self.logits, width, local, self.log_z, grad, log_probs, scale=scale)
         return self.logits
+
+    def add_columns(self, slope: Tensor, grad: Tensor) -> Tensor:
+        """See ``chunks.StudentChunk``."""
+        owned = (self.local >= 0) & (self.local < slope.size(1))
+        return slope.scatter_add_(1, torch.where(owned, self.local, 0), torch.where(owned, grad, 0.0))
+
+    def narrow(self, wide: Tensor) -> Tensor:
+        """``wide`` [C, width] over the logits, padding 0."""
+        self.logits[:, : wide.size(1)].copy_(wide)
+        self.logits[:, wide.size(1) :].zero_()
+        return self.logits
+
+
+@dataclass(frozen=True)
+class KernelComparison:
+    """Both models' logits at a chunk, what an exact objective sums over them, and its gradient."""
+
+    pair: kernels_exact.Pair
+    formula: tuple[str, float]
+    sums: Tensor  # [C, n], over all shards
+    student: KernelStudentChunk
+    their_log_probs: Tensor  # [C, N]
+
+    def logit_gradient(self, grad: Tensor, exact: Tensor) -> Tensor:
+        """See ``chunks.TorchComparison``; [C, columns], overwrites the student's logits."""
+        columns = self.student.local, self.student.log_probs.detach(), self.their_log_probs
+        gradients = grad.contiguous(), exact.contiguous()
+        kernels_exact.write_gradient(self.pair, *self.formula, self.sums, gradients, columns)
+        return self.pair.student
 
 
 def _reduce(out: kernels.Streamed, local: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -123,6 +123,17 @@ def stream(
 
 
 @triton.jit
+def merged_columns(column, g, j, valid):
+    """Gradients of a row's columns, each place's complete: the sampled token (column 0) may be among the others, which
+    are distinct; both then get the sum of the two."""
+    first = j == 0
+    sampled = tl.sum(tl.where(first, column, 0), 0)
+    twin = (column == sampled) & ~first & valid
+    merged = g + tl.where(twin, tl.sum(tl.where(first, g, 0.0), 0), 0.0)
+    return merged + tl.where(first, tl.sum(tl.where(twin, g, 0.0), 0), 0.0)
+
+
+@triton.jit
 def _gradient_kernel(
     logits, ids, log_z, grad, log_probs,
     rows, stride, width, limit, count, factor,
@@ -142,12 +153,7 @@ def _gradient_kernel(
             x = tl.load(base + o, mask=o < limit, other=0.0).to(tl.float32)
             y = tl.where(o < width, -tl.exp(x * factor - z) * total, 0.0)
             tl.store(base + o, y.to(logits.dtype.element_ty), mask=o < limit)
-        # The sampled token (column 0) may be among the others, which are distinct: both then get the sum of the two.
-        first = j == 0
-        sampled = tl.sum(tl.where(first, column, 0), 0)
-        twin = (column == sampled) & ~first & valid
-        merged = g + tl.where(twin, tl.sum(tl.where(first, g, 0.0), 0), 0.0)
-        merged += tl.where(first, tl.sum(tl.where(twin, g, 0.0), 0), 0.0)
+        merged = merged_columns(column, g, j, valid)
         p = tl.exp(tl.load(log_probs + r * count + j, mask=valid, other=0.0))
         owned = valid & (column >= 0) & (column < width)
         # Other threads of this program wrote these places a moment ago.

@@ -6,6 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+P = TypeVar("P")
 R = TypeVar("R")
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -13,8 +14,8 @@ _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 def run_chunks(
     chunks: Sequence[slice],
-    product: Callable[[slice, int], Tensor],
-    reduce: Callable[[slice, Tensor], R],
+    product: Callable[[slice, int], P],
+    reduce: Callable[[slice, P], R],
     back: Callable[[slice, R], None],
     *,
     slots: int,

@@ -10,11 +10,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from nemo_tropd.batch import LossTokens, TeacherScores, TokenBatch
+from nemo_tropd.batch import LossTokens, TeacherScores, TeacherStates, TokenBatch
 from nemo_tropd.gpt.build import head_weight
 from nemo_tropd.gpt.forward import run_model
 from nemo_tropd.loss.head import HeadLoss, LossOptions, head_loss, sequence_mean_weights
 from nemo_tropd.loss.inputs import HeadLayout
+from nemo_tropd.loss.teacher import TeacherHead
 from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.metric_sums import DeviceSums, MetricSums
 from nemo_tropd.parallel.topology import Topology
@@ -35,11 +36,13 @@ class StudentPass:
     sequences: int  # of the global batch
     layout: HeadLayout
     keep_tokens: bool = False  # keep each token's log-ratio and gate, for the report
+    teacher_head: Tensor | None = None  # with TeacherStates: the head they go through, split as the student's
+    top_k: int = 1  # and the candidates to take there
 
     def run(
         self,
         batches: Sequence[TokenBatch],
-        scores: Sequence[TeacherScores | None],
+        scores: Sequence[TeacherScores | TeacherStates | None],
         reference: Sequence[Tensor | None],
     ) -> MetricSums:
         """Gradients into DDP's buffers; returns this rank's sums (empty except on the last stage's tensor rank 0).
@@ -63,9 +66,20 @@ class StudentPass:
         return sums.collect()
 
     def _loss(
-        self, sums: DeviceSums, batch: TokenBatch, teacher: TeacherScores, reference: Tensor | None, hidden: Tensor
+        self,
+        sums: DeviceSums,
+        batch: TokenBatch,
+        teacher: TeacherScores | TeacherStates,
+        reference: Tensor | None,
+        hidden: Tensor,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         tokens = batch.loss_tokens()
+        beside: TeacherScores | TeacherHead
+        if isinstance(teacher, TeacherStates):
+            assert self.teacher_head is not None
+            beside = TeacherHead(teacher, self.teacher_head, self.top_k)
+        else:
+            beside = teacher
         weight: Any = head_weight(self.ddp.module)  # with the main_grad that Megatron's DDP gives it
         divisor, weights = max(self.loss_tokens, 1), None
         if self.objective.denominator == "sequences":
@@ -74,14 +88,14 @@ class StudentPass:
             hidden,
             weight,
             tokens,
-            teacher,
+            beside,
             self.objective,
             self.layout,
             scale=1.0 / divisor,
             options=LossOptions(weights, reference, weight.dtype != weight.main_grad.dtype, carry_bad=True),
         )
         if self.topology.tensor_rank == 0:
-            _add_metrics(sums, tokens, teacher, result)
+            _add_metrics(sums, tokens, result)
             if result.bad is not None:
                 sequence = int(batch.sequence_ids[tokens.sequence[result.bad[1]]])
                 sums.bad.append((result.bad[0], self.topology.rank, sequence))
@@ -91,7 +105,7 @@ class StudentPass:
         return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}
 
 
-def _add_metrics(sums: DeviceSums, tokens: LossTokens, teacher: TeacherScores, result: HeadLoss) -> None:
+def _add_metrics(sums: DeviceSums, tokens: LossTokens, result: HeadLoss) -> None:
     """One micro-batch's sums over student tokens, and the engine's and trainer's disagreement on them."""
     metrics = {k: v for k, v in result.metrics.items() if k not in ("loss", "guided_loss", "tokens")}
     sums.add({**metrics, "loss": result.loss, "student_tokens": result.metrics["tokens"]}, result.minima)
@@ -102,7 +116,7 @@ def _add_metrics(sums: DeviceSums, tokens: LossTokens, teacher: TeacherScores, r
     if "forward_kl" in per_token and "trust" in per_token:
         outlier = (1 - per_token["trust"]) * per_token["forward_kl"]
         sums.add({"outlier_forward_kl": torch.where(student, outlier, 0.0).sum()})
-    log_probs = teacher.log_probs - per_token["log_ratio"]
+    log_probs = result.teacher_log_probs - per_token["log_ratio"]
     mismatch = (log_probs - tokens.behavior_log_probs).abs().double()
     # Minima are what is reduced over ranks, so the largest disagreement travels with its sign turned.
     sums.add(

@@ -13,7 +13,7 @@ from nemo.core import ModelPT
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_tropd.batch import Rollout, Sampling, TeacherScores, TokenBatch, TokenScores
+from nemo_tropd.batch import Rollout, Sampling, TeacherScores, TeacherStates, TokenBatch, TokenScores
 from nemo_tropd.config import ModelConfig
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.convert.hf_export import device_stream, hf_stream
@@ -95,6 +95,9 @@ class MegatronTrOPDModel(ModelPT):
         )
         self.teacher = self._build_teacher(scorer, calibration)
         self.sharing = TeacherSharing(self.teacher, topology)
+        self.teacher_head: Tensor | None = None
+        if objective.needs_distributions and topology.is_last_stage:
+            self.teacher_head = self.sharing.head_like(head_weight(self.student).size(0))
         # G-OPD measures its reward from the student as it was before training.
         self.reference = scorer(student.path) if objective.needs_reference else None
         self._rollouts: Rollouts | None = None
@@ -123,7 +126,7 @@ class MegatronTrOPDModel(ModelPT):
     def _student_scores(
         self,
         batches: Sequence[TokenBatch],
-        scores: Sequence[TeacherScores | None],
+        scores: Sequence[TeacherScores | TeacherStates | None],
         reference: Sequence[Tensor | None] | None = None,
         *,
         entropy: bool = False,
@@ -132,7 +135,7 @@ class MegatronTrOPDModel(ModelPT):
         hidden = pipeline_forward(self.student, batches, self.topology)
         reference = reference or [None] * len(batches)
         for batch, teacher, ref, states in zip(batches, scores, reference, hidden, strict=True):
-            if states is None or teacher is None:
+            if states is None or not isinstance(teacher, TeacherScores):
                 yield None
                 continue
             tokens, weight, layout = batch.loss_tokens(), head_weight(self.student), self._layout()
@@ -194,9 +197,12 @@ class MegatronTrOPDModel(ModelPT):
         """Once, after the last step."""
         self.student.eval()
 
-    def score(self, batches: Sequence[TokenBatch]) -> list[TeacherScores | None]:
+    def score(self, batches: Sequence[TokenBatch]) -> Sequence[TeacherScores | TeacherStates | None]:
         """The teacher's scores of every micro-batch (None except on the last pipeline stage), at the temperature of the
-        rollouts: with equal logits, student and teacher are equal."""
+        rollouts: with equal logits, student and teacher are equal. Its hidden states, if the objective sees
+        distributions: its head then goes along with the student's."""
+        if self.objective.needs_distributions:
+            return self.sharing.states(batches, on_host=self.settings.teacher.offload_states)
         tropd, entropy = self.settings.tropd, self.objective.needs_teacher_entropy
         return self.sharing.score(
             batches, top_k=tropd.top_k, entropy=entropy, chunk_tokens=tropd.chunk_tokens,
@@ -206,7 +212,7 @@ class MegatronTrOPDModel(ModelPT):
     def get_loss_and_metrics(
         self,
         batches: Sequence[TokenBatch],
-        scores: Sequence[TeacherScores | None],
+        scores: Sequence[TeacherScores | TeacherStates | None],
         *,
         step: int,
         loss_tokens: int,
@@ -223,7 +229,10 @@ class MegatronTrOPDModel(ModelPT):
         if objective.needs_first_pass:
             objective = objective.bind(self._statistics(objective, batches, scores, reference))
         layout = self._layout()
-        step_pass = StudentPass(self.ddp, self.topology, objective, loss_tokens, sequences, layout, keep_tokens)
+        top_k = self.settings.tropd.top_k if getattr(objective, "needs_top_k", False) else 1
+        step_pass = StudentPass(
+            self.ddp, self.topology, objective, loss_tokens, sequences, layout, keep_tokens, self.teacher_head, top_k
+        )
         sums = step_pass.run(batches, scores, reference)
         return sums.sums.get("loss", 0.0), sums
 
@@ -245,7 +254,7 @@ class MegatronTrOPDModel(ModelPT):
         self,
         objective: Objective,
         batches: Sequence[TokenBatch],
-        scores: Sequence[TeacherScores | None],
+        scores: Sequence[TeacherScores | TeacherStates | None],
         reference: Sequence[Tensor | None],
     ) -> Tensor:
         """The objective's statistic of every loss token of the global batch, the same on every rank."""

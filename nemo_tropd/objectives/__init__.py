@@ -1,7 +1,8 @@
 """Every objective by name: ``build("tropd", gate="soft")``.
 
 To add one: a file with a frozen dataclass that derives from ``Objective`` and whose ``token_loss`` reads like its
-equation, an entry below, and an oracle in tests/oracles.
+equation (or from ``ExactObjective``, if it sees both distributions in full), an entry below, and an oracle in
+tests/oracles.
 """
 
 from collections.abc import Iterable
@@ -13,17 +14,22 @@ from .clip_outlier import ClipOutlier
 from .entropy_opd import EntropyOPD
 from .eopd import EOPD
 from .fkl import ForwardKL
+from .fkl_exact import ExactForwardKL
 from .fkl_outlier import FKLOutlier
 from .gopd import GOPD
 from .jsd import JSD
+from .jsd_exact import ExactJSD
 from .mask_outlier import MaskOutlier
 from .objective import Metrics, Objective, ParameterError
 from .opd import OPD
+from .opd_exact import ExactOPD
 from .reopold import REOPOLD
 from .reopold_2stage import REOPOLDTwoStage
 from .topd import TOPD
+from .topd_exact import ExactTOPD
 from .tropd import TrOPD
 from .tropd_aopd import TrOPDWithAOPD
+from .tropd_exact import ExactTrOPD
 
 __all__ = ["OBJECTIVES", "Metrics", "Objective", "ParameterError", "build", "parameters"]
 
@@ -31,7 +37,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     kind.name: kind
     for kind in (
         OPD, ForwardKL, JSD, EntropyOPD, ClipOutlier, MaskOutlier, FKLOutlier, TrOPD, EOPD, REOPOLD, REOPOLDTwoStage,
-        AOPD, TOPD, GOPD, TrOPDWithAOPD,
+        AOPD, TOPD, GOPD, TrOPDWithAOPD, ExactTrOPD, ExactOPD, ExactForwardKL, ExactJSD, ExactTOPD,
     )
 }  # fmt: skip
 

@@ -48,6 +48,7 @@ class Objective:
     needs_student_entropy: ClassVar[bool] = False
     needs_teacher_entropy: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+    needs_distributions: ClassVar[bool] = False  # see ExactObjective
     denominator: ClassVar[Denominator] = "tokens"
 
     guidance_weight: float | None = number(None, at_least=0.0)
@@ -92,7 +93,7 @@ class Objective:
 
     def _check_needs(self, scores: TokenScores) -> None:
         wanted = {"student_entropy": self.needs_student_entropy, "teacher_entropy": self.needs_teacher_entropy}
-        wanted["reference_log_probs"] = self.needs_reference
+        wanted |= {"reference_log_probs": self.needs_reference, "exact": self.needs_distributions}
         if missing := [name for name, needed in wanted.items() if needed and getattr(scores, name) is None]:
             raise ValueError(f"objective {self.name!r} needs TokenScores.{', '.join(missing)}, which is None")
 

@@ -56,7 +56,8 @@ def forward_kl(scores: TokenScores, tail: str = "none") -> Tensor:
     a divergence of the coarsened distributions, never negative beyond rounding.
     """
     teacher, student = scores.teacher_top_k_log_probs.detach(), scores.student_top_k_log_probs
-    value = (teacher.exp() * (teacher - student)).sum(-1)
+    mass = teacher.exp()  # 0 where the teacher rules a token out, and 0 log 0 = 0
+    value = torch.where(mass > 0, mass * (teacher - student), 0.0).sum(-1)
     if tail == "ghost":
         rest_teacher, rest_student = _log_rest(teacher), _log_rest(student)
         value = value + rest_teacher.exp() * (rest_teacher - rest_student)

@@ -70,6 +70,21 @@ class VocabShard:
         return out
 
 
+def resplit(rows: Tensor, columns: int, start: int, group: ProcessGroup | None) -> Tensor:
+    """[columns, H]: from row ``start`` on those of a matrix that ``group`` has in equal parts, ``rows`` [V_local, H]; 0
+    past its end. One broadcast a part, so that no rank ever has all of them."""
+    size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    found, each = rows.new_zeros(columns, rows.size(1)), rows.size(0)
+    for part in range(size):
+        piece = rows.contiguous() if part == rank else torch.empty_like(rows)
+        if group is not None:
+            dist.broadcast(piece, src=dist.get_global_rank(group, part), group=group)
+        low, high = max(start, part * each), min(start + columns, (part + 1) * each)
+        if low < high:
+            found[low - start : high - start] = piece[low - part * each : high - part * each]
+    return found
+
+
 @dataclass(frozen=True)
 class TopK:
     """The k largest of each row over the full true vocabulary, descending; detached, replicated over the group."""

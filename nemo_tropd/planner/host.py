@@ -11,6 +11,7 @@ from nemo_tropd.planner.memory import (
     placement,
     positions,
     stage_parameters,
+    states_bytes,
     student_degrees,
     teacher_weights,
 )
@@ -20,8 +21,11 @@ ROLLOUT_OBJECTS = 76  # bytes of a rollout's token as every rank keeps it: an in
 EXPORT = 2e9  # a file of weights as it is written, and the largest tensor
 
 
-def host_memory(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> Memory:
-    """Of the host that needs most, rank 0's: all its ranks together. ``machine`` is a GPU's."""
+def host_memory(
+    cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine, *, exact: bool = False
+) -> Memory:
+    """Of the host that needs most, rank 0's: all its ranks together. ``machine`` is a GPU's; ``exact`` as in
+    ``planner.memory``."""
     devices, numbers = cfg.trainer.devices, sum(stage_parameters(student, student_degrees(cfg)))
     m = cfg.model
     resident = {
@@ -30,6 +34,9 @@ def host_memory(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, mach
     }
     if m.teacher.offload:
         resident["teacher, pinned"] = devices * teacher_weights(cfg, teacher)
+    if exact and m.teacher.offload_states:
+        # torch takes pinned memory in powers of two
+        resident["teacher's hidden states, pinned"] = 2 * devices * states_bytes(cfg, teacher)
     if placement(cfg, machine) == "process":
         resident["engine"] = HOST_ENGINE
     # Every rank copies what it writes; what data-parallel ranks have in common is written once.
@@ -57,6 +64,8 @@ def check_host(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
     key, remedy = "trainer.devices", "use hosts with more memory, or more hosts with fewer ranks each"
     if parts.get("teacher, pinned", 0.0) >= memory.total - machine.host:
         key, remedy = "model.teacher.offload", "set it to false and raise model.teacher.tensor_model_parallel_size"
+    if parts.get("teacher's hidden states, pinned", 0.0) >= memory.total - machine.host:
+        key, remedy = "model.teacher.offload_states", "set it to false, or lower model.global_batch_size"
     sizes = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())
     raise ConfigError(
         key,

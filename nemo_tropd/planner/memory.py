@@ -192,11 +192,15 @@ def micro_batches(cfg: TropdConfig) -> int:
     return math.ceil(positions(cfg) / data / cfg.model.tokens_per_micro_batch)
 
 
-def head_bytes(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine, *, gradient: bool) -> float:
-    """Bytes of the chunked head: logits of the chunks in flight, and with ``gradient`` (the student) both gradients."""
+def head_bytes(
+    cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine, *, gradient: bool, exact: bool = False
+) -> float:
+    """Bytes of the chunked head: logits of the chunks in flight, and with ``gradient`` (the student) both gradients.
+    ``exact``: the teacher's logits, too, and on a CPU what torch makes in between (loss.teacher.TORCH_COPIES)."""
     width, rows = BYTES[cfg.trainer.precision], row_tokens(cfg)
     columns = shape.padded_vocab(degrees.tensor) / degrees.tensor
     copies = 2 * width if machine.kind == "gpu" else width + (FP32 if width < FP32 else 0)
+    copies *= (2 if machine.kind == "gpu" else 8) if exact else 1
     chunk = cfg.model.tropd.chunk_tokens
     logits = min(columns * copies * (chunk or rows), math.inf if chunk else machine.chunk_bytes)
     if not gradient:
@@ -245,8 +249,9 @@ def estimate(
     *,
     reference: bool = False,
     first_pass: bool = False,
+    exact: bool = False,
 ) -> Memory:
-    """The memory of a checked configuration on ``machine``. ``reference``, ``first_pass``: what the objective needs."""
+    """The memory of a checked configuration on ``machine``. Keywords: what the objective needs."""
     own, ranks, width = student_degrees(cfg), layout(cfg), BYTES[cfg.trainer.precision]
     numbers = sum(stage_parameters(student, own))
     resident = {
@@ -265,11 +270,13 @@ def estimate(
         "teacher scores": {**scoring, **held},
         "student passes": {
             **student_activations(cfg, student, machine),
-            "head": head_bytes(cfg, student, own, machine, gradient=True),
+            "head": head_bytes(cfg, student, own, machine, gradient=True, exact=exact),
         },
         "optimizer step": {"largest update": 2 * FP32 * _largest(student, own)},
         "weights to the engine": {"gathered tensors": 3 * student.vocab_size * student.hidden * width},
     }
+    if exact:
+        resident |= _beside(cfg, student, teacher, machine)
     alone = _forward(cfg, student, own, machine)
     if cfg.model.data.held_out:
         phases["validation"] = {**_validation(cfg, student, teacher, alone, scoring), **held}
@@ -292,6 +299,27 @@ def estimate(
     else:
         resident["engine"] = engine + graphs
     return Memory(resident, phases, 0.0, before)
+
+
+def states_bytes(cfg: TropdConfig, teacher: ModelShape) -> float:
+    """Bytes of the teacher's hidden states that an exact objective keeps for a step, on a rank of the last stage."""
+    width, split = BYTES[cfg.model.teacher.precision or cfg.trainer.precision], teacher_degrees(cfg).sequence
+    return loss_tokens(cfg) / layout(cfg).data * teacher.hidden * width / split
+
+
+def _beside(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> dict[str, float]:
+    """What exact objectives keep all through the steps: the teacher's hidden states, and its head if it is a copy."""
+    own, theirs, found, t = student_degrees(cfg).tensor, teacher_degrees(cfg), dict[str, float](), cfg.model.teacher
+    width, away = BYTES[t.precision or cfg.trainer.precision], t.offload_states and machine.kind == "gpu"
+    if not away:
+        found["teacher's hidden states"] = states_bytes(cfg, teacher)
+    if away or theirs.sequence > 1:
+        found["teacher's states of a micro-batch"] = row_tokens(cfg) * teacher.hidden * width
+    columns = student.padded_vocab(own)
+    alike = own == theirs.tensor and (own == 1 or columns == teacher.padded_vocab(own))
+    if t.offload or not alike:
+        found["teacher's head, split as the student's"] = columns / own * teacher.hidden * width
+    return found
 
 
 def process_bytes(cfg: TropdConfig, machine: Machine) -> float:

@@ -26,8 +26,10 @@ def ring(size: float, ranks: int, *, reduce: bool = False) -> float:
     return (2 if reduce else 1) * size * (ranks - 1) / ranks
 
 
-def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine) -> dict[str, float]:
-    """Bytes sent by one rank per step of a checked configuration, by kind."""
+def estimate_wire(
+    cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine, *, exact: bool = False
+) -> dict[str, float]:
+    """Bytes sent by one rank per step of a checked configuration, by kind. ``exact``: as ``planner.memory`` has it."""
     ranks, own, theirs = layout(cfg), student_degrees(cfg), teacher_degrees(cfg)
     m, width = cfg.model, BYTES[cfg.trainer.precision]
     teacher_width = BYTES[m.teacher.precision or cfg.trainer.precision]
@@ -54,7 +56,7 @@ def estimate_wire(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, ma
         "gradients, data parallel": _data_parallel(cfg, numbers, width),
         "weights to the engines": _refresh(cfg, student, own, machine),
         "rollouts": positions(cfg) * ROLLOUT_TOKEN if ranks.world_size > 1 else 0.0,
-        "teacher's scores": _scores(cfg, scored),
+        "teacher's scores": _scores(cfg, scored, teacher.hidden * teacher_width if exact else None),
     }
 
 
@@ -66,10 +68,14 @@ def _data_parallel(cfg: TropdConfig, numbers: float, width: int) -> float:
     return ring(numbers * FP32, data) + ring(numbers * width, data)
 
 
-def _scores(cfg: TropdConfig, scored: float) -> float:
-    """What a teacher with its own tensor degree adds: scores sent within a model group, micro-batches to owners."""
+def _scores(cfg: TropdConfig, scored: float, hidden: float | None) -> float:
+    """What a teacher with its own tensor degree adds: scores sent within a model group, micro-batches to owners. Where
+    hidden states of ``hidden`` bytes stand for the scores, sequence parallelism gathers them, too."""
     ranks = layout(cfg)
-    passed = scored * (1 + 2 * cfg.model.tropd.top_k) * FP32 if ranks.replicas > 1 else 0.0
+    each = (1 + 2 * cfg.model.tropd.top_k) * FP32 if hidden is None else hidden
+    passed = scored * each if ranks.replicas > 1 else 0.0
+    if hidden is not None and teacher_degrees(cfg).sequence > 1:
+        passed += ring(scored * hidden, ranks.tensor)
     return passed + (ranks.owners - 1) * positions(cfg) / ranks.data * BATCH_POSITION
 
 

@@ -9,13 +9,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from nemo_tropd.batch import LossTokens, Sampling, TeacherScores, TokenBatch, TokenScores
+from nemo_tropd.batch import LossTokens, Sampling, TeacherScores, TeacherStates, TokenBatch, TokenScores
 from nemo_tropd.convert.families import ModelShape, read_shape
 from nemo_tropd.convert.hf_import import load_hf
 from nemo_tropd.gpt.build import build_gpt, head_weight
 from nemo_tropd.gpt.forward import pipeline_forward
 from nemo_tropd.loss.head import score_tokens, teacher_scores
-from nemo_tropd.loss.inputs import HeadLayout
+from nemo_tropd.loss.inputs import HeadLayout, HiddenRows
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.fp8 import Fp8Settings, pad_tokens
 from nemo_tropd.teacher.offload import Checksums, WeightHome
@@ -128,6 +128,23 @@ class TeacherScorer:
         return self._reduced(batches, reduce)
 
     @torch.no_grad()
+    def states(self, batches: Sequence[TokenBatch], *, on_host: bool = False) -> list[TeacherStates | None]:
+        """The hidden states of each batch's loss tokens, for objectives that see distributions; under sequence
+        parallelism this rank's share. None except on the last pipeline stage. ``on_host``: see ``kept``."""
+        topology, layout = self.topology, self.layout(None)
+
+        def reduce(hidden: Tensor, tokens: LossTokens, _: int) -> TeacherStates:
+            split, size = topology.sequence_parallel, topology.tensor_size
+            states = HiddenRows.of(hidden, tokens.rows, layout.shard(self.head), split).pick(slice(None))
+            if split:
+                each = -(-len(states) // size)
+                states = torch.nn.functional.pad(states, (0, 0, 0, each * size - len(states)))
+                states = states[topology.tensor_rank * each :][:each].clone()
+            return TeacherStates(kept(states) if on_host else states, split)
+
+        return self._reduced(batches, reduce)
+
+    @torch.no_grad()
     def score_like(
         self,
         batches: Sequence[TokenBatch],
@@ -175,3 +192,10 @@ class TeacherScorer:
         torch.distributed.all_gather(shards, hidden.contiguous(), group=self.topology.tensor_group)
         part = width // self.topology.tensor_size
         return torch.cat(shards, 1)[:, :width].narrow(1, self.topology.tensor_rank * part, part)
+
+
+def kept(states: Tensor) -> Tensor:
+    """The same in host memory, pinned if they are on a GPU."""
+    on_gpu = states.device.type == "cuda"
+    home = torch.empty(states.shape, dtype=states.dtype, pin_memory=on_gpu)
+    return home.copy_(states, non_blocking=on_gpu)  # in stream order: what reads them back sees all of it

@@ -2,22 +2,27 @@
 
 Of a smaller degree, several replicas see the same rollouts, take the micro-batches in turn and pass the scores on. Of a
 larger one, a teacher spans several data-parallel ranks, which show each other their micro-batches first. Token ids and
-scores travel, never hidden states or logits (except in validation, which gathers logits a chunk at a time).
+scores travel, never logits (except in validation, which gathers them a chunk at a time); hidden states only for exact
+objectives, and once, at the start, the head, split anew as the student's is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_tropd.batch import TeacherScores, TokenBatch
+from nemo_tropd.batch import TeacherScores, TeacherStates, TokenBatch
 from nemo_tropd.loss.divergence import exact_divergences
 from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.teacher.scorer import TeacherScorer
+from nemo_tropd.parallel.vocab import resplit
+from nemo_tropd.teacher.scorer import TeacherScorer, kept
+
+R = TypeVar("R")
 
 
 class TeacherSharing:
@@ -44,6 +49,36 @@ class TeacherSharing:
         score = partial(
             self.teacher.score, top_k=top_k, entropy=entropy, chunk_tokens=chunk_tokens, temperature=temperature
         )
+        return self._shared(batches, score, partial(self._pass_on, top_k=top_k, entropy=entropy))
+
+    def states(self, batches: Sequence[TokenBatch], *, on_host: bool = False) -> list[TeacherStates | None]:
+        """As :meth:`score`, the hidden states of the loss tokens instead; ``on_host``: kept in host memory."""
+        if not self.own_degree:
+            return self.teacher.states(batches, on_host=on_host)
+        found = self._shared(batches, self.teacher.states, self._pass_states)
+        if not on_host:
+            return found
+        return [None if s is None else TeacherStates(kept(s.hidden)) for s in found]
+
+    @torch.no_grad()
+    def head_like(self, columns: int) -> Tensor:
+        """The teacher's head [columns, H'], ``columns`` on each of the student's tensor-parallel ranks as the student's
+        own is: the teacher's shard, where that is the same and stays on the device, else a copy. Collective over the
+        last stage's ranks, which alone may call it."""
+        own, rank = self.teacher.topology, self.topology.tensor_rank
+        with self.teacher.scoring():
+            head, size = self.teacher.head.detach(), own.tensor_size
+            if size == self.topology.tensor_size and (head.size(0) == columns or size == 1):
+                return head if self.teacher.home is None else head.clone()
+            return resplit(head, columns, rank * columns, own.tensor_group if size > 1 else None)
+
+    def _shared(
+        self,
+        batches: Sequence[TokenBatch],
+        score: Callable[[Sequence[TokenBatch]], list[R | None]],
+        pass_on: Callable[[R | None, TokenBatch, int], R],
+    ) -> list[R | None]:
+        """``score`` of each micro-batch by the replica whose turn it is, and passed on to the others."""
         if not self.own_degree:
             return score(batches)
         jobs = self._jobs(self._all_batches(batches))
@@ -52,10 +87,7 @@ class TeacherSharing:
         found = {i: s for (owner, i, _), s in zip(mine, scored, strict=True) if owner == self.owner}
         if self.ranks.replicas == 1:
             return [found[i] for i in range(len(batches))]
-        passed = [
-            self._pass_on(found.get(i), batch, self.ranks.scorer_of(self.owner, i), top_k, entropy)
-            for i, batch in enumerate(batches)
-        ]
+        passed = [pass_on(found.get(i), batch, self.ranks.scorer_of(self.owner, i)) for i, batch in enumerate(batches)]
         return list(passed) if self.topology.is_last_stage else [None] * len(batches)
 
     @torch.no_grad()
@@ -109,7 +141,7 @@ class TeacherSharing:
         return [(owner, i, part[i]) for i in range(len(everyone[0])) for owner, part in enumerate(everyone)]
 
     def _pass_on(
-        self, scores: TeacherScores | None, batch: TokenBatch, replica: int, top_k: int, entropy: bool
+        self, scores: TeacherScores | None, batch: TokenBatch, replica: int, *, top_k: int, entropy: bool
     ) -> TeacherScores:
         """The scores that ``replica`` made of ``batch``, on every rank of the model group. One broadcast."""
         tokens, fixed = batch.count_loss_tokens, 2 if entropy else 1
@@ -132,3 +164,12 @@ class TeacherSharing:
             top_k_ids=packed[:, fixed + top_k :].to(torch.int64),
             entropy=floats[:, 1].contiguous() if entropy else None,
         )
+
+    def _pass_states(self, states: TeacherStates | None, batch: TokenBatch, replica: int) -> TeacherStates:
+        """As :meth:`_pass_on`, hidden states."""
+        hidden = self.teacher.shape.hidden, self.teacher.dtype
+        tokens, device = batch.count_loss_tokens, self.topology.device
+        sent = states.hidden if states is not None else torch.empty(tokens, hidden[0], dtype=hidden[1], device=device)
+        if tokens:
+            dist.broadcast(sent, src=self.ranks.source(self.topology.rank, replica), group=self.topology.model_group)
+        return TeacherStates(sent)

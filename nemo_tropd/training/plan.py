@@ -104,11 +104,12 @@ def make_plan(cfg: TropdConfig) -> Plan:
     prompts = _prompts(cfg, tokenizer, template)
     notes = _text_notes(student_path, vocabulary, template, prompts, end_ids)
     machine = machine_of(cfg)
-    needs = {"reference": objective.needs_reference, "first_pass": objective.needs_first_pass}
+    exact = objective.needs_distributions
+    needs = {"reference": objective.needs_reference, "first_pass": objective.needs_first_pass, "exact": exact}
     memory = estimate(cfg, student, teacher, machine, **needs)
     check_memory(cfg, memory, machine)
     check_kv_cache(cfg, student, teacher, machine)
-    host = host_memory(cfg, student, teacher, machine) if machine.kind == "gpu" else None
+    host = host_memory(cfg, student, teacher, machine, exact=exact) if machine.kind == "gpu" else None
     if host is not None:
         check_host(cfg, host, machine)
     wanted = wanted_responses(cfg, prompts)
@@ -124,7 +125,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
         machine=machine,
         memory=memory,
         host=host,
-        wire=estimate_wire(cfg, student, teacher, machine),
+        wire=estimate_wire(cfg, student, teacher, machine, exact=exact),
         run_dir=directory,
         wanted=wanted,
         teacher_engines=teacher_engines(cfg, teacher, machine) if wanted else None,
@@ -183,7 +184,7 @@ def build_objective(cfg: TropdConfig) -> Objective:
     t = cfg.model.tropd
     given = {**t.params, **{name: value for name in OWN_KEYS if (value := getattr(t, name)) is not None}}
     try:
-        return build(t.objective, **given)
+        objective = build(t.objective, **given)
     except ParameterError as error:
         key = "model.tropd" if getattr(t, error.parameter, None) is not None else "model.tropd.params"
         raise ConfigError(f"{key}.{error.parameter}", error.value, f"{t.objective}: {error.wanted}") from error
@@ -192,6 +193,13 @@ def build_objective(cfg: TropdConfig) -> Objective:
         if "unknown objective" not in str(error):
             known = f"; parameters of {t.objective}: {', '.join(parameters(t.objective))}"
         raise ConfigError("model.tropd.objective", t.objective, f"{error}{known}") from error
+    if objective.needs_distributions and cfg.model.rollout.top_k:
+        cut = (
+            f"{t.objective} compares the complete distributions of student and teacher, and top-k cuts what is sampled"
+        )
+        remedy = f"{cut}: set it to 0 (and model.rollout.top_p to 1), or choose a sampled objective"
+        raise ConfigError("model.rollout.top_k", cfg.model.rollout.top_k, remedy)
+    return objective
 
 
 def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:

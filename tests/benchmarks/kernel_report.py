@@ -17,9 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nemo_tropd.loss import kernels, kernels_top_k
+from nemo_tropd.loss import kernels, kernels_exact, kernels_top_k
 
 CAPABILITIES = {"h100": 90, "h200": 90, "b200": 100}
+ROW_LENGTHS = ("stride", "student_stride", "teacher_stride", "limit", "end")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _WIDTH = re.compile(r"\b(LDG|STG)\.E\S*")
 
@@ -76,6 +77,15 @@ def cases() -> list[Case]:
                  {"COUNT": 128, "TILE": kernels.GRADIENT_TILE}, w, size, size),
             Case("top k: collect", kernels_top_k._collect_kernel, dtype, collect, 4, size, 0),
         ]  # fmt: skip
+        for name, formula in kernels_exact.FORMULAS.items():
+            full = {"FORMULA": formula, "FULL": name == "trust", "TILE": kernels_exact.TILE}
+            count, w = kernels_exact.SUMS[formula], kernels_exact.WARPS
+            found += [
+                Case(f"{name}: sums over both", kernels_exact._sums_kernel, dtype, {**full, "COUNT": count}, w,
+                     2 * size, 0),
+                Case(f"{name}: gradient from both", kernels_exact._exact_gradient_kernel, dtype,
+                     {**full, "SUMS": count, "COUNT": 128}, w, 2 * size, size),
+            ]  # fmt: skip
     return found
 
 
@@ -84,7 +94,7 @@ def compile_case(case: Case, capability: int) -> Report:
     names = case.kernel.arg_names
     signature = {name: "constexpr" if name in case.constants else _type(name, case.dtype) for name in names}
     # What the launcher tells the compiler of real calls: pointers and row lengths are multiples of 16.
-    divisible = [n for n in names if signature[n].startswith("*") or n in ("stride", "limit")]
+    divisible = [n for n in names if signature[n].startswith("*") or n in ROW_LENGTHS]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
     source = ASTSource(case.kernel, signature=signature, constexprs=case.constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": case.warps})
@@ -112,7 +122,7 @@ def compile_case(case: Case, capability: int) -> Report:
 
 def _type(name: str, dtype: str) -> str:
     """Triton's type of an argument, by its name."""
-    if name == "logits":
+    if name in ("logits", "student", "teacher"):
         return f"*{dtype}"
     pointers = {
         "ids": "*i64", "lists": "*i32", "list_counts": "*i32", "ids_out": "*i32", "counts_out": "*i32",
@@ -120,9 +130,9 @@ def _type(name: str, dtype: str) -> str:
     }  # fmt: skip
     if name in pointers:
         return pointers[name]
-    if name == "factor":
+    if name in ("factor", "log_share", "log_rest", "share"):
         return "fp32"
-    return "i32" if name in ("rows", "stride", "width", "limit", "count", "blocks", "k") else "*fp32"
+    return "i32" if name in ("rows", "width", "count", "blocks", "k", *ROW_LENGTHS) else "*fp32"
 
 
 def _streaming_loop(code: str) -> str:

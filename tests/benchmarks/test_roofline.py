@@ -28,7 +28,7 @@ def check(rank: int, world_size: int, capability: int) -> None:
     from tests.benchmarks.kernel_report import cases, compile_case
 
     found = cases()
-    assert len(found) == 10
+    assert len(found) == 34
     for case in found:
         r = compile_case(case, capability)
         print(
@@ -40,7 +40,8 @@ def check(rank: int, world_size: int, capability: int) -> None:
         assert 16 < r.registers <= 128
         assert r.wide_loads > 0 and (r.wide_stores > 0) == (case.stores > 0)
         assert (r.loop_load_bytes, r.loop_store_bytes) == (case.loads, case.stores), case.name
-        assert r.programs_per_multiprocessor >= 4  # 1024 threads and more keep loads in flight
+        # 1024 threads and more keep loads in flight; of two rows at a time 768 are enough.
+        assert r.programs_per_multiprocessor >= (3 if "both" in case.name else 4)
 
 
 def test_the_model_says_what_the_kernels_move() -> None:
@@ -51,6 +52,10 @@ def test_the_model_says_what_the_kernels_move() -> None:
         "student read": 4 * 151936,
         "student written": 2 * 151936,
     }
+    row, exact = 2 * 151936, Head(exact=True)
+    assert list(exact.bytes_a_token().values()) == [3 * row, 3 * row, row]  # stream; sums; gradient, written once
+    assert exact.products() == head.products()
+    assert exact.peak_bytes() - head.peak_bytes() == 8192 * 3584 * 2  # the teacher's hidden states
     assert sum(head.products().values()) == 2 * 8192 * 151936 * (3584 + 3 * 1536)
 
 

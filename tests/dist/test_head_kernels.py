@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tropd.batch import Sampling
-from nemo_tropd.loss import backend, inputs, weight_gradient
+from nemo_tropd.loss import backend, inputs, teacher, weight_gradient
 from nemo_tropd.loss.head import head_loss, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
 from tests.dist.checks import Checks
@@ -29,11 +29,13 @@ from tests.dist.test_head_parallel import (
     TOLERANCE,
     check_empty,
     check_errors,
+    check_exact,
     check_micro_batches,
     check_teacher,
     run_head,
     shard,
 )
+from tests.oracles.exact import EXACT, FINITE
 from tests.oracles.micro_batch import VARIANTS, make, objective_and_loss
 
 pytestmark = pytest.mark.random
@@ -217,6 +219,58 @@ def check_head_as_sampled(checks: Checks, seed: int) -> None:
         checks.close(case + " weight", w.grad, grads[1], 1e-5)
 
 
+def check_exact_kernels(checks: Checks) -> None:
+    """Sums and gradient of both models' rows against the objective's own torch functions, with columns on top."""
+    from nemo_tropd import objectives
+    from nemo_tropd.loss import kernels_exact
+
+    shapes = ((3, 2500), (2, 70), (1, 2048))
+    for n, (variant, dtype) in enumerate(product(EXACT, DTYPES)):
+        (rows, width), kind = shapes[n % 3], KINDS[(n // 3 + int(torch.randint(2, ()))) % len(KINDS)]
+        objective = objectives.build(variant.partition(":")[0], **EXACT[variant])
+        formula, scale = objective.kernel, (1.0, 1 / 0.7)[n % 2]
+        z, t = rows_of("random", rows, width, dtype), rows_of(kind, rows, width, dtype)
+        if variant not in FINITE and kind == "minus infinity":
+            continue
+        their_z = (t.float() * scale).logsumexp(-1)
+        log_q = t.float() * scale - their_z[:, None]
+        while True:  # a tie of both falls as rounding has it
+            log_z = (z.float() * scale).logsumexp(-1)
+            log_p = z.float() * scale - log_z[:, None]
+            ties = (log_q - log_p).abs() < 1e-3
+            if not ties.any():
+                break
+            z[ties] -= 1
+        student, teacher = poisoned(z)[:, : width + 5], poisoned(t)[:, : width + 21]
+        pair = kernels_exact.Pair(student, teacher, width, log_z, their_z, scale)
+        wide_p, wide_q = log_p.double(), log_q.double()
+        case, want = f"exact {variant} {kind} {dtype} [{rows}, {width}]", objective.sums(wide_p, wide_q)
+        sums = kernels_exact.sums(pair, *formula, programs=2)
+        checks.true(case + " sums", relative(sums, want) < 2e-5, (sums, want))
+        count = min(width, 9)
+        ids = torch.stack([torch.randperm(width)[:count] for _ in range(rows)])
+        ids[0, 0] = ids[0, -1]  # the sampled token is in the top k
+        ids[-1, 1] = width + 3  # another rank's
+        owned, local = ids < width, ids.clamp(max=width - 1)
+        columns = [torch.where(owned, x.gather(1, local), -1.0) for x in (log_p, log_q)]
+        grad, exact = torch.randn(rows, count), torch.randn(rows)
+        exact[0] = 0.0
+        slope = objective.logit_gradient(wide_p, wide_q, sums.double()) * exact[:, None]
+        slope = slope - wide_p.exp() * grad.sum(-1, keepdim=True).double()
+        slope.scatter_add_(1, local, torch.where(owned, grad, 0.0).double())
+        kernels_exact.write_gradient(pair, *formula, sums, (grad, exact), (ids, *columns), programs=2)
+        error = relative(student[:, :width].float(), slope)
+        checks.true(case + " gradient", error < ROUNDING[dtype], error)
+        checks.true(case + " padding", bool((student[:, width:] == 0).all()))
+
+
+def check_exact_head(checks: Checks, seed: int) -> None:
+    """The head by these kernels, and with an objective of a user's own, which has none."""
+    check_exact(checks, dist.group.WORLD, seed, torch.float32, list(EXACT)[seed % 2 :: 2])
+    with mock.patch("nemo_tropd.objectives.tropd_exact.ExactTrOPD.kernel", None):
+        check_exact(checks, dist.group.WORLD, seed + 1, torch.float32, ["tropd_exact:full"])
+
+
 def check_paths_agree(checks: Checks, seed: int) -> None:
     """Teacher scores and loss by the kernels and by torch, with a vocabulary of several tiles."""
     from nemo_tropd import objectives
@@ -265,7 +319,7 @@ def _never(tensor: Tensor) -> bool:
 
 
 def _kernels(serve: object) -> None:
-    for module in (inputs, backend, weight_gradient):
+    for module in (inputs, backend, teacher, weight_gradient):
         module.kernels_serve = serve  # type: ignore[attr-defined]
 
 
@@ -279,6 +333,8 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
         check_scaling(checks)
         check_weight_gradient(checks)
         check_refusals(checks)
+        check_exact_kernels(checks)
+    check_exact_head(checks, seed)
     check_head(checks, seed)
     check_head_as_sampled(checks, seed)
     check_teacher(checks, group, seed)

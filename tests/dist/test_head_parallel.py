@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -22,10 +23,11 @@ from nemo_tropd.loss.divergence import exact_divergences
 from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.objectives import Objective
-from nemo_tropd.parallel.vocab import NonFiniteLogits
+from nemo_tropd.parallel.vocab import NonFiniteLogits, resplit
 from tests.dist.checks import Checks, counted
 from tests.dist.run_distributed import run_distributed
 from tests.dist.test_vocab_parallel import check_vocabulary
+from tests.oracles.exact import EXACT, FINITE, batch, oracle, run_beside
 from tests.oracles.micro_batch import POISON, VARIANTS, MicroBatch, make, objective_and_loss
 from tests.oracles.sampled_states import check_states
 
@@ -127,6 +129,36 @@ def check_sampling(checks: Checks, group: Any, seed: int) -> None:
     checks.true("empty, cut", out.loss.item() == 0 and not h.grad.any() and not w.grad.any())
 
 
+def check_exact(
+    checks: Checks, group: Any, seed: int, dtype: torch.dtype = torch.float64, variants: Sequence[str] = tuple(EXACT)
+) -> None:
+    """Exact objectives against the mean of their sampled twins; a rank may have no true column, or no token its share."""
+    rank, size, tolerance = dist.get_rank(group), dist.get_world_size(group), 1e-10 if dtype == torch.float64 else 1e-5
+    shapes = ({}, {"vocab_size": 40, "padding": 24}, {"length": 4, "fill": 0.2}, {"fill": 0.0})
+    for i, variant in enumerate(variants):
+        shape, parallel = shapes[(seed + i) % 4], bool((seed // 4 + i) % 2)
+        # On several ranks both models' log-sum-exp are reduced in another order: ties then fall either way.
+        mb = batch(seed + i, ruled_out=9 if variant in FINITE and i % 3 else 0, **shape)
+        value, *want, of = oracle(variant, mb, 1 / 37)
+        out, *got = run_beside(
+            variant, mb, dtype, chunk=(5, None)[i % 2], group=group, rank=rank, size=size, parallel=parallel
+        )
+        want = [want[0].chunk(size, 1)[rank] if parallel else want[0], want[1].chunk(size, 0)[rank]]
+        case = f"exact {variant} {shape} sp {parallel} {dtype}"
+        checks.close(case + " loss", out.loss, value, 1e-5, of)
+        for what, mine, right in zip(("hidden", "weight"), got, want, strict=True):
+            checks.close(f"{case} {what}", mine, right, tolerance)
+
+
+def check_resplit(checks: Checks, group: Any) -> None:
+    """A head in equal parts, cut anew for a student whose vocabulary is padded otherwise."""
+    rank, size, full = dist.get_rank(group), dist.get_world_size(group), torch.randn(24, 3, generator=torch.Generator())
+    for columns in (1, 24 // size, 24 // size + 3, 30):
+        want = torch.nn.functional.pad(full, (0, 0, 0, 30 * size))[rank * columns :][:columns]
+        checks.true(f"resplit {columns}", torch.equal(resplit(full.chunk(size)[rank], columns, rank * columns, group), want))
+    checks.true("resplit, a part each", torch.equal(resplit(full, 5, 5 * rank, None), full[5 * rank :][:5]))
+
+
 def check_collectives(checks: Checks, group: Any, seed: int) -> None:
     mb, rank, size = make(seed), dist.get_rank(group), dist.get_world_size(group)
     scores = mb.teacher_scores()
@@ -151,6 +183,10 @@ def check_collectives(checks: Checks, group: Any, seed: int) -> None:
         head_loss(h, w, mb.tokens, scores, objectives.build("tropd"), cut, scale=0.1)
     want = {"MAX": chunks, "SUM": chunks, "all_gather_into_tensor": chunks, "all_reduce": 1}
     checks.true("collectives forward, cut", dict(forward) == want, forward)
+    with counted() as forward:
+        run_beside("tropd_exact", mb, torch.float32, chunk=5, group=group, rank=rank, size=size)
+    want = {"MAX": chunks, "SUM": 2 * chunks, "all_gather_into_tensor": chunks, "all_reduce": 1}
+    checks.true("collectives forward, exact", dict(forward) == want, forward)
     with counted() as forward:
         teacher_scores(
             mb.teacher_hidden.float(), shard(mb.teacher_weight, rank, size, torch.float32), mb.tokens.rows,
@@ -284,6 +320,9 @@ def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:
     check_vocabulary(checks, rank, world_size, seed)
     check_values_and_gradients(checks, group, seed)
     check_sampling(checks, group, seed)
+    check_exact(checks, group, seed)
+    check_exact(checks, group, seed + 1, torch.float32)
+    check_resplit(checks, group)
     check_collectives(checks, group, seed)
     check_teacher(checks, group, seed)
     check_empty(checks, group)

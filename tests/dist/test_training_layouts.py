@@ -16,8 +16,11 @@ from tests.e2e.tiny_run import TinyRun, train_lines
 VOCABULARY = 131  # of the tiny tokenizer: padded to 256 at TP 2
 TEACHER = "model.teacher.tensor_model_parallel_size"
 ROW = "model.tokens_per_micro_batch"  # sequences end to end; the tiny run's longest has 96 tokens
+EXACT = {"model.tropd.objective": "tropd_exact"}
 LAYOUTS: dict[int, list[dict[str, object]]] = {
-    1: [{"name": "one"}, {"name": "micro", "model.micro_batch_size": 1}, {"name": "rows", ROW: 110}],
+    1: [{"name": "one"}, {"name": "micro", "model.micro_batch_size": 1}, {"name": "rows", ROW: 110},
+        {"name": "exact", **EXACT}, {"name": "exact_rows", ROW: 110, "model.teacher.offload_states": True, **EXACT},
+    ],
     2: [
         {"name": "tensor2", "tensor": 2},
         {"name": "sequence", "tensor": 2, "model.sequence_parallel": True},
@@ -27,6 +30,9 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "teacher1_tensor2", "tensor": 2, TEACHER: 1, "model.sequence_parallel": True},
         {"name": "teacher2_data2", "data": 2, TEACHER: 2, ROW: 120},
         {"name": "rows_sequence", "tensor": 2, ROW: 110, "model.sequence_parallel": True, TEACHER: 1},
+        {"name": "exact_sequence", "tensor": 2, "model.sequence_parallel": True, "model.teacher.offload": True, **EXACT},
+        {"name": "exact_teacher1_tensor2", "tensor": 2, TEACHER: 1, "model.sequence_parallel": True, **EXACT},
+        {"name": "exact_teacher2_data2", "data": 2, TEACHER: 2, ROW: 120, **EXACT},
         {"name": "rows_data2", "data": 2, ROW: 200, "model.optim.distributed": True, "model.recompute": "full"},
     ],
     4: [
@@ -34,6 +40,8 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "tensor2_pipeline2", "tensor": 2, "pipeline": 2, "model.sequence_parallel": True},
         {"name": "teacher1_tensor2_pipeline2", "tensor": 2, "pipeline": 2, TEACHER: 1},
         {"name": "teacher2_data2_pipeline2", "data": 2, "pipeline": 2, TEACHER: 2, "model.micro_batch_size": 1},
+        {"name": "exact_teacher1_tensor2_pipeline2", "tensor": 2, "pipeline": 2, TEACHER: 1, **EXACT},
+        {"name": "exact_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, **EXACT},
         {"name": "rows_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, "model.sequence_parallel": True},
     ],
 }
@@ -80,12 +88,13 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
     if world_size == 4 and "untied" in request.node.callspec.id:
         pytest.skip("the untied head is covered by two ranks")
     run_distributed(train_layouts, world_size, str(root), [], timeout_s=300)
-    reference = train_lines(root / "runs" / "one")
-    weights = load_file(root / "runs" / "one" / "hf" / "model.safetensors")
     initial = load_file(root / "student" / "model.safetensors")
-    assert len(reference) == 3
     for layout in LAYOUTS[world_size]:
         name = str(layout["name"])
+        one = "exact" if name.startswith("exact") else "one"
+        reference = train_lines(root / "runs" / one)
+        weights = load_file(root / "runs" / one / "hf" / "model.safetensors")
+        assert len(reference) == 3
         lines = train_lines(root / "runs" / name)
         assert [line["step"] for line in lines] == [1, 2, 3], name
         for line, expected in zip(lines, reference, strict=True):
@@ -93,7 +102,7 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
             for key in ("grad_norm", "trust_fraction", "log_ratio_mean", "outlier_forward_kl"):
                 assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (name, line["step"], key)
         for step in (0, 3):
-            seen, wanted = (validation(root / "runs" / run, step) for run in (name, "one"))
+            seen, wanted = (validation(root / "runs" / run, step) for run in (name, one))
             assert seen == pytest.approx(wanted, rel=1e-4, abs=1e-5), (name, step)
         trained = load_file(root / "runs" / name / "hf" / "model.safetensors")
         assert trained.keys() == weights.keys()
@@ -104,8 +113,8 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
             assert moved > 0 and (trained[key] - tensor).norm() < share * moved, (name, key)
 
 
-@pytest.mark.parametrize("name", ["micro", "rows"])
-def test_micro_batches_change_nothing(root: Path, name: str) -> None:
-    for line, expected in zip(train_lines(root / "runs" / name), train_lines(root / "runs" / "one"), strict=True):
+@pytest.mark.parametrize(("name", "one"), [("micro", "one"), ("rows", "one"), ("exact_rows", "exact")])
+def test_micro_batches_change_nothing(root: Path, name: str, one: str) -> None:
+    for line, expected in zip(train_lines(root / "runs" / name), train_lines(root / "runs" / one), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)

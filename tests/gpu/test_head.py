@@ -9,6 +9,7 @@ from nemo_tropd import objectives
 from nemo_tropd.batch import Sampling
 from nemo_tropd.loss.head import LossOptions, head_loss, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
+from tests.oracles.exact import EXACT, FINITE, batch, oracle, run_beside
 from tests.oracles.micro_batch import VARIANTS, MicroBatch, make, objective_and_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -51,6 +52,24 @@ def compare(variant: str, mb: MicroBatch, dtype: torch.dtype) -> None:
         out.loss.backward()
         for got, want in ((h2.grad, h.grad), (w2.grad, w.grad)):
             assert (got.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("variant", EXACT)
+def test_exact_objectives(variant: str, dtype: torch.dtype) -> None:
+    for chunk, ruled_out in ((None, 0), (5, 9 if variant in FINITE else 0)):
+        mb = batch(4, ruled_out=ruled_out)
+        if dtype == torch.bfloat16:  # tame, and rounded before both see it
+            names = ("hidden", "weight", "teacher_hidden", "teacher_weight")
+            tame = {n: (getattr(mb, n) / (1 if "weight" in n else 4)).to(dtype).double() for n in names}
+            mb = MicroBatch(**{**vars(mb), **tame})
+        mb = on_gpu(mb)
+        value, *want, size = oracle(variant, mb, 1 / 37)
+        out, *got = run_beside(variant, mb, dtype, chunk=chunk)
+        assert (out.loss.double() - value).abs() <= TOLERANCE[dtype] * size
+        gate = "threshold" in variant and dtype == torch.bfloat16  # logits rounded to bf16 tie
+        for mine, right in zip(got, want, strict=True):
+            assert (mine.double() - right).norm() <= (5 if gate else 1) * TOLERANCE[dtype] * right.norm()
 
 
 def test_two_streams_change_nothing() -> None:

@@ -42,6 +42,7 @@ _STRANGERS = "tests/unit/test_strangers.py::"
 _VOCAB = "tests/unit/test_vocab.py::"
 _HEAD = "tests/unit/test_head.py::"
 _EQUATIONS = _HEAD + "test_value_and_gradients"
+_EXACT = "tests/unit/test_exact.py::"
 _SAMPLED = "tests/unit/test_sampling.py::"
 _SHARDS = "tests/dist/test_head_parallel.py::test_head_on_shards[2]"
 _OPTIMIZER = "tests/unit/test_optimizer.py::"
@@ -347,21 +348,21 @@ FAULTS: list[Fault] = [
     _objective(
         "terms",
         "the forward KL's sign",
-        "value = (teacher.exp() * (teacher - student)).sum(-1)",
+        "value = torch.where(mass > 0, mass * (teacher - student), 0.0).sum(-1)",
         "value = (teacher.exp() * (student - teacher)).sum(-1)",
         _OBJECTIVES + "test_raw_forward_kl",
     ),
     _objective(
         "terms",
         "the forward KL is clamped at 0",
-        "value = (teacher.exp() * (teacher - student)).sum(-1)",
-        "value = (teacher.exp() * (teacher - student)).sum(-1).clamp(min=0)",
+        "value = torch.where(mass > 0, mass * (teacher - student), 0.0).sum(-1)",
+        "value = torch.where(mass > 0, mass * (teacher - student), 0.0).sum(-1).clamp(min=0)",
         _OBJECTIVES + "test_raw_forward_kl_may_be_negative_and_keeps_its_gradient",
     ),
     _objective(
         "terms",
         "the forward KL weighs by the student",
-        "value = (teacher.exp() * (teacher - student)).sum(-1)",
+        "value = torch.where(mass > 0, mass * (teacher - student), 0.0).sum(-1)",
         "value = (student.exp() * (teacher - student)).sum(-1)",
         _OBJECTIVES + "test_raw_forward_kl",
     ),
@@ -775,7 +776,7 @@ FAULTS: list[Fault] = [
     _loss(
         "chunks",
         "the sampled token overwrites its place in the top k",
-        "slope.scatter_add_(1, softmax.local, torch.where(softmax.owned, grad, 0.0))",
+        "slope.scatter_add_(1, self.softmax.local, torch.where(self.softmax.owned, grad, 0.0))",
         "slope.scatter_(1, softmax.local, torch.where(softmax.owned, grad, 0.0))",
         _EQUATIONS,
     ),
@@ -810,7 +811,7 @@ FAULTS: list[Fault] = [
     _loss(
         "chunks",
         "a token of another shard counts as column 0",
-        "slope.scatter_add_(1, softmax.local, torch.where(softmax.owned, grad, 0.0))",
+        "slope.scatter_add_(1, self.softmax.local, torch.where(self.softmax.owned, grad, 0.0))",
         "slope.scatter_add_(1, softmax.local, grad)",
         _SHARDS,
         slow=True,
@@ -839,18 +840,54 @@ FAULTS: list[Fault] = [
         _EQUATIONS,
     ),
     _loss(
-        "head",
+        "call",
         "the scale is left out of the gradient",
-        "(grad,) = torch.autograd.grad((loss * scale).sum(), columns)",
-        "(grad,) = torch.autograd.grad(loss.sum(), columns)",
+        "total = (loss * scale).sum()",
+        "total = loss.sum()",
         _EQUATIONS,
     ),
     _loss(
-        "head",
+        "call",
         "metrics count the teacher's tokens, too",
         "self.sums = {name: torch.where(student, v, 0).double().sum() for name, v in self.per_token.items()}",
         "self.sums = {name: v.double().sum() for name, v in self.per_token.items()}",
         _HEAD + "test_metrics_are_sums_over_student_tokens",
+    ),
+    _objective(
+        "exact",
+        "the policy gradient has no baseline",
+        "return (log_p.exp() * sums[:, :1]).sub_(self.weights(log_p, log_q))",
+        "return -self.weights(log_p, log_q)",
+        _EXACT + "test_the_twins_mean",
+    ),
+    _objective(
+        "exact",
+        "0 log 0 is not a number",
+        "return values.mul_(p).masked_fill_(p == 0, 0.0)",
+        "return values.mul_(p)",
+        _EXACT + "test_a_teacher_that_rules_tokens_out",
+    ),
+    _objective(
+        "tropd_exact",
+        "the threshold's expectation leaves ties out",
+        'return ratio, (ratio >= 0).to(ratio.dtype) if self.gate == "threshold" else ratio.clamp(max=0).exp_()',
+        'return ratio, (ratio > 0).to(ratio.dtype) if self.gate == "threshold" else ratio.clamp(max=0).exp_()',
+        _EXACT + "test_equal_models_have_nothing_to_learn",
+    ),
+    _loss(
+        "chunks",
+        "an infinite value reaches the gradient of a prefix token",
+        "slope = slope.mul_(exact[:, None]).masked_fill_((exact == 0)[:, None], 0.0)",
+        "slope = slope.mul_(exact[:, None])",
+        _EXACT + "test_the_reverse_kl_is_infinite_where_the_teacher_rules_out_what_the_student_does_not",
+    ),
+    _loss(
+        "chunks",
+        "an exact objective's sums are this shard's alone",
+        "sums = self.shard.reduce(objective.sums(log_p, log_q).contiguous(), ReduceOp.SUM)",
+        "sums = objective.sums(log_p, log_q).contiguous()",
+        _SHARDS,
+        slow=True,
     ),
     _loss(
         "head",
@@ -1188,7 +1225,7 @@ FAULTS: list[Fault] = [
         _HEAD + "test_main_gradients_add_up_over_micro_batches",
     ),
     _loss(
-        "head",
+        "call",
         "token weights of another chunk",
         "loss = loss * self.options.token_weights[chunk].to(loss.dtype)",
         "loss = loss * self.options.token_weights[: loss.numel()].to(loss.dtype)",
@@ -1468,7 +1505,7 @@ FAULTS: list[Fault] = [
         _SAMPLED + "test_expected_gradients_are_those_of_the_distribution_that_was_sampled",
     ),
     _loss(
-        "head",
+        "call",
         "the temperature is left out of the gradient",
         "scale = self.scale / self.layout.sampling.temperature",
         "scale = self.scale",

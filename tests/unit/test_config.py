@@ -48,8 +48,8 @@ FRACTION = (
 )
 FLAGS = (
     "check_only exp_manager.create_tensorboard_logger exp_manager.resume_if_exists model.tropd.guidance.enabled "
-    "model.teacher.fp8_param model.teacher.offload model.rollout.sleep model.rollout.torch_compile "
-    "model.data.chat_template"
+    "model.teacher.fp8_param model.teacher.offload model.teacher.offload_states model.rollout.sleep "
+    "model.rollout.torch_compile model.data.chat_template"
 )
 TEXTS = (
     "name exp_manager.explicit_log_dir exp_manager.exp_dir pretrained_checkpoint.restore_from_path model.teacher.path "

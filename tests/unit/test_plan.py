@@ -195,6 +195,18 @@ def test_unknown_objective_and_parameter(tiny: TinyRun, tmp_path: Path) -> None:
         plan(tiny, tmp_path, **{"model.tropd.objective": "opd", "model.tropd.gate": "soft"})
 
 
+def test_an_exact_objective_is_planned_for_and_samples_must_be_complete(tiny: TinyRun, tmp_path: Path) -> None:
+    exact = {"model.tropd.objective": "tropd_exact"}
+    held = plan(tiny, tmp_path / "run", **exact).memory.resident
+    assert held["teacher's hidden states"] > 0 and "teacher's hidden states" not in plan(tiny, tmp_path).memory.resident
+    with pytest.raises(
+        ConfigError, match=r"model\.rollout\.top_k = 20: tropd_exact compares the complete .* set it to 0"
+    ):
+        plan(tiny, tmp_path / "run", **exact, **{"model.rollout.top_k": 20})
+    with pytest.raises(ConfigError, match=r"model\.tropd\.outlier = 'mask': tropd_exact: .*fkl_full"):
+        plan(tiny, tmp_path / "run", **exact, **{"model.tropd.outlier": "mask"})
+
+
 def test_a_parameter_that_the_objective_does_not_take_is_named_by_its_key(tiny: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^model\.tropd\.params\.tau = 'low': tropd: give a finite number"):
         plan(tiny, tmp_path, **{"+model.tropd.params.tau": "low"})

@@ -190,6 +190,16 @@ def test_memory_falls_where_a_setting_promises_so() -> None:
     split = plan("model.tensor_model_parallel_size=2", "model.teacher.tensor_model_parallel_size=4")
     assert split.resident["engine asleep"] > resident["engine asleep"], "an engine over two GPUs has communicators"
     assert split.resident["process"] > resident["process"] > plan("trainer.devices=1").resident["process"]
+    exact = estimate(compose_config(base), student, teacher, gpu(79), exact=True).resident
+    assert exact["teacher's hidden states"] == 64 / 8 * 8096 * 5120 * 2
+    assert {*exact} - {*resident} == {"teacher's hidden states"}, "its head is the teacher's own"
+    keys = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true", "model.teacher.offload=true"]
+    cfg = compose_config([*base, *keys, "model.teacher.offload_states=true"])
+    exact = estimate(cfg, student, teacher, gpu(79), exact=True).resident
+    copied = exact["teacher's head, split as the student's"]
+    assert copied == teacher.padded_vocab(2) / 2 * 5120 * 2 and "teacher's hidden states" not in exact
+    pinned = host_memory(cfg, student, teacher, gpu(79), exact=True).resident["teacher's hidden states, pinned"]
+    assert pinned == 2 * 8 * (64 / 4 * 8096 * 5120 * 2 / 2)  # torch takes powers of two: up to double
     reference = estimate(compose_config(base), student, teacher, gpu(79), reference=True, first_pass=True)
     assert reference.resident["reference"] == pytest.approx(resident["student"])
     kept = reference.phases["first pass of the student"]["hidden states of a step"]

@@ -44,7 +44,7 @@ ONE_PLACE = {
     "vllm": {"rollout"},
     "transformer_engine": {"gpt/specs.py", "teacher/fp8.py"},
     # vLLM's start sets hooks, which in_process.py takes back
-    "triton": {"loss/kernels.py", "loss/kernels_top_k.py", "rollout/vllm/in_process.py"},
+    "triton": {"loss/kernels.py", "loss/kernels_exact.py", "loss/kernels_top_k.py", "rollout/vllm/in_process.py"},
     "transformers": {"data/tokenizer.py"},  # which makes sure of the ids
     "nemo": {"model/tropd_model.py", "training/run.py", "quiet.py"},
 }

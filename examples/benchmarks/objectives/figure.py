@@ -16,6 +16,8 @@ FAMILIES = {
         "opd", "clip_outlier", "mask_outlier", "entropy_opd", "reopold", "reopold_2stage", "tropd:mask",
     ),
     "other targets": ("opd", "jsd", "topd", "gopd", "eopd"),
+    "whole distributions": ("opd", "opd_exact", "fkl_exact", "jsd_exact", "topd_exact", "tropd_exact"),
+    "without prefixes": ("fkl_outlier", "fkl_outlier:exact"),
     "forward KL": ("fkl", "fkl_outlier", "fkl_outlier:threshold", "fkl_outlier:soft", "aopd", "tropd_aopd"),
 }  # fmt: skip
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D1F")

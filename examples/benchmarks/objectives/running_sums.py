@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from nemo_tropd import objectives
-from nemo_tropd.batch import LossTokens, gate_uniforms
+from nemo_tropd.batch import LossTokens, TeacherScores, TeacherStates, gate_uniforms
 from nemo_tropd.loss.divergence import exact_divergences
 from nemo_tropd.loss.head import LossOptions, head_loss, score_tokens, sequence_mean_weights, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
+from nemo_tropd.loss.teacher import TeacherHead
 from nemo_tropd.objectives import Objective
 
 DIGITS = 12
@@ -34,11 +35,12 @@ ANSWER_ROWS = slice(PROMPT - 1, PROMPT - 1 + DIGITS)  # output positions that sc
 Cache = tuple[Tensor, Tensor]  # keys and values [B, heads, S, H / heads]
 
 # Full TrOPD has teacher prefixes; ``fkl_outlier`` is TrOPD without them.
-WITH_PREFIXES = ("tropd", "tropd_aopd")
+WITH_PREFIXES = ("tropd", "tropd_aopd", "tropd_exact")
 # Besides the plain names: an objective with an option that changes what it does.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "fkl_outlier:threshold": ("fkl_outlier", {"gate": "threshold"}),
     "fkl_outlier:soft": ("fkl_outlier", {"gate": "soft"}),
+    "fkl_outlier:exact": ("tropd_exact", {}),
     "tropd:mask": ("tropd", {"outlier": "mask"}),
 }
 OBJECTIVE_NAMES = (*objectives.OBJECTIVES, *VARIANTS)
@@ -114,6 +116,11 @@ class Curve:
     one_minus_tv: list[float]
     accuracy_steps: list[int]
     accuracy: list[float]
+
+    @classmethod
+    def empty(cls, objective: str, seed: int = 0) -> Curve:
+        """Before the first step."""
+        return cls(objective, seed, [], [], [], [], [], [])
 
 
 def random_digits(count: int, generator: torch.Generator) -> Tensor:
@@ -218,7 +225,7 @@ def distill(name: str, seed: int, steps: int, models: Models) -> Curve:
     teacher, student = models.build()
     _, reference = models.build()
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
-    curve = Curve(name, seed, [], [], [], [], [], [])
+    curve = Curve.empty(name, seed)
     for step in range(steps):
         if step % EVERY == 0:
             _measure_accuracy(curve, step, student, teacher)
@@ -227,7 +234,7 @@ def distill(name: str, seed: int, steps: int, models: Models) -> Curve:
         prefix = torch.randint(0, longest + 1, (BATCH,), generator=generator)
         answer = generate(student, digits, generator, teacher, prefix)
         tokens = loss_tokens(answer, prefix, step, seed)
-        _one_step(
+        distill_step(
             objective.at_step(step), sequence(digits, answer)[:, :-1], tokens, (student, teacher, reference), curve
         )
         optimizer.step()
@@ -236,7 +243,7 @@ def distill(name: str, seed: int, steps: int, models: Models) -> Curve:
     return curve
 
 
-def _one_step(
+def distill_step(
     objective: Objective,
     ids: Tensor,
     tokens: LossTokens,
@@ -261,8 +268,11 @@ def _one_step(
     weights = None
     if objective.denominator == "sequences":
         weights = sequence_mean_weights(tokens, len(tokens), BATCH)
+    beside: TeacherScores | TeacherHead = scores
+    if objective.needs_distributions:
+        beside = TeacherHead(TeacherStates(teacher_hidden.flatten(0, 1)[tokens.rows]), teacher.head, TOP_K)
     result = head_loss(
-        hidden, student.head, tokens, scores, objective, LAYOUT, scale=1 / len(tokens),
+        hidden, student.head, tokens, beside, objective, LAYOUT, scale=1 / len(tokens),
         options=LossOptions(token_weights=weights, reference_log_probs=anchor),
     )  # fmt: skip
     result.loss.backward()
