@@ -78,6 +78,7 @@ class Guidance:
         if len(indices) != len(prompt_ids):
             raise ValueError(f"there are {len(prompt_ids)} prompts but {len(indices)} prompt indices")
         annealed = max_prefix_length(step, total_steps=self.total_steps, longest=self.longest)
+        # The student has at least one token to generate.
         longest = min(annealed, self.max_new_tokens - 1) if self.responses is not None else 0
         requests = []
         for i, (ids, index) in enumerate(zip(prompt_ids, indices, strict=True)):
@@ -98,11 +99,11 @@ class Guidance:
         return requests
 
     def _prefix(self, response: TeacherResponse | None, longest: int, step: int, sequence_id: int) -> list[int]:
-        """The prefix never holds the end of sequence, and leaves the student at least one token to write."""
+        """The prefix never holds the end of sequence."""
         if response is None:
             return []
         usable = len(response.response_ids) - int(response.finished)
-        limit = min(longest, usable, self.max_new_tokens - 1)
+        limit = min(longest, usable)
         length = draw_prefix_length(limit, draw=self.prefix_draw, seed=self.seed, step=step, sequence_id=sequence_id)
         return response.response_ids[:length]
 

@@ -620,8 +620,8 @@ FAULTS: list[Fault] = [
     ),
     _guidance(
         "a prefix may leave the student nothing to say",
-        "limit = min(longest, usable, self.max_new_tokens - 1)",
-        "limit = min(longest, usable, self.max_new_tokens)",
+        "longest = min(annealed, self.max_new_tokens - 1) if self.responses is not None else 0",
+        "longest = min(annealed, self.max_new_tokens) if self.responses is not None else 0",
         _GUIDANCE + "test_a_prefix_stops_before_the_end_and_leaves_room_for_a_token",
     ),
     _guidance(
@@ -1173,8 +1173,8 @@ FAULTS: list[Fault] = [
         "seconds",
         "one wave takes as long as all",
         "return load.waves * m.rollout.max_new_tokens * each + prompts / load.tensor / rates.FLOPS",
-        "return m.rollout.max_new_tokens * each / 2",
-        "test_seconds_are_at_least_what_the_rates_allow",
+        "return m.rollout.max_new_tokens * each + prompts / load.tensor / rates.FLOPS",
+        "test_waves_of_responses_follow_one_another",
     ),
     _plan(
         "host",

@@ -282,6 +282,16 @@ def test_seconds_are_at_least_what_the_rates_allow() -> None:
     assert [spoken(s) for s in (0.04, 42, 130, 8000)] == ["0.0 s", "42 s", "2.2 min", "2.2 h"]
 
 
+def test_waves_of_responses_follow_one_another() -> None:
+    recipe = plan_recipe(CONF / "qwen3-8b-from-qwen3-32b-2n8g.yaml", CHUNK_BYTES["cuda"])
+    cfg, student, machine = recipe.cfg, recipe.student, recipe.machine
+    cfg.model.rollout.max_num_seqs = 4
+    load = engine_load(cfg, student, machine)
+    assert load.waves == load.sequences / 4 > 10
+    seconds = step_seconds(cfg, student, recipe.teacher, machine, recipe.wire)["rollouts"]
+    assert seconds > load.waves * 8096 * 2 * 8e9 / load.tensor / 3.35e12, "the weights are read for each token of each"
+
+
 def test_a_host_holds_what_its_ranks_write() -> None:
     """8B, tensor 2, data 8 on two hosts: 14 bytes a number are written once, half of them by each host. Gathered on
     every rank, as Megatron does it, they would be 8 x 12 x 4.1e9 = 393 GB."""
