@@ -97,7 +97,7 @@ def main() -> int:
 def clean(copies: SimpleQueue[Path], tests: Sequence[str]) -> str | None:
     """What is wrong with the tests as they are."""
     copy = copies.get()
-    verdict = run_tests(copy, tests, stop_at_first=False, limit_s=max(LIMIT_S, 60.0 * len(tests)))
+    verdict = run_tests(copy, tests, stop_at_first=False, limit_s=max(LIMIT_S, 300.0 * len(tests)))
     copies.put(copy)
     wrong = verdict.killer or verdict.trouble
     print(f"{len(tests)} tests without any fault: {wrong or 'all pass'}, {verdict.seconds:.0f} s", flush=True)
