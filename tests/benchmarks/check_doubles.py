@@ -29,7 +29,8 @@ def dies() -> Iterator[Row]:
 
 
 def hangs() -> Iterator[Row]:
-    child = subprocess.Popen(["sleep", "600"])
+    # What asks for the stacks must not be what ends it.
+    child = subprocess.Popen(["sh", "-c", "trap '' USR1; exec sleep 600"])
     yield Row("began", f"{os.getpid()} {child.pid}")
     time.sleep(600)
 

@@ -45,7 +45,7 @@ def gone(pid: int) -> bool:
 
 def test_a_failure_is_a_row_and_the_next_check_runs(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    checks = [double(crashes), double(dies), double(nothing), double(hangs, 7.5), double(two, 3000.0), double(two)]
+    checks = [double(crashes), double(dies), double(nothing), double(hangs, 5.0), double(two, 3000.0), double(two)]
     run(checks, journal, time.monotonic() + 300)
     found = [(r["check"], r["point"]) for r in rows(tmp_path)]
     assert found == [
@@ -55,7 +55,7 @@ def test_a_failure_is_a_row_and_the_next_check_runs(tmp_path: Path) -> None:
     said = [r["measured"] for r in rows(tmp_path) if r["point"] in ("failed", "not run")]
     log = tmp_path / "crashes.log"
     assert "ValueError: no such\nkernel" in said[0] and said[0].endswith(f"see {log}") and "raise" in log.read_text()
-    assert "died, exit code -6" in said[1] and "nothing" in said[2] and "not done in 15 s" in said[3]
+    assert "died, exit code -6" in said[1] and "nothing" in said[2] and "not done in 10 s" in said[3]
     assert "3000" in said[4] and "--resume" in said[4]
     assert "in hangs" in (tmp_path / "hangs.log").read_text()  # where it hung
     assert all(gone(int(pid)) for pid in rows(tmp_path)[5]["measured"].split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -33,6 +32,7 @@ from nemo_tropd.rollout.engine import (
 from nemo_tropd.rollout.engine_host import serve
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.collective import RankZeroRollouts
+from tests.dist.run_distributed import process_context
 from tests.doubles import ReplayEngine
 from tests.tiny_models import make_tiny
 
@@ -99,7 +99,7 @@ class Hosts:
 
     def start(self, *indices: int, wait_s: float = 60) -> None:
         for index in indices:
-            process = multiprocessing.get_context("spawn").Process(
+            process = process_context().Process(
                 target=host_process, args=(self.port, index, str(self.folder(index)), wait_s)
             )
             process.start()
