@@ -1,4 +1,4 @@
-"""The main job on a laptop: SmolLM2-135M teaches a copy of itself without 6 of its 30 layers, on two CPU cores.
+"""The main job on a laptop: SmolLM2-135M teaches a copy of itself without 4 of its 30 layers, on two CPU cores.
 
 ``make demo`` runs this. It builds both checkpoints once, then does the same as
 

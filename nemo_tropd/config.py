@@ -18,6 +18,7 @@ from omegaconf import MISSING
 from nemo_tropd.config_data import DataConfig
 from nemo_tropd.fields import (
     ENDPOINT_WANTED,
+    ENTRIES,
     FREE_FORM,
     NAMES,
     TOKENS,
@@ -284,6 +285,14 @@ class ValidationConfig:
     """null: model.rollout.max_new_tokens."""
     kept_rollouts: int = integer(4, at_least=0)
     """Training rollouts whose tokens are saved for the report, at each validation."""
+    benchmarks: list[Any] = field(default_factory=list, metadata=ENTRIES)
+    """Benchmarks that the run's engine answers before, during and after: names of conf/benchmarks (or files, with their
+    path), or dictionaries of a name and the keys that differ: [{name: aime24, samples: 4, max_new_tokens: 4096}].
+    Sampling is the benchmark's, prompts and answers share model.encoder_seq_length."""
+    benchmark_interval: int | None = integer(None, at_least=0)
+    """Steps between them; 0: before the first step and after the last alone; null: trainer.tropd.val_check_interval."""
+    score_teacher: bool = flag(False)
+    """Have the teacher answer each of their problems once, too; kept in model.teacher.cache_dir."""
 
 
 @dataclass

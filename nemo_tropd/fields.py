@@ -158,6 +158,15 @@ def _names(value: object) -> str | None:
     return None if fits else "give a list of names, such as [a,b]"
 
 
+def _entries(value: object) -> str | None:
+    def fits(v: object) -> bool:
+        named = v.get("name") if isinstance(v, Mapping) and _is_plain(v) else v
+        return isinstance(named, str) and bool(named)
+
+    wanted = "give a list of names, or of dictionaries with a name and what differs, such as [a,{name: b, limit: 9}]"
+    return None if isinstance(value, list) and all(map(fits, value)) else wanted
+
+
 def _tokens(value: object) -> str | None:
     def fits(v: object) -> bool:
         return bool(v) if isinstance(v, str) else isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= INT_MAX
@@ -171,8 +180,8 @@ def _flag_or_text(value: object) -> str | None:
 
 
 # Metadata of a dictionary with any keys (strings, finite numbers, booleans, None, and lists or dictionaries of these),
-# of lists of names and of tokens, and of a string that may be true or false instead.
-FREE_FORM, NAMES = {"check": _free_form}, {"check": _names}
+# of lists of names, of names with changes and of tokens, and of a string that may be true or false instead.
+FREE_FORM, NAMES, ENTRIES = {"check": _free_form}, {"check": _names}, {"check": _entries}
 TOKENS, FLAG_OR_TEXT = {"check": _tokens}, {"check": _flag_or_text}
 
 

@@ -32,6 +32,7 @@ _QWEN3: dict[str, tuple[int, int, int, int, int, int, bool, int]] = {
 }
 _LLAMA: dict[str, tuple[int, int, int, int, int, int, bool, int]] = {
     "SmolLM2-135M-Instruct": (30, 576, 1536, 9, 3, 49152, True, 8192),
+    "smollm2-student-26l": (26, 576, 1536, 9, 3, 49152, True, 8192),
     "smollm2-student-24l": (24, 576, 1536, 9, 3, 49152, True, 8192),
 }
 

@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_tropd.batch import Sampling
 from nemo_tropd.evaluation import statistics
 from nemo_tropd.evaluation.generation import Asked, engine_version
 from nemo_tropd.evaluation.graders import Verdict
+from nemo_tropd.evaluation.models import Model
+from nemo_tropd.evaluation.problems import Task
 from nemo_tropd.evaluation.store import Answer
 from nemo_tropd.files import write_json, write_text
 from nemo_tropd.report.evaluation import render
@@ -34,51 +37,74 @@ class Graded:
     @property
     def stated(self) -> str:
         """All that moves a score, in words."""
-        b, model, engine = self.asked.task.settings, self.asked.model, self.asked.engine
-        closed = sum("</think>" in a.text for a in self.answers) / len(self.answers)
-        think = f"think marker {'<think> opened by the template' if model.thinks_at_once else 'not in the template'}"
-        words = (
-            f"at most {b.max_new_tokens:,} new tokens",
-            str(engine.sampling) if b.temperature else "greedy",
-            f"n = {b.samples}",
-            model.template_in_words,
-            f"{think}, </think> in {closed:.0%} of answers",
-            f"{engine_version()}, {engine.dtype}",
-        )
-        return "; ".join(words)
+        return _stated(self.asked.task, self.asked.model, self.answers, self.asked.engine.dtype)
 
     @property
     def line(self) -> str:
         """The result, never without how it came about."""
-        numbers = ", ".join(f"{label} {value}" for label, value in self.numbers().items())
-        return f"{self.asked.name}: {self.right} right ({numbers}) | {self.stated}"
+        return result_line(self.asked.task, self.asked.model, self.answers, self.score, self.asked.engine.dtype)
 
     @property
     def right(self) -> str:
-        """The mean with its standard error, which one problem has not."""
-        return f"{self.score.mean:.1%}" + (f" ± {self.score.error:.1%}" if math.isfinite(self.score.error) else "")
+        """The mean, with what :func:`_right` adds."""
+        return _right(self.score)
 
     def numbers(self) -> dict[str, str]:
         """The other statistics, by label."""
-        s, n = self.score, self.asked.task.settings.samples
-        several = {f"pass@{k}": f"{v:.1%}" for k, v in s.pass_at.items() if k > 1} | {
-            f"majority@{n}": f"{s.majority:.1%}"
-        }
-        return (several if n > 1 else {}) | {"truncated": f"{s.truncated:.1%}", "unparsed": f"{s.unparsed:.1%}"}
+        return _numbers(self.score)
+
+
+def result_line(task: Task, model: Model, answers: Sequence[Answer], score: statistics.Score, dtype: str) -> str:
+    """A result, never without how it came about."""
+    numbers = ", ".join(f"{label} {value}" for label, value in _numbers(score).items())
+    return f"{task.name}, {model.label}: {_right(score)} right ({numbers}) | {_stated(task, model, answers, dtype)}"
+
+
+def _stated(task: Task, model: Model, answers: Sequence[Answer], dtype: str) -> str:
+    b = task.settings
+    closed = sum("</think>" in a.text for a in answers) / len(answers)
+    think = f"think marker {'<think> opened by the template' if model.thinks_at_once else 'not in the template'}"
+    words = (
+        f"at most {b.max_new_tokens:,} new tokens",
+        str(Sampling(b.temperature, b.top_p, b.top_k)) if b.temperature else "greedy",
+        f"n = {len(answers) // task.problems}",
+        model.template_in_words,
+        f"{think}, </think> in {closed:.0%} of answers",
+        f"{engine_version()}, {dtype}",
+    )
+    return "; ".join(words)
+
+
+def _right(s: statistics.Score) -> str:
+    """The mean with its standard error, which one problem has not, and interval."""
+    error = f" ± {s.error:.1%}" if math.isfinite(s.error) else ""
+    return f"{s.mean:.1%}{error} [{100 * s.low:.1f} to {100 * s.high:.1f}]"
+
+
+def _numbers(s: statistics.Score) -> dict[str, str]:
+    n = max(s.pass_at)
+    several = {f"pass@{k}": f"{v:.1%}" for k, v in s.pass_at.items() if k > 1} | {f"majority@{n}": f"{s.majority:.1%}"}
+    return (several if n > 1 else {}) | {"truncated": f"{s.truncated:.1%}", "unparsed": f"{s.unparsed:.1%}"}
 
 
 def graded(asked: Asked) -> Graded:
-    """The verdicts on all answers, which must be there. Where the template opens a thought, an answer begins in it."""
-    task, opened = asked.task, "<think>" if asked.model.thinks_at_once else ""
-    answers = [answer for i in range(len(task.questions)) if (answer := asked.answer(i)) is not None]
-    verdicts = task.grader.grade([(q.reference, opened + a.text) for q, a in zip(task.questions, answers, strict=True)])
+    """The verdicts on all answers, which must be there."""
+    answers = [answer for i in range(len(asked.task.questions)) if (answer := asked.answer(i)) is not None]
+    return Graded(asked, answers, *scored(asked.task, asked.model, answers))
+
+
+def scored(task: Task, model: Model, answers: Sequence[Answer]) -> tuple[list[Verdict], statistics.Score]:
+    """Verdicts on the answers to a benchmark's first questions, a sample or more of every problem. Where the template
+    opens a thought, an answer begins in it."""
+    opened, questions = "<think>" if model.thinks_at_once else "", task.questions[: len(answers)]
+    verdicts = task.grader.grade([(q.reference, opened + a.text) for q, a in zip(questions, answers, strict=True)])
     by_problem = [range(i, len(answers), task.problems) for i in range(task.problems)]
     score = statistics.score(
         [[verdicts[i].correct for i in own] for own in by_problem],
         [[verdicts[i].answer for i in own] for own in by_problem],
         [[answers[i].finished for i in own] for own in by_problem],
     )
-    return Graded(asked, answers, verdicts, score)
+    return verdicts, score
 
 
 def write_results(folder: Path, name: str, results: Sequence[Graded]) -> dict[str, Any]:
@@ -164,8 +190,7 @@ def _on_page(group: list[Graded], differences: list[dict[str, Any]], folder: Pat
     task = group[0].asked.task
     models = []
     for g in group:
-        mean, half = 100 * g.score.mean, 196 * g.score.error if math.isfinite(g.score.error) else 0.0
-        low, high = max(mean - half, 0.0), min(mean + half, 100.0)
+        mean, low, high = (100 * share for share in (g.score.mean, g.score.low, g.score.high))
         models.append(
             {
                 "label": g.asked.model.label,

@@ -116,6 +116,7 @@ class Plan:
     benchmarks: dict[str, Benchmark]
 
 
+CONF = Path(__file__).resolve().parents[2] / "conf" / "benchmarks"
 _SHARED, _OWN = [f.name for f in fields(Evaluation)], [f.name for f in fields(Benchmark)]
 _SAMPLING = ("limit", "samples", "temperature", "top_p", "top_k", "max_new_tokens")  # of all benchmarks at once, too
 
@@ -174,6 +175,26 @@ def _plan(name: str, tree: Mapping[str, Any], given: Mapping[str, Any], folders:
     return Plan(name, evaluation, benchmarks)
 
 
+def benchmarks_of(entries: Sequence[Any], key: str) -> dict[str, tuple[str, Benchmark]]:
+    """Benchmarks of a run, and what their keys begin with in messages, by name. An entry names a file of
+    conf/benchmarks, or another with its path, or is a dictionary of such a ``name`` and the keys that differ. Raises
+    ConfigError."""
+    found: dict[str, tuple[str, Benchmark]] = {}
+    for i, entry in enumerate(entries):
+        prefix, own = f"{key}[{i}].", dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        path = Path(str(own.pop("name", None)))
+        name = path.name.removesuffix(".yaml")
+        if name in found:
+            raise ConfigError(f"{prefix}name", name, "is there twice: name each benchmark once")
+        tree = _file(name, [CONF if path.parent == Path() else path.parent], f"{prefix}name")
+        for part in (tree, own):
+            _check_keys(part, _OWN, prefix)
+        found[name] = prefix, Benchmark(**_merged(tree, own))
+        _check(found[name][1], prefix)
+        _check_benchmark(found[name][1], prefix)
+    return found
+
+
 def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
     """Later ones win; dictionaries are merged, except that a new source takes the place of the old."""
     found: dict[str, Any] = {}
@@ -212,16 +233,16 @@ def _check_benchmark(b: Benchmark, prefix: str) -> None:
         raise ConfigError(f"{prefix}samples", b.samples, "at temperature 0 all answers are the same: set it to 1")
 
 
-def _file(name: str, folders: Sequence[Path]) -> dict[str, Any]:
+def _file(name: str, folders: Sequence[Path], key: str = "--config-name") -> dict[str, Any]:
     """The content of a benchmark's file. Raises ConfigError."""
     path = next((folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()), None)
     if path is None:
         there = ", ".join(sorted({p.stem for folder in folders for p in folder.glob("*.yaml")}))
-        raise ConfigError("--config-name", name, f"there is no such benchmark; there are {there}")
+        raise ConfigError(key, name, f"there is no such benchmark; there are {there}")
     try:
         return _plain(OmegaConf.load(path))
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        raise ConfigError("--config-name", name, f"{path} cannot be read: {_line(error)}") from error
+        raise ConfigError(key, name, f"{path} cannot be read: {_line(error)}") from error
 
 
 def _plain(config: Any) -> dict[str, Any]:

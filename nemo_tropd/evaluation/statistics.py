@@ -7,6 +7,7 @@ is that of the problems' means (clustered), and a comparison pairs the models' m
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,14 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """Of one benchmark: the mean over all samples with its standard error over problems (NaN of one problem), pass@k by
-    k, majority@n, and the shares of samples that were cut at the length limit and whose answer could not be parsed."""
+    """Of one benchmark: the mean over all samples with its standard error over problems (NaN of one problem) and 95%
+    interval, pass@k by k, majority@n, and the shares of samples that were cut at the length limit and whose answer
+    could not be parsed."""
 
     mean: float
     error: float
+    low: float
+    high: float
     pass_at: dict[int, float]
     majority: float
     truncated: float
@@ -36,7 +40,7 @@ class Score:
 
 
 class Difference(NamedTuple):
-    """``value``: mean of second less first, over problems; ``low`` to ``high``: its bootstrap interval."""
+    """``value``: mean of second less first, over problems; ``low`` to ``high``: its interval."""
 
     value: float
     error: float
@@ -71,7 +75,7 @@ def score(correct: ArrayLike, answers: Sequence[Sequence[str | None]], finished:
     ks = sorted({*(1 << i for i in range(n.bit_length())), n})
     unparsed = share([[answer is None for answer in row] for row in answers])
     pass_at = {k: pass_at_k(right, k).value for k in ks}
-    return Score(*mean(right), pass_at, most.value, share(1 - ended), unparsed)
+    return Score(*mean(right), *interval(right), pass_at, most.value, share(1 - ended), unparsed)
 
 
 def mean(correct: ArrayLike) -> Mean:
@@ -80,6 +84,16 @@ def mean(correct: ArrayLike) -> Mean:
     means = _means(correct)
     error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
     return Mean(float(means.mean()), error)
+
+
+def interval(correct: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's, with problems as trials: it holds at 0 of 30, too, where standard errors and resamples are 0. Of
+    several samples a problem it is rather too wide: means vary no more than zeros and ones of the same mean."""
+    means, z = _means(correct), NormalDist().inv_cdf((1 + level) / 2)
+    n, p = len(means), float(means.mean())
+    centre, half = p + z * z / (2 * n), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
+    low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return max(low, 0.0) if p else 0.0, min(high, 1.0) if p < 1 else 1.0
 
 
 def share(flags: ArrayLike) -> float:
@@ -119,7 +133,8 @@ def difference(
     first: ArrayLike, second: ArrayLike, seed: int = 0, resamples: int = 10_000, level: float = 0.95
 ) -> Difference:
     """Of two models on the same problems in the same order; their numbers of samples may differ. The interval is of
-    percentiles over ``resamples`` of the problems. Raises ValueError where problems do not match."""
+    percentiles over ``resamples`` of the problems; where neither model has problems that differ (0 of 30 each), and so
+    no resample does, Newcombe's of two proportions. Raises ValueError where problems do not match."""
     ours, theirs = _means(first), _means(second)
     if ours.shape != theirs.shape:
         raise ValueError(f"the models answered {len(ours)} and {len(theirs)} problems: compare the same ones")
@@ -133,6 +148,9 @@ def difference(
         for done in range(0, resamples, rows)
     ]
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
+    if np.ptp(ours) == np.ptp(theirs) == 0 and n > 1:
+        (p, l1, u1), (q, l2, u2) = ((float(m.mean()), *interval(m, level)) for m in (ours, theirs))
+        low, high = q - p - np.hypot(q - l2, u1 - p), q - p + np.hypot(u2 - q, p - l1)
     return Difference(*mean(change), float(low), float(high), level, n)
 
 

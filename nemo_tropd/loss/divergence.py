@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from nemo_tropd.parallel.vocab import VocabShard, softmax_columns
+from nemo_tropd.parallel.vocab import VocabShard, softmax_top_k
 
 from .chunks import TorchChunks
 from .inputs import HeadLayout, HiddenRows, check_head, chunk_size
 
-NAMES = ("reverse_kl", "forward_kl", "one_minus_tv", "student_entropy", "teacher_entropy")
+NAMES = ("reverse_kl", "forward_kl", "one_minus_tv", "student_entropy", "teacher_entropy", "top1_agreement")
 
 
 @torch.no_grad()
@@ -23,8 +23,9 @@ def exact_divergences(
     *,
     teacher_layout: HeadLayout | None = None,
 ) -> dict[str, Tensor]:
-    """KL(S || T), KL(T || S), 1 - TV = sum min(pi_S, pi_T), H_S and H_T at ``rows``: [T] each, nats, fp32, replicated.
-    Always of the complete softmax at temperature 1, whatever ``layout.sampling`` is: models are compared, not samples.
+    """KL(S || T), KL(T || S), 1 - TV = sum min(pi_S, pi_T), H_S and H_T at ``rows``, and whether the best token is the
+    same: [T] each, nats, fp32, replicated. Always of the complete softmax at temperature 1, whatever
+    ``layout.sampling`` is: models are compared, not samples.
 
     Hidden states and weights as for ``head_loss``, each model with its own H; rows [T]. If the two are not split alike,
     the teacher's logits are gathered over its group, a chunk at a time; the student's ``layout`` cuts both into chunks.
@@ -75,17 +76,19 @@ def _align(logits: Tensor, shard: VocabShard, like: VocabShard) -> Tensor:
 
 
 def _divergences(student: Tensor, teacher: Tensor, shard: VocabShard) -> Tensor:
-    """[5, C] in the order of NAMES, from the logits [C, width] of the same columns."""
-    log_s, log_t = _log_softmax(torch.stack([student, teacher]), shard)
+    """[6, C] in the order of NAMES, from the logits [C, width] of the same columns."""
+    (log_s, log_t), best = _log_softmax(torch.stack([student, teacher]), shard)
     s, t = log_s.exp(), log_t.exp()
     entropies = [-(s * log_s).sum(-1), -(t * log_t).sum(-1)]
     kl = [(s * (log_s - log_t)).sum(-1), (t * (log_t - log_s)).sum(-1)]
-    return shard.reduce(torch.stack([*kl, torch.minimum(s, t).sum(-1), *entropies]), ReduceOp.SUM)
+    sums = shard.reduce(torch.stack([*kl, torch.minimum(s, t).sum(-1), *entropies]), ReduceOp.SUM)
+    same = (best[0] == best[1]).to(sums.dtype)
+    return torch.cat([sums, torch.where(sums[0].isfinite(), same, torch.nan)[None]])
 
 
-def _log_softmax(logits: Tensor, shard: VocabShard) -> Tensor:
-    """Over the full vocabulary; logits [2, C, width]."""
+def _log_softmax(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Over the full vocabulary, and its most probable ids [2, C]; logits [2, C, width]."""
     rows = logits.flatten(0, 1)
     no_ids = torch.empty(rows.size(0), 0, dtype=torch.int64, device=rows.device)
-    log_z = softmax_columns(rows, no_ids, shard).log_z.view(logits.shape[:-1])
-    return logits - log_z[..., None]
+    found = softmax_top_k(rows, no_ids, 1, shard)
+    return logits - found.log_z.view(*logits.shape[:-1], 1), found.top_k_ids.view(logits.shape[:-1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from matplotlib.ticker import MaxNLocator
 
 from nemo_tropd.report.records import Points, RunRecord
-from nemo_tropd.report.text import number
+from nemo_tropd.report.text import benchmarks, number
 
 # The light theme; page.css has the dark one under the same names. Line n has colour c<n>. c0 to c6 are Okabe and Ito's,
 # which differ for every kind of colour vision.
@@ -37,10 +37,13 @@ _DEFINITIONS = (
     ("Engine against trainer", "Difference of their log-probabilities of the same tokens; nats, log scale.", "nats",
         "log", [(_TRAIN, "mismatch_max_abs", "largest", 1), (_TRAIN, "mismatch_mean_abs", "mean", 0)]),
     ("Exact match", "Right answers to held-out prompts.", "share", "share", [(_HELD_OUT, "exact_match", "", 2)]),
+    ("Top-1 agreement", "Share of tokens of the teacher's answers whose most probable token is the same.", "share",
+        "share", [(_HELD_OUT, "top1_agreement", "", 0)]),
     ("Log-ratio", "log π teacher − log π student, mean over the student's tokens; nats.", "nats", "",
         [(_TRAIN, "log_ratio_mean", "", 0)]),
     ("Response length", "Tokens, mean over rollouts.", "tokens", "", [(_TRAIN, "response_tokens", "", 2)]),
 )  # fmt: skip
+_WHOSE = (("", ""), ("/teacher", ", the teacher"))
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ def charts_of(record: RunRecord) -> dict[str, Chart]:
     for title, note, unit, scale, lines in _DEFINITIONS:
         drawn = [Line(label or title, record.series(kind, m), c, kind == _HELD_OUT) for kind, m, label, c in lines]
         charts[title] = Chart(title, note, unit, drawn, scale)
+    if names := benchmarks({name: 0.0 for values in record.validation.values() for name in values}):
+        both = [(n + part, n.partition("/")[2] + who) for n in names for part, who in _WHOSE]
+        lines = [Line(text, record.series(_HELD_OUT, n), i % _LINE_COLORS, True) for i, (n, text) in enumerate(both)]
+        charts["Benchmarks"] = Chart("Benchmarks", "Share of right answers.", "share", lines, "share")
     seconds = step_time(record.seconds())
     return {**charts, seconds.title: seconds}
 

@@ -12,7 +12,7 @@ from nemo_tropd.files import write_text
 from nemo_tropd.report import drawing
 from nemo_tropd.report.charts import COLORS, Chart, charts_of
 from nemo_tropd.report.records import RunRecord, read_run
-from nemo_tropd.report.text import change, change_in_points
+from nemo_tropd.report.text import benchmarks, change, change_in_points, headline
 from nemo_tropd.report.tokens import shown_rollouts, swatches
 
 # metric, label, unit and meaning, +1 if higher is better, -1 if lower, 0 if neither
@@ -20,6 +20,7 @@ _TABLE = (
     ("reverse_kl", "Reverse KL", "nats a token, on the student's own text", -1),
     ("forward_kl", "Forward KL", "nats a token, on the teacher's answers", -1),
     ("one_minus_tv", "1 − TV", "overlap of the two distributions, on the student's own text", 1),
+    ("top1_agreement", "Top-1 agreement", "the most probable token is the teacher's, on the teacher's answers", 1),
     ("exact_match", "Exact match", "right answers, where one is known", 1),
     ("student_entropy", "Student entropy", "nats a token, on the student's own text", 0),
     ("teacher_entropy", "Teacher entropy", "nats a token, on the student's own text", 0),
@@ -77,7 +78,7 @@ def _svg(chart: Chart) -> Markup:
 
 
 def _lead(record: RunRecord) -> str:
-    sentences = [f"{record.length}."]
+    sentences = [f"{record.length}.", *headline(record.before, record.after)]
     for key, label, _, _ in _TABLE[:2]:
         if key in record.before and key in record.after:
             old, new = record.before[key], record.after[key]
@@ -90,11 +91,14 @@ def _lead(record: RunRecord) -> str:
 def _rows(record: RunRecord) -> list[_Row]:
     """The table of metrics that a validation measured."""
     rows = []
-    for key, label, meaning, better in _TABLE:
+    scores = ((k, k.partition("/")[2], "benchmark, right answers", 1) for k in benchmarks(record.before | record.after))
+    for key, label, meaning, better in (*_TABLE, *scores):
         old, new = record.before.get(key), record.after.get(key)
         if old is None and new is None:
             continue
-        is_share = key == "exact_match"
+        is_share = key in ("exact_match", "top1_agreement") or key.startswith("benchmark/")
+        if (goal := record.after.get(f"{key}/teacher")) is not None:
+            meaning += f"; the teacher: {goal:.0%}"
         if is_share and (count := record.after.get("exact_match_of")):
             meaning += f" ({count:.0f} questions)"
         before, after = ("" if v is None else f"{v:.0%}" if is_share else f"{v:.3f}" for v in (old, new))

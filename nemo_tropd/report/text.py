@@ -1,6 +1,7 @@
 """Numbers as the report writes them."""
 
 import math
+from collections.abc import Iterator, Mapping
 
 
 def number(value: float) -> str:
@@ -32,3 +33,24 @@ def change(old: float, new: float) -> str:
 def change_in_points(old: float, new: float) -> str:
     """The difference of two shares in percentage points."""
     return signed(f"{100 * (new - old):+.0f} points") if new != old else "none"
+
+
+def headline(before: Mapping[str, float], after: Mapping[str, float]) -> Iterator[str]:
+    """How far the student has come towards its teacher, in sentences; of what both have measured."""
+    if (old := before.get("forward_kl")) and (new := after.get("forward_kl")) is not None:
+        closed = f"closed {1 - new / old:.0%} of its gap" if new < old else "did not come closer"
+        yield f"The student {closed} to the teacher, in forward KL on the teacher's answers."
+    if (old := before.get("top1_agreement")) is not None and (new := after.get("top1_agreement")) is not None:
+        yield f"Its most probable token is the teacher's for {new:.0%} of them (before: {old:.0%})."
+    for key in benchmarks(before):
+        if key in after:
+            was, now, goal = before[key], after[key], after.get(f"{key}/teacher")
+            teacher = "" if goal is None else f"; the teacher: {goal:.0%}"
+            if goal is not None and goal > was:
+                teacher += f", {signed(f'{(now - was) / (goal - was):.0%}')} of that gap closed"
+            yield f"{key.partition('/')[2]}: {was:.0%} right before, {now:.0%} after{teacher}."
+
+
+def benchmarks(metrics: Mapping[str, float]) -> list[str]:
+    """The metrics that are a benchmark's share of right answers: benchmark/NAME."""
+    return [key for key in metrics if key.startswith("benchmark/") and key.count("/") == 1]

@@ -43,6 +43,7 @@ class RolloutRequest:
     sequence_id: int
     prompt_index: int
     max_new_tokens: int
+    sampling: Sampling | None = None  # None: the engine's
 
 
 @dataclass(frozen=True)

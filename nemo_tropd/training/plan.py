@@ -71,6 +71,7 @@ class Plan:
     run_dir: Path
     wanted: dict[tuple[int, ...], int]  # tokens of the teacher's response that the run needs, by prompt
     teacher_engines: TeacherEngines | None  # None: nothing is wanted
+    benchmarks: tuple[Any, ...] = ()  # training.benchmarks.Put; on rank 0
     notes: tuple[tuple[str, str], ...] = ()  # further lines: (label, text)
 
 
@@ -113,6 +114,8 @@ def make_plan(cfg: TropdConfig) -> Plan:
     if host is not None:
         check_host(cfg, host, machine)
     wanted = wanted_responses(cfg, prompts)
+    benchmarks, benchmark_notes = _benchmarks(cfg, student, vocabulary, template, end_ids)
+    scored = bool(m.validation.benchmarks) and m.validation.score_teacher
     return Plan(
         student=student,
         teacher=teacher,
@@ -128,8 +131,9 @@ def make_plan(cfg: TropdConfig) -> Plan:
         wire=estimate_wire(cfg, student, teacher, machine, exact=exact),
         run_dir=directory,
         wanted=wanted,
-        teacher_engines=teacher_engines(cfg, teacher, machine) if wanted else None,
-        notes=(*vocabulary.notes, *end_notes, *notes),
+        teacher_engines=teacher_engines(cfg, teacher, machine) if wanted or scored else None,
+        benchmarks=benchmarks,
+        notes=(*vocabulary.notes, *end_notes, *notes, *benchmark_notes),
     )
 
 
@@ -156,6 +160,22 @@ def _prompts(cfg: TropdConfig, tokenizer: Any, template: Template) -> PromptSpli
         template=template,
     )
     return replace(prompts, notes=(*prompts.notes, *_answer_notes(prompts)))
+
+
+def _benchmarks(
+    cfg: TropdConfig, shape: ModelShape, vocabulary: Vocabulary, template: Template, end_ids: tuple[int, ...]
+) -> tuple[tuple[Any, ...], list[tuple[str, str]]]:
+    """The run's benchmarks as rank 0 puts them to the student, and the plan's lines on them."""
+    v = cfg.model.validation
+    if not v.benchmarks or os.environ.get("RANK", "0") != "0":
+        return (), []
+    from nemo_tropd.evaluation.models import Model  # with matplotlib, for results: only if there are any
+    from nemo_tropd.training.benchmarks import put
+
+    path = Path(cfg.pretrained_checkpoint.restore_from_path)
+    model = Model(STUDENT, cfg.name, path, shape, vocabulary.tokenizer, vocabulary.size, end_ids, "", template)
+    found = put(cfg, model)
+    return tuple(found), [("benchmark", one.describe()) for one in found]
 
 
 def _answer_notes(prompts: PromptSplit) -> list[tuple[str, str]]:

@@ -134,7 +134,8 @@ def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
     cfg, plan, topology = setup.cfg, setup.plan, setup.topology
     lightning = make_lightning_trainer(cfg, setup.run_dir)
     wanted = wanted_responses(cfg, plan.prompts, setup.start.state.step if setup.start else 0)
-    responses = generate_teacher_responses(cfg, wanted, topology, engines, plan.vocab_size)
+    others = [one for b in plan.benchmarks for one in b.of_teacher] if cfg.model.validation.score_teacher else []
+    responses = generate_teacher_responses(cfg, wanted, topology, engines, plan.vocab_size, others)
     stop_point(topology)
     model = MegatronTrOPDModel(
         OmegaConf.structured(cfg.model),

@@ -18,6 +18,7 @@ ROWS = (
     ("reverse_kl", "reverse KL on the student's own text (nats a token)"),
     ("forward_kl", "forward KL on teacher-written answers (nats a token)"),
     ("one_minus_tv", "1 - TV on the student's own text"),
+    ("top1_agreement", "top-1 agreement on teacher-written answers"),
     ("student_entropy", "student's entropy on its own text (nats)"),
     ("exact_match", "exact match with known answers"),
 )
@@ -26,13 +27,18 @@ ROWS = (
 def summary_of(cfg: TropdConfig, outcome: Outcome, run_id: str) -> dict[str, Any]:
     """RUN/summary.json: numbers and answers before and after, configuration and versions."""
     before, after = outcome.before, outcome.after
-    pairs = zip(before.answers, after.answers, strict=False) if before and after else ()
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    if before and after:
+        for name in filter(after.benchmarks.get, before.benchmarks):
+            pairs += zip(before.benchmarks[name]["answers"], after.benchmarks[name]["answers"], strict=False)
+        pairs += zip(before.answers, after.answers, strict=False)
     return {
         "name": cfg.name,
         "run_id": run_id,
         "steps": outcome.step,
         "before": before.metrics if before else {},
         "after": after.metrics if after else {},
+        "benchmarks": {n: s["line"] for n, s in (after.benchmarks if after else {}).items()},
         "answers": [{"prompt": b["prompt"], "before": b["answer"], "after": a["answer"]} for b, a in pairs],
         "config": yaml_without_secrets(cfg),
         "versions": versions(),
@@ -49,7 +55,9 @@ def versions() -> dict[str, str]:
 
 
 def print_summary(content: dict[str, Any]) -> None:
-    """Before and after as a table, and one answer of each."""
+    """Before and after in words and as a table, and one answer of each."""
+    from nemo_tropd.report.text import headline  # its room imports matplotlib
+
     before, after = content["before"], content["after"]
     table = Table(title=f"{content['name']}: held-out prompts, before and after {content['steps']} steps")
     for heading in ("", "before", "after", "change"):
@@ -63,6 +71,8 @@ def print_summary(content: dict[str, Any]) -> None:
     console = Console(width=110, markup=False, emoji=False)
     if table.rows:  # a run without held-out prompts has none
         console.print(table)
+    for sentence in headline(before, after):
+        console.print(printable(sentence), highlight=False)
     for answer in content["answers"][:1]:
         console.print(printable(answer["prompt"]), style="bold", highlight=False)
         console.print(f"before: {answer['before']!r}\nafter:  {answer['after']!r}", highlight=False)

@@ -39,9 +39,19 @@ class TeacherResponse:
 _NOTHING = TeacherResponse([], [], False)
 
 
-def prompt_key(prompt_ids: Sequence[int]) -> str:
-    """Names a prompt by its token ids."""
-    return hashlib.sha256(json.dumps(list(prompt_ids)).encode()).hexdigest()[:32]
+def prompt_key(prompt_ids: Sequence[int], sampling: Sampling | None = None) -> str:
+    """Names a prompt by its token ids, and by its sampling if that is not the run's."""
+    named = list(prompt_ids) if sampling is None else [list(prompt_ids), asdict(sampling)]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """At most ``length`` tokens of the teacher's response to a prompt; ``sampling`` None: the run's."""
+
+    prompt_ids: Sequence[int]
+    length: int
+    sampling: Sampling | None = None
 
 
 class TeacherResponses:
@@ -77,9 +87,9 @@ class TeacherResponses:
     def __contains__(self, prompt_ids: Sequence[int]) -> bool:
         return prompt_key(prompt_ids) in self._responses
 
-    def lookup(self, prompt_ids: Sequence[int]) -> TeacherResponse:
+    def lookup(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> TeacherResponse:
         """The teacher's response to a prompt. Raises LookupError when ``ensure`` has not been given that prompt."""
-        response = self._responses.get(prompt_key(prompt_ids))
+        response = self._responses.get(prompt_key(prompt_ids, sampling))
         if response is None:
             raise LookupError(
                 f"no teacher response in {self.folder} for the prompt of {len(prompt_ids)} tokens that begins with "
@@ -110,16 +120,18 @@ class TeacherResponses:
         engine_factory: Callable[[], RolloutEngine],
         *,
         lengths: Sequence[int] | None = None,
+        others: Sequence[Wanted] = (),
         batch: int = 256,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Generate what is missing of the responses, ``batch`` prompts at a time; returns for how many prompts.
 
-        ``lengths``: how many tokens of each response are needed, at most (default: ``max_new_tokens`` of each). A
-        shorter response that has not ended is continued: what is there never changes. An engine is made only if
-        something is missing, and closed at the end; one that dies is replaced once. Raises EngineError; what has been
-        generated stays. ``progress`` is told (generated, missing) after each batch."""
-        missing = self.missing(prompts, lengths)
+        ``lengths``: how many tokens of each response are needed, at most (default: ``max_new_tokens`` of each);
+        ``others``: prompts with a sampling of their own. A shorter response that has not ended is continued: what is
+        there never changes. An engine is made only if something is missing, and closed at the end; one that dies is
+        replaced once. Raises EngineError; what has been generated stays. ``progress`` is told (generated, missing)
+        after each batch."""
+        missing = self.missing(prompts, lengths, others)
         if missing:
             for shard, complete_lines in self._damaged.items():
                 _write_lines(shard, complete_lines)
@@ -131,7 +143,7 @@ class TeacherResponses:
                 engine.start()
                 while done < len(keys):
                     part = keys[done : done + batch]
-                    asked = [self._request(i, key, *missing[key]) for i, key in enumerate(part, start=done)]
+                    asked = [self._request(i, key, missing[key]) for i, key in enumerate(part, start=done)]
                     rollouts = engine.generate(asked)
                     check_rollouts(rollouts, asked, version=None, vocab_size=self._vocab_size)
                     self._add_shard(part, rollouts)
@@ -147,27 +159,30 @@ class TeacherResponses:
         return len(keys)
 
     def missing(
-        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int] | None = None
-    ) -> dict[str, tuple[Sequence[int], int]]:
-        """Prompt and needed tokens by key, of the prompts whose response is absent or too short; as ``ensure``."""
-        wanted: dict[str, tuple[Sequence[int], int]] = {}
-        for ids, length in zip(prompts, lengths or [self._max_new_tokens] * len(prompts), strict=True):
-            key = prompt_key(ids)
-            wanted[key] = (ids, max(length, wanted[key][1] if key in wanted else 0))
+        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, others: Sequence[Wanted] = ()
+    ) -> dict[str, Wanted]:
+        """What is needed by key, of the prompts whose response is absent or too short; as ``ensure``."""
+        lengths = lengths or [self._max_new_tokens] * len(prompts)
+        wanted: dict[str, Wanted] = {}
+        for one in (*(Wanted(ids, n) for ids, n in zip(prompts, lengths, strict=True)), *others):
+            key = prompt_key(one.prompt_ids, one.sampling)
+            if key not in wanted or wanted[key].length < one.length:
+                wanted[key] = one
         return {
-            key: (ids, length)
-            for key, (ids, length) in wanted.items()
-            if (r := self._responses.get(key)) is None or not (r.finished or len(r.response_ids) >= length)
+            key: one
+            for key, one in wanted.items()
+            if (r := self._responses.get(key)) is None or not (r.finished or len(r.response_ids) >= one.length)
         }
 
-    def _request(self, index: int, key: str, ids: Sequence[int], length: int) -> RolloutRequest:
+    def _request(self, index: int, key: str, wanted: Wanted) -> RolloutRequest:
         """Seeded by the prompt, and by how far its response is: the order in which responses are asked for leaves no
         trace."""
         known = self._responses.get(key)
         start = known.response_ids if known else []
         text = f"{self._seed}/{key}" + (f"/{len(start)}" if start else "")
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-        return RolloutRequest(list(ids), list(start), seed, index, index, length - len(start))
+        length = wanted.length - len(start)
+        return RolloutRequest(list(wanted.prompt_ids), list(start), seed, index, index, length, wanted.sampling)
 
     def _add_shard(self, keys: Sequence[str], rollouts: Sequence[Rollout]) -> None:
         known = [self._responses.get(key, _NOTHING) for key in keys]
@@ -204,11 +219,16 @@ def responses_dir(cfg: TropdConfig) -> Path:
 
 
 def generate_teacher_responses(
-    cfg: TropdConfig, wanted: Mapping[tuple[int, ...], int], ranks: World, engines: EngineFactory, vocab_size: int
+    cfg: TropdConfig,
+    wanted: Mapping[tuple[int, ...], int],
+    ranks: World,
+    engines: EngineFactory,
+    vocab_size: int,
+    others: Sequence[Wanted] = (),
 ) -> TeacherResponses | None:
-    """Have the teacher generate what the cache lacks of the ``wanted`` tokens of a response by prompt (collective),
-    before any model is built, so that its engines have rank 0's node to themselves. Rank 0 gets the responses, the
-    other ranks None."""
+    """Have the teacher generate what the cache lacks of the ``wanted`` tokens of a response by prompt, and of rank 0's
+    ``others`` (collective), before any model is built, so that its engines have rank 0's node to themselves. Rank 0
+    gets the responses, the other ranks None."""
     generated: list[TeacherResponses] = []
 
     def generate() -> None:
@@ -223,8 +243,8 @@ def generate_teacher_responses(
             end_ids=cfg.model.rollout.end_tokens,
         )
         prompts, lengths = list(wanted), list(wanted.values())
-        if missing := responses.missing(prompts, lengths):
-            tokens = sum(length for _, length in missing.values())
+        if missing := responses.missing(prompts, lengths, others):
+            tokens = sum(one.length for one in missing.values())
             into = f"of at most {tokens:,} tokens into {responses.folder}"
             print(f"the teacher generates {len(missing):,} responses {into}", flush=True)
         on_gpu = torch.cuda.is_available()
@@ -232,6 +252,7 @@ def generate_teacher_responses(
             prompts,
             lambda: engines.teacher(cfg),
             lengths=lengths,
+            others=others,
             batch=_BATCH["cuda"] * cfg.trainer.devices if on_gpu else _BATCH["cpu"],
             progress=lambda done, of: print(f"teacher responses {done:,}/{of:,}", flush=True),
         )

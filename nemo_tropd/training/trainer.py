@@ -102,16 +102,21 @@ class TropdTrainer:
             self._validate_if_due(last)
 
     def _validate_if_due(self, last: int) -> None:
-        step = self.state.step
-        if step not in (0, last) and not self._due(step, self.settings.val_check_interval):
+        step, often, v = self.state.step, self.settings.val_check_interval, self.cfg.model.validation
+        rarely = often if v.benchmark_interval is None else v.benchmark_interval
+        held_out, benchmarks = (step in (0, last) or self._due(step, every) for every in (often, rarely))
+        if not held_out and not (benchmarks and v.benchmarks):
             return
         stop_point(self.topology)
         self.progress.phase("validating")
-        validation = self.validator.run(step)
+        validation = self.validator.run(step, held_out=held_out, benchmarks=benchmarks)
         if validation.metrics or validation.dropped:
             if self.log is not None:
                 self.log.write(step, "validation", validation.metrics)
-            self.progress.say(f"validation after step {step}: {validation.line()}")
+            if line := validation.line():
+                self.progress.say(f"validation after step {step}: {line}")
+            for score in validation.benchmarks.values():
+                self.progress.say(score["line"])
 
     def _step(self, step: int) -> None:
         done = step + 1

@@ -1,9 +1,10 @@
 """Held-out prompts, before, during and after: exact divergences over the full vocabulary, and right answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.evaluation.answers import exact_match
@@ -28,11 +29,12 @@ class Validation:
     metrics: dict[str, float]
     answers: list[dict[str, str]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)  # metrics that were not finite
+    benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)  # benchmarks.Put.graded, "teacher" of it too
 
     def line(self) -> str:
         """One human-readable line."""
         names = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "one_minus_tv": "1 - TV"}
-        names["exact_match"] = "exact match"
+        names |= {"top1_agreement": "top-1 agreement", "exact_match": "exact match"}
         figures = [f"{label} {self.metrics[name]:.3f}" for name, label in names.items() if name in self.metrics]
         return ", ".join([*figures, *(f"{name} not finite, left out" for name in self.dropped)])
 
@@ -46,16 +48,38 @@ class Validator:
         self.prompts, self.tokenizer = setup.plan.prompts.held_out, setup.plan.tokenizer
         self.topology, self.packer = setup.topology, setup.packer()
         self.dir = setup.run_dir / "validation"
+        self.benchmarks, self._of_teacher = setup.plan.benchmarks, dict[str, dict[str, Any]]()
 
-    def run(self, step: int) -> Validation:
+    def run(self, step: int, *, held_out: bool = True, benchmarks: bool = True) -> Validation:
         """Validate the student as it is (collective); the same result on every rank. ``reverse_kl``, ``one_minus_tv``
-        and the entropies are means over the tokens of the student's own answers, ``forward_kl`` over the tokens of the
-        teacher's; ``exact_match`` over prompts with a known answer."""
-        if not self.prompts:
+        and the entropies are means over the tokens of the student's own answers, ``forward_kl`` and ``top1_agreement``
+        over the tokens of the teacher's; ``exact_match`` over prompts with a known answer; ``benchmark/NAME`` is the
+        share of right answers. Without held-out prompts or benchmarks that part is left out."""
+        held_out, benchmarks = held_out and bool(self.prompts), benchmarks and bool(self.cfg.validation.benchmarks)
+        if not (held_out or benchmarks):
             return Validation(step, {})
+        metrics, answers = self._held_out() if held_out else ({}, [])
+        scores = self._benchmarks() if benchmarks else {}
+        for name, score in scores.items():
+            shares = {"": score["right"], "/truncated": score["truncated"], "/unparsed": score["unparsed"]}
+            shares |= {"/teacher": score["teacher"]["right"]} if score["teacher"] else {}
+            metrics |= {f"benchmark/{name}{part}": value for part, value in shares.items()}
+        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+        result = Validation(step, finite, answers, [k for k in metrics if k not in finite], scores)
+        if self.topology.is_leader:
+            self.dir.mkdir(exist_ok=True)
+            write_json(self._path(step), asdict(result))
+        return result
+
+    def _infer(self, requests: Callable[[], list[RolloutRequest]]) -> list[Rollout]:
+        """Rollouts of what rank 0 asks (collective)."""
         self.model.prepare_for_inference()
-        rollouts = self.model.infer(self._requests() if self.topology.is_leader else None)
+        rollouts = self.model.infer(requests() if self.topology.is_leader else None)
         self.model.finish_inference()
+        return rollouts
+
+    def _held_out(self) -> tuple[dict[str, float], list[dict[str, str]]]:
+        rollouts = self._infer(self._requests)
         own = self._divergences(rollouts)
         metrics = {
             name: own.mean(name, own.sums["tokens"])
@@ -65,7 +89,8 @@ class Validator:
         written = self.responses.rollouts(p.token_ids for p in self.prompts) if self.responses is not None else []
         if taught := self.topology.broadcast_object(written):
             teacher = self._divergences(taught)
-            metrics["forward_kl"] = teacher.mean("forward_kl", teacher.sums["tokens"])
+            for name in ("forward_kl", "top1_agreement"):
+                metrics[name] = teacher.mean(name, teacher.sums["tokens"])
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         known = on_rank_zero(self.topology, lambda: self._right_answers(rollouts, texts))
         if known:
@@ -75,12 +100,24 @@ class Validator:
             {"prompt": self.prompts[r.prompt_index].text, "answer": text}
             for r, text in list(zip(rollouts, texts, strict=True))[:8]
         ]
-        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        result = Validation(step, finite, answers, [k for k in metrics if k not in finite])
-        if self.topology.is_leader:
-            self.dir.mkdir(exist_ok=True)
-            write_json(self._path(step), asdict(result))
-        return result
+        return metrics, answers
+
+    def _benchmarks(self) -> dict[str, dict[str, Any]]:
+        """Each benchmark's score by name; the teacher's is graded once."""
+        rollouts = self._infer(lambda: [r for b in self.benchmarks for r in b.requests()])
+
+        def grade() -> dict[str, dict[str, Any]]:
+            found, left, dtype = {}, list(rollouts), self.cfg.rollout.dtype
+            for b in self.benchmarks:
+                own, left = left[: len(b.prompts)], left[len(b.prompts) :]
+                if self.cfg.validation.score_teacher and b.name not in self._of_teacher:
+                    assert self.responses is not None  # rank 0
+                    given = [self.responses.lookup(w.prompt_ids, w.sampling) for w in b.of_teacher]
+                    self._of_teacher[b.name] = b.graded(given, "teacher", dtype)
+                found[b.name] = {**b.graded(own, "student", dtype), "teacher": self._of_teacher.get(b.name)}
+            return found
+
+        return on_rank_zero(self.topology, grade)
 
     def read(self, step: int) -> Validation | None:
         """The validation an earlier part of this run made after ``step``."""

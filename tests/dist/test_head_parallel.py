@@ -273,6 +273,7 @@ def check_divergences(checks: Checks, group: Any, seed: int) -> None:
             "one_minus_tv": 1 - 0.5 * (s.exp() - t.exp()).abs().sum(-1),
             "student_entropy": -(s.exp() * s).sum(-1),
             "teacher_entropy": -(t.exp() * t).sum(-1),
+            "top1_agreement": (s.argmax(-1) == t.argmax(-1)).double(),
         }
         teacher = torch.cat([mb.teacher_weight, torch.full((extra, mb.teacher_weight.size(1)), POISON).double()])
         for parallel, chunk in ((False, 4), (True, None)):

@@ -66,6 +66,8 @@ def measure(root: Path, *overrides: str, world_size: int = 3) -> list[tuple[floa
         "exp_manager.create_tensorboard_logger": False,
         "model.teacher.cache_dir": root / "responses",
         "model.data.path": prompts,
+        "model.data.sources": "[]",
+        "model.validation.benchmarks": "[]",
         "model.data.held_out": 4,
         "model.data.overlong": "drop",
         "model.rollout.max_new_tokens": RESPONSE,

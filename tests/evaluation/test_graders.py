@@ -358,3 +358,15 @@ def test_missing_data_of_a_package_is_named_with_the_command_that_gets_it(ifbenc
     (ifbench / "corpora/stopwords").rmdir()
     with pytest.raises(ConfigError, match=r"python -m nltk\.downloader stopwords$"):
         graders.build("ifbench", "{problem}", IFBENCH, {})
+
+
+def test_an_answer_is_mentioned_as_whole_words() -> None:
+    grader = graders.build("mentions", "{problem}", {"problem": "q", "answer": "a"}, {})
+    reference = grader.question({"q": "Where?", "a": ["New Delhi", "Delhi"]}, 0)[1]
+    right = ["It is DELHI.", "new\n delhi", "<think>Mumbai?</think>Delhi", "(Delhi)"]
+    wrong = ["Delhiites live there", "", "<think>Delhi", "New York", "<think>Delhi</think>Mumbai"]
+    verdicts = grader.grade([(reference, text) for text in right + wrong])
+    assert [v.correct for v in verdicts] == [True] * len(right) + [False] * len(wrong)
+    assert verdicts[0].answer == "Delhi" and verdicts[len(right) + 1].answer is None
+    with pytest.raises(ConfigError, match="a known answer is empty"):
+        grader.question({"q": "Where?", "a": [" "]}, 0)

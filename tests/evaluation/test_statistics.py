@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from nemo_tropd.evaluation.statistics import Score, difference, majority, mean, pass_at_k, score, share
+from nemo_tropd.evaluation.statistics import Score, difference, interval, majority, mean, pass_at_k, score, share
 
 RANDOM = np.random.default_rng(3)
 VERDICTS = RANDOM.random((7, 6)) < RANDOM.random((7, 1))
@@ -67,7 +67,9 @@ def test_majority():
 def test_a_score_has_all_of_them():
     correct, answers = [[1, 0, 0], [1, 1, 0]], [["4", None, "5"], ["4", "4", "5"]]
     found = score(correct, answers, [[1, 1, 1], [1, 0, 1]])
-    assert found == Score(0.5, pytest.approx(1 / 6), {1: 0.5, 2: pytest.approx(5 / 6), 3: 1.0}, 0.75, 1 / 6, 1 / 6)
+    assert found == Score(
+        0.5, pytest.approx(1 / 6), *interval(correct), {1: 0.5, 2: pytest.approx(5 / 6), 3: 1.0}, 0.75, 1 / 6, 1 / 6
+    )
     with pytest.raises(ValueError, match="whether samples finished"):
         score(correct, answers, [[1], [1]])
 
@@ -99,6 +101,19 @@ def test_of_equal_models_few_and_of_others_most_are_told_apart():
     alike = np.mean([difference(a, b, resamples=400).beyond_noise for a, b in zip(draws[0], draws[1], strict=True)])
     apart = np.mean([difference(a, b, resamples=400).beyond_noise for a, b in zip(draws[0], draws[2], strict=True)])
     assert 0.01 < alike < 0.12 and apart > 0.9
+
+
+def test_an_interval_holds_where_nothing_is_right_or_everything():
+    assert interval(np.zeros((30, 1))) == (0.0, pytest.approx(0.11352, abs=1e-5))
+    assert interval(np.ones((30, 4))) == (pytest.approx(0.88648, abs=1e-5), 1.0)
+    for chance in (0.01, 0.05, 0.4):
+        held = [low <= chance <= high for low, high in map(interval, RANDOM.random((2000, 30)) < chance)]
+        assert np.mean(held) > 0.92, chance
+    none, every = np.zeros(30), np.ones(30)
+    tie, best = difference(none, none), difference(none, every)
+    assert (tie.low, tie.high) == (pytest.approx(-0.11352, abs=1e-5), pytest.approx(0.11352, abs=1e-5))
+    assert not tie.beyond_noise and best.beyond_noise and 0.8 < best.low < 0.9 and best.high == 1.0
+    assert difference(every, none)[2:4] == (-1.0, pytest.approx(-best.low))
 
 
 def test_in_words():

@@ -34,6 +34,7 @@ class Fault:
 
 _BATCH = "tests/unit/test_batch.py::"
 _PACKING = "tests/unit/test_packing.py::"
+_BENCHMARKS = "tests/dist/test_benchmarks.py::test_benchmarks_during_training"
 _OBJECTIVES = "tests/unit/test_objectives.py::"
 _GUIDANCE = "tests/unit/test_guidance.py::"
 _PROMPTS = "tests/unit/test_prompts.py::"
@@ -906,8 +907,8 @@ FAULTS: list[Fault] = [
     _loss(
         "divergence",
         "the teacher's overlap is a union",
-        "return shard.reduce(torch.stack([*kl, torch.minimum(s, t).sum(-1), *entropies]), ReduceOp.SUM)",
-        "return shard.reduce(torch.stack([*kl, torch.maximum(s, t).sum(-1), *entropies]), ReduceOp.SUM)",
+        "sums = shard.reduce(torch.stack([*kl, torch.minimum(s, t).sum(-1), *entropies]), ReduceOp.SUM)",
+        "sums = shard.reduce(torch.stack([*kl, torch.maximum(s, t).sum(-1), *entropies]), ReduceOp.SUM)",
         _HEAD + "test_exact_divergences",
     ),
     _loss(
@@ -915,6 +916,13 @@ FAULTS: list[Fault] = [
         "the reverse KL is weighed by the teacher",
         "kl = [(s * (log_s - log_t)).sum(-1), (t * (log_t - log_s)).sum(-1)]",
         "kl = [(t * (log_s - log_t)).sum(-1), (t * (log_t - log_s)).sum(-1)]",
+        _HEAD + "test_exact_divergences",
+    ),
+    _loss(
+        "divergence",
+        "every best token is the teacher's",
+        "same = (best[0] == best[1]).to(sums.dtype)",
+        "same = (best[1] == best[1]).to(sums.dtype)",
         _HEAD + "test_exact_divergences",
     ),
     # optimizer
@@ -1945,8 +1953,8 @@ FAULTS: list[Fault] = [
     _evaluation(
         "results",
         "a thought that the template opened counts as the answer",
-        'task, opened = asked.task, "<think>" if asked.model.thinks_at_once else ""',
-        'task, opened = asked.task, ""',
+        'opened, questions = "<think>" if model.thinks_at_once else "", task.questions[: len(answers)]',
+        'opened, questions = "", task.questions[: len(answers)]',
         "test_evaluate.py::test_a_thought_that_the_template_opened_and_nothing_closed_is_no_answer",
     ),
     _evaluation(
@@ -1955,5 +1963,47 @@ FAULTS: list[Fault] = [
         'for folder, mark in ((path, "config.json"), (path, ".metadata"), (path / "hf", "config.json")):',
         'for folder, mark in ((path, "config.json"), (path / "hf", "config.json"), (path, ".metadata")):',
         "test_evaluate.py::test_runs_and_megatron_checkpoints_are_evaluated_as_their_hugging_face_folder",
+    ),
+    _evaluation(
+        "statistics",
+        "the interval at 0 of 30 has no width",
+        "centre, half = p + z * z / (2 * n), z * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))",
+        "centre, half = p, z * float(np.sqrt(p * (1 - p) / n))",
+        "test_statistics.py::test_an_interval_holds_where_nothing_is_right_or_everything",
+    ),
+    _evaluation(
+        "statistics",
+        "two models with nothing right differ by nothing, for certain",
+        "if np.ptp(ours) == np.ptp(theirs) == 0 and n > 1:",
+        "if False:",
+        "test_statistics.py::test_an_interval_holds_where_nothing_is_right_or_everything",
+    ),
+    _evaluation(
+        "graders/mentions",
+        "a part of a word is the answer",
+        "found = [a for a in answers if _words(a) in _words(response)]",
+        "found = [a for a in answers if a.casefold() in response.casefold()]",
+        "test_graders.py::test_an_answer_is_mentioned_as_whole_words",
+    ),
+    _several(
+        "training/benchmarks",
+        "a benchmark is sampled as the run is",
+        "RolloutRequest(ids, [], q.seed, i, q.problem, limit, self.sampling)",
+        "RolloutRequest(ids, [], q.seed, i, q.problem, limit)",
+        _BENCHMARKS,
+    ),
+    _several(
+        "training/trainer",
+        "benchmarks come with every validation alone",
+        "rarely = often if v.benchmark_interval is None else v.benchmark_interval",
+        "rarely = often",
+        _BENCHMARKS,
+    ),
+    _several(
+        "training/teacher_responses",
+        "the teacher's answer under one sampling counts for another",
+        "named = list(prompt_ids) if sampling is None else [list(prompt_ids), asdict(sampling)]",
+        "named = list(prompt_ids)",
+        "tests/unit/test_guidance.py::test_a_sampling_of_its_own_is_another_response",
     ),
 ]

@@ -112,7 +112,8 @@ def test_divergences_of_bad_logits_are_nan_there_alone() -> None:
     bad = mb.tokens.rows == mb.tokens.rows[0]
     for student, teacher in ((broken, hidden), (hidden, broken)):
         found = exact_divergences(student, weight, teacher, weight, mb.tokens.rows, HeadLayout(mb.vocab_size))
-        assert found["reverse_kl"][bad].isnan().all() and found["reverse_kl"][~bad].isfinite().all()
+        for name in ("reverse_kl", "top1_agreement"):
+            assert found[name][bad].isnan().all() and found[name][~bad].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

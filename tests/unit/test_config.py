@@ -30,7 +30,7 @@ OPTIONAL = (
     "model.teacher.tensor_model_parallel_size model.teacher.response_tokens model.teacher.cache_dir model.teacher.fp8 "
     "model.rollout.dedicated.address model.rollout.dedicated.engines model.validation.max_new_tokens "
     "model.tokens_per_micro_batch model.recompute model.optim.sched.decay_steps model.tropd.guidance.anneal_steps "
-    "model.data.system_prompt"
+    "model.data.system_prompt model.validation.benchmark_interval"
 )
 ZERO = (
     "trainer.max_restarts trainer.tropd.val_check_interval trainer.tropd.gradient_clip_val model.data.held_out "
@@ -38,7 +38,7 @@ ZERO = (
     "model.optim.sched.warmup_steps model.tropd.guidance.max_prefix_tokens model.tropd.guidance_weight "
     "model.teacher.admission.prompts model.teacher.admission.top_k_kl model.teacher.admission.gate_flips "
     "model.teacher.admission.ratio_error model.teacher.fp8_first_last_bf16 model.rollout.top_k "
-    "model.validation.kept_rollouts"
+    "model.validation.kept_rollouts model.validation.benchmark_interval"
 )
 FRACTION = (
     "trainer.gpu_memory_gib trainer.tropd.gradient_clip_val model.optim.lr model.optim.weight_decay model.optim.eps "
@@ -49,7 +49,8 @@ FRACTION = (
 FLAGS = (
     "check_only exp_manager.create_tensorboard_logger exp_manager.resume_if_exists model.tropd.guidance.enabled "
     "model.teacher.fp8_param model.teacher.offload model.teacher.offload_states model.rollout.sleep "
-    "model.rollout.torch_compile model.data.chat_template"
+    "model.rollout.torch_compile model.data.chat_template "
+    "model.validation.score_teacher"
 )
 TEXTS = (
     "name exp_manager.explicit_log_dir exp_manager.exp_dir pretrained_checkpoint.restore_from_path model.teacher.path "

@@ -31,7 +31,7 @@ from nemo_tropd.training.guidance import (
     request_seed,
     wanted_responses,
 )
-from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses, prompt_key
+from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses, Wanted, prompt_key
 from tests.e2e.compose import compose_config
 from tests.oracles import philox
 
@@ -240,6 +240,23 @@ def test_responses_are_written_once_and_read_back(tmp_path: Path) -> None:
         third.lookup([1, 2, 3])
     for change in ({"teacher": "u"}, {"sampling": Sampling(temperature=0.5)}, {"max_new_tokens": 13}, {"seed": 4}):
         assert len(cache(tmp_path, **change)) == 0
+
+
+def test_a_sampling_of_its_own_is_another_response(tmp_path: Path) -> None:
+    (prompt, other), greedy, engines = some_prompts(2), Sampling(temperature=0.0), []
+    responses = cache(tmp_path)
+
+    class Asked(ScribeEngine):
+        def generate(self, requests):
+            engines.append([(r.sampling, r.max_new_tokens) for r in requests])
+            return super().generate(requests)
+
+    others = [Wanted(prompt, 5, greedy), Wanted(other, 5, greedy)]
+    assert responses.ensure([prompt], lambda: Asked([]), others=others) == 3
+    assert responses.ensure([prompt], lambda: Asked([]), others=others[1:]) == 0
+    assert engines == [[(None, 12), (greedy, 5), (greedy, 5)]]
+    again = cache(tmp_path)
+    assert len(again) == 3 and again.lookup(prompt, greedy) != again.lookup(prompt) and other not in again
 
 
 def test_a_response_does_not_depend_on_the_order_or_batches(tmp_path: Path) -> None:

@@ -220,6 +220,8 @@ def test_exact_divergences(seed: int) -> None:
     assert relative(got["one_minus_tv"], 1 - 0.5 * (s.exp() - t.exp()).abs().sum(-1)) < 1e-5
     assert relative(got["student_entropy"], -(s.exp() * s).sum(-1)) < 1e-5
     assert relative(got["teacher_entropy"], -(t.exp() * t).sum(-1)) < 1e-5
+    same = (s.argmax(-1) == t.argmax(-1)).float()
+    assert torch.equal(got["top1_agreement"], same) and not same.all()
 
 
 def test_chunks_keep_to_the_memory_bound() -> None:

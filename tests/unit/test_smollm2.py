@@ -303,12 +303,12 @@ def test_a_bad_teacher_is_refused_and_an_earlier_student_kept(tmp_path):
         drop_layers(tmp_path / "teacher", student, (2,))
 
 
-def test_the_real_student_lacks_six_layers_and_the_teacher_stops_by_itself():
+def test_the_real_student_lacks_four_layers_and_the_teacher_stops_by_itself():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     teacher, student = build_smollm2(quiet=True), build_student()
     config = json.loads((student / "config.json").read_text())
-    assert (config["num_hidden_layers"], student.name) == (24, "smollm2-student-24l")
+    assert (config["num_hidden_layers"], student.name) == (26, "smollm2-student-26l")
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
     assert sum(p.numel() for p in model.parameters()) == 134_515_008

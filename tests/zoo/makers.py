@@ -255,7 +255,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
     "Qwen3-14B": _qwen3(False, layers=3, hidden=96),
     "Qwen3-32B": _qwen3(False, layers=3, hidden=128, kv_heads=4),  # its recipe splits it over four GPUs
     "smollm2-135m-instruct": _smollm2(3),
-    "smollm2-student-24l": _smollm2(2),
+    "smollm2-student-26l": _smollm2(2),
     "Llama-3.1-8B-Instruct": _llama3(8.0, False, "4.42.3", 2),
     "Llama-3.2-1B-Instruct": _llama3(32.0, True, "4.45.0.dev0", 1),
     "DeepSeek-R1-Distill-Llama-8B": Checkpoint(
@@ -299,8 +299,8 @@ PAIRS: dict[str, tuple[str, str]] = {
     "qwen3-1.7b-from-qwen3-4b-1n8g": ("Qwen3-SFT-1.7B", "Qwen3-Nemotron-4B"),
     "qwen3-4b-from-qwen3-14b-1n8g": ("Qwen3-4B", "Qwen3-14B"),
     "qwen3-8b-from-qwen3-32b-2n8g": ("Qwen3-8B", "Qwen3-32B"),
-    "smollm2_1gpu": ("smollm2-student-24l", "smollm2-135m-instruct"),
-    "smollm2_cpu": ("smollm2-student-24l", "smollm2-135m-instruct"),
+    "smollm2_1gpu": ("smollm2-student-26l", "smollm2-135m-instruct"),
+    "smollm2_cpu": ("smollm2-student-26l", "smollm2-135m-instruct"),
 }
 
 

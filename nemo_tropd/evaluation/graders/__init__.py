@@ -8,10 +8,12 @@ from nemo_tropd.evaluation.graders.code import HumanEvalGrader, LiveCodeBenchGra
 from nemo_tropd.evaluation.graders.contract import Grader, Verdict
 from nemo_tropd.evaluation.graders.expressions import MathGrader
 from nemo_tropd.evaluation.graders.instructions import IfevalGrader, InstructionGrader
+from nemo_tropd.evaluation.graders.mentions import MentionsGrader
 
 _GRADERS: dict[str, Callable[[str, Mapping[str, str], Mapping[str, object]], Grader]] = {
     "math": MathGrader,
     "choice": ChoiceGrader,
+    "mentions": MentionsGrader,
     "humaneval": HumanEvalGrader,
     "livecodebench": LiveCodeBenchGrader,
     "ifbench": InstructionGrader,

@@ -304,14 +304,13 @@ def _generate(llm: Any, requests: Sequence[RolloutRequest], settings: EngineSett
     """One rollout a request, in order; each is sampled with its own seed, and the list is queued before it starts."""
     from vllm import SamplingParams, TokensPrompt
 
-    sampling = settings.sampling
     # Rows of the head past the tokenizer's size have no text.
     padding = dict.fromkeys(range(settings.vocab_size, settings.model_rows), _NEVER) or None
     parameters = [
         SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
             seed=r.seed,
             max_tokens=r.max_new_tokens,
             logprobs=0,  # the sampled token alone
@@ -319,7 +318,7 @@ def _generate(llm: Any, requests: Sequence[RolloutRequest], settings: EngineSett
             detokenize=False,
             logit_bias=padding,
         )
-        for r in requests
+        for r, s in ((r, r.sampling or settings.sampling) for r in requests)
     ]
     prompts = [TokensPrompt(prompt_token_ids=[*r.prompt_ids, *r.prefix_ids]) for r in requests]
     # What earlier calls left in the cache would change how this list is scheduled.

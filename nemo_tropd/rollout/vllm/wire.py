@@ -21,7 +21,7 @@ import msgspec
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import RolloutRequest
 
-PROTOCOL = 2  # of the messages; trainer and hosts must run the same
+PROTOCOL = 3  # of the messages; trainer and hosts must run the same
 GREETING_BYTES = 1 << 16  # of the messages before a host is admitted
 _MOST_BYTES = 1 << 30
 _MESSAGE_TIMEOUT_S = 120.0  # for the rest of a message whose first byte has come, and for sending one

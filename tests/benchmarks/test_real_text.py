@@ -1,0 +1,43 @@
+"""The table and picture of objectives on real text, from runs' directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from examples.benchmarks.real_text import METRICS, VARIANTS, directory, draw, finished, table
+from nemo_tropd.training.plan import build_objective
+from tests.e2e.compose import compose_config
+
+
+def run(out: Path, variant: str, seed: int, last: float, *, complete: bool = True) -> None:
+    folder = directory(out, variant, seed)
+    folder.mkdir(parents=True)
+    lines = [
+        {"step": step, "kind": "validation", **{name: value for name, _, _ in METRICS}}
+        for step, value in ((0, 1.0), (2, last))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if complete:
+        (folder / "summary.json").write_text(json.dumps({"steps": 2, "before": lines[0], "after": lines[1]}))
+
+
+def test_finished_runs_are_shown_with_their_spread(tmp_path: Path) -> None:
+    run(tmp_path, "opd", 1, 0.8)
+    run(tmp_path, "opd", 2, 0.6)
+    run(tmp_path, "gate, outliers", 1, 0.5)
+    run(tmp_path, "tropd", 1, 0.1, complete=False)
+    runs = finished(tmp_path, (1, 2, 3))
+    rows = [line.split(" | ") for line in table(runs).splitlines()]
+    assert [row[0].strip("| ") for row in rows] == ["", "---", "before", "opd", "gate, outliers"]
+    assert rows[2][1:3] == ["3", "1.000 ± 0.000"] and rows[3][1:3] == ["2", "0.700 ± 0.100"]
+    assert rows[4][1:3] == ["1", "0.500"]
+    draw(runs, tmp_path / "figures" / "real_text.png")
+    assert (tmp_path / "figures" / "real_text.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_variant_adds_one_thing() -> None:
+    cfgs = {name: compose_config(list(keys), "smollm2_cpu") for name, keys in VARIANTS.items()}
+    objectives = {name: build_objective(cfg) for name, cfg in cfgs.items()}
+    assert objectives["gate, outliers"] == objectives["tropd"] != objectives["gate alone"]
+    assert [name for name, cfg in cfgs.items() if cfg.model.tropd.guidance.enabled] == ["tropd"]
