@@ -107,7 +107,8 @@ class Validator:
         rollouts = self._infer(lambda: [r for b in self.benchmarks for r in b.requests()])
 
         def grade() -> dict[str, dict[str, Any]]:
-            found, left, dtype = {}, list(rollouts), self.cfg.rollout.dtype
+            found: dict[str, dict[str, Any]] = {}
+            left, dtype = rollouts, self.cfg.rollout.dtype
             for b in self.benchmarks:
                 own, left = left[: len(b.prompts)], left[len(b.prompts) :]
                 if self.cfg.validation.score_teacher and b.name not in self._of_teacher:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,17 @@ def test_the_same_list_gives_the_same_bits_and_seeds_matter(shared: Served) -> N
         [RolloutRequest([9, 8, 10 + p], [], request_seed(SEED, 0, p, s), s, p, 12) for s in range(4) for p in range(8)]
     )
     assert len({str([r.response_ids for r in answers if r.sequence_id == s]) for s in range(4)}) == 4
+
+
+def test_a_request_may_have_a_sampling_of_its_own(shared: Served) -> None:
+    asked = shared.requests[:4]
+    greedy = [replace(r, sampling=Sampling(temperature=0.0), seed=r.seed + more) for r in asked for more in (0, 1)]
+    rollouts = shared.engine.generate([*greedy, *asked])
+    assert max(differences(shared.model, rollouts[8:])) < 1e-3
+    for r in rollouts[:8]:
+        with torch.no_grad():
+            logits = shared.model(torch.tensor([r.token_ids])).logits[0, -1 - len(r.response_ids) : -1, :VOCABULARY]
+        assert logits.argmax(-1).tolist() == r.response_ids
 
 
 def test_a_bad_request_is_named_and_harms_nothing(shared: Served) -> None:

@@ -364,6 +364,7 @@ PUBLISHED: dict[str, tuple[list[dict[str, Any]], str, str]] = {
         "one",
         "no 2",
     ),
+    "capitals": ([{"question": "Of India?", "answer": ["New Delhi", "Delhi"]}], "It is Delhi.", "It is Mumbai."),
     "mmlu_redux": (
         [
             {"question": "?", "choices": ["a", "b"], "answer": 1, "error_type": "no_correct_answer"},

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.e2e.tiny_run import ROOT
 
 FILES = {
-    "README.md": b"---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/*\n---\n",
+    "README.md": b"---\nconfigs:\n- config_name: main\n  data_files: [{split: test, path: main/test.jsonl}]\n---\n",
     "main/test.jsonl": b'{"question": "1 + 1?", "answer": "so\\n#### 2"}\n',
 }
 

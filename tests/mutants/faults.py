@@ -669,8 +669,8 @@ FAULTS: list[Fault] = [
     ),
     _responses(
         "a response that has ended is continued",
-        "if (r := self._responses.get(key)) is None or not (r.finished or len(r.response_ids) >= length)",
-        "if (r := self._responses.get(key)) is None or len(r.response_ids) < length",
+        "if (r := self._responses.get(key)) is None or not (r.finished or len(r.response_ids) >= one.length)",
+        "if (r := self._responses.get(key)) is None or len(r.response_ids) < one.length",
         _GUIDANCE + "test_a_response_is_as_long_as_needed_and_continued_when_more_is",
     ),
     # prompts: order, resume, held-out ones

@@ -207,7 +207,7 @@ def test_missing_metrics_and_files_leave_a_note(tmp_path):
     titles = re.findall(r'<figure class="empty"><figcaption><h3>(.*?)</h3>', text)
     assert {"Reverse KL", "Entropy", "Time of a step", "Gradient norm"} <= set(titles) and "Loss" not in titles
     assert tmp_path.name in page.text and "1 step." in page.text
-    assert page.text.count("This run did not log it.") == len(titles) == 11
+    assert page.text.count("This run did not log it.") == len(titles) == 12
     write_figure(tmp_path, tmp_path / "figure.png")
 
 
