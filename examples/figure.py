@@ -23,7 +23,8 @@ SHOWN = ("Reverse KL", "Forward KL", "Trust fraction", "Gradient norm", "Engine 
 
 
 def write_figure(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """Draw a run as one PNG of 2 x 3 charts at ``path``: KLs, trust, gradient norm, mismatch and seconds by phase.
+    """Draw a run as one PNG of 2 x 3 charts at ``path``: KLs, trust, gradient norm (or the run's benchmarks), mismatch
+    and seconds by phase.
 
     A chart whose metrics were not logged says so. Raises ReportError if the directory has no metrics.
     """
@@ -31,10 +32,11 @@ def write_figure(run_dir: str | os.PathLike[str], path: str | os.PathLike[str]) 
     charts = charts_of(record)
     trust, guided = charts["Trust fraction"], charts["Guided fraction"]
     charts["Trust fraction"] = replace(trust, title="Trust and guided fraction", lines=[*trust.lines, *guided.lines])
+    shown = ["Benchmarks" if t == "Gradient norm" and "Benchmarks" in charts else t for t in SHOWN]
     with style(10):
         figure = Figure(figsize=(12, 6.4), dpi=130, facecolor="white", layout="constrained")
         figure.suptitle(f"{record.name}: {record.length}", x=0.01, ha="left", fontsize=13)
-        for title, axis in zip(SHOWN, figure.subplots(2, 3).flat, strict=True):
+        for title, axis in zip(shown, figure.subplots(2, 3).flat, strict=True):
             draw(charts[title], axis)
             axis.set_title(charts[title].title)
             axis.set_ylabel(charts[title].unit)

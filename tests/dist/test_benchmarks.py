@@ -19,7 +19,7 @@ from nemo_tropd.training.plan import make_plan
 from tests.dist.run_distributed import run_distributed
 from tests.doubles import ReplayEngine, SayingEngine
 from tests.e2e.compose import compose_config
-from tests.e2e.tiny_run import TinyRun, train_lines
+from tests.e2e.tiny_run import ROOT, TinyRun, train_lines
 from tests.unit.test_report import Page
 
 PROBLEMS, END, STEPS = 4, 3, 3
@@ -104,6 +104,18 @@ def test_benchmarks_during_training(tmp_path: Path) -> None:
     assert "<h3>Benchmarks</h3>" in (tmp_path / "with" / "report.html").read_text(encoding="utf-8")
     summary = json.loads((tmp_path / "with" / "summary.json").read_text())
     assert summary["answers"][0] == {"prompt": "0 and 0?", "before": "\\boxed{99}", "after": "\\boxed{0}"}
+
+
+def test_the_demos_task_asks_for_nothing_that_it_trains_on() -> None:
+    folder = ROOT / "examples" / "prompts"
+    lines = (folder / "capitals_test.jsonl").read_text().splitlines()
+    countries = [json.loads(line)["question"].removesuffix("?").rpartition(" of ")[2] for line in lines]
+    named = re.compile(rf"\b({'|'.join(countries)})\b")
+    assert len(countries) == 24 and named.search("Is it Peru?")
+    for file in ("instructions.jsonl", "capitals.jsonl"):
+        for line in (folder / file).read_text().splitlines():
+            prompt = json.loads(line)["prompt"]
+            assert "capital" not in prompt or not named.search(prompt), prompt
 
 
 def test_what_cannot_be_is_refused_in_the_plan(tmp_path: Path) -> None:

@@ -415,7 +415,8 @@ def test_every_benchmark_reads_what_is_published(name: str, tmp_path: Path) -> N
         return
     rows, right, wrong = PUBLISHED[name]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = read_command_line(["--config-name", name, "model=m", f"path={tmp_path / 'rows.jsonl'}", "samples=2"], CONF)
+    given = [f"path={tmp_path / 'rows.jsonl'}", "samples=2", "temperature=1"]
+    plan = read_command_line(["--config-name", name, "model=m", *given], CONF)
     try:
         task = read_task(name, plan.benchmarks[name], seed=1)
     except ConfigError as error:
