@@ -113,8 +113,8 @@ def charts_of(record: RunRecord) -> dict[str, Chart]:
         charts[title] = Chart(title, note, unit, drawn, scale)
     if names := benchmarks({name: 0.0 for values in record.validation.values() for name in values}):
         both = [(n + part, n.partition("/")[2] + who) for n in names for part, who in _WHOSE]
-        lines = [Line(text, record.series(_HELD_OUT, n), i % _LINE_COLORS, True) for i, (n, text) in enumerate(both)]
-        charts["Benchmarks"] = Chart("Benchmarks", "Share of right answers.", "share", lines, "share")
+        scores = [Line(text, record.series(_HELD_OUT, n), i % _LINE_COLORS, True) for i, (n, text) in enumerate(both)]
+        charts["Benchmarks"] = Chart("Benchmarks", "Share of right answers.", "share", scores, "share")
     seconds = step_time(record.seconds())
     return {**charts, seconds.title: seconds}
 
