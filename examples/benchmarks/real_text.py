@@ -88,7 +88,6 @@ def draw(runs: Mapping[str, Sequence[RunRecord]], path: Path) -> None:
             axis.set_title(heading)
             axis.set_xlabel("step", loc="right")
         axis.legend(fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with complete_file(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
 
@@ -102,6 +101,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of every run")
     options = parser.parse_intermixed_args()
     out, figures, seeds = options.out.absolute(), options.figures.absolute(), range(1, options.seeds + 1)
+    figures.mkdir(parents=True, exist_ok=True)
     # Seeds first: what is finished when time runs out is the same number of runs of each variant.
     for seed in seeds:
         for variant in options.only:

@@ -32,8 +32,8 @@ def test_finished_runs_are_shown_with_their_spread(tmp_path: Path) -> None:
     assert [row[0].strip("| ") for row in rows] == ["", "---", "before", "opd", "gate, outliers"]
     assert rows[2][1:3] == ["3", "1.000 ± 0.000"] and rows[3][1:3] == ["2", "0.700 ± 0.100"]
     assert rows[4][1:3] == ["1", "0.500"]
-    draw(runs, tmp_path / "figures" / "real_text.png")
-    assert (tmp_path / "figures" / "real_text.png").read_bytes().startswith(b"\x89PNG")
+    draw(runs, tmp_path / "real_text.png")
+    assert (tmp_path / "real_text.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_each_variant_adds_one_thing() -> None:
