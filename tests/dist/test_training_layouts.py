@@ -61,7 +61,7 @@ def train_layouts(rank: int, world_size: int, root: str, extra: list[str]) -> No
         keys = dict(layout)
         run_dir = Path(root) / "runs" / str(keys.pop("name"))
         degrees = {d: int(str(keys.pop(d, 1))) for d in ("tensor", "data", "pipeline")}
-        overrides = tiny.overrides(run_dir, **degrees, **keys)
+        overrides = tiny.overrides(run_dir, **degrees, **{"trainer.tropd.save_interval": 10}, **keys)
         outcome = train(compose_config([*overrides, *extra]), replay_engines(VOCABULARY))
         assert outcome is not None and outcome.step == 3
 
