@@ -116,9 +116,7 @@ def _check_logging(cfg: TropdConfig) -> None:
 def _check_data(cfg: TropdConfig) -> None:
     data, sources = cfg.model.data, "model.data.sources"
     _require(cfg, bool(data.path or data.sources), "model.data.path", f"give the prompts' file, or set {sources}")
-    _require(
-        cfg, not (data.path and data.sources), "model.data.path", f"choose: set it to null, or leave out {sources}"
-    )
+    _require(cfg, not (data.path and data.sources), "model.data.path", f"choose: set it to null, or set {sources}=[]")
 
 
 def _check_optimizer(cfg: TropdConfig) -> None:

@@ -143,7 +143,12 @@ class Rounds:
         code = world.wait(patience)
         processes = world.processes()
         if code is None:
-            report.faults.append(f"hangs {patience:.0f} s after: {what or 'nothing'}")
+            ranks = world.ranks()
+            if len(ranks) == 1 and ranks[0].status() == psutil.STATUS_STOPPED:
+                # The others ended well, or torchrun would have ended this one: nobody is left to notice.
+                report.events.append("which the others had no need of")
+            else:
+                report.faults.append(f"hangs {patience:.0f} s after: {what or 'nothing'}")
             for process in processes:
                 process.kill()
             world.wait(5)

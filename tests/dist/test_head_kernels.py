@@ -22,6 +22,7 @@ from nemo_tropd.batch import Sampling
 from nemo_tropd.loss import backend, inputs, teacher, weight_gradient
 from nemo_tropd.loss.head import head_loss, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
+from nemo_tropd.objectives.tropd_exact import ExactTrOPD
 from tests.dist.checks import Checks
 from tests.dist.run_distributed import run_distributed
 from tests.dist.test_head_parallel import (
@@ -267,7 +268,7 @@ def check_exact_kernels(checks: Checks) -> None:
 def check_exact_head(checks: Checks, seed: int) -> None:
     """The head by these kernels, and with an objective of a user's own, which has none."""
     check_exact(checks, dist.group.WORLD, seed, torch.float32, list(EXACT)[seed % 2 :: 2])
-    with mock.patch("nemo_tropd.objectives.tropd_exact.ExactTrOPD.kernel", None):
+    with mock.patch.object(ExactTrOPD, "kernel", None):
         check_exact(checks, dist.group.WORLD, seed + 1, torch.float32, ["tropd_exact:full"])
 
 

@@ -93,6 +93,7 @@ def test_a_recipe_trains_resumes_and_exports(recipe: str, pair: Any, tmp_path: P
         "exp_manager.explicit_log_dir": tmp_path / "run",
         "model.teacher.cache_dir": tmp_path / "responses",
         "model.data.path": write_prompts(tmp_path / "prompts.jsonl"),
+        "model.data.sources": "[]",
     }
 
     def settings(**changes: Any) -> Any:

@@ -72,7 +72,7 @@ def stop_in_each(rank: int, world_size: int, root: str, cases: list[tuple[str, i
             os.kill(os.getpid(), random.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGINT]))
             time.sleep(60 if "for ever" in phase else 0.1)
 
-        run_dir = Path(root) / phase.replace(" ", "_")
+        run_dir = Path(root) / "runs" / phase.replace(" ", "_")
         cfg = compose_config(
             tiny.overrides(run_dir, data=2, **KEYS, **{"model.teacher.cache_dir": Path(root) / f"cache_{phase}"})
         )
@@ -101,10 +101,10 @@ def test_a_stop_in_any_phase_loses_nothing(tmp_path: Path) -> None:
     tiny = TinyRun.make(tmp_path)
     guilty, cases = random.choice([0, 1]), random.sample(CASES, PER_RUN)
     by_rank = run_distributed(stop_in_each, 2, str(tiny.root), [*cases, (STRAIGHT, 99, 0)], guilty, timeout_s=350)
-    straight = tmp_path / STRAIGHT.replace(" ", "_")
+    straight = tmp_path / "runs" / STRAIGHT.replace(" ", "_")
     wanted = load_file(straight / "hf" / "model.safetensors")
     for (phase, _, step), mine, theirs in zip(cases, *by_rank, strict=False):
-        run_dir = tmp_path / phase.replace(" ", "_")
+        run_dir = tmp_path / "runs" / phase.replace(" ", "_")
         stopped = phase not in ("export", "report")  # which end by themselves, and with them the run
         assert mine[1:4] == theirs[1:4] == (stopped, step, [f"step_{step:08d}"] if step else []), phase
         assert max(mine[4], theirs[4]) < 10, phase

@@ -119,7 +119,8 @@ def test_the_allocator_knows_who_reads_what_the_side_stream_made(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
     monkeypatch.setattr(head, "run_chunks", lambda *parts, **options: None)
     work, (loss, metric, log_z) = object.__new__(head._Pass), (Made() for _ in range(3))
-    work.ids, work.chunks, work.slots = SimpleNamespace(device=torch.device("cuda", 0)), [], 2  # type: ignore[assignment]
+    rows = SimpleNamespace(device=torch.device("cuda", 0))
+    work.run, work.chunks, work.slots = SimpleNamespace(tokens=SimpleNamespace(rows=rows)), [], 2  # type: ignore[assignment]
     work.losses, work.metrics, work.log_z = [loss], [{"trust": metric}], [log_z]  # type: ignore[list-item, dict-item]
     work.compute()
     assert {made.reader for made in (loss, metric, log_z)} == {"the caller's"}
