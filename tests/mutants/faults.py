@@ -1061,8 +1061,7 @@ FAULTS: list[Fault] = [
         "nemo_tropd/training/optimizer_shards.py",
         "row, column = divmod(begin + done, columns)",
         "row, column = (begin + done) // columns, 0",
-        (_OWN_STATES,),
-        slow=True,
+        ("tests/unit/test_optimizer_shards.py::test_a_range_of_a_matrix_is_cut_at_its_rows",),
     ),
     _resume(
         "older checkpoints go before the new one is on the disk",
