@@ -201,8 +201,8 @@ def figures(run_dir: Path) -> dict[int, list[float]]:
 
 
 def last_step(run_dir: Path) -> int:
-    """The last step that was finished."""
-    return max((int(line["step"]) for line in lines(run_dir)), default=0)
+    """The last step that was finished: of the last line, which a resume from an earlier checkpoint sets back."""
+    return int(found[-1]["step"]) if (found := lines(run_dir)) else 0
 
 
 def saved_steps(run_dir: Path) -> list[int]:
