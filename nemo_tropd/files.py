@@ -168,12 +168,14 @@ def default_cache_dir() -> Path:
 def name_compiler_cache() -> None:
     """Call before torch compiles anything: by its own choice, /tmp/torchinductor_NAME, all uids that a container gives
     one user name would share a folder that only the first can write to. TORCHINDUCTOR_CACHE_DIR names another."""
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
     folder = _caches() / "torchinductor"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         folder = Path(tempfile.gettempdir(), f"torchinductor_uid{os.getuid()}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _caches() -> Path:

@@ -51,7 +51,7 @@ def _vllm() -> Any:
 
 def keep_sampled_log_probs() -> None:
     """Where only the sampled token's log-probability is asked for, vLLM keeps it as a number. Its own dictionary and
-    object a token are made on the thread that launches the next step: about a quarter of the time of small models.
+    object a token are made on the thread that launches the next step: a sixth of a 1.5B model's rollouts on an H200.
     EngineError if this vLLM does it elsewhere."""
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
