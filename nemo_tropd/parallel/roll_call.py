@@ -30,6 +30,7 @@ from nemo_tropd.parallel.signals import STOP, Stopped
 T = TypeVar("T")
 _LEFT = "left:"
 FOLLOW_S = 3.0  # what a rank may take to exit by itself once another has announced a failure
+LINGER_S = 5.0  # what the rank that serves the store waits for others, which may be starved, to read why all end
 # gloo, and Megatron's checkpoint around it, raise plain RuntimeErrors with the library's name in the source's path.
 _COLLECTIVE = re.compile(r"gloo|NCCL|TCPStore")
 _runs = 0  # run directories that this process has trained: each has keys of its own
@@ -84,6 +85,7 @@ class RollCall:
         _runs += 1
         self._prefix = f"nemo_tropd/roll_call/{_runs}"
         self._keys = [f"{self._prefix}/{rank}" for rank in range(self.world_size)]
+        self._heard_keys = [f"{key}/heard" for key in self._keys]
         self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         self._no_store = "nor does the store at {}:{}".format(*self._address)
         own = Member(self.rank, host_name(), _is_this_machine(self._address[0]))
@@ -106,11 +108,11 @@ class RollCall:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.alone or error is None or isinstance(error, PeerLost | PeerFailed):
+        if self.alone or error is None:
             self.stop()
             return
-        if isinstance(error, Stopped):
-            self._linger()  # others may not have read yet that all stop
+        if isinstance(error, Stopped | PeerLost | PeerFailed):
+            self._linger()  # others may not have read yet why all end
             return
         if failed_collective(error):
             if why := self._why or self._announced():
@@ -259,9 +261,16 @@ class RollCall:
 
     def _linger(self) -> None:
         """``stop``, but a rank that serves the store leaves last: the others read from it why it left."""
+        self._heard()
         if self.rank == 0 and not _agent_serves():
-            time.sleep(2 * self._pause_s)
+            deadline = time.monotonic() + LINGER_S
+            while time.monotonic() < deadline and self._ask(lambda store: store.check(self._heard_keys)) is False:
+                time.sleep(0.1)
         self.stop()
+
+    def _heard(self) -> None:
+        """This rank needs the store no more: it knows why all end, or has told."""
+        self._ask(lambda store: store.set(self._heard_keys[self.rank], "1"))
 
     def _beat(self) -> None:
         while not self._done.is_set():
@@ -276,6 +285,7 @@ class RollCall:
                     STOP.ask()
                 if self._store.check([self._failure_key]) and not self.failed:
                     self._why = str(json.loads(self._store.get(self._failure_key))[1])
+                    self._store.set(self._heard_keys[self.rank], "1")
                     self._follow(self._why)
                 if self._watches and dist.is_initialized() and dist.get_backend() == "nccl":
                     self._watch(self._counts(self._store))

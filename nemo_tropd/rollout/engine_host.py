@@ -10,8 +10,10 @@ resume from its last checkpoint) it waits ``--wait-s`` seconds for it, then exit
 """
 
 import argparse
+import errno
 import os
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -56,7 +58,7 @@ def _join(join: tuple[str, int], index: int, secret: bytes, wait_s: float) -> w.
     deadline, shown = time.monotonic() + wait_s, ""
     while True:
         try:
-            return _introduced(w.Wire(socket.create_connection(join, timeout=_CONNECT_TIMEOUT_S)), index, secret)
+            return _introduced(w.Wire(_connect(join)), index, secret)
         except (w.Disconnected, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
         if time.monotonic() > deadline:
@@ -68,6 +70,17 @@ def _join(join: tuple[str, int], index: int, secret: bytes, wait_s: float) -> w.
             print(f"cannot join {join[0]}:{join[1]} yet: {reason}", flush=True)
             shown = reason
         time.sleep(_RETRY_S)
+
+
+def _connect(join: tuple[str, int]) -> socket.socket:
+    connection = socket.create_connection(join, timeout=_CONNECT_TIMEOUT_S)
+    if connection.getsockname() == connection.getpeername():
+        # Nobody listens at a port of this machine that the kernel also gives to clients, and it gave it to this one:
+        # which then talks to itself, and the trainer cannot listen there. Reset, the port is free at once.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    return connection
 
 
 def _introduced(wire: w.Wire, index: int, secret: bytes) -> w.Wire:

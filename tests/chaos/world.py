@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
+
+from tests.ports import free_port
 
 GRACE_S = 8.0  # between SIGTERM and SIGKILL to a rank
 
@@ -86,9 +87,7 @@ def _agent(ranks: int, rank_main: Callable[[], object]) -> int:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: asked.append(number))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     running = {_rank(rank, ranks, port, rank_main) for rank in range(ranks)}
     passed_on, failed, kill_at = 0, False, float("inf")
     while running:

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from tests.ports import free_port
 from tests.random_inputs import start_generators
 
 GRACE_S = 2.0  # after a first failure, for the other ranks' own tracebacks
@@ -49,7 +50,7 @@ def run_distributed(
     naming the rank.
     """
     context = process_context(fresh)
-    port = _free_port()
+    port = free_port()
     processes: list[Any] = []
     pipes: list[Connection] = []
     try:
@@ -191,7 +192,3 @@ def child_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

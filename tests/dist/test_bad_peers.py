@@ -24,6 +24,7 @@ from nemo_tropd.rollout.vllm.settings import EngineSettings, model_fingerprint
 from nemo_tropd.rollout.vllm.wire import PROTOCOL, Disconnected, Done, Hello, Wire, encode
 from tests.dist.test_dedicated import SECRET, VOCABULARY, requests, weights, written
 from tests.doubles import ReplayEngine
+from tests.ports import free_port
 from tests.tiny_models import make_tiny
 
 SMALL = {"hidden": 64, "head_dim": 32, "vocab": VOCABULARY}
@@ -33,11 +34,6 @@ SMALL = {"hidden": 64, "head_dim": 32, "vocab": VOCABULARY}
 def settings(tmp_path_factory: pytest.TempPathFactory) -> EngineSettings:
     model = make_tiny(tmp_path_factory.mktemp("model") / "model", **SMALL)
     return EngineSettings(model, dtype="float32", max_model_len=64)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 def connect(port: int) -> socket.socket:
@@ -303,6 +299,22 @@ def test_a_host_tells_a_stranger_that_listens_nothing(
         with pytest.raises(EngineError, match=f"no trainer with this host's secret listened at .*{reason}"):
             serve(("127.0.0.1", port), 0, lambda *_: ReplayEngine(VOCABULARY), secret=SECRET, wait_s=1.5)
     assert HEARD == []
+
+
+def test_a_host_that_is_connected_to_itself_leaves_the_port_to_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may give a client the very port that it asks for, and connects it to itself if nobody listens."""
+    port, connect, connected = free_port(), socket.create_connection, []
+
+    def unlucky(address: tuple[str, int], timeout: float) -> socket.socket:
+        connected.append(connect(address, timeout, source_address=address))
+        assert connected[-1].getpeername() == connected[-1].getsockname() == address
+        return connected[-1]
+
+    monkeypatch.setattr(socket, "create_connection", unlucky)
+    with pytest.raises(EngineError, match="no trainer with this host's secret listened at .*Connection refused"):
+        serve(("127.0.0.1", port), 0, lambda *_: ReplayEngine(VOCABULARY), secret=SECRET, wait_s=0)
+    assert [c.fileno() for c in connected] == [-1] * len(connected) and connected
+    socket.create_server(("127.0.0.1", port)).close()
 
 
 def pair() -> tuple[Wire, socket.socket]:

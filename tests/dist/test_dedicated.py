@@ -34,6 +34,7 @@ from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.collective import RankZeroRollouts
 from tests.dist.run_distributed import process_context
 from tests.doubles import ReplayEngine
+from tests.ports import free_port
 from tests.tiny_models import make_tiny
 
 pytestmark = pytest.mark.random
@@ -84,8 +85,7 @@ class Hosts:
     """Host processes of one test, and the leader's settings."""
 
     def __init__(self, root: Path, count: int = 2) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.root, self.count = root, count
         self.processes: dict[int, BaseProcess] = {}
         # Some MiB of weights, so that they take several buckets; tied, so that the head is not among them.

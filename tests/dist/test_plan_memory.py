@@ -60,6 +60,8 @@ def measure(root: Path, *overrides: str, world_size: int = 3) -> list[tuple[floa
     lines = (json.dumps({"prompt": f"{i} " + "one two three four five six " * 15}) for i in range(60))
     prompts.write_text("\n".join(lines) + "\n")
     keys = {
+        "trainer.devices": world_size,
+        "model.tensor_model_parallel_size": world_size,
         "trainer.tropd.max_steps": 2,
         "trainer.tropd.val_check_interval": 0,
         "exp_manager.explicit_log_dir": root / "run",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from nemo_tropd.training.run import train
 from tests.e2e.compose import compose_config
 from tests.e2e.test_training import figures
 from tests.e2e.tiny_run import ROOT, TinyRun, environment
+from tests.ports import free_port
 
 
 @pytest.mark.timeout(400)  # with the session's own engine, which starts first
@@ -25,8 +25,7 @@ def test_a_dedicated_engine_gives_the_same_steps(
         "trainer.tropd.max_steps": 3,
         "trainer.tropd.save_interval": 10,
     }
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     secret = tmp_path / "secret"
     secret.write_text("a secret of this test\n")
     command = [sys.executable, "-m", "nemo_tropd.rollout.engine_host", "--join", address, "--index", "0"]

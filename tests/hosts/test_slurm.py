@@ -16,6 +16,7 @@ import pytest
 from tests.e2e.tiny_run import ROOT, environment
 from tests.hosts.conftest import Reference
 from tests.hosts.launching import figures, launch_command, until
+from tests.ports import free_port, free_ports
 
 pytestmark = pytest.mark.timeout(600)
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "srun", "squeue")
@@ -44,15 +45,6 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} S
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports nobody has now."""
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +119,7 @@ def finish(env: dict[str, str], job: str, within_s: float = 300) -> str:
 
 def test_sbatch_trains_on_two_nodes(slurm: dict[str, str], reference: Reference, tmp_path: Path) -> None:
     """Data parallel over two nodes of one rank each: the reference's steps, up to rounding."""
-    (port,) = free_ports(1)
+    port = free_port()
     run_dir = reference.root / "slurm"
     # The nodes' names mean nothing to this machine's resolver, so the meeting place is given.
     keys = {
