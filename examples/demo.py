@@ -2,7 +2,7 @@
 
 ``make demo`` runs this. It builds both checkpoints once, then does the same as
 
-    torchrun --nproc_per_node=3 examples/train_tropd.py --config-name smollm2_cpu
+    torchrun examples/train_tropd.py --config-name smollm2_cpu
 
 Arguments are passed on: ``make demo ARGS="trainer.tropd.max_steps=10"``. Rerun the same command to resume a stopped
 run.
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run
 from examples.make_smollm2 import build_smollm2, build_student
 
 HERE = Path(__file__).resolve().parent
+MOST_THREADS = 4  # a model this small gains little from more
 FP32 = ("trainer.precision=32", "model.rollout.dtype=float32")
 
 
@@ -29,9 +30,10 @@ def main(overrides: list[str]) -> int:
     if not fast_bf16() and not any(o.startswith("trainer.precision=") for o in overrides):
         print("This CPU has no AVX-512, which bf16 needs to be fast: the demo computes in fp32 instead.", flush=True)
         overrides = [*FP32, *overrides]
-    command = [sys.executable, "-m", "nemo_tropd.launch.agent", "--nproc_per_node=3", str(HERE / "train_tropd.py")]
+    command = [sys.executable, "-m", "nemo_tropd.launch.agent", "--nproc_per_node=1", str(HERE / "train_tropd.py")]
     os.chdir(HERE.parent)
-    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    env = {"OMP_NUM_THREADS": str(min(MOST_THREADS, len(os.sched_getaffinity(0)))), **os.environ}
+    overrides = [f"model.rollout.omp_threads={env['OMP_NUM_THREADS']}", *overrides]
     return Supervisor([*command, "--config-name", "smollm2_cpu", *overrides], env, restarts=0, patience_s=600).run()
 
 

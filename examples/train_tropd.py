@@ -1,6 +1,6 @@
 """Train a student by TrOPD.
 
-    torchrun --nproc_per_node=3 examples/train_tropd.py --config-name smollm2_cpu
+    torchrun examples/train_tropd.py --config-name smollm2_cpu
     torchrun --nproc_per_node=8 examples/train_tropd.py --config-name RECIPE model.optim.lr=1e-5
 
 Any key of nemo_tropd/config.py can be set on the command line; ``check_only=true`` prints the plan and exits.

@@ -1,17 +1,21 @@
 """Objectives on real text: the demo's student and teacher, the same rollouts a step, several seeds.
 
-    python examples/benchmarks/real_text.py [--only opd tropd] [--seeds 3] [--out DIR] [key=value ...]
+    python examples/benchmarks/real_text.py [--only opd tropd] [--seeds 3] [--jobs 2] [--out DIR] [key=value ...]
 
 Each run is a directory of its own and resumes where it was stopped; a finished one is not run again. After each run the
-table and the picture of all that are finished are written anew.
+table and the picture of all that are finished are written anew. With ``--jobs`` runs share the machine, and each
+writes what it says to output.log in its directory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
-from examples.demo import main as demo
+from examples import demo
 from nemo_tropd.files import complete_file, write_text
 from nemo_tropd.report.charts import COLORS
 from nemo_tropd.report.drawing import style
@@ -33,6 +37,8 @@ VARIANTS = {
     "gate alone": ("model.tropd.objective=mask_outlier", _ALONE),
     "gate, outliers": ("model.tropd.objective=tropd", _ALONE),
     "tropd": ("model.tropd.objective=tropd",),
+    "tropd exact": ("model.tropd.objective=tropd_exact",),
+    "opd exact": ("model.tropd.objective=opd_exact", _ALONE),
     "fkl": ("model.tropd.objective=fkl", _ALONE),
 }
 # metric, heading, whether more is better
@@ -96,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants to run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the processors")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "real_text", help="folder of the runs")
     parser.add_argument("--figures", type=Path, default=ROOT / "examples" / "figures", help="folder of real_text.*")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of every run")
@@ -103,19 +110,30 @@ def main() -> None:
     out, figures, seeds = options.out.absolute(), options.figures.absolute(), range(1, options.seeds + 1)
     figures.mkdir(parents=True, exist_ok=True)
     # Seeds first: what is finished when time runs out is the same number of runs of each variant.
-    for seed in seeds:
-        for variant in options.only:
-            run_dir = directory(out, variant, seed)
-            if not (run_dir / "summary.json").is_file():
-                keys = (*VARIANTS[variant], f"model.seed={seed}", f"exp_manager.explicit_log_dir={run_dir}")
-                if code := demo([*keys, *options.overrides]):
-                    sys.exit(code)
-            if not (run_dir / "summary.json").is_file():
-                sys.exit("stopped: the same command resumes")
-            runs = finished(out, seeds)
-            write_text(figures / "real_text.md", table(runs))
-            draw(runs, figures / "real_text.png")
-            print(table(runs), json.dumps({name: len(of) for name, of in runs.items()}), sep="\n", flush=True)
+    wanted = [(variant, seed) for seed in seeds for variant in options.only]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = {pool.submit(train, out, *each, options.overrides, options.jobs): each for each in wanted}
+        for run in as_completed(runs):
+            if not run.result():
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"{' '.join(map(str, runs[run]))} did not end; the same command resumes")
+            done = finished(out, seeds)
+            write_text(figures / "real_text.md", table(done))
+            draw(done, figures / "real_text.png")
+            print(table(done), json.dumps({name: len(of) for name, of in done.items()}), sep="\n", flush=True)
+
+
+def train(out: Path, variant: str, seed: int, overrides: Sequence[str], jobs: int) -> bool:
+    """Whether the run is finished, now or already."""
+    run_dir = directory(out, variant, seed)
+    if not (run_dir / "summary.json").is_file():
+        keys = (*VARIANTS[variant], f"model.seed={seed}", f"exp_manager.explicit_log_dir={run_dir}", *overrides)
+        env = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs)), **os.environ}
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "output.log").open("a") as log:
+            said = {"stdout": log, "stderr": log} if jobs > 1 else {}
+            subprocess.run([sys.executable, demo.__file__, *keys], env=env, check=False, **said)  # type: ignore[call-overload]
+    return (run_dir / "summary.json").is_file()
 
 
 if __name__ == "__main__":
