@@ -16,6 +16,7 @@ from nemo_tropd.rollout.placement import placement_of, teacher_utilization
 
 BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 FP32 = 4
+EXACT_COPIES = 8  # loss.teacher.TORCH_COPIES, which a plan, made without torch, cannot import
 # Bytes per position of a micro-batch's tensors: ids, positions and labels in int64, three masks, two floats.
 BATCH_POSITION = 35
 
@@ -196,11 +197,11 @@ def head_bytes(
     cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine, *, gradient: bool, exact: bool = False
 ) -> float:
     """Bytes of the chunked head: logits of the chunks in flight, and with ``gradient`` (the student) both gradients.
-    ``exact``: the teacher's logits, too, and on a CPU what torch makes in between (loss.teacher.TORCH_COPIES)."""
+    ``exact``: the teacher's logits, too, and on a CPU what torch makes in between."""
     width, rows = BYTES[cfg.trainer.precision], row_tokens(cfg)
     columns = shape.padded_vocab(degrees.tensor) / degrees.tensor
     copies = 2 * width if machine.kind == "gpu" else width + (FP32 if width < FP32 else 0)
-    copies *= (2 if machine.kind == "gpu" else 8) if exact else 1
+    copies *= (2 if machine.kind == "gpu" else EXACT_COPIES) if exact else 1
     chunk = cfg.model.tropd.chunk_tokens
     logits = min(columns * copies * (chunk or rows), math.inf if chunk else machine.chunk_bytes)
     if not gradient:

@@ -17,11 +17,12 @@ from examples.benchmarks.shapes import SHAPES, known_shape
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ConfigError
 from nemo_tropd.loss.inputs import CHUNK_BYTES
+from nemo_tropd.loss.teacher import TORCH_COPIES
 from nemo_tropd.parallel.ranks import RankLayout, nodes_of
 from nemo_tropd.planner.engine import engine_load
 from nemo_tropd.planner.host import check_host, host_memory
 from nemo_tropd.planner.machine import GIB, Machine
-from nemo_tropd.planner.memory import Degrees, estimate, layout, stage_parameters
+from nemo_tropd.planner.memory import EXACT_COPIES, Degrees, estimate, layout, stage_parameters
 from nemo_tropd.planner.roles import engine_groups, roles
 from nemo_tropd.planner.seconds import spoken, step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines
@@ -190,6 +191,7 @@ def test_memory_falls_where_a_setting_promises_so() -> None:
     split = plan("model.tensor_model_parallel_size=2", "model.teacher.tensor_model_parallel_size=4")
     assert split.resident["engine asleep"] > resident["engine asleep"], "an engine over two GPUs has communicators"
     assert split.resident["process"] > resident["process"] > plan("trainer.devices=1").resident["process"]
+    assert EXACT_COPIES == TORCH_COPIES
     exact = estimate(compose_config(base), student, teacher, gpu(79), exact=True).resident
     assert exact["teacher's hidden states"] == 64 / 8 * 8096 * 5120 * 2
     assert {*exact} - {*resident} == {"teacher's hidden states"}, "its head is the teacher's own"
