@@ -40,4 +40,6 @@ def test_each_variant_adds_one_thing() -> None:
     cfgs = {name: compose_config(list(keys), "smollm2_cpu") for name, keys in VARIANTS.items()}
     objectives = {name: build_objective(cfg) for name, cfg in cfgs.items()}
     assert objectives["gate, outliers"] == objectives["tropd"] != objectives["gate alone"]
-    assert [name for name, cfg in cfgs.items() if cfg.model.tropd.guidance.enabled] == ["tropd"]
+    assert [name for name, cfg in cfgs.items() if cfg.model.tropd.guidance.enabled] == ["tropd", "tropd exact"]
+    exact = [name for name, objective in objectives.items() if objective.needs_distributions]
+    assert exact == ["tropd exact", "opd exact"]
