@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from examples.benchmarks.objectives import compare as module
+from examples.benchmarks.objectives.figure import families_of
 from examples.benchmarks.objectives.running_sums import (
     DIGITS,
     OBJECTIVE_NAMES,
@@ -26,6 +27,21 @@ from examples.benchmarks.objectives.running_sums import (
 )  # fmt: skip
 
 pytestmark = pytest.mark.random
+
+
+def test_each_objective_that_ran_is_in_the_figure_and_no_family_is_its_baseline_alone() -> None:
+    assert families_of(["opd", "opd_exact", "fkl_outlier"]) == {
+        "complete distributions": ["opd", "opd_exact"],
+        "without prefixes": ["fkl_outlier"],
+        "forward KL": ["fkl_outlier"],
+    }
+    assert families_of(["fkl_outlier", "fkl_outlier:exact", "opd"]).keys() == {
+        "without prefixes", "reward clipped or masked", "other targets", "complete distributions",
+    }  # fmt: skip
+    for _ in range(50):
+        names = random.sample(OBJECTIVE_NAMES, random.randint(1, 9))
+        shown = {n for members in families_of(names).values() for n in members}
+        assert shown | {"tropd"} >= set(names) and shown <= set(names)  # tropd stands in every row
 
 
 @pytest.fixture

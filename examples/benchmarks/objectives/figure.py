@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ FAMILIES = {
         "opd", "clip_outlier", "mask_outlier", "entropy_opd", "reopold", "reopold_2stage", "tropd:mask",
     ),
     "other targets": ("opd", "jsd", "topd", "gopd", "eopd"),
-    "whole distributions": ("opd", "opd_exact", "fkl_exact", "jsd_exact", "topd_exact", "tropd_exact"),
+    "complete distributions": ("opd", "opd_exact", "fkl_exact", "jsd_exact", "topd_exact", "tropd_exact"),
     "without prefixes": ("fkl_outlier", "fkl_outlier:exact"),
     "forward KL": ("fkl", "fkl_outlier", "fkl_outlier:threshold", "fkl_outlier:soft", "aopd", "tropd_aopd"),
 }  # fmt: skip
@@ -39,9 +39,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     runs: dict[str, list[Curve]] = {}
     for curve in curves:
         runs.setdefault(curve.objective, []).append(curve)
-    families = {
-        title: [n for n in names if n in runs] for title, names in FAMILIES.items() if any(n in runs for n in names)
-    } or {"": []}
+    families = families_of(runs)
     figure, axes = plt.subplots(
         len(families), len(PANELS), figsize=(15, 3.1 * len(families) + 0.4), sharex=True, sharey="col", squeeze=False
     )
@@ -65,6 +63,15 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def families_of(names: Collection[str]) -> dict[str, list[str]]:
+    """The rows of panels: families with those of their members that are among ``names``. One that has a single member,
+    which stands beside others elsewhere, says nothing and is left out."""
+    found = {title: [n for n in members if n in names] for title, members in FAMILIES.items()}
+    elsewhere = {n for members in found.values() if len(members) > 1 for n in members}
+    shown = {t: members for t, members in found.items() if len(members) > 1 or set(members) - elsewhere}
+    return shown or {"": []}
 
 
 def _line(axis: Any, runs: list[Curve], quantity: str, name: str, color: str, width: float) -> None:

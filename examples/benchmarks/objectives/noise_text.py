@@ -1,6 +1,6 @@
 """The noise of the gradient on real text: sampled objectives beside their exact twins, at the same states.
 
-    python examples/benchmarks/objectives/noise_text.py               # 3 times 12 batches of 8 rollouts of 40 tokens
+    python examples/benchmarks/objectives/noise_text.py               # 3 times 8 batches of 8 rollouts of 40 tokens
 
 The demo's student (SmolLM2-135M-Instruct without 4 of its 30 layers, before any step) answers the demo's prompts;
 each objective's gradient of all its parameters is taken of the same answers, with its full teacher beside it. Models
@@ -151,7 +151,7 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=3, help="of prompts and answers (default %(default)s)")
-    parser.add_argument("--batches", type=int, default=12, help="of each draw (default %(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="of each draw (default %(default)s)")
     parser.add_argument("--size", type=int, default=8, help="rollouts a batch (default %(default)s)")
     parser.add_argument("--length", type=int, default=40, help="tokens a rollout at most (default %(default)s)")
     options = parser.parse_args()
@@ -159,17 +159,15 @@ def main() -> None:
     if options.batches < 2 or options.batches * options.size > len(every):
         parser.error(f"--batches must be at least 2, and --batches x --size at most {len(every)}")
     pair = Pair.load(build_student(), build_smollm2())
-    rows: dict[str, list[str]] = {name: [] for name in OBJECTIVES}
+    console = Console(width=120)
     for draw in range(options.draws):
         prompts = random.Random(draw).sample(every, options.batches * options.size)
         seeds = range(draw * options.batches, (draw + 1) * options.batches)
+        table = Table(f"draw {draw + 1}, {options.batches} batches", "noise^2 / signal^2 of a batch", "signal")
         for name, gradients in measure(pair, prompts, seeds, options.size, options.length).items():
             ratio, signal = gradients.noise_to_signal()
-            rows[name].append(f"{ratio:.2f} (signal {signal**0.5:.3f})" if signal > 0 else "no signal")
-    table = Table("noise^2 / signal^2 of a batch", *(f"draw {i + 1}" for i in range(options.draws)))
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    Console(width=120).print(table)
+            table.add_row(name, *((f"{ratio:.2f}", f"{signal**0.5:.3f}") if signal > 0 else ("no signal", "")))
+        console.print(table)
 
 
 if __name__ == "__main__":
