@@ -89,8 +89,8 @@ class Pair:
         """From their checkpoints, in fp32."""
         tokenizer = AutoTokenizer.from_pretrained(teacher, padding_side="left")
         tokenizer.pad_token = tokenizer.eos_token
-        models = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (student, teacher))
-        return cls(*models, tokenizer)
+        ours, theirs = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (student, teacher))
+        return cls(ours, theirs, tokenizer)
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[str], seed: int, length: int) -> tuple[Tensor, Tensor, LossTokens]:
