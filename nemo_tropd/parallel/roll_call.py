@@ -85,7 +85,7 @@ class RollCall:
         _runs += 1
         self._prefix = f"nemo_tropd/roll_call/{_runs}"
         self._keys = [f"{self._prefix}/{rank}" for rank in range(self.world_size)]
-        self._heard_keys = [f"{key}/heard" for key in self._keys]
+        self._heard_keys = [f"{key}/heard" for key in self._keys]  # set by ranks that know why all end
         self._address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         self._no_store = "nor does the store at {}:{}".format(*self._address)
         own = Member(self.rank, host_name(), _is_this_machine(self._address[0]))
@@ -261,16 +261,12 @@ class RollCall:
 
     def _linger(self) -> None:
         """``stop``, but a rank that serves the store leaves last: the others read from it why it left."""
-        self._heard()
+        self._ask(lambda store: store.set(self._heard_keys[self.rank], "1"))
         if self.rank == 0 and not _agent_serves():
             deadline = time.monotonic() + LINGER_S
             while time.monotonic() < deadline and self._ask(lambda store: store.check(self._heard_keys)) is False:
                 time.sleep(0.1)
         self.stop()
-
-    def _heard(self) -> None:
-        """This rank needs the store no more: it knows why all end, or has told."""
-        self._ask(lambda store: store.set(self._heard_keys[self.rank], "1"))
 
     def _beat(self) -> None:
         while not self._done.is_set():

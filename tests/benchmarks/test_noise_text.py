@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from examples.benchmarks.objectives.noise_text import Gradients, Pair
+from examples.benchmarks.objectives.gradients import Gradients
+from examples.benchmarks.objectives.noise_text import Pair
 from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens
 from tests.tiny_models import make_tiny

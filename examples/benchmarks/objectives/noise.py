@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run, its siblings are imported
 
+from examples.benchmarks.objectives.gradients import Gradients
 from examples.benchmarks.objectives.running_sums import (
     VARIANTS,
     Curve,
@@ -42,7 +42,7 @@ def noise(name: str, models: tuple[DigitModel, DigitModel], batches: int, size: 
     student, teacher = models
     base, params = VARIANTS.get(name, (name, {}))
     objective, generator = objectives.build(base, **params), torch.Generator().manual_seed(3)
-    gradients: list[Tensor] = []
+    gradients = Gradients()
     for step in range(batches):
         digits = random_digits(size, generator)
         answer = generate(student, digits, generator, teacher, torch.zeros(size))
@@ -51,11 +51,9 @@ def noise(name: str, models: tuple[DigitModel, DigitModel], batches: int, size: 
         distill_step(
             objective, sequence(digits, answer)[:, :-1], tokens, (student, teacher, teacher), Curve.empty(name)
         )
-        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
-    table = torch.stack(gradients).double()
-    variance = float(table.var(0).sum())
-    signal = float(table.mean(0).square().sum()) - variance / batches
-    return variance / signal, signal**0.5 if signal > 0 else float("nan")
+        gradients.add([p.grad.double() for p in student.parameters() if p.grad is not None])
+    ratio, signal = gradients.noise_to_signal()
+    return ratio, signal**0.5 if signal > 0 else float("nan")
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run, its siblings are imported
 
+from examples.benchmarks.objectives.gradients import Gradients
 from examples.make_smollm2 import build_smollm2, build_student
 from nemo_tropd import objectives
 from nemo_tropd.batch import LossTokens, TeacherStates, gate_uniforms
@@ -46,34 +47,6 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "tropd_exact": ("tropd_exact", {}),
 }
 TOP_K = 64
-
-
-@dataclass
-class Gradients:
-    """Sums over batches of one objective's gradients and of their squared lengths."""
-
-    total: list[Tensor] | None = None  # one of each parameter
-    squares: float = 0.0
-    count: int = 0
-
-    def add(self, gradient: list[Tensor]) -> None:
-        self.squares += _squares(gradient)
-        self.count += 1
-        if self.total is None:
-            self.total = gradient
-        else:
-            torch._foreach_add_(self.total, gradient)
-
-    def noise_to_signal(self) -> tuple[float, float]:
-        """(noise^2 / signal^2, signal^2), unbiased both."""
-        of_mean = _squares(self.total or []) / self.count**2
-        noise = (self.squares / self.count - of_mean) * self.count / (self.count - 1)
-        signal = of_mean - noise / self.count
-        return noise / signal, signal
-
-
-def _squares(tensors: Sequence[Tensor]) -> float:
-    return sum(float(norm) ** 2 for norm in torch._foreach_norm(list(tensors)))
 
 
 @dataclass(frozen=True)
