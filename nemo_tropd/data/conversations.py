@@ -1,13 +1,14 @@
 """Records as conversations: each field checked, not yet tokenized.
 
-A record has ``prompt`` (a string, or a list of messages) or ``messages``, and may have ``answer``, ``id`` and
-``tools``. Messages are OpenAI's (``role``, ``content``, ``tool_calls``, ...) or ShareGPT's (``from``, ``value``). The
-keys of prompt, messages and answer can be renamed, and dotted for nested records. No torch.
+A record has ``prompt`` (a string, or a list of messages) or ``messages``, and may have ``answer``, ``id``, ``tools``
+and, beside a list of messages without one, ``system``. Messages are OpenAI's (``role``, ``content``, ``tool_calls``,
+...) or ShareGPT's (``from``, ``value``), and roles have the names of either. The keys of prompt, messages and answer
+can be renamed, and dotted for nested records. No torch.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,16 @@ from typing import Any
 from nemo_tropd.data.sources import PromptError
 
 _CONVERSATIONS = ("conversations", "conversation")  # other names of messages, where neither key is there
-# ShareGPT's names of roles
+# Names of roles, in lower case, and those that templates know
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "ai", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
+# As ``role``, which templates read: one of its own meaning, and those whose content is a call.
+_KEPT = ("developer", "function_call", "tool_call")
+_KNOWN = {*_ROLES.values(), "developer", "function", "ipython"}
 _TEXTS = (None, "text", "input_text", "output_text", "refusal")  # types of a part that holds text
 # Fields of a turn, besides role and content, that make it another turn; a template may read more.
 _MEANT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
@@ -51,11 +55,13 @@ class Prompt:
 
 
 class Tally(dict[str, tuple[int, str]]):
-    """How many records something happened to, by its name, and where the first one is; and the records' keys."""
+    """How many records something happened to, by its name, and where the first one is; the records' keys, and those
+    that conversations were read from."""
 
     def __init__(self) -> None:
         super().__init__()
         self.keys_of_records: dict[str, None] = {}
+        self.keys_read: set[str] = set()
 
     def add(self, name: str, where: str) -> None:
         """One more."""
@@ -65,19 +71,27 @@ class Tally(dict[str, tuple[int, str]]):
 
 def checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tally | None = None) -> Prompt | None:
     """The record with every field validated, not yet tokenized; None if it has nothing to respond to. ``tally`` counts
-    such "empty" records, "answered" ones, whose last answer is left out, and "structured" known answers, which cannot
-    be judged and are left out. Raises PromptError naming ``where``."""
-    tally = Tally() if tally is None else tally
+    such "empty" records, "answered" ones, whose last answer is left out, "foreign" ones with a role of another name,
+    and "structured" known answers, which cannot be judged and are left out. Raises PromptError naming ``where``."""
+    try:
+        return _checked(record, where, keys, Tally() if tally is None else tally)
+    except RecursionError as error:
+        raise PromptError(
+            f"{where}: nested too deeply to be read: leave it out, or make its deepest part text"
+        ) from error
+
+
+def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tally) -> Prompt | None:
     key, given = _conversation(record, where, keys)
+    answered = False
     if isinstance(given, str) and key == keys.prompt:
         turns = [] if _is_gap(given) else [{"role": "user", "content": given}]
     else:
-        turns = _turns(given, where, key)
-    if turns and "from" in given[0] and turns[0]["role"] != "system" and isinstance(record.get("system"), str):
-        turns[:0] = [{"role": "system", "content": record["system"]}] if record["system"].strip() else []
-    answered = bool(turns) and turns[-1]["role"] == "assistant"
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
+        turns, answered = _turns(given, where, key)
+        told = record.get("system")
+        tally.keys_read |= {key.split(".")[0], "system"}
+        if turns and turns[0]["role"] not in ("system", "developer") and not _is_gap(told):
+            turns.insert(0, _turn({"role": "system", "content": told}, f"{where}: 'system'"))
     last = turns[-1] if turns else {"role": "system"}
     said = last["role"] in ("tool", "function") or (last.get("content") or "").strip()
     if last["role"] in ("system", "developer") or not said:
@@ -85,6 +99,8 @@ def checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tall
         return None
     if answered:
         tally.add("answered", where)
+    if any(turn["role"] not in _KNOWN for turn in turns):
+        tally.add("foreign", where)
     known, name = _lookup(record, keys.answer), _lookup(record, "id")
     if any(isinstance(part, Mapping | bytes) for part in (known if isinstance(known, list) else [known])):
         tally.add("structured", where)
@@ -92,8 +108,9 @@ def checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tall
     if not _is_gap(name):
         name = str(name) if isinstance(name, str | int | float) else json.dumps(name, sort_keys=True, default=str)
     asked = [turn["content"] or "" for turn in turns if turn["role"] == "user"]
+    own = digest(turns, tools).hex()[:16]  # of every record: it finds what is nested too deeply
     return Prompt(
-        id=digest(turns, tools).hex()[:16] if _is_gap(name) else name,
+        id=own if _is_gap(name) else name,
         text=(asked or [turns[-1]["content"]])[-1],
         messages=tuple(turns),
         answer=_answer(known),
@@ -108,11 +125,11 @@ def has(record: Mapping[str, Any], key: str) -> bool:
     return _lookup(record, key, _ABSENT) is not _ABSENT
 
 
-def unread(keys: PromptKeys, found: Iterable[str]) -> list[str]:
-    """Of the ``found`` keys of records those that nothing reads."""
-    named = (keys.prompt, keys.messages, keys.answer)
-    read = {*named, *(key.split(".")[0] for key in named), *_CONVERSATIONS, "id", "tools"}
-    return [key for key in found if key not in read]
+def unread(keys: PromptKeys, tally: Tally) -> list[str]:
+    """Of the keys of records those that nothing has read."""
+    named = (keys.prompt, keys.answer)
+    read = {*named, *(key.split(".")[0] for key in named), "id", "tools"} | tally.keys_read
+    return [key for key in tally.keys_of_records if key not in read]
 
 
 def _lookup(record: Mapping[str, Any], key: str, default: Any = None) -> Any:
@@ -145,23 +162,35 @@ def _conversation(record: Mapping[str, Any], where: str, keys: PromptKeys) -> tu
     return next(((key, value) for key, value in found.items() if not _is_gap(value)), (next(iter(found)), None))
 
 
-def _turns(given: Any, where: str, key: str) -> list[dict[str, Any]]:
-    """The turns of a list of messages, or of its JSON, each checked."""
+def _turns(given: Any, where: str, key: str) -> tuple[list[dict[str, Any]], bool]:
+    """The turns of a list of messages, or of its JSON, each checked, up to the assistant's last; whether it has any."""
     if isinstance(given, str) and given.lstrip().startswith("["):
         given = _parsed(given, f"{where}: {key!r}")
     if _is_gap(given):
-        return []
+        return [], False
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise PromptError(
             f"{where}: {key!r} must be a string or a list of messages, got {type(given).__name__} {_shown(given)}"
         )
-    return [_turn(turn, f"{where}: {key!r}[{i}]") for i, turn in enumerate(given)]
+    asked = list(given)
+    while asked and _role(asked[-1]) == "assistant":
+        asked.pop()
+    return [_turn(turn, f"{where}: {key!r}[{i}]") for i, turn in enumerate(asked)], len(asked) < len(given)
+
+
+def _role(turn: Any) -> Any:
+    """A turn's role by the name that templates know; as it is if there is none; None of what is no turn."""
+    name = (turn.get("from") if turn.get("role") is None else turn["role"]) if isinstance(turn, Mapping) else None
+    if not isinstance(name, str):
+        return name
+    low = name.strip().lower()
+    return low if low in _KEPT and turn.get("role") is not None else _ROLES.get(low, name)
 
 
 def _turn(turn: Any, at: str) -> dict[str, Any]:
     if isinstance(turn, Mapping) and isinstance(turn.get("from"), str) and turn.get("role") is None:
         turn = _of_sharegpt(turn, at)
-    role = turn.get("role") if isinstance(turn, Mapping) else None
+    role = _role(turn) if isinstance(turn, Mapping) and "role" in turn else None
     if not isinstance(role, str) or not role.strip():
         raise PromptError(f"{at} must have 'role' and 'content', or 'from' and 'value'; got {_shown(turn)}")
     fields = {k: v for k, v in turn.items() if v is not None and k not in ("content", "tool_calls", "function_call")}
@@ -181,10 +210,10 @@ def _turn(turn: Any, at: str) -> dict[str, Any]:
 
 
 def _of_sharegpt(turn: Mapping[str, Any], at: str) -> dict[str, Any]:
-    role, value = _ROLES.get(turn["from"].lower()), turn.get("value")
-    if role is None:
+    role, value = _role(turn), turn.get("value")
+    if role not in _ROLES:
         raise PromptError(f"{at} is from {turn['from']!r}; known are {', '.join(_ROLES)}: rename it")
-    if turn["from"].lower() in ("function_call", "tool_call"):
+    if turn["from"].strip().lower() in _KEPT[1:]:
         calls = _parsed(value, f"{at}['value']")
         calls = [calls] if isinstance(calls, Mapping) else calls
         return {"role": role, "content": None, "tool_calls": calls}

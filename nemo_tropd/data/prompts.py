@@ -278,12 +278,13 @@ def _lines(tally: Tally, longest: int, keys: PromptKeys) -> list[str]:
         "overlong": f"prompts dropped: longer than {longest} tokens",
         "empty": "records skipped: nothing to respond to",
         "answered": "conversations end with the assistant: that answer is left out",
+        "foreign": "prompts have other roles than user, assistant, system and tool: the template must know them",
         "structured": "known answers are objects, which cannot be judged: name a part of it in model.data.answer_key",
         "unsaid": "prompts have turns that the chat template leaves out",
     }
     found = [(*tally[name], text) for name, text in texts.items() if name in tally]
     lines = [f"{count} of {tally['read'][0]} {text} (first: {where})" for count, where, text in found]
-    others = unread(keys, tally.keys_of_records)
+    others = unread(keys, tally)
     more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
     return [*lines, f"not read of the records: {', '.join(others[:_NAMED])}{more}"] if others else lines
 

@@ -18,6 +18,7 @@ Records = Iterator[tuple[dict[str, Any], str]]
 _KINDS = (".jsonl", ".ndjson", ".json", ".parquet")
 _PACKED = (".gz", ".zst", ".zstd")
 _TABLES = (".csv", ".tsv", ".xlsx", ".arrow")
+_BY_START = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}  # what is not JSON
 _LFS = b"version https://git-lfs.github.com/spec/"
 _ROWS = 1000  # of an Arrow table that are Python objects at a time
 
@@ -38,7 +39,14 @@ def open_records(path: str | Path, *, split: str = "train") -> tuple[Records, st
     by datasets, a clone of a hub data set, or shards, which are read sorted by name; or the name of a hub data set.
     ``FOLDER:config`` and ``owner/name:config`` choose a configuration, ``split`` a split where there are any.
     """
-    given, local = str(path), Path(os.path.expanduser(path))
+    try:
+        return _open_records(str(path), Path(os.path.expanduser(path)), split)
+    except OSError as error:
+        remedy = "give a path that this process may read"
+        raise PromptError(f"{path} cannot be looked at ({error.strerror or error}): {remedy}") from error
+
+
+def _open_records(given: str, local: Path, split: str) -> tuple[Records, str]:
     if local.is_file():
         return _read_files([local]), ""
     folder, _, config = str(local).rpartition(":")
@@ -94,8 +102,14 @@ def _read_files(files: Sequence[Path]) -> Records:
 def _read_file(path: Path) -> Records:
     try:
         with path.open("rb") as file:
-            if file.read(len(_LFS)) == _LFS:
-                raise PromptError(f"{path} is a Git LFS pointer, not the data: run git lfs pull in its folder")
+            start = file.read(len(_LFS))
+        if start == _LFS:
+            raise PromptError(f"{path} is a Git LFS pointer, not the data: run git lfs pull in its folder")
+        kind = next((kind for magic, kind in _BY_START.items() if start.startswith(magic)), "")
+        if kind and _suffix(path) in _KINDS[:3]:
+            name = f"{path.name}{'.gz' if kind == 'gzip' else '.zst'}"
+            what = f"Parquet: name it {path.stem}.parquet" if kind == "Parquet" else f"packed by {kind}: name it {name}"
+            raise PromptError(f"{path} is {what}")
         if _suffix(path) == ".parquet":
             yield from _read_parquet(path)
             return

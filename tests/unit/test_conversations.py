@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nemo_tropd.data import Prompt, PromptError, PromptKeys
-from nemo_tropd.data.conversations import Tally, checked, digest
+from nemo_tropd.data.conversations import Tally, checked, digest, unread
 
 ASK = {"role": "user", "content": "hi"}
 SAY = {"role": "assistant", "content": "yes"}
@@ -129,6 +129,86 @@ def test_a_last_answer_is_left_out_and_counted() -> None:
         found = checked({"messages": messages}, f"line {i}", PromptKeys(), tally)
         assert found is not None and found.messages[-1] == ASK and found.text == "hi"
     assert tally == {"answered": (2, "line 0")}
+
+
+@pytest.mark.parametrize("role", ["model", "gpt", "Assistant", "ASSISTANT ", "bot", "ai", "chatgpt"])
+def test_roles_are_known_by_their_other_names_in_openais_form_too(role: str) -> None:
+    tally, answer = Tally(), {"role": role, "content": "ANSWER"}
+    found = checked({"messages": [ASK, answer, ASK, answer]}, "here", PromptKeys(), tally)
+    assert found is not None and found.messages == (ASK, {**SAY, "content": "ANSWER"}, ASK)
+    assert tally == {"answered": (1, "here")}
+    talk = [
+        ("System", "system"),
+        ("developer", "developer"),
+        ("Human", "user"),
+        ("ipython", "ipython"),
+        ("User", "user"),
+    ]
+    assert [t["role"] for t in turns([{"role": given, "content": "a"} for given, _ in talk])] == [r for _, r in talk]
+
+
+def test_roles_that_nothing_knows_are_counted() -> None:
+    tally = Tally()
+    for i, role in enumerate(("user", "Narrator", "function_call", "developer", "ipython", "function")):
+        checked({"messages": [{"role": role, "content": "a"}, ASK]}, f"line {i}", PromptKeys(), tally)
+    assert tally == {"foreign": (2, "line 1")}
+
+
+def test_what_is_left_out_need_not_be_an_answer() -> None:
+    """The last turns of the assistant are no part of the prompt: templates of records leave them empty."""
+    for last in ({**SAY, "content": None}, {"role": "gpt", "content": [IMAGE]}, {"from": "gpt", "value": None}):
+        assert turns([ASK, last]) == turns([ASK, SAY, last]) == [ASK]
+
+
+def test_a_system_column_is_the_first_turn_of_messages() -> None:
+    told, other = {"role": "system", "content": "be"}, {"role": "developer", "content": "not"}
+    for record in ({"messages": [ASK]}, {"conversations": [{"from": "human", "value": "hi"}]}, {"prompt": [ASK]}):
+        assert prompt({**record, "system": "be"}).messages == (told, ASK)
+        assert prompt({**record, "system": [{"type": "text", "text": "be"}]}).messages == (told, ASK)
+        assert prompt({**record, "system": " "}).messages == prompt({**record, "system": None}).messages == (ASK,)
+    assert prompt({"messages": json.dumps([{"from": "human", "value": "hi"}]), "system": "be"}).messages == (told, ASK)
+    assert prompt({"messages": [other, ASK], "system": "be"}).messages == (other, ASK)
+    assert prompt({"prompt": "hi", "system": "be"}).messages == (ASK,)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["conversations", "system"], []),
+        (["messages", "system"], []),
+        (["messages", "conversations"], ["conversations"]),
+        (["prompt", "messages", "system", "source"], ["messages", "system", "source"]),
+    ],
+)
+def test_what_is_not_read_is_known(keys: list[str], said: list[str]) -> None:
+    tally, values = Tally(), {"prompt": "hi", "messages": [ASK], "conversations": [ASK]}
+    tally.keys_of_records.update(dict.fromkeys(keys))
+    checked({key: values.get(key, "a") for key in keys}, "here", PromptKeys(), tally)
+    assert unread(PromptKeys(), tally) == said
+
+
+def nested(kind: type, depth: int = 900) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+DEEP: list[dict[str, Any]] = [
+    {"prompt": "a", "answer": nested(list)},
+    {"prompt": "a", "id": nested(dict, 2000)},
+    {"prompt": "a", "tools": [nested(dict)]},
+    {"messages": nested(list, 2000)},
+    {"messages": [{**ASK, "reasoning": nested(list, 2000)}], "id": "x"},
+    {"messages": called([{"function": nested(dict)}])},
+    {"messages": [ASK, {"role": "tool", "content": nested(list, 2000)}]},
+]
+
+
+@pytest.mark.parametrize("record", DEEP, ids=lambda record: next(key for key in record if key != "prompt"))
+def test_what_is_nested_too_deeply_is_refused_by_name(record: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match=r"^here: .*nested too deeply"):
+        checked(record, "here", PromptKeys())
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,8 @@ def test_what_was_left_out_is_counted(tmp_path):
     fields = {"prompt": "a", "input": "b", "meta": {"answer": 1}, "id": 1, "tools": None}
     noted = load(write_jsonl(tmp_path / "fields.jsonl", [{"prompt": "c"}, fields | {f"x{i}": i for i in range(8)}]))
     assert noted.notes == (("data", "not read of the records: input, meta, x0, x1, x2, x3, x4, x5 and 2 more"),)
+    both = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    assert load(write_jsonl(tmp_path / "both.jsonl", [both])).notes == (("data", "not read of the records: messages"),)
     odd = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a", "answer": {"value": 3}}])
     assert "1 of 1 known answers are objects" in load(odd).notes[0][1]
     with pytest.raises(PromptError, match=r"all 2 records are empty: 'prompt' and 'messages' hold nothing"):

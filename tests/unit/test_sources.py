@@ -195,6 +195,9 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "long number in an array": ("p.json", b"[" + b"9" * 5000 + b"]", r"record 1: not JSON that can be read"),
     "no Parquet": ("p.parquet", b"PAR1 nonsense", r"p\.parquet is not a readable Parquet file"),
     "empty Parquet": ("p.parquet", b"", r"p\.parquet is not a readable Parquet file"),
+    "gzip by another name": ("p.jsonl", gzip.compress(b"{}\n"), r"p\.jsonl is packed by gzip: name it p\.jsonl\.gz"),
+    "zstd by another name": ("p.json", zstd(b"{}\n"), r"p\.json is packed by zstd: name it p\.json\.zst"),
+    "Parquet by another name": ("p.jsonl", b"PAR1 and more", r"p\.jsonl is Parquet: name it p\.parquet"),
     "web page": ("p.jsonl", b"<!DOCTYPE html>\n", r"line 1: not JSON .*<!DOCTYPE html>"),
 }
 
@@ -252,10 +255,15 @@ def test_a_bad_folder_is_refused_by_name(tmp_path: Path) -> None:
         ("/dev/null", r"no prompt file at"),
         ("{}/broken.jsonl", r"no prompt file at"),
         ("~no-such-user/p.jsonl", r"no prompt file at .*~no-such-user"),
+        ("{}/" + "a" * 256 + ".jsonl", r"cannot be looked at \(File name too long\): give a path"),
+        ("/" + "abc/" * 1200, r"cannot be looked at \(File name too long\)"),
+        ("{}/" + "a" * 256 + "/*.jsonl", r"(cannot be looked at|nothing matches)"),
+        ("{}/loop/p.jsonl", r"no prompt file at"),
     ],
 )
 def test_a_path_to_nothing_is_refused_by_name(path: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(PromptError, match=message):
         read(path.replace("{}", str(tmp_path)))
 
@@ -266,3 +274,19 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").chmod(0)
     with pytest.raises(PromptError, match=r"p\.jsonl cannot be read: .*Permission"):
         read(tmp_path / "p.jsonl")
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path) -> None:
+    clone(tmp_path / "closed", {"a.jsonl": made(1)})
+    (tmp_path / "closed").chmod(0)
+    user = os.geteuid()
+    try:
+        os.seteuid(65534 if user == 0 else user)
+        for path in (tmp_path / "closed", tmp_path / "closed" / "a.jsonl", f"{tmp_path}/closed/*.jsonl"):
+            with pytest.raises(
+                PromptError, match=r"closed.* (cannot be looked at \(Permission denied\)|nothing matches)"
+            ):
+                read(path)
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o700)

@@ -192,9 +192,9 @@ def test_turns_that_the_template_leaves_out_are_refused_or_counted(tokenizers: d
     left_out = "prompts have turns that the chat template leaves out (first: "
     assert load(path, "t.jinja") == [f"1 of 2 {left_out}{path}, line 2)"]
     assert load(path, "t.jinja", system_prompt="Think.") == [f"2 of 2 {left_out}{path}, line 1)"]
-    human = [{"prompt": "hello"}, {"messages": [{"role": "Human", "content": "how are you"}]}]
-    other = write_jsonl(tmp_path / "human.jsonl", human)
-    with pytest.raises(PromptError, match=r"line 2: the chat template leaves out the last turn \('Human', 'how are"):
+    strange = [{"prompt": "hello"}, {"messages": [{"role": "Narrator", "content": "how are you"}]}]
+    other = write_jsonl(tmp_path / "strange.jsonl", strange)
+    with pytest.raises(PromptError, match=r"line 2: the chat template leaves out the last turn \('Narrator', 'how are"):
         load(other, "t.jinja")
     with pytest.raises(
         PromptError, match=r"line 1: the chat template leaves out the last turn \('user', 'what  now'\)"
