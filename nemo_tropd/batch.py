@@ -167,10 +167,19 @@ class TokenBatch:
     rollouts: tuple[Rollout, ...] = field(default=(), compare=False)
     segments: Segments | None = None  # of a concatenated row; None: padded
     selected: LossTokens | None = field(default=None, compare=False)  # kept by ``to``, so that no device is waited for
+    teacher: str = "default"  # of all its sequences
+    # What the teacher reads in its place: the same loss tokens in the same order, after other prompts. None: the same.
+    told: TokenBatch | None = None
+    groups: tuple[tuple[str, ...], ...] = ()  # of each sequence: under which its metrics are kept apart
 
     @property
     def count_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
+
+    @property
+    def for_teacher(self) -> TokenBatch:
+        """What the teacher reads."""
+        return self.told or self
 
     def loss_tokens(self) -> LossTokens:
         """The tokens that enter the loss, flattened."""
@@ -195,6 +204,7 @@ class TokenBatch:
             _moved(self, device),
             selected=_moved(self.loss_tokens(), device),
             segments=None if self.segments is None else _moved(self.segments, device),
+            told=None if self.told is None else self.told.to(device),
         )
 
     @classmethod

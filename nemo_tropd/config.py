@@ -2,13 +2,15 @@
 
 Sections and keys keep NeMo-Aligner's names; ``model.tropd``, ``model.teacher``, ``model.rollout``, ``model.data`` and
 ``model.validation`` are ours. The dataclasses hold the only defaults: files in ``conf/`` say what differs from them.
-``model.data`` is in config_data.py.
+``model.data`` is in config_data.py, ``model.teacher`` in config_teacher.py.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from nemo_tropd.config_data import DataConfig
+from nemo_tropd.config_teacher import DEFAULT_TEACHER, TEACHER_KEYS, TeacherConfig
 from nemo_tropd.fields import (
     ENDPOINT_WANTED,
     ENTRIES,
@@ -27,6 +30,7 @@ from nemo_tropd.fields import (
     file_name,
     flag,
     integer,
+    named_sections,
     number,
     split_endpoint,
     text,
@@ -35,8 +39,6 @@ from nemo_tropd.fields import (
 ENGINE_TOKENS = 2048  # what the engine computes at a time at least, and so the most sequences
 SCHEMA_NAME = "tropd_schema"
 RECOMPUTE = (None, "selective", "full")
-# Recipes a teacher can run without gradients; Megatron's fourth, delayed, is refused by name.
-FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 RENDEZVOUS_PORT = 29400  # torchrun's own default
 LONGEST_S = 10**6  # in milliseconds, waits of the operating system take 32 bits
 
@@ -180,50 +182,6 @@ class ObjectiveConfig:
 
 
 @dataclass
-class AdmissionConfig:
-    """How far an FP8 teacher may be from the same teacher in bf16; measured at the start of a run, which exits if a
-    bound is passed. Read only with model.teacher.fp8. The defaults are the largest figures of an emulation on
-    SmolLM2-135M, rounded up (examples/figures/fp8_teacher.md)."""
-
-    prompts: int = integer(16, at_least=0)
-    """Held-out prompts, with the teacher's responses, to measure on; 0 skips the check."""
-    top_k_kl: float = number(0.06, at_least=0)
-    """Nats per token: KL from bf16 to FP8 over bf16's 64 best tokens and one bucket for all others."""
-    gate_flips: float = number(0.07, at_least=0, at_most=1)
-    """Share of tokens whose Bernoulli gate falls the other way under the run's own draws."""
-    ratio_error: float = number(0.4, at_least=0)
-    """Nats: mean |difference| of R = log pi_T - log pi_S."""
-
-
-@dataclass
-class TeacherConfig:
-    path: str = text(MISSING)
-    """The teacher: a Hugging Face checkpoint directory with the student's tokenizer."""
-    precision: str | None = choice(None, "32", "bf16")
-    """"32" or "bf16"; null: trainer.precision."""
-    tensor_model_parallel_size: int | None = integer(None, at_least=1)
-    """The teacher's own tensor-parallel degree, without a pipeline; null: split like the student. A divisor or a
-    multiple of model.tensor_model_parallel_size."""
-    response_tokens: int | None = integer(None, at_least=1)
-    """Length limit of the teacher's responses for prefixes and validation; null: model.rollout.max_new_tokens."""
-    cache_dir: str | None = text(None)
-    """Where teacher responses are kept; null: the user's cache directory."""
-    fp8: str | None = choice(None, *FP8_RECIPES)
-    """Transformer Engine's FP8 for the teacher's layers: tensorwise or blockwise (Hopper and later), mxfp8 (Blackwell);
-    null: none. The head, the embedding and the norms stay in bf16."""
-    fp8_param: bool = flag(True)
-    """Keep the layers' weights in FP8: half the bytes, and nothing is cast again at each pass. Read only with fp8."""
-    fp8_first_last_bf16: int = integer(0, at_least=0)
-    """Layers at each end that stay in bf16. Read only with fp8."""
-    offload: bool = flag(False)
-    """Keep the teacher's weights in host memory (pinned, if there is a GPU) except while it scores."""
-    offload_states: bool = flag(False)
-    """Exact objectives: keep the teacher's hidden states of a step in host memory (pinned, if there is a GPU) until
-    their micro-batch, instead of on the device."""
-    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-
-
-@dataclass
 class DedicatedConfig:
     """Engines on hosts of their own, each started by ``python -m nemo_tropd.rollout.engine_host``; read only with
     model.rollout.placement=dedicated."""
@@ -317,6 +275,10 @@ class ModelConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     tropd: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, Any] = field(default_factory=dict, metadata=named_sections(TeacherConfig, *TEACHER_KEYS))
+    """Further teachers by name, {code: {path: /models/coder, offload: true}}: each with the keys path, precision,
+    tensor_model_parallel_size, response_tokens, fp8, fp8_param, fp8_first_last_bf16 and offload, where they differ from
+    model.teacher's. Which prompts have which: model.data.teacher_key, or teacher of a source."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -349,6 +311,36 @@ def run_dir(cfg: TropdConfig) -> Path:
         return Path(cfg.exp_manager.explicit_log_dir).absolute()
     assert cfg.exp_manager.exp_dir is not None  # config_checks has seen to it
     return (Path(cfg.exp_manager.exp_dir) / cfg.name).absolute()
+
+
+def teacher_named(model: ModelConfig, name: str) -> TeacherConfig:
+    """The section of a teacher; ``default`` is model.teacher itself."""
+    return model.teacher if name == DEFAULT_TEACHER else replace(model.teacher, **model.teachers[name])
+
+
+def loaded_as(teacher: TeacherConfig) -> tuple[object, ...]:
+    """Equal for teachers that are one in memory."""
+    fp8 = (teacher.fp8, teacher.fp8_param, teacher.fp8_first_last_bf16) if teacher.fp8 else ()
+    where = Path(teacher.path).resolve(), teacher.tensor_model_parallel_size, teacher.offload
+    return (*where, teacher.precision, *fp8)
+
+
+def with_teacher(cfg: TropdConfig, name: str) -> TropdConfig:
+    """The configuration of a run whose one teacher is the one of this name."""
+    return replace(cfg, model=replace(cfg.model, teacher=teacher_named(cfg.model, name)))
+
+
+@contextmanager
+def about_teacher(name: str) -> Iterator[None]:
+    """Within it, what is wrong with model.teacher is said of the teacher of this name."""
+    try:
+        yield
+    except ConfigError as error:
+        own = error.key.removeprefix("model.teacher.")
+        if name == DEFAULT_TEACHER or own == error.key or own not in TEACHER_KEYS:
+            raise
+        remedy = re.sub(rf"model\.teacher\.({'|'.join(TEACHER_KEYS)})\b", rf"model.teachers.{name}.\1", error.remedy)
+        raise ConfigError(f"model.teachers.{name}.{own}", error.value, remedy) from error
 
 
 def anneal_steps(cfg: TropdConfig) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig, schema_keys
+from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig, about_teacher, schema_keys, with_teacher
 from nemo_tropd.config_keys import bad_value, typed, unknown_key, value_at
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.fields import refused
 
 _SECRET = r"(?:api_?key|access_key|private_key|token|password|passwd|secret|credentials?)"
@@ -41,6 +42,8 @@ def resolve(cfg: DictConfig) -> TropdConfig:
         for name in names:  # data and templates are expanded where they are opened
             if (value := getattr(section, name)) is not None:
                 setattr(section, name, os.path.expanduser(value))
+    for teacher in obj.model.teachers.values():
+        teacher["path"] = os.path.expanduser(teacher["path"])
     return obj
 
 
@@ -88,9 +91,13 @@ def check(cfg: TropdConfig) -> None:
     _check_optimizer(cfg)
     _check_engine(cfg)
     _check_layout(cfg)
-    _check_teacher_degree(cfg)
-    _check_lengths(cfg)
-    _check_fp8(cfg)
+    _require(cfg, DEFAULT_TEACHER not in cfg.model.teachers, "model.teachers", "default is model.teacher: rename it")
+    for name in (DEFAULT_TEACHER, *cfg.model.teachers):
+        one = with_teacher(cfg, name)
+        with about_teacher(name):
+            _check_teacher_degree(one)
+            _check_lengths(one)
+            _check_fp8(one)
 
 
 def _require(cfg: TropdConfig, satisfied: bool, key: str, remedy: str, effective: object = None) -> None:
@@ -117,6 +124,15 @@ def _check_data(cfg: TropdConfig) -> None:
     data, sources = cfg.model.data, "model.data.sources"
     _require(cfg, bool(data.path or data.sources), "model.data.path", f"give the prompts' file, or set {sources}")
     _require(cfg, not (data.path and data.sources), "model.data.path", f"choose: set it to null, or set {sources}=[]")
+    for i, name in enumerate(source.get("teacher") for source in data.sources):
+        known = (DEFAULT_TEACHER, *cfg.model.teachers)
+        if name is not None and name not in known:
+            raise ConfigError(
+                f"{sources}[{i}].teacher", name, f"model.teachers does not name it; there are {', '.join(known)}"
+            )
+    routed = data.teacher_key is not None or any(source.get("teacher") for source in data.sources)
+    unread = f"no prompt would have them: set model.data.teacher_key, or teacher in {sources}, or leave them out"
+    _require(cfg, routed or not cfg.model.teachers, "model.teachers", unread, list(cfg.model.teachers))
 
 
 def _check_optimizer(cfg: TropdConfig) -> None:

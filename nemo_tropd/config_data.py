@@ -21,7 +21,11 @@ class SourceConfig:
     prompt_key: str | None = text(None)
     messages_key: str | None = text(None)
     answer_key: str | None = text(None)
+    teacher_prompt_key: str | None = text(None)
     split: str | None = text(None)
+    teacher: str | None = text(None)
+    """The teacher of all its prompts: a name of model.teachers, or default for model.teacher; null: by
+    model.data.teacher_key."""
 
 
 @dataclass
@@ -40,6 +44,12 @@ class DataConfig:
     answer of the assistant is left out."""
     answer_key: str = text("answer")
     """Key of the known answer of a held-out prompt: a number or expression, words, or a list of which each is right."""
+    teacher_key: str | None = text(None)
+    """Key of the name of a prompt's teacher, of model.teachers; default, or nothing there, is model.teacher. null: all
+    prompts have that."""
+    teacher_prompt_key: str | None = text(None)
+    """Key of what the teacher reads in place of the prompt (a string or a list of messages): with a reference solution,
+    a hint, another system turn. Where nothing is there, and with null, it reads what the student reads."""
     split: str = text("train")
     """Split of a data set that has any."""
     max_prompt_tokens: int = integer(1024, at_least=1)

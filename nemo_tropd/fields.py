@@ -15,6 +15,7 @@ from typing import Any
 FLOAT_MAX = 3.4028234e38  # the largest fp32
 INT_MAX = 2**31 - 1
 _LONGEST_NAME = 128
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_-]*"
 
 Check = Callable[[object], str | None]
 """What to give instead of the value, or None for a value that will do."""
@@ -134,6 +135,27 @@ def sections(of: type[Any]) -> dict[str, Check]:
             for name, f in known.items():
                 if wrong := complaint(f, entry.get(name, f.default)):
                     return f"[{i}].{name} = {entry.get(name)!r}: {wrong}"
+        return None
+
+    return {"check": check}
+
+
+def named_sections(of: type[Any], *keys: str) -> dict[str, Check]:
+    """Metadata of a dictionary of dictionaries by name, each with some of the ``keys`` of one dataclass, the first of
+    them always."""
+    known = {f.name: f for f in fields(of) if f.name in keys}
+
+    def check(value: object) -> str | None:
+        if not isinstance(value, Mapping) or not all(isinstance(entry, Mapping) for entry in value.values()):
+            return f"give names with the keys {', '.join(keys)}, such as {{code: {{{keys[0]}: ...}}}}"
+        for name, entry in value.items():
+            if not isinstance(name, str) or not re.fullmatch(_NAME, name):
+                return f"[{name!r}]: name it by letters, digits, _ and -"
+            if unknown := [key for key in entry if key not in known]:
+                return f"{name}.{unknown[0]}: there is no such key; choose of {', '.join(keys)}"
+            for key in (keys[0], *entry):
+                if wrong := complaint(known[key], entry.get(key)):
+                    return f"{name}.{key} = {entry.get(key)!r}: {wrong}"
         return None
 
     return {"check": check}

@@ -14,10 +14,11 @@ from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.files import write_text
+from nemo_tropd.planner.degrees import layout, loss_tokens, student_degrees, teacher_degrees
 from nemo_tropd.planner.engine import engine_load
 from nemo_tropd.planner.host import host_memory
 from nemo_tropd.planner.machine import GIB, Machine
-from nemo_tropd.planner.memory import Memory, estimate, layout, loss_tokens, student_degrees, teacher_degrees
+from nemo_tropd.planner.memory import Memory, estimate
 from nemo_tropd.planner.seconds import spoken, step_seconds
 from nemo_tropd.planner.teacher_engines import teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory

@@ -18,7 +18,8 @@ from typing import Any
 
 from nemo_tropd.files import complete_file, write_text
 from nemo_tropd.loss.inputs import CHUNK_BYTES
-from nemo_tropd.planner.memory import layout, placement, positions
+from nemo_tropd.planner.degrees import layout, positions
+from nemo_tropd.planner.memory import placement
 from nemo_tropd.planner.rates import PEAK_BYTES, PEAK_FLOPS, PEAK_LINK, PEAK_NETWORK
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN
 

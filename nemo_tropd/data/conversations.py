@@ -6,13 +6,16 @@ and, beside a list of messages without one, ``system``. Messages are OpenAI's (`
 can be renamed, and dotted for nested records. No torch.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.data.sources import PromptError
 
 _CONVERSATIONS = ("conversations", "conversation")  # other names of messages, where neither key is there
@@ -39,6 +42,8 @@ class PromptKeys:
     prompt: str = "prompt"
     messages: str = "messages"
     answer: str = "answer"
+    teacher: str | None = None
+    teacher_prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,19 @@ class Prompt:
     token_ids: tuple[int, ...]  # the complete chat prompt, with the opening of the assistant's turn
     where: str  # the file and line, or row, that it came from
     tools: tuple[Mapping[str, Any], ...] = ()  # schemas of what the model may call
+    teacher: str = DEFAULT_TEACHER
+    source: str = ""  # its name, of several
+    told: tuple[Mapping[str, Any], ...] = ()  # what the teacher reads in place of the messages, if something else
+    told_ids: tuple[int, ...] = ()
+
+    @property
+    def teachers_ids(self) -> tuple[int, ...]:
+        """The tokens that the teacher reads."""
+        return self.told_ids or self.token_ids
+
+    def as_told(self) -> Prompt:
+        """The prompt that the teacher reads."""
+        return replace(self, messages=self.told, token_ids=self.told_ids) if self.told else self
 
 
 class Tally(dict[str, tuple[int, str]]):
@@ -105,6 +123,7 @@ def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tal
     if any(isinstance(part, Mapping | bytes) for part in (known if isinstance(known, list) else [known])):
         tally.add("structured", where)
     tools = _tools(record.get("tools"), f"{where}: 'tools'")
+    told = _told(record, where, keys.teacher_prompt) if keys.teacher_prompt else ()
     if not _is_gap(name):
         name = str(name) if isinstance(name, str | int | float) else json.dumps(name, sort_keys=True, default=str)
     asked = [turn["content"] or "" for turn in turns if turn["role"] == "user"]
@@ -117,7 +136,26 @@ def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tal
         token_ids=(),
         where=where,
         tools=tools,
+        teacher=_teacher(record, where, keys.teacher),
+        told=() if told == tuple(turns) else told,
     )
+
+
+def _teacher(record: Mapping[str, Any], where: str, key: str | None) -> str:
+    name = _lookup(record, key) if key else None
+    if not _is_gap(name) and not isinstance(name, str):
+        raise PromptError(f"{where}: {key!r} must be the name of a teacher, got {_shown(name)}")
+    return DEFAULT_TEACHER if _is_gap(name) else str(name)
+
+
+def _told(record: Mapping[str, Any], where: str, key: str) -> tuple[Mapping[str, Any], ...]:
+    """The turns that the teacher reads; none where nothing is there."""
+    if _is_gap(given := _lookup(record, key)):
+        return ()
+    told = checked({key: given}, where, PromptKeys(key, key))
+    if told is None:
+        raise PromptError(f"{where}: {key!r} holds nothing that the teacher could respond to: {_shown(given)}")
+    return told.messages
 
 
 def has(record: Mapping[str, Any], key: str) -> bool:
@@ -127,7 +165,7 @@ def has(record: Mapping[str, Any], key: str) -> bool:
 
 def unread(keys: PromptKeys, tally: Tally) -> list[str]:
     """Of the keys of records those that nothing has read."""
-    named = (keys.prompt, keys.answer)
+    named = [key for key in (keys.prompt, keys.answer, keys.teacher, keys.teacher_prompt) if key is not None]
     read = {*named, *(key.split(".")[0] for key in named), "id", "tools"} | tally.keys_read
     return [key for key in tally.keys_of_records if key not in read]
 

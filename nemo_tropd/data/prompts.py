@@ -3,15 +3,18 @@
 import hashlib
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.data.conversations import Prompt, PromptKeys, Tally, checked, digest, has, unread
 from nemo_tropd.data.sources import PromptError, Records, open_records
 from nemo_tropd.data.templates import Template, encode
@@ -29,6 +32,7 @@ class Source:
     weight: float = 1.0
     keys: PromptKeys = field(default_factory=PromptKeys)
     split: str = "train"
+    teacher: str | None = None  # of all its prompts; None: by a key
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -56,13 +60,32 @@ class PromptSet(Sequence[Prompt]):
         return self.prompts[index]
 
     def fingerprint(self) -> str:
-        """A digest of ids, tokens and answers in order, and of weights: a resumed run must see the same one."""
+        """A digest of ids, tokens, answers and teachers in order, and of weights: a resumed run must see the same."""
         found = hashlib.sha256()
         for p in self.prompts:
             found.update(json.dumps([p.id, p.answer, p.token_ids]).encode())
+            if p.told_ids or p.teacher != DEFAULT_TEACHER:
+                found.update(json.dumps([p.teacher, p.told_ids]).encode())
         if self.shares:
             found.update(json.dumps(self.shares).encode())
         return found.hexdigest()
+
+    @cached_property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of the prompts' teachers, in an order that depends on nothing else."""
+        return tuple(sorted({p.teacher for p in self.prompts}))
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the prompts' sources, if there are several."""
+        return tuple(dict.fromkeys(p.source for p in self.prompts if p.source))
+
+    def groups(self, index: int) -> tuple[str, ...]:
+        """Under which the metrics of a prompt are kept apart: its source and its teacher, where there are several."""
+        if not self.prompts:
+            return ()
+        p, several = self.prompts[index], len(self.teachers) > 1
+        return (*([f"source/{p.source}"] if p.source else []), *([f"teacher/{p.teacher}"] if several else []))
 
     def order(self, seed: int) -> "PromptOrder | MixedOrder":
         """The order in which a run with this seed uses the prompts."""
@@ -78,6 +101,11 @@ class PromptSplit:
     held_out: PromptSet
     dropped: int
     notes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of the teachers that any prompt has."""
+        return tuple(sorted({*self.train.teachers, *self.held_out.teachers}))
 
 
 @dataclass
@@ -186,8 +214,8 @@ def load_prompts(
     sources = [Source(path, 1.0, keys or PromptKeys(), split)] if isinstance(path, str | Path) else list(path)
     one = len(sources) == 1
     loaded, notes, dropped = [], [], 0
-    missed = _set_keys(sources)
-    for source in sources:
+    missed, names = _set_keys(sources), _names([str(source.path) for source in sources])
+    for source, name in zip(sources, names, strict=True):
         records, files = open_records(source.path, split=source.split)
         tally, of = Tally(), "" if one else f"{source.path}: "
         prompts = _loaded(
@@ -198,6 +226,7 @@ def load_prompts(
             overlong,
             tally,
         )
+        prompts = [replace(p, teacher=source.teacher or p.teacher, source=name) for p in prompts]
         loaded.append(prompts)
         dropped += tally.get("overlong", (0, ""))[0]
         lines = [*([files] if files else []), *_lines(tally, max_prompt_tokens, source.keys)]
@@ -208,16 +237,11 @@ def load_prompts(
     weights = [source.weight for source in sources]
     train, kept_out = _split(loaded, [str(s.path) for s in sources], apportioned(held_out, weights))
     shares = tuple(Share(len(part), weight) for part, weight in zip(train, weights, strict=True))
-    places = apportioned(sum(s.prompts for s in shares), weights)
-    for source, share, held, n in zip(sources, shares, apportioned(held_out, weights), places, strict=True):
-        if n == 0:
-            why = f"of an epoch's {sum(places)} prompts none would be from it; raise its weight"
-            raise PromptError(f"{source.path}: its weight {source.weight:g} is too small: {why}")
-        part = f"{share.prompts} to train, {held} held out, {n / sum(places):.1%} of each epoch"
-        notes += [] if one else [("data", f"{source.path}: {part}")]
+    notes += _share_lines(sources, shares, apportioned(held_out, weights))
     if copies := sum(map(len, loaded)) - sum(map(len, train)) - len(kept_out):
         notes.append(("data", f"{copies} prompts left out of training: copies of held-out ones"))
     every = tuple(chain.from_iterable(train))
+    notes += _teacher_lines(every, kept_out)
     return PromptSplit(PromptSet(every, shares if len(shares) > 1 else ()), PromptSet(kept_out), dropped, tuple(notes))
 
 
@@ -225,6 +249,37 @@ def _set_keys(sources: Sequence[Source]) -> dict[str, str]:
     """Keys of records that were set, and where; of several sources one that has it is enough: they share defaults."""
     named = [(getattr(source.keys, f.name), f) for source in sources for f in fields(PromptKeys)]
     return {key: f"model.data.{f.name}_key" for key, f in named if key != f.default}
+
+
+def _share_lines(sources: Sequence[Source], shares: Sequence[Share], held_out: Sequence[int]) -> list[tuple[str, str]]:
+    """What each of several sources contributes."""
+    lines, places = [], apportioned(sum(s.prompts for s in shares), [s.weight for s in shares])
+    for source, share, held, n in zip(sources, shares, held_out, places, strict=True):
+        if n == 0:
+            why = f"of an epoch's {sum(places)} prompts none would be from it; raise its weight"
+            raise PromptError(f"{source.path}: its weight {source.weight:g} is too small: {why}")
+        part = f"{share.prompts} to train, {held} held out, {n / sum(places):.1%} of each epoch"
+        lines.append(("data", f"{source.path}: {part}"))
+    return lines if len(sources) > 1 else []
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """What several sources are called in metrics: the last part of each path, numbered if that is not enough."""
+    if len(paths) == 1:
+        return [""]
+    short = [re.sub(r"[^\w.-]+", "_", path.rstrip("/").rpartition("/")[2]) or "source" for path in paths]
+    return [name if short.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(short, start=1)]
+
+
+def _teacher_lines(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[tuple[str, str]]:
+    """Lines of the plan: which prompts have which teacher, and how many teachers read something else."""
+    lines, several = [], Counter(p.teacher for p in train)
+    if several.keys() - {DEFAULT_TEACHER}:
+        shares = ", ".join(f"{name} {count} to train" for name, count in sorted(several.items()))
+        lines.append(f"by teacher: {shares}")
+    if told := sum(bool(p.told_ids) for p in (*train, *held_out)):
+        lines.append(f"of {told} of {len(train) + len(held_out)} prompts the teacher reads something else")
+    return [("data", line) for line in lines]
 
 
 def _watched(records: Records, tally: Tally, missed: dict[str, str]) -> Records:
@@ -250,12 +305,17 @@ def _loaded(
     while part := list(islice(records, _TOKENIZE_AT_ONCE)):
         usable = [p for raw, where in part if (p := checked(raw, where, source.keys, tally)) is not None]
         tally["read"] = (tally.get("read", (0, ""))[0] + len(part), part[0][1])
+        told = iter(encoded([p.as_told() for p in usable if p.told]) if any(p.told for p in usable) else ())
         for prompt, ids in zip(usable, encoded(usable) if usable else (), strict=True):
-            if len(ids) <= longest:
-                prompts.append(replace(prompt, token_ids=tuple(same.setdefault(i, i) for i in ids)))
+            others = next(told) if prompt.told else []
+            if max(len(ids), len(others)) <= longest:
+                mine, theirs = (tuple(same.setdefault(i, i) for i in part) for part in (ids, others))
+                prompts.append(replace(prompt, token_ids=mine, told_ids=theirs))
             elif overlong == "error":
+                what = "prompt" if len(ids) > longest else "teacher's prompt"
                 raise PromptError(
-                    f"{prompt.where}: the prompt has {len(ids)} tokens with the chat template, max_prompt_tokens "
+                    f"{prompt.where}: the {what} has {max(len(ids), len(others))} tokens with the chat template, "
+                    f"max_prompt_tokens "
                     f"is {longest}: shorten it, raise the limit, or set overlong to 'drop'"
                 )
             else:

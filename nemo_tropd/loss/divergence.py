@@ -22,13 +22,15 @@ def exact_divergences(
     layout: HeadLayout,
     *,
     teacher_layout: HeadLayout | None = None,
+    teacher_rows: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """KL(S || T), KL(T || S), 1 - TV = sum min(pi_S, pi_T), H_S and H_T at ``rows``, and whether the best token is the
     same: [T] each, nats, fp32, replicated. Always of the complete softmax at temperature 1, whatever
     ``layout.sampling`` is: models are compared, not samples.
 
-    Hidden states and weights as for ``head_loss``, each model with its own H; rows [T]. If the two are not split alike,
-    the teacher's logits are gathered over its group, a chunk at a time; the student's ``layout`` cuts both into chunks.
+    Hidden states and weights as for ``head_loss``, each model with its own H; rows [T], and [T] of the teacher's states
+    if the same tokens lie elsewhere there. If the two are not split alike, the teacher's logits are gathered over its
+    group, a chunk at a time; the student's ``layout`` cuts both into chunks.
     A rank that only has part of the teacher gives ``student_hidden`` None and gets an empty dictionary. Tokens whose
     logits are not finite have NaN. Raises ValueError for shapes or vocabularies that do not match.
     """
@@ -37,9 +39,9 @@ def exact_divergences(
     if theirs != ours:
         raise ValueError(f"the teacher's vocab_size is {theirs}, the student's {ours}; divergences need one vocabulary")
     student, teacher = layout.shard(student_weight), teacher_layout.shard(teacher_weight)
-    zeros = torch.zeros_like(rows)
-    check_head(teacher_hidden, teacher_weight, rows, zeros, teacher, teacher_layout.sequence_parallel)
-    teacher_states = HiddenRows.of(teacher_hidden, rows, teacher, teacher_layout.sequence_parallel)
+    zeros, theirs_at = torch.zeros_like(rows), rows if teacher_rows is None else teacher_rows
+    check_head(teacher_hidden, teacher_weight, theirs_at, zeros, teacher, teacher_layout.sequence_parallel)
+    teacher_states = HiddenRows.of(teacher_hidden, theirs_at, teacher, teacher_layout.sequence_parallel)
     columns = max(student.columns, teacher.columns * (1 if _alike(teacher, student) else teacher.size))
     # Both models' logits live at once, with the temporaries of the sums: a quarter of what one model's chunk may have.
     # The size rests on what every rank that takes part in a gather knows.

@@ -1,7 +1,7 @@
 """One step's passes over the student: its micro-batches through Megatron's schedule, their losses and metrics."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,8 @@ class StudentPass:
     sequences: int  # of the global batch
     layout: HeadLayout
     keep_tokens: bool = False  # keep each token's log-ratio and gate, for the report
-    teacher_head: Tensor | None = None  # with TeacherStates: the head they go through, split as the student's
+    # With TeacherStates: the head of each teacher that they go through, split as the student's.
+    teacher_heads: Mapping[str, Tensor] = field(default_factory=dict)
     top_k: int = 1  # and the candidates to take there
 
     def run(
@@ -76,8 +77,7 @@ class StudentPass:
         tokens = batch.loss_tokens()
         beside: TeacherScores | TeacherHead
         if isinstance(teacher, TeacherStates):
-            assert self.teacher_head is not None
-            beside = TeacherHead(teacher, self.teacher_head, self.top_k)
+            beside = TeacherHead(teacher, self.teacher_heads[batch.teacher], self.top_k)
         else:
             beside = teacher
         weight: Any = head_weight(self.ddp.module)  # with the main_grad that Megatron's DDP gives it
@@ -95,7 +95,7 @@ class StudentPass:
             options=LossOptions(weights, reference, weight.dtype != weight.main_grad.dtype, carry_bad=True),
         )
         if self.topology.tensor_rank == 0:
-            _add_metrics(sums, tokens, result)
+            _add_metrics(sums, batch, tokens, result)
             if result.bad is not None:
                 sequence = int(batch.sequence_ids[tokens.sequence[result.bad[1]]])
                 sums.bad.append((result.bad[0], self.topology.rank, sequence))
@@ -105,7 +105,7 @@ class StudentPass:
         return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}
 
 
-def _add_metrics(sums: DeviceSums, tokens: LossTokens, result: HeadLoss) -> None:
+def _add_metrics(sums: DeviceSums, batch: TokenBatch, tokens: LossTokens, result: HeadLoss) -> None:
     """One micro-batch's sums over student tokens, and the engine's and trainer's disagreement on them."""
     metrics = {k: v for k, v in result.metrics.items() if k not in ("loss", "guided_loss", "tokens")}
     sums.add({**metrics, "loss": result.loss, "student_tokens": result.metrics["tokens"]}, result.minima)
@@ -113,9 +113,12 @@ def _add_metrics(sums: DeviceSums, tokens: LossTokens, result: HeadLoss) -> None
     student, per_token = ~tokens.guided, result.per_token
     if not len(tokens):
         return
+    by_token: dict[str, Tensor] = {name: per_token[name] for name in ("trust", "log_ratio") if name in per_token}
     if "forward_kl" in per_token and "trust" in per_token:
-        outlier = (1 - per_token["trust"]) * per_token["forward_kl"]
-        sums.add({"outlier_forward_kl": torch.where(student, outlier, 0.0).sum()})
+        by_token["outlier_forward_kl"] = (1 - per_token["trust"]) * per_token["forward_kl"]
+        sums.add({"outlier_forward_kl": torch.where(student, by_token["outlier_forward_kl"], 0.0).sum()})
+    own = {name: torch.where(student, values, 0.0) for name, values in by_token.items()}
+    sums.by_group(batch, {"student_tokens": student, **own})
     log_probs = result.teacher_log_probs - per_token["log_ratio"]
     mismatch = (log_probs - tokens.behavior_log_probs).abs().double()
     # Minima are what is reduced over ranks, so the largest disagreement travels with its sign turned.

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout, Sampling, TeacherScores, TeacherStates, TokenBatch, TokenScores
-from nemo_tropd.config import ModelConfig
+from nemo_tropd.config import ModelConfig, about_teacher, loaded_as, teacher_named
+from nemo_tropd.config_teacher import DEFAULT_TEACHER, TeacherConfig
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.convert.hf_export import device_stream, hf_stream
 from nemo_tropd.convert.hf_import import load_hf
@@ -59,7 +60,8 @@ class MegatronTrOPDModel(ModelPT):
     Args:
         cfg: the ``model`` section of a run's configuration.
         trainer: a Lightning trainer that carries loggers, or None; it never runs a loop.
-        calibration: the same batches on every data-parallel rank, on which an FP8 teacher is admitted.
+        calibration: the same batches on every data-parallel rank, on which FP8 teachers are admitted, each on its own.
+        teachers: the names of those that are used: of model.teachers, or default.
 
     Raises ConfigError if an FP8 teacher is too far from bf16, and ValueError if there are no batches to measure it on.
     """
@@ -73,6 +75,7 @@ class MegatronTrOPDModel(ModelPT):
         objective: Objective,
         student: StudentSource,
         calibration: Sequence[TokenBatch] = (),
+        teachers: Sequence[str] = (DEFAULT_TEACHER,),
     ) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), _ours(cfg)))
@@ -89,24 +92,57 @@ class MegatronTrOPDModel(ModelPT):
         else:
             load_hf(self.student, student.path, self.shape, topology)
         self.ddp = data_parallel(self.student, topology, distributed_optimizer=self.settings.optim.distributed)
-        dtype = DTYPES[self.settings.teacher.precision or student.precision]
-        scorer = partial(
-            TeacherScorer, topology=topology, dtype=dtype, vocab_size=student.vocab_size, fill=student.fill
-        )
-        self.teacher = self._build_teacher(scorer, calibration)
-        self.sharing = TeacherSharing(self.teacher, topology)
-        self.teacher_head: Tensor | None = None
+        scorer = partial(TeacherScorer, vocab_size=student.vocab_size, fill=student.fill)
+        self.teachers = self._build_teachers(teachers, scorer, student.precision, calibration)
+        self.teacher_heads: dict[str, Tensor] = {}
         if objective.needs_distributions and topology.is_last_stage:
-            self.teacher_head = self.sharing.head_like(head_weight(self.student).size(0))
+            columns = head_weight(self.student).size(0)
+            heads = {one: one.head_like(columns) for one in dict.fromkeys(self.teachers.values())}
+            self.teacher_heads = {name: heads[one] for name, one in self.teachers.items()}
         # G-OPD measures its reward from the student as it was before training.
-        self.reference = scorer(student.path) if objective.needs_reference else None
+        own = DTYPES[self.settings.teacher.precision or student.precision]
+        self.reference = scorer(student.path, topology=topology, dtype=own) if objective.needs_reference else None
         self._rollouts: Rollouts | None = None
         self.weights_version = 0
 
-    def _build_teacher(self, scorer: Callable[..., TeacherScorer], calibration: Sequence[TokenBatch]) -> TeacherScorer:
+    def _build_teachers(
+        self,
+        names: Sequence[str],
+        scorer: Callable[..., TeacherScorer],
+        precision: str,
+        calibration: Sequence[TokenBatch],
+    ) -> dict[str, TeacherSharing]:
+        """The teachers by name; one for several names whose sections come to the same (collective)."""
+        made: dict[tuple[Any, ...], TeacherSharing] = {}
+        found = {}
+        for name in names:
+            t = teacher_named(self.settings, name)
+            if (same := loaded_as(t)) not in made:
+                place = self.topology.with_teacher(t.tensor_model_parallel_size)
+                make = partial(
+                    scorer,
+                    Path(t.path),
+                    topology=place.for_teacher(),
+                    dtype=DTYPES[t.precision or precision],
+                    offload=t.offload,
+                )
+                with about_teacher(name):
+                    made[same] = TeacherSharing(
+                        self._admitted(t, make, [b for b in calibration if b.teacher == name]), place
+                    )
+            found[name] = made[same]
+        return found
+
+    @property
+    def teacher(self) -> TeacherScorer:
+        """The only teacher, or the first."""
+        return next(iter(self.teachers.values())).teacher
+
+    def _admitted(
+        self, settings: TeacherConfig, make: Callable[..., TeacherScorer], calibration: Sequence[TokenBatch]
+    ) -> TeacherScorer:
         """The teacher of the settings; one in FP8 only if it keeps the admission bounds (ConfigError; collective)."""
-        settings, fp8 = self.settings.teacher, Fp8Settings.of(self.settings.teacher)
-        make = partial(scorer, Path(settings.path), topology=self.topology.for_teacher(), offload=settings.offload)
+        fp8 = Fp8Settings.of(settings)
         if fp8 is None or not settings.admission.prompts:
             return make(fp8=fp8)
         if not calibration:
@@ -201,13 +237,28 @@ class MegatronTrOPDModel(ModelPT):
         """The teacher's scores of every micro-batch (None except on the last pipeline stage), at the temperature of the
         rollouts: with equal logits, student and teacher are equal. Its hidden states, if the objective sees
         distributions: its head then goes along with the student's."""
+        found: list[TeacherScores | TeacherStates | None] = [None] * len(batches)
+        for teacher, places in self._by_teacher(batches):
+            for i, scores in zip(places, self._score(teacher, [batches[i] for i in places]), strict=True):
+                found[i] = scores
+        return found
+
+    def _score(
+        self, teacher: TeacherSharing, batches: Sequence[TokenBatch]
+    ) -> Sequence[TeacherScores | TeacherStates | None]:
         if self.objective.needs_distributions:
-            return self.sharing.states(batches, on_host=self.settings.teacher.offload_states)
+            return teacher.states(batches, on_host=self.settings.teacher.offload_states)
         tropd, entropy = self.settings.tropd, self.objective.needs_teacher_entropy
-        return self.sharing.score(
+        return teacher.score(
             batches, top_k=tropd.top_k, entropy=entropy, chunk_tokens=tropd.chunk_tokens,
             temperature=self.settings.rollout.temperature,
         )  # fmt: skip
+
+    def _by_teacher(self, batches: Sequence[TokenBatch]) -> Iterator[tuple[TeacherSharing, list[int]]]:
+        """Each teacher that has any of the micro-batches, and which: on every rank the same number."""
+        for teacher in dict.fromkeys(self.teachers.values()):
+            if places := [i for i, batch in enumerate(batches) if self.teachers[batch.teacher] is teacher]:
+                yield teacher, places
 
     def get_loss_and_metrics(
         self,
@@ -231,7 +282,7 @@ class MegatronTrOPDModel(ModelPT):
         layout = self._layout()
         top_k = self.settings.tropd.top_k if getattr(objective, "needs_top_k", False) else 1
         step_pass = StudentPass(
-            self.ddp, self.topology, objective, loss_tokens, sequences, layout, keep_tokens, self.teacher_head, top_k
+            self.ddp, self.topology, objective, loss_tokens, sequences, layout, keep_tokens, self.teacher_heads, top_k
         )
         sums = step_pass.run(batches, scores, reference)
         return sums.sums.get("loss", 0.0), sums
@@ -276,18 +327,15 @@ class MegatronTrOPDModel(ModelPT):
     def get_divergences(self, batches: Sequence[TokenBatch]) -> MetricSums:
         """Sums over loss tokens of the exact divergences of student and teacher over the full true vocabulary. They
         compare models, not samples: at temperature 1, whatever the rollouts have."""
-        sums = DeviceSums()
-        found = self.sharing.divergences(
-            batches,
-            pipeline_forward(self.student, batches, self.topology),
-            head_weight(self.student) if self.topology.is_last_stage else None,
-            self._layout(),
-        )
-        for batch, values in zip(batches, found, strict=True):
-            if values is None:
-                continue
-            if self.topology.tensor_rank == 0:
-                sums.add({**{k: v.double().sum() for k, v in values.items()}, "tokens": batch.loss_mask.sum()})
+        sums, hidden = DeviceSums(), pipeline_forward(self.student, batches, self.topology)
+        head = head_weight(self.student) if self.topology.is_last_stage else None
+        for teacher, places in self._by_teacher(batches):
+            own = [batches[i] for i in places]
+            found = teacher.divergences(own, [hidden[i] for i in places], head, self._layout())
+            for batch, values in zip(own, found, strict=True):
+                if values is not None and self.topology.tensor_rank == 0:
+                    sums.add({**{k: v.double().sum() for k, v in values.items()}, "tokens": batch.loss_mask.sum()})
+                    sums.by_group(batch, {**values, "tokens": torch.ones_like(values["reverse_kl"])})
         return sums.collect()
 
     def setup_training_data(self, train_data_config: DictConfig | dict) -> None:

@@ -66,6 +66,7 @@ class DeviceSums:
         self._sums: dict[str, Tensor] = {}
         self._minima: dict[str, Tensor] = {}
         self._kept: list[tuple[TokenBatch, Mapping[str, Tensor]]] = []
+        self._grouped: list[tuple[tuple[tuple[str, ...], ...], tuple[str, ...], Tensor]] = []
 
     def add(self, sums: Mapping[str, Tensor], minima: Mapping[str, Tensor] | None = None) -> None:
         """Add one micro-batch's sums, scalars; keep the smallest of its minima."""
@@ -80,6 +81,13 @@ class DeviceSums:
         """See :meth:`MetricSums.keep`."""
         self._kept.append((batch, per_token))
 
+    def by_group(self, batch: TokenBatch, values: Mapping[str, Tensor]) -> None:
+        """Add ``values`` [T] of a micro-batch's loss tokens to the sums ``GROUP/NAME`` of their sequences' groups."""
+        if batch.groups:
+            table = torch.stack([v.detach().double() for v in values.values()])
+            sums = table.new_zeros(len(values), len(batch.groups))
+            self._grouped.append((batch.groups, tuple(values), sums.index_add_(1, batch.loss_tokens().sequence, table)))
+
     def collect(self) -> MetricSums:
         """The same on the host. A minimum over nothing (infinite) is left out."""
         total = MetricSums()
@@ -91,6 +99,12 @@ class DeviceSums:
                 dict(zip(self._sums, values[: len(self._sums)], strict=True)),
                 {name: value for name, value in minima if value != math.inf},
             )
+        grouped = torch.cat([sums.flatten() for _, _, sums in self._grouped]).tolist() if self._grouped else []
+        found = iter(grouped)
+        for groups, names, _ in self._grouped:
+            for name in names:
+                for of, value in zip(groups, found, strict=False):  # as many as there are sequences
+                    total.add({f"{group}/{name}": value for group in of})
         for batch, per_token in self._kept:
             total.keep(batch, per_token)
         return total

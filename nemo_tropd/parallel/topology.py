@@ -40,6 +40,7 @@ class Topology(World):
     # The same ranks on gloo, if a teacher sees several data ranks' rollouts.
     teacher_control_group: ProcessGroup | None
     from_megatron: bool = True  # False: a teacher's own groups, which Megatron's global state does not know
+    timeout_s: float = 600.0  # of a collective
 
     @property
     def is_leader(self) -> bool:
@@ -110,7 +111,16 @@ class Topology(World):
             model_group=state.get_model_parallel_group(),
             teacher_group=teacher_group,
             teacher_control_group=teacher_control,
+            timeout_s=timeout_s,
         )
+
+    def with_teacher(self, tensor_parallel: int | None) -> Topology:
+        """The topology beside a teacher of this tensor-parallel degree, with its groups (collective)."""
+        ranks = replace(self.ranks, teacher_tensor=tensor_parallel)
+        if ranks == self.ranks:
+            return self
+        group, control = _teacher_groups(ranks, self.tensor_group, datetime.timedelta(seconds=self.timeout_s))
+        return replace(self, ranks=ranks, teacher_group=group, teacher_control_group=control)
 
     def for_teacher(self) -> Topology:
         """The topology of the teacher's model: this one, or one of its own group if it has a degree of its own, without

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.degrees import BYTES, layout
 from nemo_tropd.planner.machine import ENGINE_WORKSPACE, GIB, Machine
-from nemo_tropd.planner.memory import BYTES, engine_bytes, layout, placement
+from nemo_tropd.planner.memory import engine_bytes, placement
 
 
 def token_bytes(shape: ModelShape, dtype: str) -> int:

@@ -1,18 +1,19 @@
 """Host memory of a GPU node, estimated: processes, what is pinned, what a checkpoint gathers on its way to the disk."""
 
+from collections.abc import Sequence
+
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_keys import value_at
 from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.degrees import layout, positions, student_degrees
 from nemo_tropd.planner.machine import HOST_ENGINE, HOST_RANK, Machine
 from nemo_tropd.planner.memory import (
     Memory,
+    Of,
     checkpoint_bytes,
-    layout,
     placement,
-    positions,
     stage_parameters,
     states_bytes,
-    student_degrees,
     teacher_weights,
 )
 from nemo_tropd.planner.verdict import gib
@@ -22,21 +23,28 @@ EXPORT = 2e9  # a file of weights as it is written, and the largest tensor
 
 
 def host_memory(
-    cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine, *, exact: bool = False
+    cfg: TropdConfig,
+    student: ModelShape,
+    teacher: ModelShape,
+    machine: Machine,
+    *,
+    exact: bool = False,
+    others: Sequence[Of] = (),
 ) -> Memory:
-    """Of the host that needs most, rank 0's: all its ranks together. ``machine`` is a GPU's; ``exact`` as in
-    ``planner.memory``."""
+    """Of the host that needs most, rank 0's: all its ranks together. ``machine`` is a GPU's; ``exact`` and ``others``
+    as in ``planner.memory``."""
     devices, numbers = cfg.trainer.devices, sum(stage_parameters(student, student_degrees(cfg)))
     m = cfg.model
     resident = {
         "processes": devices * HOST_RANK,
         "rollouts": devices * positions(cfg) * ROLLOUT_OBJECTS,
     }
-    if m.teacher.offload:
-        resident["teacher, pinned"] = devices * teacher_weights(cfg, teacher)
+    if pinned := sum(teacher_weights(*of) for of in ((cfg, teacher), *others) if of[0].model.teacher.offload):
+        resident["teacher, pinned"] = devices * pinned
     if exact and m.teacher.offload_states:
         # torch takes pinned memory in powers of two
-        resident["teacher's hidden states, pinned"] = 2 * devices * states_bytes(cfg, teacher)
+        states = max(states_bytes(*of) for of in ((cfg, teacher), *others))
+        resident["teacher's hidden states, pinned"] = 2 * devices * states
     if placement(cfg, machine) == "process":
         resident["engine"] = HOST_ENGINE
     # Every rank copies what it writes; what data-parallel ranks have in common is written once.

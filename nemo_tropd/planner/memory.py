@@ -5,20 +5,31 @@ except by the local attention on CPU, for padded rows); Korthikanti et al. 2022 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.parallel.ranks import RankLayout
+from nemo_tropd.planner.degrees import (
+    BYTES,
+    FP32,
+    Degrees,
+    layout,
+    loss_tokens,
+    micro_batches,
+    positions,
+    row_tokens,
+    student_degrees,
+    teacher_degrees,
+)
 from nemo_tropd.planner.machine import CPU_ENGINE, FRAGMENTATION, GIB, NCCL_GROUP, Machine, graphs_bytes
 from nemo_tropd.rollout.placement import placement_of, teacher_utilization
 
-BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
-FP32 = 4
 EXACT_COPIES = 8  # loss.teacher.TORCH_COPIES, which a plan, made without torch, cannot import
 # Bytes per position of a micro-batch's tensors: ids, positions and labels in int64, three masks, two floats.
 BATCH_POSITION = 35
+_HEAD = "teacher's head, split as the student's"
+Of = tuple[TropdConfig, ModelShape]  # a teacher in the configuration of a run whose only one it is
 
 
 @dataclass(frozen=True)
@@ -59,51 +70,6 @@ class Memory:
     def steps(self) -> float:
         """Bytes at the peak of the steps: an engine before them takes its share, whatever it needs."""
         return max(self.size(phase) for phase in self.phases)
-
-
-@dataclass(frozen=True)
-class Degrees:
-    """Parallel degrees of one model."""
-
-    tensor: int
-    pipeline: int
-    sequence: int  # divisor of the hidden states between matrix products: ``tensor`` under sequence parallelism, else 1
-
-
-def layout(cfg: TropdConfig) -> RankLayout:
-    """The ranks of a run. Raises ValueError as RankLayout does."""
-    m, ranks = cfg.model, cfg.trainer.num_nodes * cfg.trainer.devices
-    tensor, pipeline = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
-    return RankLayout(ranks, tensor, pipeline, m.teacher.tensor_model_parallel_size)
-
-
-def student_degrees(cfg: TropdConfig) -> Degrees:
-    """The student's degrees."""
-    m, tensor = cfg.model, cfg.model.tensor_model_parallel_size
-    return Degrees(tensor, m.pipeline_model_parallel_size, tensor if m.sequence_parallel else 1)
-
-
-def teacher_degrees(cfg: TropdConfig) -> Degrees:
-    """The teacher's degrees: the student's, or its own tensor degree without pipeline and sequence parallelism."""
-    ranks = layout(cfg)
-    return student_degrees(cfg) if ranks.teacher_tensor is None else Degrees(ranks.teacher_degree, 1, 1)
-
-
-def row_tokens(cfg: TropdConfig) -> int:
-    """Positions in the largest micro-batch."""
-    m = cfg.model
-    return m.tokens_per_micro_batch or m.micro_batch_size * m.encoder_seq_length
-
-
-def loss_tokens(cfg: TropdConfig) -> int:
-    """Upper bound on the tokens in the loss of one step; a teacher prefix counts towards max_new_tokens."""
-    return cfg.model.global_batch_size * cfg.model.rollout.max_new_tokens
-
-
-def positions(cfg: TropdConfig) -> int:
-    """Upper bound on the positions of one step over all data-parallel ranks, prompts included."""
-    m = cfg.model
-    return m.global_batch_size * min(m.encoder_seq_length, m.data.max_prompt_tokens + m.rollout.max_new_tokens)
 
 
 def stage_parameters(shape: ModelShape, degrees: Degrees) -> tuple[float, float]:
@@ -185,14 +151,6 @@ def student_activations(cfg: TropdConfig, shape: ModelShape, machine: Machine) -
     }
 
 
-def micro_batches(cfg: TropdConfig) -> int:
-    """Micro-batches of one data-parallel rank and step if all responses have maximum length."""
-    data = layout(cfg).data
-    if cfg.model.tokens_per_micro_batch is None:
-        return math.ceil(cfg.model.global_batch_size / data / cfg.model.micro_batch_size)
-    return math.ceil(positions(cfg) / data / cfg.model.tokens_per_micro_batch)
-
-
 def head_bytes(
     cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Machine, *, gradient: bool, exact: bool = False
 ) -> float:
@@ -251,8 +209,11 @@ def estimate(
     reference: bool = False,
     first_pass: bool = False,
     exact: bool = False,
+    others: Sequence[Of] = (),
 ) -> Memory:
-    """The memory of a checked configuration on ``machine``. Keywords: what the objective needs."""
+    """The memory of a checked configuration on ``machine``. Keywords: what the objective needs, and ``others``: further
+    teachers, each in the configuration of a run whose only one it is. They score in turn; what is not offloaded stays.
+    """
     own, ranks, width = student_degrees(cfg), layout(cfg), BYTES[cfg.trainer.precision]
     numbers = sum(stage_parameters(student, own))
     resident = {
@@ -260,13 +221,16 @@ def estimate(
         "student": numbers * width,
         "gradients": numbers * FP32,
         "optimizer": optimizer_bytes(cfg, numbers),
-        "teacher": teacher_weights(cfg, teacher),
+        "teacher": 0.0,
         "micro-batches and scores": _batch_bytes(cfg),
     }
     if reference:
         resident["reference"] = numbers * BYTES[cfg.model.teacher.precision or cfg.trainer.precision]
-    scoring = _scoring(cfg, teacher, machine)
-    held = {"teacher": resident.pop("teacher")} if cfg.model.teacher.offload else {}
+    teachers = [(cfg, teacher), *others]
+    largest = max(teachers, key=lambda of: of[1].parameters())
+    scoring = _most(_scoring(*of, machine) for of in teachers)
+    stay, held = _weights(teachers)
+    resident = {**resident, "teacher": stay} if stay else {k: v for k, v in resident.items() if k != "teacher"}
     phases: dict[str, dict[str, float]] = {
         "teacher scores": {**scoring, **held},
         "student passes": {
@@ -277,29 +241,55 @@ def estimate(
         "weights to the engine": {"gathered tensors": 3 * student.vocab_size * student.hidden * width},
     }
     if exact:
-        resident |= _beside(cfg, student, teacher, machine)
+        resident |= _most((_beside(of[0], student, of[1], machine) for of in teachers), add=_HEAD)
     alone = _forward(cfg, student, own, machine)
     if cfg.model.data.held_out:
-        phases["validation"] = {**_validation(cfg, student, teacher, alone, scoring), **held}
+        phases["validation"] = {**_validation(largest[0], student, largest[1], alone, scoring), **held}
     if first_pass:
         kept = positions(cfg) / ranks.data * student.hidden / own.sequence * width
         phases["first pass of the student"] = {"hidden states of a step": kept, **alone}
     if machine.kind == "gpu":
         resident["fragments"] = FRAGMENTATION * machine.bytes
-    where, engine = placement(cfg, machine), engine_bytes(cfg, student, machine)
-    before = _before(cfg, teacher, machine, resident, scoring)
-    if where != "colocated":
-        return Memory(resident, phases, engine if where == "process" else 0.0, before)
-    graphs = graphs_bytes(own.tensor)
-    if cfg.model.rollout.sleep:
-        resident["engine asleep"] = graphs
-        phases["rollouts"] = {"engine awake": engine}
-        phases["weights to the engine"]["engine's weights"] = (
-            student.parameters() * BYTES[cfg.model.rollout.dtype] / own.tensor
-        )
-    else:
-        resident["engine"] = engine + graphs
+    before = _before(cfg, teachers, machine, resident, scoring)
+    if placement(cfg, machine) != "colocated":
+        apart = placement(cfg, machine) == "dedicated"
+        return Memory(resident, phases, 0.0 if apart else engine_bytes(cfg, student, machine), before)
+    _add_engine(cfg, student, machine, resident, phases)
     return Memory(resident, phases, 0.0, before)
+
+
+def _add_engine(
+    cfg: TropdConfig,
+    student: ModelShape,
+    machine: Machine,
+    resident: dict[str, float],
+    phases: dict[str, dict[str, float]],
+) -> None:
+    """An engine inside the ranks' own processes."""
+    tensor, engine = student_degrees(cfg).tensor, engine_bytes(cfg, student, machine)
+    graphs = graphs_bytes(tensor)
+    if not cfg.model.rollout.sleep:
+        resident["engine"] = engine + graphs
+        return
+    resident["engine asleep"] = graphs
+    phases["rollouts"] = {"engine awake": engine}
+    phases["weights to the engine"]["engine's weights"] = student.parameters() * BYTES[cfg.model.rollout.dtype] / tensor
+
+
+def _weights(teachers: Sequence[Of]) -> tuple[float, dict[str, float]]:
+    """Bytes of the teachers' weights that stay on the device, and of the largest that comes and goes."""
+    size = [(teacher_weights(*of), of[0].model.teacher.offload) for of in teachers]
+    away, stay = [n for n, offload in size if offload], sum(n for n, offload in size if not offload)
+    return stay, {"teacher's turn" if stay else "teacher": max(away)} if away else {}
+
+
+def _most(parts: Iterable[Mapping[str, float]], add: str = "") -> dict[str, float]:
+    """The largest of each part, for what is there in turn; of the part ``add`` the sum."""
+    found: dict[str, float] = {}
+    for each in parts:
+        for part, size in each.items():
+            found[part] = found.get(part, 0.0) + size if part == add else max(found.get(part, 0.0), size)
+    return found
 
 
 def states_bytes(cfg: TropdConfig, teacher: ModelShape) -> float:
@@ -319,7 +309,7 @@ def _beside(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine:
     columns = student.padded_vocab(own)
     alike = own == theirs.tensor and (own == 1 or columns == teacher.padded_vocab(own))
     if t.offload or not alike:
-        found["teacher's head, split as the student's"] = columns / own * teacher.hidden * width
+        found[_HEAD] = columns / own * teacher.hidden * width
     return found
 
 
@@ -376,20 +366,26 @@ def _validation(
 
 
 def _before(
-    cfg: TropdConfig, teacher: ModelShape, machine: Machine, resident: Mapping[str, float], scoring: dict[str, float]
+    cfg: TropdConfig, teachers: Sequence[Of], machine: Machine, resident: Mapping[str, float], scoring: dict[str, float]
 ) -> dict[str, dict[str, float]]:
     """On a GPU: the phases before the first step (on a CPU ``teacher_engines`` looks after the one that there is)."""
     if machine.kind == "cpu":
         return {}
-    found, t = dict[str, dict[str, float]](), cfg.model.teacher
+    found = dict[str, dict[str, float]]()
     if cfg.model.data.held_out or cfg.model.tropd.guidance.enabled:
         share = teacher_utilization(machine.bytes) * machine.bytes
         graphs = graphs_bytes(cfg.trainer.devices)
         found["teacher generates"] = {"process": machine.process, "teacher's engine": share, "its graphs": graphs}
-    if t.fp8 is not None and t.admission.prompts:
-        layers, ends = stage_parameters(teacher, teacher_degrees(cfg))
+    measured = [(of, shape) for of, shape in teachers if of.model.teacher.fp8 and of.model.teacher.admission.prompts]
+    if measured:
         held = {part: resident[part] for part in ("process", "student", "gradients", "fragments")}
-        wide = (layers + ends) * BYTES[t.precision or cfg.trainer.precision]
+        if len(teachers) > 1 and "teacher" in resident:
+            held["teacher"] = resident["teacher"]  # those that were loaded before
+        wide = max(
+            sum(stage_parameters(shape, teacher_degrees(of)))
+            * BYTES[of.model.teacher.precision or cfg.trainer.precision]
+            for of, shape in measured
+        )
         found["FP8 admission"] = {**held, "teacher in bf16": wide, **scoring}
     return found
 

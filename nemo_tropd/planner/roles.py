@@ -2,8 +2,9 @@
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.parallel.ranks import RankLayout, nodes_of
+from nemo_tropd.planner.degrees import layout
 from nemo_tropd.planner.machine import Machine
-from nemo_tropd.planner.memory import layout, placement
+from nemo_tropd.planner.memory import placement
 
 
 def engine_groups(cfg: TropdConfig, machine: Machine) -> list[tuple[int, ...]]:

@@ -5,21 +5,10 @@ from collections.abc import Mapping
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.planner import rates
+from nemo_tropd.planner.degrees import BYTES, FP32, layout, micro_batches, positions, student_degrees
 from nemo_tropd.planner.engine import EngineLoad, engine_load, token_bytes
 from nemo_tropd.planner.machine import Machine
-from nemo_tropd.planner.memory import (
-    BYTES,
-    FP32,
-    checkpoint_bytes,
-    layout,
-    micro_batches,
-    optimizer_bytes,
-    placement,
-    positions,
-    stage_parameters,
-    student_degrees,
-    teacher_weights,
-)
+from nemo_tropd.planner.memory import checkpoint_bytes, optimizer_bytes, placement, stage_parameters, teacher_weights
 
 AGAIN = {None: 0.0, "selective": 0.7, "full": 1.0}  # of a forward pass, that the backward pass computes again
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.degrees import BYTES
 from nemo_tropd.planner.engine import token_bytes
 from nemo_tropd.planner.machine import CPU_ENGINE, ENGINE_WORKSPACE, GIB, Machine
-from nemo_tropd.planner.memory import BYTES
 from nemo_tropd.planner.rates import CPU_FLOPS
 from nemo_tropd.planner.seconds import token_seconds
 from nemo_tropd.planner.verdict import gib

@@ -5,9 +5,10 @@ import math
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_keys import value_at
 from nemo_tropd.convert.families import ModelShape
+from nemo_tropd.planner.degrees import BYTES
 from nemo_tropd.planner.engine import engine_tensor, token_bytes
 from nemo_tropd.planner.machine import ENGINE_WORKSPACE, GIB, Machine
-from nemo_tropd.planner.memory import BYTES, Memory
+from nemo_tropd.planner.memory import Memory
 
 CPU_BLOCK = 128  # positions in a block of vLLM's cache on CPU
 # part of the plan -> (the key that changes it most, what to do)

@@ -2,20 +2,18 @@
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.planner.machine import Machine
-from nemo_tropd.planner.memory import (
-    BATCH_POSITION,
+from nemo_tropd.planner.degrees import (
     BYTES,
     FP32,
     Degrees,
     layout,
     loss_tokens,
-    placement,
     positions,
-    stage_parameters,
     student_degrees,
     teacher_degrees,
 )
+from nemo_tropd.planner.machine import Machine
+from nemo_tropd.planner.memory import BATCH_POSITION, placement, stage_parameters
 
 # Bytes of a rollout's token as rank 0 sends it to every rank: id and log-probability, pickled.
 ROLLOUT_TOKEN = 13

@@ -7,7 +7,7 @@ trainer its collective view of the student's. Imports no torch before it is call
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -84,11 +84,13 @@ class EngineFactory(Protocol):
 class Engines:
     """vLLM engines that never sample an id from ``vocab_size`` (the tokenizer's true size) on."""
 
-    def __init__(self, vocab_size: int, kv_cache_gib: float | None = None, teacher_tensor: int = 1) -> None:
+    def __init__(
+        self, vocab_size: int, kv_cache_gib: float | None = None, teacher_tensor: Mapping[str, int] | None = None
+    ) -> None:
         """``kv_cache_gib``: on a GPU, the key-value cache's memory; None leaves it to
         model.rollout.gpu_memory_utilization, which several runs on one GPU cannot share. ``teacher_tensor``: GPUs of
-        each of the teacher's engines."""
-        self._vocab_size, self._kv_cache_gib, self._teacher_tensor = vocab_size, kv_cache_gib, teacher_tensor
+        each engine of a teacher, by model.teacher.path; 1 of others."""
+        self._vocab_size, self._kv_cache_gib, self._teacher_tensor = vocab_size, kv_cache_gib, teacher_tensor or {}
 
     def student(self, cfg: TropdConfig) -> RolloutEngine:
         """Placed as ``placement_of`` says; with colocated each rank's."""
@@ -120,11 +122,12 @@ class Engines:
         settings = self._settings(cfg, cfg.model.teacher.path, "process", refreshable=False)
         devices: tuple[str | None, ...] = (None,)
         if torch.cuda.is_available():
-            changes: dict[str, Any] = {"tensor_parallel": self._teacher_tensor, "max_num_seqs": TEACHER_SEQUENCES}
+            tensor = self._teacher_tensor.get(cfg.model.teacher.path, 1)
+            changes: dict[str, Any] = {"tensor_parallel": tensor, "max_num_seqs": TEACHER_SEQUENCES}
             if self._kv_cache_gib is None:
                 changes["gpu_memory_utilization"] = teacher_utilization(torch.cuda.mem_get_info()[1])
             settings = replace(settings, torch_compile=False, **changes)
-            devices = device_groups(cfg.trainer.devices, self._teacher_tensor, torch.cuda.device_count())
+            devices = device_groups(cfg.trainer.devices, tensor, torch.cuda.device_count())
         return VllmEngine(settings, devices=devices, **self._remote_options(cfg))
 
     @staticmethod

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from nemo_tropd.batch import TeacherScores, TokenBatch, TokenScores
-from nemo_tropd.config import AdmissionConfig, ConfigError
+from nemo_tropd.config import ConfigError
+from nemo_tropd.config_teacher import AdmissionConfig
 from nemo_tropd.objectives.terms import forward_kl, trust_gate
 from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.teacher.fp8 import Fp8Settings
@@ -96,14 +97,15 @@ def admit(
     """
     teacher = make_teacher(None)
     options: dict[str, Any] = {"chunk_tokens": chunk_tokens, "temperature": temperature}
-    reference = teacher.score(batches, top_k=min(TOP_K, teacher.vocab_size), entropy=False, **options)
+    read = [batch.for_teacher for batch in batches]
+    reference = teacher.score(read, top_k=min(TOP_K, teacher.vocab_size), entropy=False, **options)
     del teacher
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     scored = student(batches, reference)
     teacher = make_teacher(fp8)
-    quantized = teacher.score_like(batches, reference, **options)
+    quantized = teacher.score_like(read, reference, **options)
     pairs = [(s, q) for s, q in zip(scored, quantized, strict=True) if counts and s is not None and q is not None]
     found = measure([s for s, _ in pairs], [q for _, q in pairs], fp8.recipe)
     found.check(bounds, fp8.first_last_bf16)

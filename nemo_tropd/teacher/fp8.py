@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from nemo_tropd.batch import Segments, TokenBatch
-from nemo_tropd.config import ConfigError, TeacherConfig
+from nemo_tropd.config import ConfigError
+from nemo_tropd.config_teacher import TeacherConfig
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.parallel.topology import Topology
 

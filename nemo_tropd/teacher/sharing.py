@@ -44,8 +44,8 @@ class TeacherSharing:
         chunk_tokens: int | None,
         temperature: float = 1.0,
     ) -> list[TeacherScores | None]:
-        """The teacher's scores of this data rank's micro-batches, on all ranks of the last stage (collective).
-        ``batches`` are the same number on every rank."""
+        """The teacher's scores of this data rank's micro-batches, as the teacher reads them, on all ranks of the last
+        stage (collective). ``batches`` are the same number on every rank."""
         score = partial(
             self.teacher.score, top_k=top_k, entropy=entropy, chunk_tokens=chunk_tokens, temperature=temperature
         )
@@ -54,7 +54,7 @@ class TeacherSharing:
     def states(self, batches: Sequence[TokenBatch], *, on_host: bool = False) -> list[TeacherStates | None]:
         """As :meth:`score`, the hidden states of the loss tokens instead; ``on_host``: kept in host memory."""
         if not self.own_degree:
-            return self.teacher.states(batches, on_host=on_host)
+            return self.teacher.states([b.for_teacher for b in batches], on_host=on_host)
         found = self._shared(batches, self.teacher.states, self._pass_states)
         if not on_host:
             return found
@@ -79,6 +79,7 @@ class TeacherSharing:
         pass_on: Callable[[R | None, TokenBatch, int], R],
     ) -> list[R | None]:
         """``score`` of each micro-batch by the replica whose turn it is, and passed on to the others."""
+        batches = [batch.for_teacher for batch in batches]
         if not self.own_degree:
             return score(batches)
         jobs = self._jobs(self._all_batches(batches))
@@ -103,20 +104,22 @@ class TeacherSharing:
         if self.own_degree and not self.topology.is_last_stage:
             return [None] * len(batches)
         found: list[dict[str, Tensor] | None] = [None] * len(batches)
-        jobs = self._jobs(self._all_batches(batches) if self.own_degree else [list(batches)])
+        read = [batch.for_teacher for batch in batches]
+        jobs = self._jobs(self._all_batches(read) if self.own_degree else [read])
         with self.teacher.scoring():
             for (owner, i, batch), hidden in zip(jobs, self.teacher.hidden([b for _, _, b in jobs]), strict=True):
                 if hidden is None or student_head is None:
                     continue
-                mine = not self.own_degree or owner == self.owner
+                mine, rows = not self.own_degree or owner == self.owner, batch.loss_tokens().rows
                 values = exact_divergences(
                     student_hidden[i] if mine else None,
                     student_head,
                     hidden,
                     self.teacher.head,
-                    batch.loss_tokens().rows,
+                    batches[i].loss_tokens().rows if mine else rows,
                     layout,
                     teacher_layout=self.teacher.layout(layout.chunk_tokens),
+                    teacher_rows=rows,
                 )
                 if mine:
                     found[i] = values

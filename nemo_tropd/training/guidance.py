@@ -11,10 +11,11 @@ from typing import Literal
 
 import numpy as np
 
-from nemo_tropd.config import TropdConfig, anneal_steps
-from nemo_tropd.data import PromptSplit
+from nemo_tropd.config import TropdConfig, anneal_steps, teacher_named
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
+from nemo_tropd.data import Prompt, PromptSplit
 from nemo_tropd.rollout.engine import RolloutRequest
-from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses
+from nemo_tropd.training.teacher_responses import Responses, TeacherResponse
 
 PrefixDraw = Literal["uniform", "cap"]
 # The gate's draws use word 3 of the Philox counter at 0; the prefix lengths of the same (seed, step, sequence) at 1.
@@ -57,7 +58,7 @@ class Guidance:
     samples_per_prompt: int = 1
     longest: int = 0
     prefix_draw: PrefixDraw = "uniform"
-    responses: TeacherResponses | None = None
+    responses: Responses | None = None
 
     def __post_init__(self) -> None:
         if self.prefix_draw not in ("uniform", "cap"):
@@ -69,26 +70,28 @@ class Guidance:
             )
 
     def plan(
-        self, prompt_ids: Sequence[Sequence[int]], step: int, *, prompt_indices: Sequence[int] | None = None
+        self, prompts: Sequence[Prompt], step: int, *, prompt_indices: Sequence[int] | None = None
     ) -> list[RolloutRequest]:
         """``samples_per_prompt`` requests for each prompt of the step, prompt by prompt. ``prompt_indices``: the
         prompts' places in the data (default: in the list). Sample s of the i-th prompt has sequence_id i *
         samples_per_prompt + s. LookupError if a prompt's teacher response is wanted and not there."""
-        indices = range(len(prompt_ids)) if prompt_indices is None else prompt_indices
-        if len(indices) != len(prompt_ids):
-            raise ValueError(f"there are {len(prompt_ids)} prompts but {len(indices)} prompt indices")
+        indices = range(len(prompts)) if prompt_indices is None else prompt_indices
+        if len(indices) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts but {len(indices)} prompt indices")
         annealed = max_prefix_length(step, total_steps=self.total_steps, longest=self.longest)
         # The student has at least one token to generate.
         longest = min(annealed, self.max_new_tokens - 1) if self.responses is not None else 0
         requests = []
-        for i, (ids, index) in enumerate(zip(prompt_ids, indices, strict=True)):
-            response = self.responses.lookup(ids) if self.responses is not None and longest > 0 else None
+        for i, (prompt, index) in enumerate(zip(prompts, indices, strict=True)):
+            response = (
+                self.responses[prompt.teacher].lookup(prompt.teachers_ids) if self.responses and longest else None
+            )
             for sample in range(self.samples_per_prompt):
                 sequence_id = i * self.samples_per_prompt + sample
                 prefix = self._prefix(response, longest, step, sequence_id)
                 requests.append(
                     RolloutRequest(
-                        prompt_ids=list(ids),
+                        prompt_ids=list(prompt.token_ids),
                         prefix_ids=prefix,
                         seed=request_seed(self.seed, step, index, sequence_id),
                         sequence_id=sequence_id,
@@ -108,7 +111,7 @@ class Guidance:
         return response.response_ids[:length]
 
 
-def make_guidance(cfg: TropdConfig, responses: TeacherResponses | None) -> Guidance:
+def make_guidance(cfg: TropdConfig, responses: Responses | None) -> Guidance:
     """The planner of a run's requests; with guidance off it plans ordinary rollouts."""
     guidance = cfg.model.tropd.guidance
     return Guidance(
@@ -122,17 +125,19 @@ def make_guidance(cfg: TropdConfig, responses: TeacherResponses | None) -> Guida
     )
 
 
-def wanted_responses(cfg: TropdConfig, prompts: PromptSplit, first_step: int = 0) -> dict[tuple[int, ...], int]:
-    """Tokens of the teacher's response that a run needs at most, by prompt: of a held-out prompt the complete response,
-    of a training prompt the longest prefix of the steps, from ``first_step`` on, that use it; in order of use."""
+def wanted_responses(
+    cfg: TropdConfig, prompts: PromptSplit, first_step: int = 0, teacher: str = DEFAULT_TEACHER
+) -> dict[tuple[int, ...], int]:
+    """Tokens of a teacher's response that a run needs at most, by the prompt that it reads: of a held-out prompt the
+    complete response, of a training prompt the longest prefix of the steps, from ``first_step`` on, that use it; in
+    order of use."""
     guidance, m = cfg.model.tropd.guidance, cfg.model
-    wanted = dict.fromkeys(
-        (p.token_ids for p in prompts.held_out), m.teacher.response_tokens or m.rollout.max_new_tokens
-    )
+    full = teacher_named(m, teacher).response_tokens or m.rollout.max_new_tokens
+    wanted = dict.fromkeys((p.teachers_ids for p in prompts.held_out if p.teacher == teacher), full)
     if not guidance.enabled or guidance.max_prefix_tokens == 0:
         return wanted
     order, total = prompts.train.order(m.seed), anneal_steps(cfg)
-    every = len({p.token_ids for p in prompts.train} | wanted.keys())
+    every = len({p.teachers_ids for p in prompts.train if p.teacher == teacher} | wanted.keys())
     for step in range(first_step, min(total, cfg.trainer.tropd.max_steps)):
         annealed = max_prefix_length(step, total_steps=total, longest=guidance.max_prefix_tokens)
         # Of a response that goes on, the prefix and one token to be generated fit the student's limit.
@@ -140,6 +145,7 @@ def wanted_responses(cfg: TropdConfig, prompts: PromptSplit, first_step: int = 0
         if length <= 0 or len(wanted) == every:  # prefixes get shorter: a prompt's first use needs the longest
             break
         for i in order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt):
-            ids = prompts.train[i].token_ids
-            wanted[ids] = max(length, wanted.get(ids, 0))
+            prompt = prompts.train[i]
+            if prompt.teacher == teacher:
+                wanted[prompt.teachers_ids] = max(length, wanted.get(prompt.teachers_ids, 0))
     return wanted

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_tropd.batch import Rollout, TokenBatch
+from nemo_tropd.data import PromptSet
 from nemo_tropd.parallel.topology import Topology
+
+NO_PROMPTS = PromptSet(())
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,28 @@ class Packer:
     tokens_per_micro_batch: int | None
     seed: int
 
-    def pack(self, rollouts: Sequence[Rollout], step: int) -> list[TokenBatch]:
+    def pack(self, rollouts: Sequence[Rollout], step: int, prompts: PromptSet = NO_PROMPTS) -> list[TokenBatch]:
         """This data-parallel rank's micro-batches: the same number on every rank, some of them empty if need be. Every
-        rank must pass the same ``rollouts``. Raises ValueError for one that is longer than a row."""
+        rank must pass the same ``rollouts``. Raises ValueError for one that is longer than a row.
+
+        ``prompts``, which the rollouts' ``prompt_index`` counts, may name several teachers or tell them something else:
+        a micro-batch then is one teacher's, and has what it reads. Their order is that of the names."""
+        if not prompts:
+            return self._packed(rollouts, step, prompts)
+        by_teacher: dict[str, list[Rollout]] = {}
+        for r in rollouts:
+            by_teacher.setdefault(prompts[r.prompt_index].teacher, []).append(r)
+        return [
+            replace(batch, teacher=name)
+            for name in sorted(by_teacher)
+            for batch in self._packed(by_teacher[name], step, prompts)
+        ]
+
+    def _packed(self, rollouts: Sequence[Rollout], step: int, prompts: PromptSet) -> list[TokenBatch]:
         lay_out: Callable[..., TokenBatch]
         topology, row = self.topology, self.tokens_per_micro_batch
         multiple = topology.tensor_size if topology.sequence_parallel else 1
+        read = {r.sequence_id: _told(r, prompts) for r in rollouts}
         if row is None:
             own = sorted(rollouts[topology.data_rank :: topology.data_size], key=lambda r: -len(r.token_ids))
             size = self.micro_batch_size
@@ -37,17 +56,35 @@ class Packer:
             parts = [own[i * size : (i + 1) * size] for i in range(count)]
             lay_out = TokenBatch.pack
         else:
-            bins = even_bins([len(r.token_ids) for r in rollouts], row, multiple_of=topology.data_size)
+            # As long as the longer of what student and teacher read.
+            lengths = [max(len(r.token_ids), len(read[r.sequence_id].token_ids)) for r in rollouts]
+            bins = even_bins(lengths, row, multiple_of=topology.data_size)
             parts = [[rollouts[i] for i in b] for b in bins[topology.data_rank :: topology.data_size]]
             lay_out = TokenBatch.concatenate
-        return [
-            lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)
-            for part in parts
-        ]
+
+        def laid_out(part: Sequence[Rollout]) -> TokenBatch:
+            return lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple)
+
+        batches = []
+        for part in parts:
+            told = [read[r.sequence_id] for r in part]
+            other = any(a is not b for a, b in zip(part, told, strict=True))
+            groups = tuple(prompts.groups(r.prompt_index) for r in part)
+            batch = replace(
+                laid_out(part), told=laid_out(told) if other else None, groups=groups if any(groups) else ()
+            )
+            batches.append(batch.to(topology.device))
+        return batches
 
     def on_every_rank(self) -> Packer:
         """The same layout, with all micro-batches on every data-parallel rank."""
         return replace(self, topology=replace(self.topology, data_rank=0, data_size=1))
+
+
+def _told(rollout: Rollout, prompts: PromptSet) -> Rollout:
+    """The rollout as its teacher reads it."""
+    told = prompts[rollout.prompt_index].told_ids if prompts else ()
+    return replace(rollout, prompt_ids=list(told)) if told else rollout
 
 
 def even_bins(lengths: Sequence[int], capacity: int, *, multiple_of: int = 1) -> list[list[int]]:

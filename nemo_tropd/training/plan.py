@@ -1,7 +1,7 @@
 """The plan of a run: everything that can be computed, and refused, before a model is built."""
 
+import difflib
 import os
-import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_tropd.command_line import printable
-from nemo_tropd.config import ConfigError, TropdConfig, run_dir
+from nemo_tropd.config import ConfigError, TropdConfig, loaded_as, run_dir
 from nemo_tropd.config_data import SourceConfig
-from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
-from nemo_tropd.convert.hf_files import HfCheckpoint
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
+from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.data import (
     PromptError,
     PromptKeys,
@@ -24,29 +24,36 @@ from nemo_tropd.data import (
     Source,
     Template,
     Vocabulary,
-    end_tokens,
-    labelled_otherwise,
     load_prompts,
-    load_tokenizer,
-    template_notes,
 )
-from nemo_tropd.data.tokenizer import STUDENT, TEACHER, check_config
+from nemo_tropd.data.tokenizer import STUDENT, TEACHER
 from nemo_tropd.evaluation.answers import AnswerError, judged_as
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.parallel.cpu import fast_bf16
+from nemo_tropd.planner.degrees import loss_tokens
 from nemo_tropd.planner.engine import engine_load
 from nemo_tropd.planner.host import check_host, host_lines, host_memory
 from nemo_tropd.planner.machine import GIB, Machine, host_bytes
-from nemo_tropd.planner.memory import Memory, estimate, loss_tokens
+from nemo_tropd.planner.memory import Memory, estimate
 from nemo_tropd.planner.roles import roles
 from nemo_tropd.planner.seconds import step_seconds, time_lines
-from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines
-from nemo_tropd.planner.verdict import check_kv_cache, check_memory, gib, memory_lines
+from nemo_tropd.planner.teacher_engines import generation_lines
+from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.rollout.placement import sampling_of
-from nemo_tropd.teacher.fp8 import Fp8Settings
-from nemo_tropd.training.guidance import wanted_responses
+from nemo_tropd.training.plan_models import (
+    Teacher,
+    all_end_tokens,
+    check_context,
+    check_engines,
+    checked_shape,
+    pad_id,
+    teacher_shape,
+    text_notes,
+    used_teachers,
+    vocabularies_of,
+)
 from nemo_tropd.training.teacher_responses import responses_dir
 
 OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params
@@ -57,7 +64,7 @@ class Plan:
     """What a run will be."""
 
     student: ModelShape
-    teacher: ModelShape
+    teachers: tuple[Teacher, ...]  # that any prompt has, or the benchmarks
     tokenizer: Any
     vocab_size: int  # ids below it are sampled and scored: the one number that student, teacher and engine share
     pad_id: int
@@ -69,8 +76,6 @@ class Plan:
     host: Memory | None  # of a GPU node's host; None on a CPU, where ``memory`` is the host's
     wire: dict[str, float]  # bytes that a rank sends per step, by kind
     run_dir: Path
-    wanted: dict[tuple[int, ...], int]  # tokens of the teacher's response that the run needs, by prompt
-    teacher_engines: TeacherEngines | None  # None: nothing is wanted
     benchmarks: tuple[Any, ...] = ()  # training.benchmarks.Put; on rank 0
     notes: tuple[tuple[str, str], ...] = ()  # further lines: (label, text)
 
@@ -78,60 +83,53 @@ class Plan:
 def make_plan(cfg: TropdConfig) -> Plan:
     """Check paths, shapes, tokenizers, prompts, objective and run directory. Raises ConfigError, ConversionError or
     PromptError."""
-    student_path, teacher_path = Path(cfg.pretrained_checkpoint.restore_from_path), Path(cfg.model.teacher.path)
-    m = cfg.model
+    student_path, m = Path(cfg.pretrained_checkpoint.restore_from_path), cfg.model
     degrees = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
-    student = _shape(STUDENT, student_path, *degrees)
-    own = m.teacher.tensor_model_parallel_size
-    teacher_degrees = degrees if own in (None, degrees[0]) else (own, 1)
-    teacher = _shape(TEACHER, teacher_path, *teacher_degrees)
-    fp8 = Fp8Settings.of(m.teacher)
-    if fp8 is not None:
-        fp8.check_shape(teacher, *teacher_degrees)
-    for key, shape in ((STUDENT, student), (TEACHER, teacher)):
-        longest, why = shape.longest()
-        if m.encoder_seq_length > longest:
-            why = f"exceeds {why}, of the model at {key}; at most {longest}"
-            raise ConfigError("model.encoder_seq_length", m.encoder_seq_length, why)
-    vocabulary = _vocabulary(student_path, teacher_path, student, teacher)
+    student = checked_shape(STUDENT, student_path, *degrees)
+    check_context(cfg, STUDENT, student)
+    shapes = {name: teacher_shape(cfg, name) for name in (DEFAULT_TEACHER, *m.teachers)}
+    vocabularies = vocabularies_of(cfg, student, shapes)
+    vocabulary = vocabularies[DEFAULT_TEACHER]
     tokenizer, vocab_size, template = vocabulary.tokenizer, vocabulary.size, Template.of(m.data)
     template.check(tokenizer)
-    end_ids, end_notes = end_tokens(vocabulary, (student_path, teacher_path), m.rollout.end_tokens)
+    end_ids, end_notes = all_end_tokens(cfg, vocabularies)
     objective = build_objective(cfg)
     if m.tropd.top_k > vocab_size:
         raise ConfigError("model.tropd.top_k", m.tropd.top_k, f"the vocabulary has only {vocab_size} tokens")
     directory = run_dir(cfg)
     _check_folders(cfg, directory)
     prompts = _prompts(cfg, tokenizer, template)
-    notes = _text_notes(student_path, vocabulary, template, prompts, end_ids)
-    machine = machine_of(cfg)
+    notes = text_notes(student_path, vocabularies, template, prompts, end_ids)
+    machine, teachers = machine_of(cfg), used_teachers(cfg, shapes, prompts)
+    apart: dict[tuple[object, ...], Teacher] = {}
+    for t in teachers:
+        apart.setdefault(loaded_as(t.cfg.model.teacher), t)
+    first, *rest = apart.values()
+    others = [(t.cfg, t.shape) for t in rest]
     exact = objective.needs_distributions
     needs = {"reference": objective.needs_reference, "first_pass": objective.needs_first_pass, "exact": exact}
-    memory = estimate(cfg, student, teacher, machine, **needs)
+    memory = estimate(first.cfg, student, first.shape, machine, others=others, **needs)
     check_memory(cfg, memory, machine)
-    check_kv_cache(cfg, student, teacher, machine)
-    host = host_memory(cfg, student, teacher, machine, exact=exact) if machine.kind == "gpu" else None
-    if host is not None:
+    teachers = [check_engines(t, student, prompts, machine) for t in teachers]
+    host = None
+    if machine.kind == "gpu":
+        host = host_memory(first.cfg, student, first.shape, machine, exact=exact, others=others)
         check_host(cfg, host, machine)
-    wanted = wanted_responses(cfg, prompts)
     benchmarks, benchmark_notes = _benchmarks(cfg, student, vocabulary, template, end_ids)
-    scored = bool(m.validation.benchmarks) and m.validation.score_teacher
     return Plan(
         student=student,
-        teacher=teacher,
+        teachers=tuple(teachers),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        pad_id=_pad_id(tokenizer, vocab_size, end_ids),
+        pad_id=pad_id(tokenizer, vocab_size, end_ids),
         end_ids=end_ids,
         prompts=prompts,
         objective=objective,
         machine=machine,
         memory=memory,
         host=host,
-        wire=estimate_wire(cfg, student, teacher, machine, exact=exact),
+        wire=estimate_wire(first.cfg, student, first.shape, machine, exact=exact),
         run_dir=directory,
-        wanted=wanted,
-        teacher_engines=teacher_engines(cfg, teacher, machine) if wanted or scored else None,
         benchmarks=benchmarks,
         notes=(*vocabulary.notes, *end_notes, *notes, *benchmark_notes),
     )
@@ -148,8 +146,11 @@ def _prompts(cfg: TropdConfig, tokenizer: Any, template: Template) -> PromptSpli
                     s.prompt_key or data.prompt_key,
                     s.messages_key or data.messages_key,
                     s.answer_key or data.answer_key,
+                    data.teacher_key if s.teacher is None else None,
+                    s.teacher_prompt_key or data.teacher_prompt_key,
                 ),
                 s.split or data.split,
+                s.teacher,
             )
             for s in [SourceConfig(**s) for s in data.sources] or [SourceConfig(str(data.path))]
         ],
@@ -159,6 +160,12 @@ def _prompts(cfg: TropdConfig, tokenizer: Any, template: Template) -> PromptSpli
         overlong=data.overlong,
         template=template,
     )
+    known = (DEFAULT_TEACHER, *cfg.model.teachers)
+    if bad := next((p for p in (*prompts.train, *prompts.held_out) if p.teacher not in known), None):
+        near = difflib.get_close_matches(bad.teacher, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        why = f"its teacher (model.data.teacher_key={data.teacher_key}) is {bad.teacher!r}"
+        raise PromptError(f"{bad.where}: {why}, which model.teachers does not name; {hint}")
     return replace(prompts, notes=(*prompts.notes, *_answer_notes(prompts)))
 
 
@@ -222,56 +229,13 @@ def build_objective(cfg: TropdConfig) -> Objective:
     return objective
 
 
-def _shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
-    if not path.is_dir():
-        remedy = "give a Hugging Face checkpoint (make_smollm2.py makes one)"
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
-            remedy = f"nothing is downloaded during a run: hf download {path} --local-dir FOLDER, and give FOLDER"
-        raise ConfigError(key, str(path), f"no such directory; {remedy}")
-    if not (path / "config.json").exists() and (within := sorted([*path.glob("hf"), *path.glob("snapshots/*")])):
-        raise ConfigError(key, str(path), f"has no config.json; the checkpoint is in {within[-1]}")
-    try:
-        shape = read_shape(path)
-        shape.check_layout(tensor, pipeline)
-        HfCheckpoint(path, shape)  # reads headers alone
-    except ConversionError as error:
-        raise ConfigError(key, str(path), str(error)) from error
-    if os.environ.get("RANK", "0") == "0":
-        check_config(path, key)
-    return shape
-
-
-def _vocabulary(student_path: Path, teacher_path: Path, student: ModelShape, teacher: ModelShape) -> Vocabulary:
-    tokenizer, teachers = load_tokenizer(student_path, STUDENT), load_tokenizer(teacher_path, TEACHER)
-    return Vocabulary.shared(tokenizer, teachers, (student.vocab_size, teacher.vocab_size), str(teacher_path))
-
-
-def _text_notes(
-    student_path: Path, vocabulary: Vocabulary, template: Template, prompts: PromptSplit, end_ids: tuple[int, ...]
-) -> list[tuple[str, str]]:
-    """Check the prompts' tokens against both tokenizers; what the plan says of models, templates and tokens."""
-    tokenizer, everything = vocabulary.tokenizer, (*prompts.train, *prompts.held_out)
-    vocabulary.check(everything, template.of_tokenizer(tokenizer))
-    first = everything[:64]
-    splits = vocabulary.check_splits([template.render(p, tokenizer) for p in first], [p.where for p in first])
-    labels = labelled_otherwise(student_path, tokenizer) if os.environ.get("RANK", "0") == "0" else []
-    if student_path.resolve() == Path(vocabulary.teachers.name_or_path).resolve():
-        labels.append(("teacher", "the student's own folder: at first there is nothing to learn from it"))
-    return [*splits, *labels, *template_notes(template, everything, tokenizer, vocabulary.teachers, end_ids)]
-
-
-def _pad_id(tokenizer: Any, vocab_size: int, end_ids: tuple[int, ...]) -> int:
-    """What fills rows: masked and after the text, so any id does that both models have a row for."""
-    pad = tokenizer.pad_token_id
-    return int(pad) if pad is not None and pad < vocab_size else end_ids[0]
-
-
 def _check_folders(cfg: TropdConfig, directory: Path) -> None:
     """What the run writes can be written, and not over its models. Creates nothing."""
     _check_run_dir(directory, cfg)
     for key, path in (
         (STUDENT, cfg.pretrained_checkpoint.restore_from_path),
         (TEACHER, cfg.model.teacher.path),
+        *((f"model.teachers.{name}.path", section["path"]) for name, section in cfg.model.teachers.items()),
     ):
         if Path(path).resolve().is_relative_to(directory.resolve()):
             where = f"lies in the run directory {directory}, where the run writes its own"
@@ -324,7 +288,6 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
     m, t = cfg.model, cfg.trainer
     tp, pp = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     world = t.num_nodes * t.devices
-    fp8 = f", layers in FP8 ({m.teacher.fp8})" if m.teacher.fp8 else ""
     table = Table(title=f"Plan of {cfg.name}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
@@ -335,7 +298,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
             + (", sequence parallel" if m.sequence_parallel else ""),
         ),
         ("student", plan.student.describe() + f", {t.precision}"),
-        ("teacher", plan.teacher.describe() + f", {m.teacher.precision or t.precision}" + fp8),
+        *map(_teacher_line, plan.teachers),
         ("vocabulary", f"{plan.vocab_size} tokens, padded to {plan.student.padded_vocab(tp)}"),
         ("objective", repr(plan.objective)),
         ("sampled, trained on", str(sampling_of(cfg))),
@@ -343,9 +306,9 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         *plan.prompts.notes,
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
-        *_generation(cfg, plan),
+        *_generation(plan),
         *plan.notes,
-        *_slow_bf16(cfg, plan.machine),
+        *_slow_bf16(cfg, plan),
         *roles(cfg, plan.machine),
         *_on_gpus(cfg, plan),
         *memory_lines(plan.memory, plan.machine),
@@ -362,24 +325,36 @@ def _epochs(cfg: TropdConfig, plan: Plan) -> str:
     return uses if step <= there else f"{uses}, some of them {-(-step // there)} times in a step"
 
 
-def _generation(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:
-    if plan.teacher_engines is None:
-        return []
-    return generation_lines(plan.teacher_engines, plan.teacher, plan.machine, cfg, plan.wanted)
+def _teacher_line(teacher: Teacher) -> tuple[str, str]:
+    t = teacher.cfg.model.teacher
+    fp8 = f", layers in FP8 ({t.fp8})" if t.fp8 else ""
+    label = "teacher" if teacher.name == DEFAULT_TEACHER else f"teacher {teacher.name}"
+    return label, f"{teacher.shape.describe()}, {t.precision or teacher.cfg.trainer.precision}{fp8}"
+
+
+def _generation(plan: Plan) -> list[tuple[str, str]]:
+    of = "" if len(plan.teachers) == 1 else "teacher {}: "
+    return [
+        (label, of.format(t.name) + line)
+        for t in plan.teachers
+        if t.engines is not None and t.wanted
+        for label, line in generation_lines(t.engines, t.shape, plan.machine, t.cfg, t.wanted)
+    ]
 
 
 def _on_gpus(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:
     """What only a plan for GPUs says: the engines' caches, seconds, host memory."""
     if plan.host is None:
         return []
-    seconds = step_seconds(cfg, plan.student, plan.teacher, plan.machine, plan.wire)
+    slowest = max(plan.teachers, key=lambda t: t.shape.parameters())
+    seconds = step_seconds(slowest.cfg, plan.student, slowest.shape, plan.machine, plan.wire)
     cache = engine_load(cfg, plan.student, plan.machine).line(cfg)
     return [cache, *time_lines(cfg, plan.student, seconds), *host_lines(plan.host, plan.machine)]
 
 
-def _slow_bf16(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
+def _slow_bf16(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:
     """A warning if the ranks would compute in bf16 on a CPU that is not made for it."""
-    teacher = cfg.model.teacher.precision or cfg.trainer.precision
-    if machine.kind == "gpu" or "bf16" not in (cfg.trainer.precision, teacher) or fast_bf16():
+    precisions = {cfg.trainer.precision, *(t.cfg.model.teacher.precision for t in plan.teachers)}
+    if plan.machine.kind == "gpu" or "bf16" not in precisions or fast_bf16():
         return []
     return [("slow", "bf16, about 100 times, on a CPU without AVX-512: set trainer.precision=32")]

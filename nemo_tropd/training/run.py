@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_tropd.command_line import fail, printable
-from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config import ConfigError, TropdConfig, teacher_named
 from nemo_tropd.config_checks import resolve, without_secrets, yaml_without_secrets
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.hf_export import save_hf
@@ -36,7 +36,7 @@ from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.start import agreed_fingerprint, opened
 from nemo_tropd.training.step import TrainStep
 from nemo_tropd.training.summary import print_summary, summary_of
-from nemo_tropd.training.teacher_responses import TeacherResponses, generate_teacher_responses
+from nemo_tropd.training.teacher_responses import Responses, generate_teacher_responses
 from nemo_tropd.training.trainer import Outcome, TrainingError, TropdTrainer, stop_point
 from nemo_tropd.training.validation import Validator
 
@@ -75,8 +75,8 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
             plan = call.together(lambda: _checked_plan(cfg))
             cfg = copy.deepcopy(cfg)
             cfg.model.rollout.end_tokens = list(plan.end_ids)  # of both engines, and compared when the run is resumed
-            degree = plan.teacher_engines.tensor if plan.teacher_engines else 1
-            return _with_plan(cfg, plan, engines or Engines(plan.vocab_size, teacher_tensor=degree), call)
+            degrees = {t.path: t.engines.tensor for t in plan.teachers if t.engines}
+            return _with_plan(cfg, plan, engines or Engines(plan.vocab_size, teacher_tensor=degrees), call)
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
             print("stopped before the first step; rerun the same command to start again", flush=True)
@@ -86,8 +86,9 @@ def train(cfg: TropdConfig, engines: EngineFactory | None = None) -> Outcome | N
 def _checked_plan(cfg: TropdConfig) -> Plan:
     plan = make_plan(cfg)
     check_placement(cfg)
-    if cfg.model.teacher.fp8 is not None and not cfg.check_only:
-        check_hardware(cfg.model.teacher.fp8)
+    for recipe in {teacher_named(cfg.model, name).fp8 for name in plan.prompts.teachers} - {None}:
+        if not cfg.check_only:
+            check_hardware(str(recipe))
     return plan
 
 
@@ -133,7 +134,8 @@ def _open_and_train(setup: Setup, engines: EngineFactory, call: RollCall) -> Out
 def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
     cfg, plan, topology = setup.cfg, setup.plan, setup.topology
     lightning = make_lightning_trainer(cfg, setup.run_dir)
-    wanted = wanted_responses(cfg, plan.prompts, setup.start.state.step if setup.start else 0)
+    first = setup.start.state.step if setup.start else 0
+    wanted = {t.name: wanted_responses(cfg, plan.prompts, first, t.name) for t in plan.teachers}
     others = [one for b in plan.benchmarks for one in b.of_teacher] if cfg.model.validation.score_teacher else []
     responses = generate_teacher_responses(cfg, wanted, topology, engines, plan.vocab_size, others)
     stop_point(topology)
@@ -143,7 +145,8 @@ def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
         topology=topology,
         objective=plan.objective,
         student=StudentSource(setup.student_path, cfg.trainer.precision, plan.vocab_size),
-        calibration=calibration_batches(cfg.model.teacher, plan.prompts.held_out, responses, setup.packer()),
+        calibration=calibration_batches(cfg.model, plan.prompts.held_out, responses, setup.packer()),
+        teachers=plan.prompts.teachers,
     )
     stop_point(topology)
     with rollouts_of(cfg, topology, model, engines) as rollouts:
@@ -162,9 +165,7 @@ def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
     return outcome
 
 
-def _trainer(
-    setup: Setup, model: MegatronTrOPDModel, responses: TeacherResponses | None, lightning: Any
-) -> TropdTrainer:
+def _trainer(setup: Setup, model: MegatronTrOPDModel, responses: Responses | None, lightning: Any) -> TropdTrainer:
     cfg, settings, leads = setup.cfg, setup.cfg.trainer.tropd, setup.topology.is_leader
     optimizer = StudentOptimizer(
         cfg.model.optim,

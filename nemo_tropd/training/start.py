@@ -1,12 +1,14 @@
 """Where a run starts: rank 0 decides, every rank hears it. Nothing in the run directory changes before that."""
 
+import hashlib
+import json
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, teacher_named
 from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.data import PromptError, PromptSplit
 from nemo_tropd.files import read_json, remove_stale
@@ -118,4 +120,22 @@ def _contents(cfg: TropdConfig, prompts: str) -> dict[str, object]:
             found[key] = {"digest": checkpoint_fingerprint(path), "path": str(Path(path).absolute())}
         except OSError as error:
             raise ConfigError(key, path, f"cannot be read: {error}") from error
+    if cfg.model.teachers:
+        found["model.teachers"] = _further_teachers(cfg)
     return found
+
+
+def _further_teachers(cfg: TropdConfig) -> dict[str, str]:
+    """What they are, as far as it alters draws or loss."""
+    said = []
+    for name in sorted(cfg.model.teachers):
+        t = teacher_named(cfg.model, name)
+        with about_teacher(name):
+            try:
+                weights = checkpoint_fingerprint(t.path)
+            except OSError as error:
+                raise ConfigError("model.teacher.path", t.path, f"cannot be read: {error}") from error
+        as_what = t.precision or cfg.trainer.precision, t.response_tokens or cfg.model.rollout.max_new_tokens
+        said.append([name, weights, *as_what, t.fp8, t.fp8 and t.fp8_param, t.fp8 and t.fp8_first_last_bf16])
+    names = ", ".join(f"{name}: {section['path']}" for name, section in sorted(cfg.model.teachers.items()))
+    return {"digest": hashlib.sha256(json.dumps(said).encode()).hexdigest(), "path": names}

@@ -6,6 +6,7 @@ phase and nowhere else.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class TrainStep:
             rollouts = model.infer(self._requests(step) if topology.is_leader else None)
             model.finish_inference()
         with phase("teacher"):
-            batches = self.packer.pack(rollouts, step)
+            batches = self.packer.pack(rollouts, step, self.prompts)
             scores = model.score(batches)
         with phase("student"):
             self.optimizer.zero_grad()
@@ -82,12 +83,13 @@ class TrainStep:
             result = self.optimizer.step(step)
         with phase("refresh"):
             model.finish_training_step(step + 1)
-        return StepRecord(_train_metrics(sums, result, rollouts, timer), rollouts, sums, result)
+        values = _train_metrics(sums, result, rollouts, timer) | _by_group(sums, rollouts, self.prompts)
+        return StepRecord(values, rollouts, sums, result)
 
     def _requests(self, step: int) -> list[RolloutRequest]:
         m = self.model.settings
         indices = self.order.batch(step, m.global_batch_size // m.rollout.samples_per_prompt)
-        return self.guidance.plan([self.prompts[i].token_ids for i in indices], step, prompt_indices=indices)
+        return self.guidance.plan([self.prompts[i] for i in indices], step, prompt_indices=indices)
 
 
 def _train_metrics(
@@ -116,3 +118,25 @@ def _train_metrics(
         "tokens_per_second": s.get("tokens", 0.0) / seconds,
     }
     return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v) and k in _ABSENT)}
+
+
+def _by_group(sums: MetricSums, rollouts: Sequence[Rollout], prompts: PromptSet) -> dict[str, float]:
+    """What the mixture of sources and teachers is: of each its share of the loss tokens, which long responses take for
+    themselves, and how far its teacher and the student are from each other."""
+    tokens, of = sum(r.loss_tokens for r in rollouts), Counter[str]()
+    lengths: dict[str, list[int]] = {}
+    for r in rollouts:
+        for group in prompts.groups(r.prompt_index):
+            of[group] += r.loss_tokens
+            lengths.setdefault(group, []).append(len(r.response_ids))
+    found: dict[str, float] = {}
+    for group in sorted(lengths):
+        sampled, trusted = (sums.sums.get(f"{group}/{name}", 0.0) for name in ("student_tokens", "trust"))
+        found |= {
+            f"{group}/share_of_tokens": of[group] / max(tokens, 1),
+            f"{group}/response_tokens": sum(lengths[group]) / len(lengths[group]),
+            f"{group}/trust_fraction": sums.mean(f"{group}/trust", sampled),
+            f"{group}/log_ratio_mean": sums.mean(f"{group}/log_ratio", sampled),
+            f"{group}/outlier_forward_kl": sums.mean(f"{group}/outlier_forward_kl", sampled - trusted),
+        }
+    return {name: value for name, value in found.items() if not math.isnan(value)}

@@ -9,14 +9,17 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config import ConfigError, TropdConfig, with_teacher
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
+from nemo_tropd.data import Prompt
 from nemo_tropd.files import complete_file, default_cache_dir, remove_stale
 from nemo_tropd.parallel.agreement import World, on_rank_zero
 from nemo_tropd.rollout.engine import EngineDied, RolloutEngine, RolloutRequest, Sampling, check_rollouts
@@ -96,23 +99,6 @@ class TeacherResponses:
                 f"{list(prompt_ids[:8])}; call ensure() with every training prompt before training"
             )
         return response
-
-    def rollouts(self, prompts: Iterable[Sequence[int]]) -> list[Rollout]:
-        """The responses as rollouts that are all prefix: every token is scored, none is the student's. Raises
-        LookupError as ``lookup`` does."""
-        return [
-            Rollout(
-                prompt_ids=list(ids),
-                prefix_ids=self.lookup(ids).response_ids,
-                response_ids=[],
-                response_log_probs=[],
-                weight_version=0,
-                sequence_id=i,
-                prompt_index=i,
-                finished=True,
-            )
-            for i, ids in enumerate(prompts)
-        ]
 
     def ensure(
         self,
@@ -213,6 +199,28 @@ class TeacherResponses:
             self._damaged[shard] = complete
 
 
+Responses = Mapping[str, TeacherResponses]
+"""By teacher."""
+
+
+def answers(prompts: Iterable[Prompt], responses: Responses) -> list[Rollout]:
+    """Each prompt's own teacher's answer as a rollout that is all prefix: every token is scored, none is the student's.
+    Raises LookupError as ``lookup`` does."""
+    return [
+        Rollout(
+            prompt_ids=list(p.token_ids),
+            prefix_ids=responses[p.teacher].lookup(p.teachers_ids).response_ids,
+            response_ids=[],
+            response_log_probs=[],
+            weight_version=0,
+            sequence_id=i,
+            prompt_index=i,
+            finished=True,
+        )
+        for i, p in enumerate(prompts)
+    ]
+
+
 def responses_dir(cfg: TropdConfig) -> Path:
     """Where the teacher's responses are kept."""
     return Path(cfg.model.teacher.cache_dir or default_cache_dir() / "teacher_responses")
@@ -220,46 +228,58 @@ def responses_dir(cfg: TropdConfig) -> Path:
 
 def generate_teacher_responses(
     cfg: TropdConfig,
-    wanted: Mapping[tuple[int, ...], int],
+    wanted: Mapping[str, Mapping[tuple[int, ...], int]],
     ranks: World,
     engines: EngineFactory,
     vocab_size: int,
     others: Sequence[Wanted] = (),
-) -> TeacherResponses | None:
-    """Have the teacher generate what the cache lacks of the ``wanted`` tokens of a response by prompt, and of rank 0's
-    ``others`` (collective), before any model is built, so that its engines have rank 0's node to themselves. Rank 0
-    gets the responses, the other ranks None."""
-    generated: list[TeacherResponses] = []
+) -> Responses | None:
+    """Have each teacher generate what the cache lacks of the ``wanted`` tokens of a response by prompt, and the default
+    one rank 0's ``others`` (collective), before any model is built, so that their engines, one teacher's after the
+    other's, have rank 0's node to themselves. Rank 0 gets the responses, the other ranks None."""
+    generated: dict[str, TeacherResponses] = {}
 
-    def generate() -> None:
-        cache_dir = responses_dir(cfg)
-        responses = TeacherResponses(
-            cache_dir,
-            teacher=checkpoint_fingerprint(cfg.model.teacher.path, cache_dir / "fingerprints.json"),
-            sampling=sampling_of(cfg),
-            max_new_tokens=cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens,
-            vocab_size=vocab_size,
-            seed=cfg.model.seed,
-            end_ids=cfg.model.rollout.end_tokens,
-        )
-        prompts, lengths = list(wanted), list(wanted.values())
-        if missing := responses.missing(prompts, lengths, others):
-            tokens = sum(one.length for one in missing.values())
-            into = f"of at most {tokens:,} tokens into {responses.folder}"
-            print(f"the teacher generates {len(missing):,} responses {into}", flush=True)
-        on_gpu = torch.cuda.is_available()
-        responses.ensure(
-            prompts,
-            lambda: engines.teacher(cfg),
-            lengths=lengths,
-            others=others,
-            batch=_BATCH["cuda"] * cfg.trainer.devices if on_gpu else _BATCH["cpu"],
-            progress=lambda done, of: print(f"teacher responses {done:,}/{of:,}", flush=True),
-        )
-        generated.append(responses)
+    def generate(name: str) -> None:
+        of = with_teacher(cfg, name)
+        generated[name] = _generated(of, wanted[name], engines, vocab_size, others if name == DEFAULT_TEACHER else ())
 
-    on_rank_zero(ranks, generate, may_stop=True)
-    return generated[0] if generated else None
+    for name in wanted:
+        on_rank_zero(ranks, partial(generate, name), may_stop=True)
+    return generated or None
+
+
+def _generated(
+    cfg: TropdConfig,
+    wanted: Mapping[tuple[int, ...], int],
+    engines: EngineFactory,
+    vocab_size: int,
+    others: Sequence[Wanted],
+) -> TeacherResponses:
+    cache_dir = responses_dir(cfg)
+    responses = TeacherResponses(
+        cache_dir,
+        teacher=checkpoint_fingerprint(cfg.model.teacher.path, cache_dir / "fingerprints.json"),
+        sampling=sampling_of(cfg),
+        max_new_tokens=cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens,
+        vocab_size=vocab_size,
+        seed=cfg.model.seed,
+        end_ids=cfg.model.rollout.end_tokens,
+    )
+    prompts, lengths = list(wanted), list(wanted.values())
+    if missing := responses.missing(prompts, lengths, others):
+        tokens = sum(one.length for one in missing.values())
+        into = f"of at most {tokens:,} tokens into {responses.folder}"
+        print(f"the teacher generates {len(missing):,} responses {into}", flush=True)
+    on_gpu = torch.cuda.is_available()
+    responses.ensure(
+        prompts,
+        lambda: engines.teacher(cfg),
+        lengths=lengths,
+        others=others,
+        batch=_BATCH["cuda"] * cfg.trainer.devices if on_gpu else _BATCH["cpu"],
+        progress=lambda done, of: print(f"teacher responses {done:,}/{of:,}", flush=True),
+    )
+    return responses
 
 
 def _write_lines(target: Path, lines: Sequence[bytes]) -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.evaluation.answers import exact_match
 from nemo_tropd.files import read_json, write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
-from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.guidance import request_seed
 from nemo_tropd.training.setup import Setup
-from nemo_tropd.training.teacher_responses import TeacherResponses
+from nemo_tropd.training.teacher_responses import Responses, answers
 
 # Rollouts of validation draw from a stream of their own, the same at every validation.
 VALIDATION_STREAM = (1 << 62) + 1
@@ -42,8 +42,8 @@ class Validation:
 class Validator:
     """Runs validations and keeps each in RUN/validation/step_N.json, so a resumed run still knows the first."""
 
-    def __init__(self, setup: Setup, model: MegatronTrOPDModel, responses: TeacherResponses | None) -> None:
-        """``responses``: the teacher's to the held-out prompts, on rank 0; None elsewhere."""
+    def __init__(self, setup: Setup, model: MegatronTrOPDModel, responses: Responses | None) -> None:
+        """``responses``: the teachers' to the held-out prompts, on rank 0; None elsewhere."""
         self.cfg, self.model, self.responses = setup.cfg.model, model, responses
         self.prompts, self.tokenizer = setup.plan.prompts.held_out, setup.plan.tokenizer
         self.topology, self.packer = setup.topology, setup.packer()
@@ -58,14 +58,14 @@ class Validator:
         held_out, benchmarks = held_out and bool(self.prompts), benchmarks and bool(self.cfg.validation.benchmarks)
         if not (held_out or benchmarks):
             return Validation(step, {})
-        metrics, answers = self._held_out() if held_out else ({}, [])
+        metrics, shown = self._held_out() if held_out else ({}, [])
         scores = self._benchmarks() if benchmarks else {}
         for name, score in scores.items():
             shares = {"": score["right"], "/truncated": score["truncated"], "/unparsed": score["unparsed"]}
             shares |= {"/teacher": score["teacher"]["right"]} if score["teacher"] else {}
             metrics |= {f"benchmark/{name}{part}": value for part, value in shares.items()}
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        result = Validation(step, finite, answers, [k for k in metrics if k not in finite], scores)
+        result = Validation(step, finite, shown, [k for k in metrics if k not in finite], scores)
         if self.topology.is_leader:
             self.dir.mkdir(exist_ok=True)
             write_json(self._path(step), asdict(result))
@@ -80,27 +80,21 @@ class Validator:
 
     def _held_out(self) -> tuple[dict[str, float], list[dict[str, str]]]:
         rollouts = self._infer(self._requests)
-        own = self._divergences(rollouts)
-        metrics = {
-            name: own.mean(name, own.sums["tokens"])
-            for name in ("reverse_kl", "one_minus_tv", "student_entropy", "teacher_entropy")
-        }
+        metrics = self._divergences(rollouts, ("reverse_kl", "one_minus_tv", "student_entropy", "teacher_entropy"))
         # The teacher's answers are prefixes: every token of them is scored, none is the student's.
-        written = self.responses.rollouts(p.token_ids for p in self.prompts) if self.responses is not None else []
+        written = answers(self.prompts, self.responses) if self.responses is not None else []
         if taught := self.topology.broadcast_object(written):
-            teacher = self._divergences(taught)
-            for name in ("forward_kl", "top1_agreement"):
-                metrics[name] = teacher.mean(name, teacher.sums["tokens"])
+            metrics |= self._divergences(taught, ("forward_kl", "top1_agreement"))
         texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         known = on_rank_zero(self.topology, lambda: self._right_answers(rollouts, texts))
         if known:
             metrics["exact_match"] = sum(known) / len(known)
             metrics["exact_match_of"] = float(len(known))
-        answers = [
+        shown = [
             {"prompt": self.prompts[r.prompt_index].text, "answer": text}
             for r, text in list(zip(rollouts, texts, strict=True))[:8]
         ]
-        return metrics, answers
+        return metrics, shown
 
     def _benchmarks(self) -> dict[str, dict[str, Any]]:
         """Each benchmark's score by name; the teacher's is graded once."""
@@ -113,7 +107,7 @@ class Validator:
                 own, left = left[: len(b.prompts)], left[len(b.prompts) :]
                 if self.cfg.validation.score_teacher and b.name not in self._of_teacher:
                     assert self.responses is not None  # rank 0
-                    given = [self.responses.lookup(w.prompt_ids, w.sampling) for w in b.of_teacher]
+                    given = [self.responses[DEFAULT_TEACHER].lookup(w.prompt_ids, w.sampling) for w in b.of_teacher]
                     self._of_teacher[b.name] = b.graded(given, "teacher", dtype)
                 found[b.name] = {**b.graded(own, "student", dtype), "teacher": self._of_teacher.get(b.name)}
             return found
@@ -151,9 +145,11 @@ class Validator:
         verdicts = [exact_match(t, a) for t, a in zip(texts, answers, strict=True) if a is not None]
         return [right for right in verdicts if right is not None]
 
-    def _divergences(self, rollouts: Sequence[Rollout]) -> MetricSums:
-        batches = self.packer.pack(rollouts, step=0)  # divergences use no draws
+    def _divergences(self, rollouts: Sequence[Rollout], names: Sequence[str]) -> dict[str, float]:
+        """Means over tokens: of all, and of each source and teacher, where there are several."""
+        batches = self.packer.pack(rollouts, 0, self.prompts)  # divergences use no draws
         self.model.prepare_for_validation_step()
         sums = self.model.get_divergences(batches).gather()
         self.model.finish_validation_step()
-        return sums
+        of = ["", *(f"{k.removesuffix('/tokens')}/" for k in sorted(sums.sums) if k.endswith("/tokens"))]
+        return {part + name: sums.mean(part + name, sums.sums[f"{part}tokens"]) for part in of for name in names}

@@ -33,7 +33,7 @@ def _rollouts(seed: int) -> list[Any]:
 
 def _check(rank: int, world_size: int, path: str, seed: int) -> list[str]:
     from nemo_tropd.batch import TokenBatch
-    from nemo_tropd.config import AdmissionConfig
+    from nemo_tropd.config_teacher import AdmissionConfig
     from nemo_tropd.parallel.topology import Topology
     from nemo_tropd.teacher.admission import admit
     from nemo_tropd.teacher.fp8 import Fp8Settings, pad_tokens

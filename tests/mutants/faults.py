@@ -530,20 +530,20 @@ FAULTS: list[Fault] = [
     ),
     _packing(
         "a micro-batch forgets its step",
-        "lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)",
-        "lay_out(part, pad_id=self.pad_id, seed=self.seed, step=0, pad_to_multiple=multiple).to(topology.device)",
+        "return lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple)",
+        "return lay_out(part, pad_id=self.pad_id, seed=self.seed, step=0, pad_to_multiple=multiple)",
         _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
     ),
     _packing(
         "a micro-batch forgets the run's seed",
-        "lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)",
-        "lay_out(part, pad_id=self.pad_id, seed=0, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "return lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple)",
+        "return lay_out(part, pad_id=self.pad_id, seed=0, step=step, pad_to_multiple=multiple)",
         _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
     ),
     _packing(
         "the padding id is 0 whatever was asked",
-        "lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)",
-        "lay_out(part, pad_id=0, seed=self.seed, step=step, pad_to_multiple=multiple).to(topology.device)",
+        "return lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple)",
+        "return lay_out(part, pad_id=0, seed=self.seed, step=step, pad_to_multiple=multiple)",
         _PACKING + "test_every_micro_batch_has_the_draws_of_its_seed_and_step",
     ),
     _packing(
@@ -657,8 +657,8 @@ FAULTS: list[Fault] = [
     ),
     _guidance(
         "a later step's shorter prefix is all that is generated",
-        "wanted[ids] = max(length, wanted.get(ids, 0))",
-        "wanted[ids] = length",
+        "wanted[prompt.teachers_ids] = max(length, wanted.get(prompt.teachers_ids, 0))",
+        "wanted[prompt.teachers_ids] = length",
         _GUIDANCE + "test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones",
     ),
     _responses(
@@ -1275,14 +1275,14 @@ FAULTS: list[Fault] = [
     ),
     _step(
         "requests are planned for the first step",
-        "return self.guidance.plan([self.prompts[i].token_ids for i in indices], step, prompt_indices=indices)",
-        "return self.guidance.plan([self.prompts[i].token_ids for i in indices], 0, prompt_indices=indices)",
+        "return self.guidance.plan([self.prompts[i] for i in indices], step, prompt_indices=indices)",
+        "return self.guidance.plan([self.prompts[i] for i in indices], 0, prompt_indices=indices)",
         _STEP + "test_the_requests_are_those_of_the_steps_prompts",
     ),
     _step(
         "places in the batch for places in the data",
-        "return self.guidance.plan([self.prompts[i].token_ids for i in indices], step, prompt_indices=indices)",
-        "return self.guidance.plan([self.prompts[i].token_ids for i in indices], step)",
+        "return self.guidance.plan([self.prompts[i] for i in indices], step, prompt_indices=indices)",
+        "return self.guidance.plan([self.prompts[i] for i in indices], step)",
         _STEP + "test_the_requests_are_those_of_the_steps_prompts",
     ),
     _step(
@@ -1299,8 +1299,8 @@ FAULTS: list[Fault] = [
     ),
     _step(
         "micro-batches are packed for the first step",
-        "batches = self.packer.pack(rollouts, step)",
-        "batches = self.packer.pack(rollouts, 0)",
+        "batches = self.packer.pack(rollouts, step, self.prompts)",
+        "batches = self.packer.pack(rollouts, 0, self.prompts)",
         _STEP + "test_the_gates_draws_are_the_steps",
     ),
     _step(

@@ -30,7 +30,7 @@ OPTIONAL = (
     "model.teacher.tensor_model_parallel_size model.teacher.response_tokens model.teacher.cache_dir model.teacher.fp8 "
     "model.rollout.dedicated.address model.rollout.dedicated.engines model.validation.max_new_tokens "
     "model.tokens_per_micro_batch model.recompute model.optim.sched.decay_steps model.tropd.guidance.anneal_steps "
-    "model.data.system_prompt model.validation.benchmark_interval"
+    "model.data.system_prompt model.validation.benchmark_interval model.data.teacher_key model.data.teacher_prompt_key"
 )
 ZERO = (
     "trainer.max_restarts trainer.tropd.val_check_interval trainer.tropd.gradient_clip_val model.data.held_out "
@@ -55,7 +55,8 @@ FLAGS = (
 TEXTS = (
     "name exp_manager.explicit_log_dir exp_manager.exp_dir pretrained_checkpoint.restore_from_path model.teacher.path "
     "model.teacher.cache_dir model.tropd.objective model.data.path model.data.prompt_key model.data.messages_key "
-    "model.data.answer_key model.data.split model.data.chat_template model.data.system_prompt"
+    "model.data.answer_key model.data.split model.data.chat_template model.data.system_prompt model.data.teacher_key "
+    "model.data.teacher_prompt_key"
 )
 LEGAL = {
     "None": OPTIONAL.split(),
@@ -97,6 +98,7 @@ def test_every_leaf_of_the_schema_says_what_it_takes() -> None:
     sections = {key.rpartition(".")[0] for key in schema_keys()} - {
         "exp_manager.wandb_logger_kwargs",
         "model.data.chat_template_kwargs",
+        "model.teachers",
     }
     assert {key for key, _ in schema_fields()} - set(leaves()) == sections - {"", "model.tropd.params"}
     check(with_value("name", "run"))  # every default

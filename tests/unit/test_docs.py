@@ -170,7 +170,7 @@ def test_whatever_a_page_names_exists(page: Path) -> None:
     [
         ("run `make dmeo` now", "make dmeo"),
         ("`model.optim.lrate=1`", "model.optim.lrate"),
-        ("`model.teachers.*`", "model.teachers.*"),
+        ("`model.tutors.*`", "model.tutors.*"),
         ("    torchrun x.py --config-name base check_onyl=true", "check_onyl"),
         ("--config-name smollm2_gpu", "--config-name smollm2_gpu"),
         ("    python examples/evaluate.py --config-name aime24 model=a sample=3", "sample"),

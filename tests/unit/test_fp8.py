@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout, TokenBatch
-from nemo_tropd.config import FP8_RECIPES, ConfigError, TeacherConfig
+from nemo_tropd.config import ConfigError
+from nemo_tropd.config_teacher import FP8_RECIPES, TeacherConfig
 from nemo_tropd.convert.families import read_shape
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.fp8 import (

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from examples.benchmarks.fp8.emulation import EmulatedScorer, cast_input, cast_weight, emulate_fp8
 from nemo_tropd.batch import Rollout, TokenBatch, TokenScores
-from nemo_tropd.config import AdmissionConfig, ConfigError
+from nemo_tropd.config import ConfigError
+from nemo_tropd.config_teacher import AdmissionConfig
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.admission import Admission, admit, measure
 from nemo_tropd.teacher.fp8 import Fp8Settings

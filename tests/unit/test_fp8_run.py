@@ -22,7 +22,6 @@ from nemo_tropd.teacher.scorer import TeacherScorer
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.packing import Packer
 from nemo_tropd.training.setup import Setup
-from nemo_tropd.training.teacher_responses import TeacherResponses
 from tests.tiny_models import make_tiny
 
 VOCABULARY, HELD_OUT = 131, 5
@@ -40,8 +39,6 @@ class Responses:
     def lookup(self, prompt_ids: Any) -> Any:
         length = 3 + int(prompt_ids[0])
         return type("Response", (), {"response_ids": [(7 * i + length) % VOCABULARY for i in range(length)]})
-
-    rollouts = TeacherResponses.rollouts  # the real one, over this lookup
 
 
 def held_out() -> PromptSet:
@@ -82,7 +79,7 @@ def build(cfg: ModelConfig, student: Path, topology: Topology, calibration: Any)
 
 def calibration(cfg: ModelConfig, topology: Topology) -> list[TokenBatch]:
     packer = Packer(topology, 0, cfg.micro_batch_size, cfg.tokens_per_micro_batch, cfg.seed)
-    return calibration_batches(cfg.teacher, held_out(), Responses(), packer)  # type: ignore[arg-type]
+    return calibration_batches(cfg, held_out(), {"default": Responses()}, packer)  # type: ignore[arg-type]
 
 
 def test_calibration_takes_the_first_held_out_prompts_with_the_teachers_answers(
@@ -103,7 +100,7 @@ def test_calibration_is_laid_out_as_the_run_is(models: tuple[Path, Path], topolo
     plan = SimpleNamespace(pad_id=0)
     place = replace(topology, data_rank=1, data_size=2)
     setup = Setup(TropdConfig(model=cfg), plan, place)  # type: ignore[arg-type]
-    batches = calibration_batches(cfg.teacher, held_out(), Responses(), setup.packer())  # type: ignore[arg-type]
+    batches = calibration_batches(cfg, held_out(), {"default": Responses()}, setup.packer())  # type: ignore[arg-type]
     assert all(b.segments is not None and b.input_ids.shape[0] == 1 and b.input_ids.size(1) <= 24 for b in batches)
     assert sorted(r.sequence_id for b in batches for r in b.rollouts) == list(range(HELD_OUT))
     assert sum(b.count_loss_tokens for b in batches) == 3 + 4 + 5 + 6 + 7

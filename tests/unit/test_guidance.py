@@ -90,6 +90,10 @@ def some_prompts(count: int, first: int = 5000) -> list[list[int]]:
     return [[rnd.randrange(3, 1000) for _ in range(rnd.randrange(1, 9))] + [first + i] for i in range(count)]
 
 
+def asked(prompts: Sequence[Sequence[int]]) -> list[Prompt]:
+    return [Prompt(str(i), "", (), None, tuple(ids), "") for i, ids in enumerate(prompts)]
+
+
 def test_annealing_follows_the_cosine_and_ends_at_nothing() -> None:
     longest, total = random.randrange(50, 5000), random.randrange(20, 300)
     lengths = [max_prefix_length(s, total_steps=total, longest=longest) for s in range(total + 3)]
@@ -149,9 +153,14 @@ def test_a_prefix_stops_before_the_end_and_leaves_room_for_a_token() -> None:
 
     def prefixes(longest: int, room: int) -> list[list[int]]:
         guidance = Guidance(
-            seed=1, total_steps=10, max_new_tokens=room, longest=longest, prefix_draw="cap", responses=written
+            seed=1,
+            total_steps=10,
+            max_new_tokens=room,
+            longest=longest,
+            prefix_draw="cap",
+            responses={"default": written},
         )
-        return [r.prefix_ids for r in guidance.plan([[0], [1]], 0)]
+        return [r.prefix_ids for r in guidance.plan(asked([[0], [1]]), 0)]
 
     assert prefixes(9, 20) == [ids, [*ids, 16]]
     assert prefixes(9, 6) == [ids, ids]
@@ -164,9 +173,10 @@ def test_a_plan_is_a_function_of_seed_step_prompt_and_sample() -> None:
     written = Written(*[TeacherResponse(long, [-1.0] * 500, False)] * 3)
     seed, step, places = random.getrandbits(60), random.randrange(1, 50), [700, 3, 41]
     guidance = Guidance(
-        seed=seed, total_steps=10**6, max_new_tokens=400, samples_per_prompt=2, longest=300, responses=written
-    )
-    requests = guidance.plan([[0], [1], [2]], step, prompt_indices=places)
+        seed=seed, total_steps=10**6, max_new_tokens=400, samples_per_prompt=2, longest=300,
+        responses={"default": written},
+    )  # fmt: skip
+    requests = guidance.plan(asked([[0], [1], [2]]), step, prompt_indices=places)
     limit = max_prefix_length(step, total_steps=10**6, longest=300)
     for i, r in enumerate(requests):
         assert (r.sequence_id, r.prompt_index) == (i, places[i // 2])
@@ -187,9 +197,9 @@ def test_planned_prefixes_are_teacher_text_without_its_end(tmp_path: Path, draw:
         samples_per_prompt=3,
         longest=30,
         prefix_draw=draw,
-        responses=responses,
+        responses={"default": responses},
     )
-    requests = guidance.plan(prompts, 0, prompt_indices=range(100, 140))
+    requests = guidance.plan(asked(prompts), 0, prompt_indices=range(100, 140))
     assert [r.sequence_id for r in requests] == list(range(120))
     assert [r.prompt_index for r in requests] == [100 + i // 3 for i in range(120)]
     assert len({r.seed for r in requests}) == 120
@@ -203,13 +213,13 @@ def test_planned_prefixes_are_teacher_text_without_its_end(tmp_path: Path, draw:
         usable = [len(t.response_ids) - t.finished for t in (responses.lookup(r.prompt_ids) for r in requests)]
         assert lengths == [min(u, 8) for u in usable]
     assert max(lengths) > 3
-    assert guidance.plan(prompts, 0, prompt_indices=range(100, 140)) == requests
-    assert guidance.plan(prompts, 1, prompt_indices=range(100, 140)) != requests
-    assert all(r.prefix_ids == [] for r in guidance.plan(prompts, 10))
+    assert guidance.plan(asked(prompts), 0, prompt_indices=range(100, 140)) == requests
+    assert guidance.plan(asked(prompts), 1, prompt_indices=range(100, 140)) != requests
+    assert all(r.prefix_ids == [] for r in guidance.plan(asked(prompts), 10))
 
 
 def test_without_guidance_nothing_is_looked_up() -> None:
-    requests = Guidance(seed=1, total_steps=5, max_new_tokens=4, samples_per_prompt=2).plan([[3, 4]], 0)
+    requests = Guidance(seed=1, total_steps=5, max_new_tokens=4, samples_per_prompt=2).plan(asked([[3, 4]]), 0)
     assert [(r.prompt_ids, r.prefix_ids, r.max_new_tokens) for r in requests] == [([3, 4], [], 4)] * 2
 
 
@@ -219,7 +229,7 @@ def test_guidance_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="at least"):
         Guidance(seed=0, total_steps=0, max_new_tokens=1)
     with pytest.raises(ValueError, match="2 prompts but 1 prompt indices"):
-        Guidance(seed=0, total_steps=1, max_new_tokens=1).plan([[1], [2]], 0, prompt_indices=[0])
+        Guidance(seed=0, total_steps=1, max_new_tokens=1).plan(asked([[1], [2]]), 0, prompt_indices=[0])
 
 
 def test_responses_are_written_once_and_read_back(tmp_path: Path) -> None:
@@ -318,7 +328,7 @@ def test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones
         ]
     )
     texts = some_prompts(9)
-    prompts = [Prompt(str(i), "", (), None, tuple(ids), "") for i, ids in enumerate(texts)]
+    prompts = asked(texts)
     split = PromptSplit(PromptSet(tuple(prompts[2:])), PromptSet(tuple(prompts[:2])), 0)
     wanted = wanted_responses(cfg, split)
     assert list(wanted)[:2] == [p.token_ids for p in prompts[:2]] and set(list(wanted.values())[:2]) == {20}
@@ -344,7 +354,9 @@ def test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones
     for step in range(steps):
         batch = order.batch(step, 4)
         plans = [
-            make_guidance(cfg, Known(cut)).plan([split.train[i].token_ids for i in batch], step, prompt_indices=batch)
+            make_guidance(cfg, {"default": Known(cut)}).plan(
+                [split.train[i] for i in batch], step, prompt_indices=batch
+            )
             for cut in (True, False)
         ]
         assert plans[0] == plans[1]

@@ -19,10 +19,11 @@ from nemo_tropd.config import ConfigError
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.loss.teacher import TORCH_COPIES
 from nemo_tropd.parallel.ranks import RankLayout, nodes_of
+from nemo_tropd.planner.degrees import Degrees, layout
 from nemo_tropd.planner.engine import engine_load
 from nemo_tropd.planner.host import check_host, host_memory
 from nemo_tropd.planner.machine import GIB, Machine
-from nemo_tropd.planner.memory import EXACT_COPIES, Degrees, estimate, layout, stage_parameters
+from nemo_tropd.planner.memory import EXACT_COPIES, estimate, stage_parameters
 from nemo_tropd.planner.roles import engine_groups, roles
 from nemo_tropd.planner.seconds import spoken, step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines

@@ -64,13 +64,15 @@ class Recorder:
         return StepResult(1.0, True, 0.1)
 
 
+PROMPT_SET = PromptSet(tuple(Prompt(str(i), "", (), None, (10 + i, 3), "here") for i in range(PROMPTS)))
+
+
 def run(step: int, seed: int, *, leader: bool = True, data_rank: int = 0) -> Recorder:
     made: Any = Recorder(seed, leader, data_rank)
-    prompts = PromptSet(tuple(Prompt(str(i), "", (), None, (10 + i, 3), "here") for i in range(PROMPTS)))
     TrainStep(
         made,
         made,
-        prompts=prompts,
+        prompts=PROMPT_SET,
         guidance=Guidance(seed=seed, total_steps=100, max_new_tokens=9, samples_per_prompt=SAMPLES),
         packer=Packer(made.topology, pad_id=0, micro_batch_size=2, tokens_per_micro_batch=None, seed=seed),
     ).run(step, keep_tokens=True)
@@ -82,7 +84,7 @@ def test_the_requests_are_those_of_the_steps_prompts() -> None:
     for step in (0, 1, random.randrange(2, 1000)):
         places = PromptOrder(PROMPTS, seed).batch(step, BATCH // SAMPLES)
         wanted = Guidance(seed=seed, total_steps=100, max_new_tokens=9, samples_per_prompt=SAMPLES).plan(
-            [(10 + i, 3) for i in places], step, prompt_indices=places
+            [PROMPT_SET[i] for i in places], step, prompt_indices=places
         )
         assert run(step, seed).requests == wanted
     assert run(3, seed, leader=False).requests is None

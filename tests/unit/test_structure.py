@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).resolve().parents[2] / "nemo_tropd"
 ALLOWED = {
     "fields": set(),
     "config_data": {"fields"},
-    "config": {"config_data", "fields"},
+    "config_teacher": {"fields"},
+    "config": {"config_data", "config_teacher", "fields"},
     "config_keys": {"config", "fields"},
-    "config_checks": {"config", "config_keys", "fields"},
+    "config_checks": {"config", "config_keys", "config_teacher", "fields"},
     "command_line": {"config", "config_keys", "fields", "parallel"},  # signals, which imports nothing
     "planner": {"config", "config_keys", "convert", "parallel", "rollout"},
     "launch": {"command_line", "config", "config_checks", "parallel", "rollout"},
@@ -24,7 +25,7 @@ ALLOWED = {
     "batch": set(),
     "files": set(),
     "quiet": set(),
-    "data": {"config", "config_data"},
+    "data": {"config", "config_data", "config_teacher"},
     "parallel": {"batch"},
     "objectives": {"batch", "fields"},
     "loss": {"batch", "parallel"},
@@ -36,8 +37,11 @@ ALLOWED = {
         *("report", "rollout"),
     },
     "gpt": {"batch", "config", "parallel", "convert"},
-    "teacher": {"batch", "config", "parallel", "objectives", "loss", "convert", "gpt"},
-    "model": {"batch", "config", "parallel", "objectives", "loss", "convert", "gpt", "teacher", "rollout"},
+    "teacher": {"batch", "config", "config_teacher", "parallel", "objectives", "loss", "convert", "gpt"},
+    "model": {
+        *("batch", "config", "config_teacher", "parallel", "objectives", "loss", "convert", "gpt", "teacher"),
+        "rollout",
+    },
 }
 # library -> where alone it may be imported
 ONE_PLACE = {

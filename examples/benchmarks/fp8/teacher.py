@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from nemo_tropd.batch import Rollout, TokenBatch
-from nemo_tropd.config import AdmissionConfig
+from nemo_tropd.config_teacher import AdmissionConfig
 from nemo_tropd.data import load_tokenizer
 from nemo_tropd.files import write_text
 from nemo_tropd.parallel.topology import Topology

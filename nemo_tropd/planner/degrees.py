@@ -1,0 +1,63 @@
+"""How a run is split, and the sizes that follow from its settings alone."""
+
+import math
+from dataclasses import dataclass
+
+from nemo_tropd.config import TropdConfig
+from nemo_tropd.parallel.ranks import RankLayout
+
+BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Parallel degrees of one model."""
+
+    tensor: int
+    pipeline: int
+    sequence: int  # divisor of the hidden states between matrix products: ``tensor`` under sequence parallelism, else 1
+
+
+def layout(cfg: TropdConfig) -> RankLayout:
+    """The ranks of a run. Raises ValueError as RankLayout does."""
+    m, ranks = cfg.model, cfg.trainer.num_nodes * cfg.trainer.devices
+    tensor, pipeline = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    return RankLayout(ranks, tensor, pipeline, m.teacher.tensor_model_parallel_size)
+
+
+def student_degrees(cfg: TropdConfig) -> Degrees:
+    """The student's degrees."""
+    m, tensor = cfg.model, cfg.model.tensor_model_parallel_size
+    return Degrees(tensor, m.pipeline_model_parallel_size, tensor if m.sequence_parallel else 1)
+
+
+def teacher_degrees(cfg: TropdConfig) -> Degrees:
+    """The teacher's degrees: the student's, or its own tensor degree without pipeline and sequence parallelism."""
+    ranks = layout(cfg)
+    return student_degrees(cfg) if ranks.teacher_tensor is None else Degrees(ranks.teacher_degree, 1, 1)
+
+
+def row_tokens(cfg: TropdConfig) -> int:
+    """Positions in the largest micro-batch."""
+    m = cfg.model
+    return m.tokens_per_micro_batch or m.micro_batch_size * m.encoder_seq_length
+
+
+def loss_tokens(cfg: TropdConfig) -> int:
+    """Upper bound on the tokens in the loss of one step; a teacher prefix counts towards max_new_tokens."""
+    return cfg.model.global_batch_size * cfg.model.rollout.max_new_tokens
+
+
+def positions(cfg: TropdConfig) -> int:
+    """Upper bound on the positions of one step over all data-parallel ranks, prompts included."""
+    m = cfg.model
+    return m.global_batch_size * min(m.encoder_seq_length, m.data.max_prompt_tokens + m.rollout.max_new_tokens)
+
+
+def micro_batches(cfg: TropdConfig) -> int:
+    """Micro-batches of one data-parallel rank and step if all responses have maximum length."""
+    data = layout(cfg).data
+    if cfg.model.tokens_per_micro_batch is None:
+        return math.ceil(cfg.model.global_batch_size / data / cfg.model.micro_batch_size)
+    return math.ceil(positions(cfg) / data / cfg.model.tokens_per_micro_batch)
