@@ -150,7 +150,7 @@ def _teacher(record: Mapping[str, Any], where: str, key: str | None) -> str:
 
 def _told(record: Mapping[str, Any], where: str, key: str) -> tuple[Mapping[str, Any], ...]:
     """The turns that the teacher reads; none where nothing is there."""
-    if _is_gap(given := _lookup(record, key)):
+    if _is_gap(given := _lookup(record, key)) or given == []:
         return ()
     told = checked({key: given}, where, PromptKeys(key, key))
     if told is None:

@@ -12,14 +12,18 @@ from safetensors.torch import load_file
 from tests.dist.run_distributed import run_distributed
 from tests.doubles import replay_engines
 from tests.e2e.tiny_run import TinyRun, train_lines
+from tests.tiny_models import make_tiny
 
 VOCABULARY = 131  # of the tiny tokenizer: padded to 256 at TP 2
 TEACHER = "model.teacher.tensor_model_parallel_size"
 ROW = "model.tokens_per_micro_batch"  # sequences end to end; the tiny run's longest has 96 tokens
+OF_CODER = "model.teachers.coder.tensor_model_parallel_size"
 EXACT = {"model.tropd.objective": "tropd_exact"}
 LAYOUTS: dict[int, list[dict[str, object]]] = {
     1: [{"name": "one"}, {"name": "micro", "model.micro_batch_size": 1}, {"name": "rows", ROW: 110},
         {"name": "exact", **EXACT}, {"name": "exact_rows", ROW: 110, "model.teacher.offload_states": True, **EXACT},
+        {"name": "taught"}, {"name": "taught_rows", ROW: 110, "model.teacher.offload": True},
+        {"name": "taught_exact", **EXACT},
     ],
     2: [
         {"name": "tensor2", "tensor": 2},
@@ -33,6 +37,8 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "exact_sequence", "tensor": 2, "model.sequence_parallel": True, "model.teacher.offload": True, **EXACT},
         {"name": "exact_teacher1_tensor2", "tensor": 2, TEACHER: 1, "model.sequence_parallel": True, **EXACT},
         {"name": "exact_teacher2_data2", "data": 2, TEACHER: 2, ROW: 120, **EXACT},
+        {"name": "taught_data2", "data": 2, ROW: 120, OF_CODER: 2},
+        {"name": "taught_exact_tensor2", "tensor": 2, OF_CODER: 1, **EXACT},
         {"name": "rows_data2", "data": 2, ROW: 200, "model.optim.distributed": True, "model.recompute": "full"},
     ],
     4: [
@@ -42,9 +48,22 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "teacher2_data2_pipeline2", "data": 2, "pipeline": 2, TEACHER: 2, "model.micro_batch_size": 1},
         {"name": "exact_teacher1_tensor2_pipeline2", "tensor": 2, "pipeline": 2, TEACHER: 1, **EXACT},
         {"name": "exact_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, **EXACT},
+        {"name": "taught_tensor2_data2", "tensor": 2, "data": 2, "model.sequence_parallel": True, OF_CODER: 1},
+        {"name": "taught_tensor2_pipeline2", "tensor": 2, "pipeline": 2, OF_CODER: 1},
         {"name": "rows_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, "model.sequence_parallel": True},
     ],
 }
+
+
+def taught(root: Path) -> dict[str, object]:
+    """Settings of three teachers, one of them twice, which may read a hint."""
+    return {
+        "model.data.path": root / "taught.jsonl",
+        "model.data.teacher_key": "subject",
+        "model.data.teacher_prompt_key": "hint",
+        "model.teachers.coder.path": root / "coder",
+        "model.teachers.again.path": root / "teacher",
+    }
 
 
 def train_layouts(rank: int, world_size: int, root: str, extra: list[str]) -> None:
@@ -52,8 +71,10 @@ def train_layouts(rank: int, world_size: int, root: str, extra: list[str]) -> No
     from nemo_tropd.quiet import quiet_libraries
 
     quiet_libraries()
+    from nemo_tropd.command_line import compose_command_line
+    from nemo_tropd.config_checks import resolve
     from nemo_tropd.training.run import train
-    from tests.e2e.compose import compose_config
+    from tests.e2e.compose import CONF
 
     os.environ["WORLD_SIZE"] = str(world_size)
     tiny = TinyRun.at(Path(root))
@@ -61,8 +82,11 @@ def train_layouts(rank: int, world_size: int, root: str, extra: list[str]) -> No
         keys = dict(layout)
         run_dir = Path(root) / "runs" / str(keys.pop("name"))
         degrees = {d: int(str(keys.pop(d, 1))) for d in ("tensor", "data", "pipeline")}
+        if run_dir.name.startswith("taught"):
+            keys = {**taught(tiny.root), **keys}
         overrides = tiny.overrides(run_dir, **degrees, **{"trainer.tropd.save_interval": 10}, **keys)
-        outcome = train(compose_config([*overrides, *extra]), replay_engines(VOCABULARY))
+        cfg = resolve(compose_command_line(["--config-name", "base", *overrides, *extra], CONF))
+        outcome = train(cfg, replay_engines(VOCABULARY))
         assert outcome is not None and outcome.step == 3
 
 
@@ -77,7 +101,13 @@ def validation(run_dir: Path, step: int) -> dict[str, float]:
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, prompts, and the reference run of one process."""
     root = tmp_path_factory.mktemp("layouts")
-    TinyRun.make(root, tied=request.param, family="qwen3" if request.param else "qwen2")
+    family = "qwen3" if request.param else "qwen2"
+    tiny = TinyRun.make(root, tied=request.param, family=family)
+    make_tiny(root / "coder", family=family, layers=2, seed=3, hidden=128, head_dim=32)
+    records = [json.loads(line) for line in tiny.prompts.read_text().splitlines()]
+    for i, record in enumerate(records):
+        record |= {"subject": ("coder", None, "again")[i % 3], "hint": "it is so: " + record["prompt"] if i % 2 else None}
+    (root / "taught.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     run_distributed(train_layouts, 1, str(root), [], timeout_s=150)
     return root
 
@@ -91,7 +121,7 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
     initial = load_file(root / "student" / "model.safetensors")
     for layout in LAYOUTS[world_size]:
         name = str(layout["name"])
-        one = "exact" if name.startswith("exact") else "one"
+        one = next((n for n in ("taught_exact", "taught", "exact") if name.startswith(n)), "one")
         reference = train_lines(root / "runs" / one)
         weights = load_file(root / "runs" / one / "hf" / "model.safetensors")
         assert len(reference) == 3
@@ -113,8 +143,17 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
             assert moved > 0 and (trained[key] - tensor).norm() < share * moved, (name, key)
 
 
-@pytest.mark.parametrize(("name", "one"), [("micro", "one"), ("rows", "one"), ("exact_rows", "exact")])
+@pytest.mark.parametrize(("name", "one"), [("micro", "one"), ("rows", "one"), ("exact_rows", "exact"), ("taught_rows", "taught")])
 def test_micro_batches_change_nothing(root: Path, name: str, one: str) -> None:
     for line, expected in zip(train_lines(root / "runs" / name), train_lines(root / "runs" / one), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_a_mixture_is_measured_by_teacher(root: Path) -> None:
+    for line in train_lines(root / "runs" / "taught"):
+        shares = {k: v for k, v in line.items() if k.endswith("/share_of_tokens")}
+        assert sum(shares.values()) == pytest.approx(1.0) and len(shares) > 1
+        assert shares.keys() <= {f"teacher/{name}/share_of_tokens" for name in ("coder", "default", "again")}
+    assert any(key.startswith("teacher/") and key.endswith("/reverse_kl") for key in validation(root / "runs" / "taught", 3))
+    assert train_lines(root / "runs" / "taught")[0]["loss"] != train_lines(root / "runs" / "one")[0]["loss"]
