@@ -10,7 +10,7 @@ from pathlib import Path
 
 from examples.benchmarks.shapes import known_shape
 from nemo_tropd.command_line import compose_command_line
-from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.config import ConfigError, TropdConfig, with_teacher
 from nemo_tropd.config_checks import resolve
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.files import write_text
@@ -83,13 +83,17 @@ def plan_recipe(path: Path, chunk_bytes: float, overrides: Mapping[str, object] 
     machine = Machine("gpu", cfg.trainer.gpu_memory_gib * GIB, chunk_bytes, "trainer.gpu_memory_gib")
     student = _shape("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path)
     teacher = _shape("model.teacher.path", cfg.model.teacher.path)
-    for shape, degrees in ((student, student_degrees(cfg)), (teacher, teacher_degrees(cfg))):
-        shape.check_layout(degrees.tensor, degrees.pipeline)
-    memory = estimate(cfg, student, teacher, machine)
+    further = (with_teacher(cfg, name) for name in cfg.model.teachers)
+    others = [(of, _shape("model.teachers", of.model.teacher.path)) for of in further]
+    student.check_layout(student_degrees(cfg).tensor, student_degrees(cfg).pipeline)
+    memory = estimate(cfg, student, teacher, machine, others=others)
     check_memory(cfg, memory, machine)
-    check_kv_cache(cfg, student, teacher, machine)
-    teacher_engines(cfg, teacher, machine)
-    host, wire = host_memory(cfg, student, teacher, machine), estimate_wire(cfg, student, teacher, machine)
+    for of, shape in ((cfg, teacher), *others):
+        shape.check_layout(teacher_degrees(of).tensor, teacher_degrees(of).pipeline)
+        check_kv_cache(of, student, shape, machine)
+        teacher_engines(of, shape, machine)
+    host = host_memory(cfg, student, teacher, machine, others=others)
+    wire = estimate_wire(cfg, student, teacher, machine)
     return Recipe(path, cfg, student, teacher, machine, memory, host, wire)
 
 

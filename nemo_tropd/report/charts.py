@@ -1,7 +1,7 @@
 """What each chart of a run shows. The page and the picture draw these same definitions, see drawing.py."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from matplotlib.ticker import MaxNLocator
@@ -42,6 +42,14 @@ _DEFINITIONS = (
     ("Log-ratio", "log π teacher − log π student, mean over the student's tokens; nats.", "nats", "",
         [(_TRAIN, "log_ratio_mean", "", 0)]),
     ("Response length", "Tokens, mean over rollouts.", "tokens", "", [(_TRAIN, "response_tokens", "", 2)]),
+)  # fmt: skip
+# of each source and teacher, where there are several: title, note, unit, scale, kind of metric, metric
+_BY_PART = (
+    ("Loss tokens", "Share of a step's loss tokens: long responses take over a mixture.", "share", "share", _TRAIN,
+        "share_of_tokens"),
+    ("Trust fraction", "Share of the student's tokens inside the gate.", "share", "share", _TRAIN, "trust_fraction"),
+    ("Reverse KL", "On held-out prompts, student's own text; nats a token.", "nats a token", "zero", _HELD_OUT,
+        "reverse_kl"),
 )  # fmt: skip
 _WHOSE = (("", ""), ("/teacher", ", the teacher"))
 
@@ -115,8 +123,20 @@ def charts_of(record: RunRecord) -> dict[str, Chart]:
         both = [(n + part, n.partition("/")[2] + who) for n in names for part, who in _WHOSE]
         scores = [Line(text, record.series(_HELD_OUT, n), i % _LINE_COLORS, True) for i, (n, text) in enumerate(both)]
         charts["Benchmarks"] = Chart("Benchmarks", "Share of right answers.", "share", scores, "share")
+    charts |= {c.title: c for of in ("source", "teacher") for c in _mixture(record, of)}
     seconds = step_time(record.seconds())
     return {**charts, seconds.title: seconds}
+
+
+def _mixture(record: RunRecord, of: str) -> Iterator[Chart]:
+    """What several sources or teachers have of a run."""
+    names = sorted({k.split("/")[1] for values in record.train.values() for k in values if k.startswith(f"{of}/")})
+    for title, note, unit, scale, kind, metric in _BY_PART if names else ():
+        lines = [
+            Line(name, record.series(kind, f"{of}/{name}/{metric}"), i % _LINE_COLORS, kind == _HELD_OUT)
+            for i, name in enumerate(names)
+        ]
+        yield Chart(f"{title} by {of}", note, unit, lines, scale)
 
 
 def step_time(layers: Sequence[tuple[str, Points]]) -> Chart:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def write_prompts(path: Path) -> Path:
     records: list[dict[str, Any]] = []
     for number in range(8):
         a, b = random.randrange(100), random.randrange(100)
-        records.append({"prompt": f"What is {a} + {b}?\nThink step by step.", "answer": str(a + b)})
+        records.append({"prompt": f"What is {a} + {b}?\nThink step by step.", "answer": str(a + b), "subject": "code"})
         records.append({"prompt": f"Écris «{number}» en français, s'il te plaît 🙂", "answer": None})
         turns = [("system", "You are careful."), ("user", f"x = {a}"), ("assistant", "Noted."), ("user", f"x * {b}?")]
         records.append({"messages": [{"role": role, "content": text} for role, text in turns], "answer": a * b})
@@ -72,8 +73,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name in PAIRS[recipe]:
             if name not in made:
                 made[name] = make(name, tmp_path_factory.mktemp("zoo") / name, seed=random.getrandbits(30))
-        student, teacher = (made[name] for name in PAIRS[recipe])
-        return {"pretrained_checkpoint.restore_from_path": student, "model.teacher.path": teacher}
+        student, teacher, *further = (made[name] for name in PAIRS[recipe])
+        keys = {"pretrained_checkpoint.restore_from_path": student, "model.teacher.path": teacher}
+        if further:  # a teacher per domain
+            keys |= {"model.teachers.code.path": further[0], "model.data.teacher_key": "subject"}
+        return keys
 
     return of
 
@@ -132,10 +136,12 @@ def test_the_plan_of_a_recipe_on_its_own_gpus_shows_what_the_teacher_generates(
     """As on a machine without them: check_only=true, all else as in the file."""
     monkeypatch.setenv("COLUMNS", "500")
     keys = {**pair(recipe), "model.data.path": write_prompts(tmp_path / "prompts.jsonl"), "check_only": True}
+    keys["model.data.sources"] = "[]"
     keys |= {"exp_manager.explicit_log_dir": tmp_path / "run", "model.data.held_out": 2}
     cfg = compose_config([f"{key}={value}" for key, value in keys.items()], recipe)
     print_plan(cfg, make_plan(cfg))
     shown = capsys.readouterr().out
     assert "the teacher generates" in shown and "on rank 0's node" in shown and "if none is cached" in shown
-    assert "prefixes of at most" in shown and "2 answers of at most" in shown and " min if" in shown
+    assert "prefixes of at most" in shown and " min if" in shown
+    assert sum(map(int, re.findall(r"(\d+) answers of at most", shown))) == 2  # of all teachers
     assert not (tmp_path / "run").exists()

@@ -167,7 +167,85 @@ def _plan(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
     )
 
 
+def _teachers(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    unit = "tests/unit/test_teachers.py::"
+    paths = tuple(test if "/" in test else unit + test for test in tests)
+    return Fault("teachers", what, f"nemo_tropd/{file}.py", line, becomes, paths)
+
+
 FAULTS: list[Fault] = [
+    # teachers: which reads and scores what
+    _teachers(
+        "training/packing",
+        "teachers share micro-batches",
+        "by_teacher.setdefault(prompts[r.prompt_index].teacher, []).append(r)",
+        'by_teacher.setdefault("default", []).append(r)',
+        "test_a_micro_batch_is_one_teachers_and_has_what_it_reads",
+    ),
+    _teachers(
+        "training/packing",
+        "the teacher reads the student's prompt",
+        "return replace(rollout, prompt_ids=list(told)) if told else rollout",
+        "return rollout",
+        "test_a_micro_batch_is_one_teachers_and_has_what_it_reads",
+        "test_r_is_that_of_the_two_texts",
+    ),
+    _teachers(
+        "training/packing",
+        "rows are as long as what the student reads",
+        "lengths = [max(len(r.token_ids), len(read[r.sequence_id].token_ids)) for r in rollouts]",
+        "lengths = [len(r.token_ids) for r in rollouts]",
+        "test_a_micro_batch_is_one_teachers_and_has_what_it_reads",
+    ),
+    _teachers(
+        "teacher/sharing",
+        "scores are of what the student reads",
+        "batches = [batch.for_teacher for batch in batches]",
+        "batches = list(batches)",
+        "tests/dist/test_training_layouts.py::test_layout_takes_the_same_steps[tied-2]",
+    ),
+    _teachers(
+        "teacher/sharing",
+        "the teacher's states are read where the student's lie",
+        "teacher_rows=rows,",
+        "teacher_rows=batches[i].loss_tokens().rows if mine else rows,",
+        "test_r_is_that_of_the_two_texts",
+    ),
+    _teachers(
+        "model/tropd_model",
+        "every teacher scores with the first one's weights",
+        "found[name] = made[same]",
+        "found[name] = next(iter(made.values()))",
+        "test_two_teachers_are_two_runs_with_one_each",
+    ),
+    _teachers(
+        "model/tropd_model",
+        "one head for the hidden states of all teachers",
+        "self.teacher_heads = {name: heads[one] for name, one in self.teachers.items()}",
+        "self.teacher_heads = {name: next(iter(heads.values())) for name in self.teachers}",
+        "test_two_teachers_are_two_runs_with_one_each",
+    ),
+    _teachers(
+        "training/guidance",
+        "prefixes are those of the student's prompt",
+        "wanted[prompt.teachers_ids] = max(length, wanted.get(prompt.teachers_ids, 0))",
+        "wanted[prompt.token_ids] = max(length, wanted.get(prompt.token_ids, 0))",
+        "test_the_teacher_may_be_told_something_else",
+    ),
+    _teachers(
+        "training/start",
+        "another checkpoint of a further teacher is not noticed",
+        "said.append([name, weights, *as_what, t.fp8, t.fp8 and t.fp8_param, t.fp8 and t.fp8_first_last_bf16])",
+        "said.append([name, *as_what, t.fp8, t.fp8 and t.fp8_param, t.fp8 and t.fp8_first_last_bf16])",
+        "tests/e2e/test_teachers.py::test_a_resumed_run_has_the_bits_of_a_straight_one",
+    ),
+    _teachers(
+        "parallel/metric_sums",
+        "metrics of one group are added to the next",
+        'total.add({f"{group}/{name}": value for group in of})',
+        'total.add({f"{group}/{name}": value for group in groups[0]})',
+        "test_metrics_are_summed_by_source_and_teacher",
+    ),
     # batch: alignment, masks, the gate's draws
     _batch(
         "the gate's draws forget the step",

@@ -1,0 +1,67 @@
+"""A run with several teachers: stopped and resumed to the bit, and what a resumed run may change of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from nemo_tropd.command_line import compose_command_line
+from nemo_tropd.config import ConfigError
+from nemo_tropd.config_checks import resolve
+from nemo_tropd.training.run import train
+from tests.doubles import replay_engines
+from tests.e2e.compose import CONF
+from tests.e2e.tiny_run import TinyRun, train_lines
+from tests.tiny_models import make_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    tiny = TinyRun.make(tmp_path_factory.mktemp("models"))
+    make_tiny(tiny.root / "coder", layers=1, seed=5, hidden=32, head_dim=32)
+    records = [json.loads(line) for line in tiny.prompts.read_text().splitlines()]
+    for name, part in (("a", records[::2]), ("b", records[1::2])):
+        lines = [json.dumps({**record, "hint": f"{name}: {record['prompt']}"}) for record in part]
+        (tiny.root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tiny
+
+
+def go(tiny: TinyRun, run_dir: Path, steps: int, **keys: Any) -> Any:
+    a, b = tiny.root / "a.jsonl", tiny.root / "b.jsonl"
+    settings = {
+        "trainer.tropd.max_steps": steps,
+        "trainer.tropd.keep_checkpoints": 9,
+        "exp_manager.create_tensorboard_logger": False,
+        "model.data.path": "null",
+        "model.data.sources": f"[{{path: {a}, weight: 2}},{{path: {b}, teacher: coder, teacher_prompt_key: hint}}]",
+        "model.teachers.coder.path": tiny.root / "coder",
+        "model.teachers.coder.offload": True,
+        "model.tropd.guidance.anneal_steps": 4,
+        **keys,
+    }
+    arguments = ["--config-name", "base", *tiny.overrides(run_dir, **settings)]
+    return train(resolve(compose_command_line(arguments, CONF)), replay_engines(131))
+
+
+def test_a_resumed_run_has_the_bits_of_a_straight_one(tiny: TinyRun, tmp_path: Path) -> None:
+    go(tiny, tmp_path / "straight", 3)
+    for steps in (1, 3):
+        assert go(tiny, tmp_path / "resumed", steps).step == steps
+    straight, resumed = train_lines(tmp_path / "straight"), train_lines(tmp_path / "resumed")
+    for a, b in zip(straight, resumed, strict=True):
+        assert {k: v for k, v in a.items() if "second" not in k} == {k: v for k, v in b.items() if "second" not in k}
+    assert "source/a.jsonl/trust_fraction" in {k for line in straight for k in line}
+    weights = [load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("straight", "resumed")]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    page = (tmp_path / "straight" / "report.html").read_text()
+    assert "Loss tokens by source" in page and "Trust fraction by teacher" in page
+
+    moved = shutil.copytree(tiny.root / "coder", tmp_path / "moved")
+    assert go(tiny, tmp_path / "resumed", 4, **{"model.teachers.coder.path": moved}).step == 4
+    with pytest.raises(ConfigError, match=r"model.teachers = 'coder: .*teacher \(content .*accept_changes"):
+        go(tiny, tmp_path / "resumed", 5, **{"model.teachers.coder.path": tiny.teacher})
