@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_tropd.config import schema_keys
+from nemo_tropd.config_teacher import TEACHER_KEYS
 from nemo_tropd.evaluation.settings import Benchmark, Evaluation
 from tests.e2e.tiny_run import ROOT
 
@@ -53,6 +54,7 @@ def config_keys(page: Path, text: str) -> Iterator[str]:
     for piece in code(text):
         for key in re.findall(rf"(?<![\w./-])\+?((?:{roots})(?:\.(?:\w+|\*))+)", piece):
             known = key in KEYS or re.sub(r"\.\w+$", ".*", key) in KEYS
+            known |= re.sub(r"^model\.teachers\.\w+\.", "", key) in TEACHER_KEYS
             if key.endswith(".*"):
                 known = key.removesuffix(".*") in KEYS
             if not known:
