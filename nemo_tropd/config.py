@@ -315,7 +315,8 @@ def run_dir(cfg: TropdConfig) -> Path:
 
 def teacher_named(model: ModelConfig, name: str) -> TeacherConfig:
     """The section of a teacher; ``default`` is model.teacher itself."""
-    return model.teacher if name == DEFAULT_TEACHER else replace(model.teacher, **model.teachers[name])
+    given = model.teachers[name] if name != DEFAULT_TEACHER else {}
+    return replace(model.teacher, **{"follow_steps": None, **given}) if given else model.teacher
 
 
 def loaded_as(teacher: TeacherConfig) -> tuple[object, ...]:

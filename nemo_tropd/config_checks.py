@@ -91,6 +91,7 @@ def check(cfg: TropdConfig) -> None:
     _check_optimizer(cfg)
     _check_engine(cfg)
     _check_layout(cfg)
+    _check_following(cfg)
     _require(cfg, DEFAULT_TEACHER not in cfg.model.teachers, "model.teachers", "default is model.teacher: rename it")
     for name in (DEFAULT_TEACHER, *cfg.model.teachers):
         one = with_teacher(cfg, name)
@@ -195,6 +196,15 @@ def _check_fp8(cfg: TropdConfig) -> None:
     measured = "the FP8 teacher is measured on held-out prompts before a run: hold some out, or set "
     remedy = f"{measured}{key}.admission.prompts=0 to run unmeasured"
     _require(cfg, cfg.model.data.held_out > 0 or not teacher.admission.prompts, "model.data.held_out", remedy)
+
+
+def _check_following(cfg: TropdConfig) -> None:
+    key, t = "model.teacher.follow_steps", cfg.model.teacher
+    if t.follow_steps is None:
+        return
+    _require(cfg, t.fp8 is None, key, "a teacher in FP8 cannot take the student's weights: set model.teacher.fp8=null")
+    own = t.tensor_model_parallel_size in (None, cfg.model.tensor_model_parallel_size)
+    _require(cfg, own, key, "it must be split as the student is: set model.teacher.tensor_model_parallel_size=null")
 
 
 def _check_layout(cfg: TropdConfig) -> None:

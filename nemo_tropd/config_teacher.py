@@ -53,6 +53,9 @@ class TeacherConfig:
     offload_states: bool = flag(False)
     """Exact objectives: keep the teacher's hidden states of a step in host memory (pinned, if there is a GPU) until
     their micro-batch, instead of on the device."""
+    follow_steps: int | None = integer(None, at_least=1)
+    """Before every step whose number is a multiple, model.teacher becomes the student as it is then; its prefixes and
+    held-out answers stay those of model.teacher.path. null: it never changes."""
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
 

@@ -94,11 +94,7 @@ class MegatronTrOPDModel(ModelPT):
         self.ddp = data_parallel(self.student, topology, distributed_optimizer=self.settings.optim.distributed)
         scorer = partial(TeacherScorer, vocab_size=student.vocab_size, fill=student.fill)
         self.teachers = self._build_teachers(teachers, scorer, student.precision, calibration)
-        self.teacher_heads: dict[str, Tensor] = {}
-        if objective.needs_distributions and topology.is_last_stage:
-            columns = head_weight(self.student).size(0)
-            heads = {one: one.head_like(columns) for one in dict.fromkeys(self.teachers.values())}
-            self.teacher_heads = {name: heads[one] for name, one in self.teachers.items()}
+        self.teacher_heads = self._teacher_heads()
         # G-OPD measures its reward from the student as it was before training.
         own = DTYPES[self.settings.teacher.precision or student.precision]
         self.reference = scorer(student.path, topology=topology, dtype=own) if objective.needs_reference else None
@@ -117,7 +113,8 @@ class MegatronTrOPDModel(ModelPT):
         found = {}
         for name in names:
             t = teacher_named(self.settings, name)
-            if (same := loaded_as(t)) not in made:
+            # One that follows the student is nobody else's.
+            if (same := (*loaded_as(t), t.follow_steps and name)) not in made:
                 place = self.topology.with_teacher(t.tensor_model_parallel_size)
                 make = partial(
                     scorer,
@@ -132,6 +129,27 @@ class MegatronTrOPDModel(ModelPT):
                     )
             found[name] = made[same]
         return found
+
+    def _teacher_heads(self) -> dict[str, Tensor]:
+        """With an objective that sees distributions, on the last stage."""
+        if not self.objective.needs_distributions or not self.topology.is_last_stage:
+            return {}
+        columns = head_weight(self.student).size(0)
+        heads = {one: one.head_like(columns) for one in dict.fromkeys(self.teachers.values())}
+        return {name: heads[one] for name, one in self.teachers.items()}
+
+    @property
+    def following(self) -> TeacherScorer | None:
+        """The teacher that becomes the student every ``model.teacher.follow_steps`` steps."""
+        follows = self.settings.teacher.follow_steps is not None and DEFAULT_TEACHER in self.teachers
+        return self.teachers[DEFAULT_TEACHER].teacher if follows else None
+
+    def follow(self, step: int) -> None:
+        """Before the teacher scores step number ``step`` (collective)."""
+        every, teacher = self.settings.teacher.follow_steps, self.following
+        if teacher is not None and every and step and step % every == 0:
+            teacher.become(self.student)
+            self.teacher_heads = self._teacher_heads()  # copies, if it is offloaded or split otherwise
 
     @property
     def teacher(self) -> TeacherScorer:

@@ -14,7 +14,7 @@ class WeightHome:
     """Moves the bytes of a frozen model's weights to host memory and back; tensors keep their identity and views.
 
     The host's copy is made once and kept, pinned if there is a GPU: leaving the device then costs nothing, and coming
-    back one copy. The model's parameters and buffers must not be written to.
+    back one copy. Who writes to the model's parameters or buffers calls ``renew``.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -35,6 +35,11 @@ class WeightHome:
         self.away = True
         if any(storage.device.type == "cuda" for storage, _ in self._host):
             torch.cuda.empty_cache()  # an engine in this process takes its memory from the driver, not from torch
+
+    def renew(self) -> None:
+        """Make what is on the device, if its bytes have changed, the copy on the host."""
+        for storage, copy in self._host:
+            copy.copy_(_bytes(storage))
 
     def come_back(self) -> None:
         """Bring the bytes back. Does nothing if they are on the device."""

@@ -83,6 +83,25 @@ class TeacherScorer:
                 self.home.leave()
 
     @torch.no_grad()
+    def become(self, model: GPTModel) -> None:
+        """Take the weights of ``model``, of the same shape and split alike, in this model's dtype."""
+        with self.rewriting() as own:
+            for (name, mine), (other, weight) in zip(own.named_parameters(), model.named_parameters(), strict=True):
+                if name != other or mine.shape != weight.shape:
+                    raise ValueError(f"the teacher has {name} {tuple(mine.shape)} where the other has {other}")
+                mine.copy_(weight)
+
+    @contextmanager
+    def rewriting(self) -> Iterator[GPTModel]:
+        """A phase in which the weights, on the device, may be written to."""
+        with self.scoring():
+            yield self.model
+            self._checksums = Checksums(self.model)
+            self._checksums.check()
+            if self.home is not None:
+                self.home.renew()
+
+    @torch.no_grad()
     def hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:
         """Hidden states [B, S, H] (sequence parallel: [B, S/TP, H]) of each batch; None except on the last stage.
         FP8's padding is removed again, for which sequence parallelism gathers and splits once more."""

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,13 +29,15 @@ from nemo_tropd.files import finish_folder, sync
 from nemo_tropd.parallel.agreement import on_every_rank, on_rank_zero
 from nemo_tropd.parallel.roll_call import failed_collective
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.teacher.scorer import TeacherScorer
 from nemo_tropd.training.checkpoint_writer import write_in_this_process
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.resume import CheckpointError, RunState
 
 T = TypeVar("T")
 
-MODEL_PREFIX = "model."
+MODEL_PREFIX, TEACHER_PREFIX = "model.", "teacher."
+FOLLOWING = "model.teacher.follow_steps"
 _NAME = re.compile(r"step_(\d{8})")
 _MEGATRON = ("metadata.json", ".metadata")  # beside the files that .metadata names, and 0.16's common.pt
 
@@ -88,7 +91,11 @@ def _state_of(path: Path) -> RunState:
 class Checkpoints:
     """The checkpoints of one run directory. Every public method is collective."""
 
-    def __init__(self, run_dir: Path, topology: Topology, *, hf_source: Path, keep: int) -> None:
+    def __init__(
+        self, run_dir: Path, topology: Topology, *, hf_source: Path, keep: int, following: TeacherScorer | None = None
+    ) -> None:
+        """``following``: the teacher that becomes the student from time to time, which is then saved, too."""
+        self.following = following
         self.dir = run_dir / "checkpoints"
         self.topology, self.hf_source, self.keep = topology, hf_source, keep
         write_in_this_process()
@@ -118,7 +125,10 @@ class Checkpoints:
             content["model"] = model.sharded_state_dict(prefix=MODEL_PREFIX)
             # The data-parallel copies of a weight share the writing.
             strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.topology.data_group)
-            dist_checkpointing.save(content, str(temporary), strategy)
+            with self.following.scoring() if self.following else nullcontext():
+                if self.following:
+                    content["teacher"] = self.following.model.sharded_state_dict(prefix=TEACHER_PREFIX)
+                dist_checkpointing.save(content, str(temporary), strategy)
         except (Exception, CheckpointException) as error:
             raise CheckpointError(
                 f"writing {temporary} failed on rank {self.topology.rank} ({_cause(error)}); "
@@ -156,6 +166,7 @@ class Checkpoints:
     def _check_room(self, model: GPTModel) -> None:
         # fp32 master weights and two Adam moments beside the weights: 12 bytes a parameter, sharded or saved once.
         local = sum(p.numel() * (p.element_size() + 12) for p in model.parameters())
+        local += sum(p.numel() * p.element_size() for p in self.following.model.parameters()) if self.following else 0
         # Every data-parallel rank has the same weights, so the ranks of one replica are counted.
         need = local * self.topology.tensor_size * self.topology.pipeline_size
 
@@ -176,18 +187,19 @@ class Checkpoints:
 
         def attempt() -> RunState:
             try:
+                followed = self.following if _state_of(path).settings.get(FOLLOWING) is not None else None
                 sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
                 request = {
                     "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True),
                     "model": model.sharded_state_dict(prefix=MODEL_PREFIX),
                 }
-                with without_code(path):
+                with followed.rewriting() if followed else nullcontext() as teacher, without_code(path):
+                    if teacher is not None:
+                        request["teacher"] = teacher.sharded_state_dict(prefix=TEACHER_PREFIX)
                     loaded = dist_checkpointing.load(request, str(path))
-                weights = {k.removeprefix(MODEL_PREFIX): v for k, v in loaded["model"].items()}
-                model.load_state_dict(weights, strict=True)
-                for name, parameter in model.named_parameters():
-                    if not bool(parameter.isfinite().all()):
-                        raise ValueError(f"{name} has NaN or infinite values")
+                    _fill(model, loaded["model"], MODEL_PREFIX)
+                    if teacher is not None:
+                        _fill(teacher, loaded["teacher"], TEACHER_PREFIX)
                 optimizer.load_state_dict(loaded["optimizer"])
                 saved = loaded["run_state"]
             except (Exception, CheckpointException) as error:
@@ -225,6 +237,13 @@ class Checkpoints:
                 shutil.rmtree(aside)
             damaged.rename(aside)
             print(f"{damaged} is now {aside.name}; it can be removed", flush=True)
+
+
+def _fill(model: GPTModel, loaded: dict[str, Any], prefix: str) -> None:
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in loaded.items()}, strict=True)
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} has NaN or infinite values")
 
 
 def _load_error(path: Path, error: BaseException) -> CheckpointError:

@@ -88,6 +88,10 @@ def make_plan(cfg: TropdConfig) -> Plan:
     student = checked_shape(STUDENT, student_path, *degrees)
     check_context(cfg, STUDENT, student)
     shapes = {name: teacher_shape(cfg, name) for name in (DEFAULT_TEACHER, *m.teachers)}
+    if m.teacher.follow_steps is not None and shapes[DEFAULT_TEACHER] != student:
+        why = f"the teacher ({shapes[DEFAULT_TEACHER].describe()}) has another shape than the student: set "
+        remedy = f"{why}model.teacher.path={student_path}, or this to null"
+        raise ConfigError("model.teacher.follow_steps", m.teacher.follow_steps, remedy)
     vocabularies = vocabularies_of(cfg, student, shapes)
     vocabulary = vocabularies[DEFAULT_TEACHER]
     tokenizer, vocab_size, template = vocabulary.tokenizer, vocabulary.size, Template.of(m.data)

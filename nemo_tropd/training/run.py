@@ -180,7 +180,11 @@ def _trainer(setup: Setup, model: MegatronTrOPDModel, responses: Responses | Non
         TrainStep(model, optimizer, prompts=prompts, guidance=guidance, packer=setup.packer()),
         validator=Validator(setup, model, responses),
         checkpoints=Checkpoints(
-            setup.run_dir, setup.topology, hf_source=setup.student_path, keep=settings.keep_checkpoints
+            setup.run_dir,
+            setup.topology,
+            hf_source=setup.student_path,
+            keep=settings.keep_checkpoints,
+            following=model.following,
         ),
         log=MetricsLog(setup.run_dir, list(lightning.loggers)) if leads else None,
         rollout_file=RolloutFile(setup.run_dir, setup.plan.tokenizer) if leads else None,

@@ -65,6 +65,7 @@ class TrainStep:
             rollouts = model.infer(self._requests(step) if topology.is_leader else None)
             model.finish_inference()
         with phase("teacher"):
+            model.follow(step)
             batches = self.packer.pack(rollouts, step, self.prompts)
             scores = model.score(batches)
         with phase("student"):

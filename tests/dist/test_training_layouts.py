@@ -17,13 +17,14 @@ from tests.tiny_models import make_tiny
 VOCABULARY = 131  # of the tiny tokenizer: padded to 256 at TP 2
 TEACHER = "model.teacher.tensor_model_parallel_size"
 ROW = "model.tokens_per_micro_batch"  # sequences end to end; the tiny run's longest has 96 tokens
+FOLLOWS = "model.teacher.follow_steps"
 OF_CODER = "model.teachers.coder.tensor_model_parallel_size"
 EXACT = {"model.tropd.objective": "tropd_exact"}
 LAYOUTS: dict[int, list[dict[str, object]]] = {
     1: [{"name": "one"}, {"name": "micro", "model.micro_batch_size": 1}, {"name": "rows", ROW: 110},
         {"name": "exact", **EXACT}, {"name": "exact_rows", ROW: 110, "model.teacher.offload_states": True, **EXACT},
         {"name": "taught"}, {"name": "taught_rows", ROW: 110, "model.teacher.offload": True},
-        {"name": "taught_exact", **EXACT},
+        {"name": "taught_exact", **EXACT}, {"name": "follows", FOLLOWS: 1},
     ],
     2: [
         {"name": "tensor2", "tensor": 2},
@@ -49,6 +50,7 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "exact_teacher1_tensor2_pipeline2", "tensor": 2, "pipeline": 2, TEACHER: 1, **EXACT},
         {"name": "exact_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, **EXACT},
         {"name": "taught_tensor2_data2", "tensor": 2, "data": 2, "model.sequence_parallel": True, OF_CODER: 1},
+        {"name": "follows_tensor2_pipeline2", "tensor": 2, "pipeline": 2, FOLLOWS: 1},
         {"name": "taught_tensor2_pipeline2", "tensor": 2, "pipeline": 2, OF_CODER: 1},
         {"name": "rows_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, "model.sequence_parallel": True},
     ],
@@ -84,6 +86,8 @@ def train_layouts(rank: int, world_size: int, root: str, extra: list[str]) -> No
         degrees = {d: int(str(keys.pop(d, 1))) for d in ("tensor", "data", "pipeline")}
         if run_dir.name.startswith("taught"):
             keys = {**taught(tiny.root), **keys}
+        if run_dir.name.startswith("follows"):
+            keys["model.teacher.path"] = tiny.student
         overrides = tiny.overrides(run_dir, **degrees, **{"trainer.tropd.save_interval": 10}, **keys)
         cfg = resolve(compose_command_line(["--config-name", "base", *overrides, *extra], CONF))
         outcome = train(cfg, replay_engines(VOCABULARY))
@@ -121,7 +125,7 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
     initial = load_file(root / "student" / "model.safetensors")
     for layout in LAYOUTS[world_size]:
         name = str(layout["name"])
-        one = next((n for n in ("taught_exact", "taught", "exact") if name.startswith(n)), "one")
+        one = next((n for n in ("taught_exact", "taught", "exact", "follows") if name.startswith(n)), "one")
         reference = train_lines(root / "runs" / one)
         weights = load_file(root / "runs" / one / "hf" / "model.safetensors")
         assert len(reference) == 3

@@ -31,7 +31,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return tiny
 
 
-def go(tiny: TinyRun, run_dir: Path, steps: int, **keys: Any) -> Any:
+def go(tiny: TinyRun, run_dir: Path, steps: int, coder: bool = True, **keys: Any) -> Any:
     a, b = tiny.root / "a.jsonl", tiny.root / "b.jsonl"
     settings = {
         "trainer.tropd.max_steps": steps,
@@ -39,8 +39,7 @@ def go(tiny: TinyRun, run_dir: Path, steps: int, **keys: Any) -> Any:
         "exp_manager.create_tensorboard_logger": False,
         "model.data.path": "null",
         "model.data.sources": f"[{{path: {a}, weight: 2}},{{path: {b}, teacher: coder, teacher_prompt_key: hint}}]",
-        "model.teachers.coder.path": tiny.root / "coder",
-        "model.teachers.coder.offload": True,
+        **({"model.teachers.coder.path": tiny.root / "coder", "model.teachers.coder.offload": True} if coder else {}),
         "model.tropd.guidance.anneal_steps": 4,
         **keys,
     }
@@ -65,3 +64,25 @@ def test_a_resumed_run_has_the_bits_of_a_straight_one(tiny: TinyRun, tmp_path: P
     assert go(tiny, tmp_path / "resumed", 4, **{"model.teachers.coder.path": moved}).step == 4
     with pytest.raises(ConfigError, match=r"model.teachers = 'coder: .*teacher \(content .*accept_changes"):
         go(tiny, tmp_path / "resumed", 5, **{"model.teachers.coder.path": tiny.teacher})
+
+
+def test_a_teacher_that_follows_the_student_is_resumed_as_it_was(tiny: TinyRun, tmp_path: Path) -> None:
+    """The checkpoint after step 3 has the teacher that the student was after step 2."""
+    keys = {
+        "model.teacher.path": tiny.student,
+        "model.teacher.follow_steps": 2,
+        "model.teacher.offload": True,
+        "model.data.sources": f"[{{path: {tiny.root / 'a.jsonl'}, teacher_prompt_key: hint}}]",
+        "coder": False,
+        "model.optim.lr": "1e-2",
+    }
+    go(tiny, tmp_path / "straight", 5, **keys)
+    for steps in (3, 5):
+        go(tiny, tmp_path / "resumed", steps, **keys)
+    go(tiny, tmp_path / "never", 5, **{**keys, "model.teacher.follow_steps": "null"})
+    straight, resumed, never = (train_lines(tmp_path / name) for name in ("straight", "resumed", "never"))
+    for a, b, c in zip(straight, resumed, never, strict=True):
+        assert {k: v for k, v in a.items() if "second" not in k} == {k: v for k, v in b.items() if "second" not in k}
+        assert (a["log_ratio_mean"] == c["log_ratio_mean"]) == (a["step"] <= 2)
+    with pytest.raises(ConfigError, match=r"model.teacher.follow_steps = 3: the run's checkpoint was made with 2"):
+        go(tiny, tmp_path / "resumed", 6, **{**keys, "model.teacher.follow_steps": 3})

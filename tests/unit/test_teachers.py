@@ -164,6 +164,44 @@ def test_every_teachers_tokens_shape_and_folder_are_looked_at(tiny: TinyRun, tmp
     assert "model.teachers.coder.fp8" in said  # its widths, or that nothing of its own is held out
 
 
+def test_a_teacher_that_cannot_follow_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    for keys, wanted in (
+        ({}, "has another shape than the student: set model.teacher.path="),
+        ({"model.teacher.fp8": "tensorwise", "model.teacher.precision": "bf16"}, "a teacher in FP8 cannot take"),
+        ({"model.teacher.tensor_model_parallel_size": 2, "data": 2}, "must be split as the student is"),
+    ):
+        path = {"model.teacher.path": tiny.root / "coder", "model.teacher.follow_steps": 4}
+        said = refused(tiny, tmp_path, **path, **keys)
+        assert said.startswith("model.teacher.follow_steps = 4: ") and wanted in said
+
+
+@pytest.mark.parametrize("objective", ["tropd", "tropd_exact"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_teacher_that_follows_is_the_student_from_then_on(
+    tiny: TinyRun, topology: Topology, objective: str, offload: bool
+) -> None:
+    rollouts, prompts = some(5)
+    plain = PromptSet(tuple(replace(p, told_ids=()) for p in prompts))
+    one = model(topology, tiny, ("default",), objective, path=str(tiny.student), follow_steps=2, offload=offload)
+    batches = Packer(topology, 0, 2, None, 5).pack(rollouts, 0, plain)
+
+    def distance(step: int) -> float:
+        one.follow(step)
+        scores = one.score(batches)
+        counts = {"loss_tokens": 1, "sequences": 1, "keep_tokens": True}
+        _, sums = one.get_loss_and_metrics(batches, scores, step=step, **counts)
+        ratios = [abs(r) for kept in sums.kept for r in kept["log_ratio"]]
+        assert one.get_divergences(batches).sums["reverse_kl"] == pytest.approx(0, abs=1e-3) or max(ratios) > 1e-3
+        return max(ratios)
+
+    assert distance(0) == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        for p in one.student.parameters():
+            p.mul_(1 + 0.3 * torch.rand_like(p))
+    assert distance(1) > 1e-2
+    assert distance(2) == pytest.approx(0, abs=1e-5)
+
+
 def test_the_teacher_may_be_told_something_else(tiny: TinyRun, tmp_path: Path) -> None:
     hint = [{"role": "system", "content": "the answer is 4"}, {"role": "user", "content": "2 + 2?"}]
     records = [
