@@ -24,7 +24,7 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
     1: [{"name": "one"}, {"name": "micro", "model.micro_batch_size": 1}, {"name": "rows", ROW: 110},
         {"name": "exact", **EXACT}, {"name": "exact_rows", ROW: 110, "model.teacher.offload_states": True, **EXACT},
         {"name": "taught"}, {"name": "taught_rows", ROW: 110, "model.teacher.offload": True},
-        {"name": "taught_exact", **EXACT}, {"name": "follows", FOLLOWS: 1},
+        {"name": "taught_exact", **EXACT}, {"name": "follows", FOLLOWS: 2},
     ],
     2: [
         {"name": "tensor2", "tensor": 2},
@@ -50,7 +50,7 @@ LAYOUTS: dict[int, list[dict[str, object]]] = {
         {"name": "exact_teacher1_tensor2_pipeline2", "tensor": 2, "pipeline": 2, TEACHER: 1, **EXACT},
         {"name": "exact_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, **EXACT},
         {"name": "taught_tensor2_data2", "tensor": 2, "data": 2, "model.sequence_parallel": True, OF_CODER: 1},
-        {"name": "follows_tensor2_pipeline2", "tensor": 2, "pipeline": 2, FOLLOWS: 1},
+        {"name": "follows_tensor2_pipeline2", "tensor": 2, "pipeline": 2, FOLLOWS: 2},
         {"name": "taught_tensor2_pipeline2", "tensor": 2, "pipeline": 2, OF_CODER: 1},
         {"name": "rows_tensor2_pipeline2", "tensor": 2, "pipeline": 2, ROW: 110, "model.sequence_parallel": True},
     ],
@@ -87,7 +87,9 @@ def train_layouts(rank: int, world_size: int, root: str, extra: list[str]) -> No
         if run_dir.name.startswith("taught"):
             keys = {**taught(tiny.root), **keys}
         if run_dir.name.startswith("follows"):
-            keys["model.teacher.path"] = tiny.student
+            # It reads a hint, or it would be the student itself.
+            hinted = {key: taught(tiny.root)[key] for key in ("model.data.path", "model.data.teacher_prompt_key")}
+            keys = {**hinted, "model.teacher.path": tiny.student, **keys}
         overrides = tiny.overrides(run_dir, **degrees, **{"trainer.tropd.save_interval": 10}, **keys)
         cfg = resolve(compose_command_line(["--config-name", "base", *overrides, *extra], CONF))
         outcome = train(cfg, replay_engines(VOCABULARY))
@@ -132,7 +134,8 @@ def test_layout_takes_the_same_steps(root: Path, world_size: int, request: pytes
         lines = train_lines(root / "runs" / name)
         assert [line["step"] for line in lines] == [1, 2, 3], name
         for line, expected in zip(lines, reference, strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5), (name, line["step"])
+            # Log-ratios are differences: where they are small, rounding is not.
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=3e-5), (name, line["step"])
             for key in ("grad_norm", "trust_fraction", "log_ratio_mean", "outlier_forward_kl"):
                 assert line[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), (name, line["step"], key)
         for step in (0, 3):
