@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_tropd.batch import TeacherScores
 from tests.dist.run_distributed import run_distributed
 
 pytestmark = pytest.mark.random
@@ -82,3 +83,58 @@ def test_three_ranks_take_the_steps_of_one() -> None:
             assert {k: got[k] / got["tokens"] for k in means} == pytest.approx(means, rel=1e-4, abs=1e-5), (seed, step)
             for k in ("loss", "grad_norm"):
                 assert got[k] == pytest.approx(want[k], rel=1e-4, abs=1e-4), (seed, step, k)
+
+
+def _two_teachers(rank: int, world_size: int, student: str, ids: list[int], seed: int) -> None:
+    """SmolLM2 teaches some sequences, its pruned self the others: scores and losses to the bit those of runs with one
+    teacher each."""
+    from omegaconf import OmegaConf
+
+    from nemo_tropd import objectives
+    from nemo_tropd.batch import Rollout
+    from nemo_tropd.config import ModelConfig
+    from nemo_tropd.data import Prompt, PromptSet
+    from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
+    from nemo_tropd.parallel.topology import Topology
+    from nemo_tropd.training.packing import Packer
+
+    topology, draw = Topology.start(world_size), random.Random(seed)
+    cfg = ModelConfig()
+    cfg.teacher.path, cfg.data.path = str(Path(student).with_name("smollm2-135m-instruct")), "unused"
+    cfg.teachers = {"pruned": {"path": student, "offload": True}}
+    lengths = [draw.randint(12, 40) for _ in range(4)]
+    rollouts = [Rollout(ids[:9], [], ids[9:n], [-1.0] * (n - 9), 0, i, i, True) for i, n in enumerate(lengths)]
+    names = ["default", "pruned", *draw.choices(["default", "pruned"], k=2)]
+    prompts = PromptSet(tuple(Prompt(str(i), "", (), None, tuple(ids[:9]), "", teacher=n) for i, n in enumerate(names)))
+    batches = Packer(topology, 0, 1, 64, seed).pack(rollouts, 0, prompts)
+
+    def results(teachers: tuple[str, ...]) -> dict[int, tuple[TeacherScores, float]]:
+        model = MegatronTrOPDModel(
+            OmegaConf.structured(cfg), None, topology=topology, objective=objectives.build("tropd"),
+            student=StudentSource(Path(student), "32", VOCABULARY), teachers=teachers,
+        )  # fmt: skip
+        own = [i for i, batch in enumerate(batches) if batch.teacher in teachers]
+        found = {}
+        for i, scores in zip(own, model.score([batches[i] for i in own]), strict=True):
+            counts = {"step": 0, "loss_tokens": 100, "sequences": 4}
+            found[i] = scores, model.get_loss_and_metrics([batches[i]], [scores], **counts)[0]
+        return found
+
+    both = results(("default", "pruned"))
+    assert len(both) == len(batches) > 1 and len({batch.teacher for batch in batches}) == 2
+    for name in ("default", "pruned"):
+        for i, (scores, loss) in results((name,)).items():
+            assert loss == both[i][1] and (loss != 0.0 or name == "pruned")  # that is what the student is
+            for field in ("log_probs", "top_k_log_probs", "top_k_ids"):
+                assert torch.equal(getattr(scores, field), getattr(both[i][0], field))
+
+
+@pytest.mark.timeout(300)
+def test_two_teachers_are_two_runs_with_one_each() -> None:
+    from transformers import AutoTokenizer
+
+    from examples.make_smollm2 import build_student
+
+    student = build_student()
+    ids = AutoTokenizer.from_pretrained(student)(TEXT)["input_ids"]
+    run_distributed(_two_teachers, 1, str(student), ids, random.getrandbits(30), timeout_s=240)

@@ -14,15 +14,19 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from examples.benchmarks.shapes import SHAPES
 from nemo_tropd import objectives
 from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.command_line import compose_command_line
-from nemo_tropd.config import ConfigError, ModelConfig, TropdConfig
+from nemo_tropd.config import ConfigError, ModelConfig, TropdConfig, with_teacher
 from nemo_tropd.config_checks import resolve
 from nemo_tropd.data import Prompt, PromptError, PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
 from nemo_tropd.parallel.metric_sums import DeviceSums
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.planner.host import check_host, host_memory
+from nemo_tropd.planner.machine import GIB
+from nemo_tropd.planner.memory import Memory, estimate
 from nemo_tropd.training.packing import Packer
 from nemo_tropd.training.plan import Plan, make_plan
 from nemo_tropd.training.step import _by_group
@@ -31,6 +35,7 @@ from tests.e2e.tiny_run import TinyRun
 from tests.tiny_models import make_tiny
 from tests.unit.test_batch import rollout
 from tests.unit.test_packing import topology as place
+from tests.unit.test_planner import gpu
 
 VOCABULARY = 131
 
@@ -393,3 +398,33 @@ def test_a_batch_moves_with_what_the_teacher_reads() -> None:
     (batch, *_) = Packer(place(), 0, 9, None, 5).pack(rollouts, 0, told)
     moved: TokenBatch = batch.to(torch.device("meta"))
     assert moved.told is not None and moved.told.input_ids.device.type == "meta"
+
+
+def test_the_plan_counts_every_teacher() -> None:
+    """What stays adds up; what comes and goes is the largest on the device, and all of it on the host."""
+    student, small, large = (SHAPES[name] for name in ("Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B"))
+    required = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    required += ["model.teachers.code.path=c", "model.data.teacher_key=subject"]
+
+    def plan(*keys: str) -> tuple[Memory, Memory, Memory]:
+        cfg = command_line([*required, *keys])
+        code = with_teacher(cfg, "code")
+        others = [(code, large)]
+        alone = estimate(code, student, large, gpu(79))
+        host = host_memory(cfg, student, small, gpu(79), others=others)
+        return estimate(cfg, student, small, gpu(79), others=others), alone, host
+
+    both, alone, _ = plan()
+    ratio = both.resident["teacher"] / alone.resident["teacher"]
+    assert ratio == pytest.approx(1 + small.parameters() / large.parameters(), rel=1e-3)
+    both, alone, host = plan("model.teacher.offload=true")
+    assert "teacher" not in both.resident and both.phases["teacher scores"] == alone.phases["teacher scores"]
+    pinned = 2 * (small.parameters() + large.parameters())
+    assert host.resident["teacher, pinned"] == pytest.approx(pinned, rel=1e-2)
+    both, alone, _ = plan("model.teachers.code.offload=true")
+    assert both.resident["teacher"] == pytest.approx(2 * small.parameters(), rel=1e-2)
+    assert both.phases["teacher scores"]["teacher's turn"] == alone.phases["teacher scores"]["teacher"]
+    cfg = command_line([*required, "model.teacher.offload=true"])
+    poor = replace(gpu(79), host=host.total - GIB)
+    with pytest.raises(ConfigError, match=r"^model.teacher.offload = True: a host needs .*teacher, pinned"):
+        check_host(cfg, host, poor)
