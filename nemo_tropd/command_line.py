@@ -64,7 +64,7 @@ def compose_command_line(argv: Sequence[str], conf_dir: Path, usage: str = "") -
     folders = [Path(flags.config_path).absolute() if flags.config_path else conf_dir.absolute()]
     folders += [Path(flags.config_dir).absolute()] if flags.config_dir else []
     for key, folder in zip(("--config-path", "--config-dir"), folders, strict=False):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # False, too, of a name that is too long
             raise ConfigError(key, str(folder), "there is no such directory")
     name = (flags.config_name or "base").removesuffix(".yaml")
     if flags.help:
@@ -142,7 +142,7 @@ def _read_override(text: str) -> Override:
 def _compose(name: str, folders: list[Path], overrides: list[Override]) -> DictConfig:
     given = ["++" + str(o.input_line).lstrip("+") for o in overrides]
     # Hydra looks in its first folder alone for the file to start from.
-    first = next((folder for folder in folders if (folder / f"{name}.yaml").is_file()), folders[0])
+    first = next((folder for folder in folders if os.path.isfile(folder / f"{name}.yaml")), folders[0])
     others = ["'file://" + str(f).replace("'", r"\'") + "'" for f in folders if f != first]
     try:
         with initialize_config_dir(str(first), version_base=None):

@@ -4,6 +4,7 @@ They are written under a temporary name in the same folder, flushed to the disk 
 killed processes left under temporary names is removed by the next one that writes to the same folder.
 """
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 _MACHINE = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<machine>[A-Za-z0-9._]*)-[0-9a-f]{8}-(?P<pid>\d+)")
+_LONGEST_NAME = 255  # bytes
 _STALE_AFTER_S = 24 * 3600.0
 _in_use: set[Path] = set()
 _cleaned: set[tuple[int, Path]] = set()  # (process, folder): a forked child cleans for itself
@@ -156,6 +158,20 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def refusal(path: str | Path) -> str:
+    """Why the system lets this process neither find nor make ``path``, with the remedy: a name that is too long, a
+    folder that it may not enter, links in a circle. "" if nothing is in the way."""
+    try:
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):  # below what is not there yet, too
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        os.stat(os.path.join(path, "."))
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        return f"the system refuses it ({error.strerror}): give another path, or the right to enter its folders"
+    return ""
 
 
 def default_cache_dir() -> Path:

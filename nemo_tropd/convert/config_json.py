@@ -5,13 +5,16 @@ the model's function. A key that is none of these is refused unless it is off. I
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
 
 class ConversionError(ValueError):
     """A checkpoint that cannot be converted: what is wrong, the value seen, what to change."""
+
+
+_MOST = 2**31 - 1  # of a size
 
 
 def keys(names: str) -> frozenset[str]:
@@ -91,18 +94,22 @@ def check_keys(config: dict[str, Any], modelled: frozenset[str], where: str) -> 
 
 
 def positive(config: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    """A positive integer; a key that is missing or null is ``default``."""
+    """A positive integer below 2**31; a key that is missing or null is ``default``."""
     value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConversionError(f"{where}: {key} must be a positive integer, not {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST:
+        most = f" of at most {_MOST}" if isinstance(value, int) and value > 1 else ""
+        raise ConversionError(f"{where}: {key} must be a positive integer{most}, not {value!r:.60}")
     return value
 
 
-def number(config: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
-    """A finite positive number; a key that is missing or null is ``default``."""
+def number(
+    config: dict[str, Any], key: str, where: str, default: float | None = None, most: float = sys.float_info.max
+) -> float:
+    """A positive number, at most ``most``; a key that is missing or null is ``default``."""
     value = default if config.get(key) is None else config[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConversionError(f"{where}: {key} must be a positive number, not {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
+        limit = f" of at most {most:g}" if most < sys.float_info.max else ""
+        raise ConversionError(f"{where}: {key} must be a positive number{limit}, not {value!r:.60}")
     return float(value)
 
 

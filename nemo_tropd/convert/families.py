@@ -282,6 +282,11 @@ def shape_of_config(config: dict[str, Any], where: str = "config.json") -> Model
     if heads % kv_heads:
         raise ConversionError(f"{where}: {heads} query heads do not divide into {kv_heads} key/value heads")
     max_positions = positive(config, "max_position_embeddings", where, family.max_positions_default)
+    head_dim = positive(config, "head_dim", where, family.head_dim_default or hidden // heads)
+    if head_dim % 2:
+        raise ConversionError(
+            f"{where}: head_dim = {head_dim}: rotary embeddings turn pairs of dimensions: give an even number"
+        )
     theta, scaling = read_rope(config, max_positions, where)
     attention_bias = family.biases and flag(config, "attention_bias", where)
     return ModelShape(
@@ -291,7 +296,7 @@ def shape_of_config(config: dict[str, Any], where: str = "config.json") -> Model
         ffn=positive(config, "intermediate_size", where),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=positive(config, "head_dim", where, family.head_dim_default or hidden // heads),
+        head_dim=head_dim,
         vocab_size=positive(config, "vocab_size", where),
         tied=flag(config, "tie_word_embeddings", where),
         norm_eps=number(config, "rms_norm_eps", where, 1e-6),

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from nemo_tropd.convert.config_json import ConversionError
+from nemo_tropd.convert.hf_files import check_finite
 from nemo_tropd.convert.weight_files import weight_files
 from nemo_tropd.files import write_json
 
@@ -15,8 +16,9 @@ _CONFIG_FILES = ("config.json", "generation_config.json")
 
 
 def checkpoint_fingerprint(model_dir: str | Path, memory: Path | None = None) -> str:
-    """A digest of a checkpoint's config files and weights, wherever it lies. FileNotFoundError without weights.
-    ``memory`` (a JSON file) keeps a weight file's digest, which counts until the file's size, inode or times change."""
+    """A digest of a checkpoint's config files and weights, wherever it lies. FileNotFoundError without weights,
+    ConversionError for a tensor with NaN or infinite values, since every byte is read. ``memory`` (a JSON file) keeps a
+    weight file's digest, which counts until the file's size, inode or times change."""
     folder = Path(model_dir)
     try:
         files = weight_files(folder)
@@ -36,6 +38,7 @@ def checkpoint_fingerprint(model_dir: str | Path, memory: Path | None = None) ->
         if known.get(place, [])[:-1] != mark:
             with file.open("rb") as weights:
                 marks[place] = [*mark, hashlib.file_digest(weights, "sha256").hexdigest()]
+            check_finite(file)  # of pages that have just been read
         digest.update(f"{file.name}:{(known | marks)[place][-1]}".encode())
     if memory is not None and marks:
         with suppress(OSError):  # no room: the weights are read again the next time

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nemo_tropd.convert.families import ConversionError
-from nemo_tropd.files import complete_folder, write_json
+from nemo_tropd.files import complete_folder, refusal, write_json
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".index.json")
 # Of other things than this model: an adapter, a trainer, the model it was made from, its maker's own format.
@@ -29,6 +29,8 @@ def new_folder(path: str | Path, overwrite: bool = False, needed_bytes: int = 0)
 
 def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
     """Raise ConversionError if ``path`` exists and ``overwrite`` is off, or its disk lacks ``needed_bytes``."""
+    if why := refusal(path):
+        raise ConversionError(f"{path}: {why}")
     if path.exists() and not overwrite:
         raise ConversionError(f"{path} exists: choose another folder, or pass --overwrite (overwrite=True)")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -115,6 +115,21 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise ConversionError(f"{path} is damaged or truncated ({found}): download or build it again") from error
 
 
+def check_finite(path: Path) -> None:
+    """Raise ConversionError, which names it, for a tensor of a weight file with a value that is not finite."""
+    with open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            values = file.get_tensor(name)
+            if values.numel() and values.dtype in DTYPES.values() and not is_finite(values):
+                remedy = "download the checkpoint again, or use another one"
+                raise ConversionError(f"{path}: {name} has NaN or infinite values: {remedy}")
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are; at least one is needed."""
+    return bool(torch.stack(values.aminmax()).isfinite().all())  # NaN is both least and greatest
+
+
 def write_weights(
     directory: Path,
     stream: Iterable[tuple[str, Tensor]],

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from nemo_tropd.convert.families import ConversionError, ModelShape, Row
-from nemo_tropd.convert.hf_files import HfCheckpoint
+from nemo_tropd.convert.hf_files import HfCheckpoint, is_finite
 from nemo_tropd.convert.layouts import Region, merge, regions
 
 # Transformer Engine fuses a norm into the linear layer after it; a distributed checkpoint always uses these names.
@@ -67,7 +67,7 @@ def fill_model(model: Module, source: WeightSource, shape: ModelShape, topology:
     for parameter, row in local_rows(model, shape):
         blocks = regions(row, topology.tensor_rank, topology.tensor_size, shape)
         part = torch.cat([source.read(row, block) for block in blocks])
-        if part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):  # NaN is both least and greatest
+        if part.numel() and not is_finite(part):
             remedy = "download the checkpoint again, or use another one"
             raise ConversionError(f"{', '.join(_not_finite(source, row))} has NaN or infinite values: {remedy}")
         padding = parameter.size(0) - part.size(0) if row.layout == "vocabulary" else 0

@@ -47,7 +47,7 @@ from nemo_tropd.convert.folders import SIDECAR
 from nemo_tropd.convert.hf_import import FUSED_NORMS, Place, WeightSource, fill_model
 from nemo_tropd.convert.layouts import Region, full_shape, regions
 from nemo_tropd.convert.metadata_file import read_metadata
-from nemo_tropd.files import write_json
+from nemo_tropd.files import refusal, write_json
 
 PREFIX = "model."
 _SEPARATE_NORMS = {plain: fused for fused, plain in FUSED_NORMS.items()}
@@ -70,6 +70,8 @@ class MegatronSource:
 
     def __init__(self, directory: str | Path, shape: ModelShape | None = None) -> None:
         self.directory = Path(directory)
+        if why := refusal(directory):
+            raise ConversionError(f"{directory}: {why}")
         if not (self.directory / ".metadata").is_file():
             raise ConversionError(f"{directory} has no .metadata file: it is not a complete distributed checkpoint")
         self.shape = shape or read_shape(self.directory / SIDECAR)

@@ -11,6 +11,7 @@ from typing import Any
 from nemo_tropd.convert.config_json import ConversionError, flag, keys, number, positive
 
 KINDS = ("default", "llama3", "yarn", "linear", "dynamic")
+_MOST_FACTOR = 1e6
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 # Keys of the kinds above; one that its kind does not use is ignored, as transformers ignores it.
 KNOWN = keys(
@@ -47,6 +48,8 @@ def read_rope(config: dict[str, Any], max_positions: int, where: str) -> tuple[f
     """Rotary base and scaling. Raises ConversionError for a kind, key or value that is not modelled."""
     rope = _settings(config, where)
     theta = number(rope if rope.get("rope_theta") is not None else config, "rope_theta", where, 10000.0)
+    if theta <= 1:
+        raise ConversionError(f"{where}: rope_theta = {theta}: give a number above 1")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in KINDS:
         raise ConversionError(f"{where}: unsupported rope type {kind!r}; supported: {', '.join(map(repr, KINDS))}")
@@ -60,11 +63,14 @@ def read_rope(config: dict[str, Any], max_positions: int, where: str) -> tuple[f
         raise ConversionError(f"{where}: rope type {kind!r} needs {missing}")
     original = positive(rope, "original_max_position_embeddings", where, max_positions)
     if kind == "llama3":
-        factor, low, high = (number(rope, key, where) for key in _LLAMA3)
+        factor, low, high = (number(rope, key, where, most=_MOST_FACTOR) for key in _LLAMA3)
+        if high <= low:
+            raise ConversionError(f"{where}: high_freq_factor = {high} must be greater than low_freq_factor = {low}")
         return theta, RopeScaling(factor, low, high, original)
     if kind == "yarn":
         return theta, _yarn(rope, original, max_positions, where)
-    return theta, RopeScaling(number(rope, "factor", where), kind=kind, original_max_positions=original)
+    factor = number(rope, "factor", where, most=_MOST_FACTOR)
+    return theta, RopeScaling(factor, kind=kind, original_max_positions=original)
 
 
 def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def _settings(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _yarn(rope: dict[str, Any], original: int, max_positions: int, where: str) -> RopeScaling:
     """As transformers computes what is not given. Source: arXiv 2309.00071, section 3.4, and its reference code."""
-    factor = number(rope, "factor", where, max_positions / original)
+    factor = number(rope, "factor", where, max_positions / original, _MOST_FACTOR)
     mscale, all_dim = (rope.get(key) and number(rope, key, where) for key in ("mscale", "mscale_all_dim"))
 
     def magnitude(scale: float) -> float:

@@ -106,10 +106,10 @@ def _checked(record: Mapping[str, Any], where: str, keys: PromptKeys, tally: Tal
         turns = [] if _is_gap(given) else [{"role": "user", "content": given}]
     else:
         turns, answered = _turns(given, where, key)
-        told = record.get("system")
+        system = record.get("system")
         tally.keys_read |= {key.split(".")[0], "system"}
-        if turns and turns[0]["role"] not in ("system", "developer") and not _is_gap(told):
-            turns.insert(0, _turn({"role": "system", "content": told}, f"{where}: 'system'"))
+        if turns and turns[0]["role"] not in ("system", "developer") and not _is_gap(system):
+            turns.insert(0, _turn({"role": "system", "content": system}, f"{where}: 'system'"))
     last = turns[-1] if turns else {"role": "system"}
     said = last["role"] in ("tool", "function") or (last.get("content") or "").strip()
     if last["role"] in ("system", "developer") or not said:

@@ -5,6 +5,7 @@ byte-level tokenizer labelled LlamaTokenizerFast, as DeepSeek-R1-Distill's is, l
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ PROBES = (
     "\U0001f642 \U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
 )
 _SHOWN = 3
+_RESERVED = re.compile(r"reserved|unused|placeholder|(\b|_)pad(\b|_|\d)", re.IGNORECASE)
 
 
 def load_tokenizer(folder: Path, key: str) -> Any:
@@ -148,14 +150,27 @@ class Vocabulary:
             notes.append(f"{_few(pairs)}: other names of the student / the teacher, which occur in no prompt")
         return cls(student, teacher, size, renamed, tuple(("vocabulary", note) for note in notes))
 
-    def check(self, prompts: Iterable[Prompt], template: str = "") -> None:
+    def check(self, prompts: Iterable[Prompt], template: str = "", end_ids: Sequence[int] = ()) -> None:
         """PromptError for a prompt with a token that means something else to the teacher or that it has not got;
-        ConfigError if ``template`` writes such a token."""
+        ConfigError if ``template`` writes such a token, if one of ``end_ids`` is one, or if responses can hold it: of
+        added tokens, models write those that are neither special nor reserved."""
         remedy = "choose a template without it (model.data.chat_template), or models with one tokenizer"
+        teacher = getattr(self.teachers, "name_or_path", "")
         for i, (mine, theirs) in self.renamed.items():
             if mine and mine in template:
                 why = f"its tokenizer has {theirs!r} for {i}, which the chat template knows as {mine!r}"
-                raise ConfigError(TEACHER, getattr(self.teachers, "name_or_path", ""), f"{why}: {remedy}")
+                raise ConfigError(TEACHER, teacher, f"{why}: {remedy}")
+        for i, names in self.renamed.items():
+            if i >= self.size:  # of all teachers
+                break
+            two = f"{i} is the student's {names[0]!r} and the teacher's {names[1]!r}"
+            if i in end_ids:
+                how = "give those that both know by one name in model.rollout.end_tokens"
+                raise ConfigError(TEACHER, teacher, f"{two}, and ends a response: {how}, or choose another teacher")
+            for name, tokenizer in zip(names, (self.tokenizer, self.teachers), strict=True):
+                if _is_written(name, tokenizer):
+                    why = f"{two}, and responses can hold {name!r}, which would be scored as another token"
+                    raise ConfigError(TEACHER, teacher, f"{why}: choose a teacher with the student's tokenizer")
         for prompt in prompts:
             if max(prompt.token_ids) >= self.size or not self.renamed.keys().isdisjoint(prompt.token_ids):
                 token = next(i for i in prompt.token_ids if i >= self.size or i in self.renamed)
@@ -231,6 +246,12 @@ def _named_ends(folder: Path, key: str, tokenizer: Any) -> set[int]:
             raise ConfigError(key, str(file), f"eos_token_id is {value!r}: give an id, a list of ids or null")
         found |= set(values)
     return found
+
+
+def _is_written(name: str, tokenizer: Any) -> bool:
+    """Whether a model may have learned to write an added token: one of thoughts, tools or roles, say."""
+    known = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
+    return bool(name) and not (known.get(name) or name in tokenizer.all_special_tokens or _RESERVED.search(name))
 
 
 def _with_added(tokenizer: Any) -> list[str]:

@@ -18,6 +18,7 @@ from nemo_tropd.convert.hf_files import HfCheckpoint
 from nemo_tropd.data import Prompt, Template, Vocabulary, end_tokens, load_tokenizer
 from nemo_tropd.data.templates import encode
 from nemo_tropd.evaluation.settings import Evaluation
+from nemo_tropd.files import refusal
 
 Convert = Callable[[Path, Path], None]  # a Megatron checkpoint -> a Hugging Face folder that is not there yet
 _STEP = re.compile(r"step_\d{8}")
@@ -87,6 +88,8 @@ def load_models(e: Evaluation, convert: Convert) -> list[Model]:
 
 def _find(key: str, path: Path) -> tuple[Path, bool]:
     """The folder with the weights, and whether it is Hugging Face's (else Megatron's)."""
+    if why := refusal(path):
+        raise ConfigError(key, str(path), why)
     if not path.is_dir():
         raise ConfigError(key, str(path), f"no such directory; {_WANTED}")
     steps = sorted(p for p in (path / "checkpoints").glob("step_*") if _STEP.fullmatch(p.name))

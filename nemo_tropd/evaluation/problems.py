@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -67,7 +68,7 @@ def _rows(b: Benchmark, prefix: str) -> list[tuple[dict[str, Any], str]]:
     if path is None:
         key, path = f"{prefix}file", str(_package_file(b, prefix))
     try:
-        matches = [m for m in sorted(glob.glob(path)) if Path(m).is_dir()] if not Path(path).exists() else []
+        matches = [] if os.path.exists(path) else [m for m in sorted(glob.glob(path)) if os.path.isdir(m)]
         records = chain.from_iterable(read_records(p, split=b.split) for p in matches or [path])
         rows = list(islice(((r, at) for r, at in records if _matches(r, b.where, f"{prefix}where", at)), b.limit))
     except PromptError as error:

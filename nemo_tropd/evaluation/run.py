@@ -27,6 +27,7 @@ from nemo_tropd.evaluation.problems import Task, read_task
 from nemo_tropd.evaluation.results import Graded, graded, write_results
 from nemo_tropd.evaluation.settings import Evaluation, Plan
 from nemo_tropd.evaluation.store import AnswerFile
+from nemo_tropd.files import refusal
 from nemo_tropd.rollout.engine import EngineError
 
 EXPECTED = (ConfigError, ConversionError, PromptError, EngineError, AnswerError)
@@ -56,6 +57,8 @@ def _asked(plan: Plan, convert: Convert) -> list[Asked]:
     """Every benchmark put to every model, all checked."""
     e = plan.evaluation
     _check_devices(e)
+    if why := refusal(e.out):
+        raise ConfigError("out", e.out, why)
     prefixes = {name: "" if list(plan.benchmarks) == [plan.name] else f"{name}." for name in plan.benchmarks}
     tasks = [read_task(name, b, e.seed, prefixes[name]) for name, b in plan.benchmarks.items()]
     models = load_models(e, convert)

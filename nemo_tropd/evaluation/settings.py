@@ -5,6 +5,7 @@ The dataclasses hold every key with its default, the values it takes, and its me
 
 import argparse
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -135,7 +136,7 @@ def read_command_line(argv: Sequence[str], conf_dir: Path, usage: str = "") -> P
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of nemo_tropd/evaluation/settings.py")
     flags = parser.parse_intermixed_args(list(argv))
     folders = [Path(flags.config_dir), conf_dir] if flags.config_dir else [conf_dir]
-    if not folders[0].is_dir():
+    if not os.path.isdir(folders[0]):
         raise ConfigError("--config-dir", flags.config_dir, "there is no such directory")
     for part in flags.overrides:
         if "=" not in part:
@@ -235,7 +236,8 @@ def _check_benchmark(b: Benchmark, prefix: str) -> None:
 
 def _file(name: str, folders: Sequence[Path], key: str = "--config-name") -> dict[str, Any]:
     """The content of a benchmark's file. Raises ConfigError."""
-    path = next((folder / f"{name}.yaml" for folder in folders if (folder / f"{name}.yaml").is_file()), None)
+    files = [folder / f"{name}.yaml" for folder in folders]
+    path = next((file for file in files if os.path.isfile(file)), None)  # False, too, of a name that is too long
     if path is None:
         there = ", ".join(sorted({p.stem for folder in folders for p in folder.glob("*.yaml")}))
         raise ConfigError(key, name, f"there is no such benchmark; there are {there}")

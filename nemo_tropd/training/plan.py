@@ -28,6 +28,7 @@ from nemo_tropd.data import (
 )
 from nemo_tropd.data.tokenizer import STUDENT, TEACHER
 from nemo_tropd.evaluation.answers import AnswerError, judged_as
+from nemo_tropd.files import refusal
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.parallel.cpu import fast_bf16
@@ -262,6 +263,8 @@ def _check_run_dir(directory: Path, cfg: TropdConfig) -> None:
 
 
 def _check_writable(key: str, directory: Path) -> None:
+    if why := refusal(directory):
+        raise ConfigError(key, str(directory), why)
     parent = directory.absolute()
     while not parent.exists():
         parent = parent.parent

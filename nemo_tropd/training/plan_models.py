@@ -21,6 +21,7 @@ from nemo_tropd.data import (
     template_notes,
 )
 from nemo_tropd.data.tokenizer import STUDENT, TEACHER, check_config
+from nemo_tropd.files import refusal
 from nemo_tropd.planner.machine import Machine
 from nemo_tropd.planner.teacher_engines import TeacherEngines, teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache
@@ -80,6 +81,8 @@ def check_engines(teacher: Teacher, student: ModelShape, prompts: PromptSplit, m
 
 
 def checked_shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
+    if why := refusal(path):
+        raise ConfigError(key, str(path), why)
     if not path.is_dir():
         remedy = "give a Hugging Face checkpoint (make_smollm2.py makes one)"
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
@@ -149,7 +152,7 @@ def text_notes(
         if not mine:
             continue
         with about_teacher(name):
-            vocabulary.check(mine, template.of_tokenizer(tokenizer))
+            vocabulary.check(mine, template.of_tokenizer(tokenizer), end_ids)
             first = mine[:64]
             lines = vocabulary.check_splits([template.render(p, tokenizer) for p in first], [p.where for p in first])
         if student_path.resolve() == Path(vocabulary.teachers.name_or_path).resolve() and not any(p.told for p in mine):

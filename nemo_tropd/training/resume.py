@@ -46,7 +46,8 @@ class CheckpointError(RuntimeError):
 @dataclass(frozen=True)
 class RunState:
     """What a checkpoint keeps besides weights and optimizer states: draws, data order, schedule and prefix length are
-    functions of it. What is compared by content is a dictionary with its ``digest`` and, for messages, its ``path``."""
+    functions of it. What is compared by content is a dictionary with its ``digest`` and, for messages, its ``path`` and
+    the ``keys`` that make it."""
 
     step: int  # optimizer steps done
     settings: dict[str, Any] = field(default_factory=dict)  # by key
@@ -131,7 +132,7 @@ def check_resumable(saved: RunState, now: RunState, accepted: Collection[str] = 
                 "exports"
             )
         was = f"the run's checkpoint was made with {_shown(saved.settings[key])!r}"
-        raise ConfigError(key, _shown(now.settings[key]), was + remedy)
+        raise ConfigError(key, _shown(now.settings[key]), was + _cause(saved.settings[key], now.settings[key]) + remedy)
     longest = now.adjustable.get(_MAX_STEPS, saved.step)
     if longest < saved.step:
         why = f"the run's checkpoint has {saved.step} steps already; give at least as many"
@@ -158,6 +159,18 @@ def _ends(now: RunState) -> Iterator[str]:
         yield f"the learning rate ({name}) still ends at step {now.adjustable[_DECAY_STEPS]} ({_DECAY_STEPS})"
     if now.settings.get("model.tropd.guidance.enabled"):
         yield f"teacher prefixes still end at step {now.settings[_ANNEAL_STEPS]} ({_ANNEAL_STEPS})"
+
+
+def _cause(was: Any, now: Any) -> str:
+    """Which of the keys that make a content have changed."""
+    keys = now.get("keys") if isinstance(now, dict) else None
+    if not keys:
+        return ""
+    before = was.get("keys") if isinstance(was, dict) else None
+    if not before:
+        return f" (with these files, or with other values of {', '.join(keys)})"
+    other = [f"{k} was {before[k]!r}, and is {v!r}" for k, v in keys.items() if k in before and before[k] != v]
+    return f" ({'; '.join(other) or 'what the files hold has changed, or the template or tokenizer'})"
 
 
 def _identity(value: Any) -> Any:

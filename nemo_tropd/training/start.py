@@ -8,7 +8,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, teacher_named
+from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, schema_fields, teacher_named
+from nemo_tropd.config_keys import value_at
+from nemo_tropd.convert.config_json import ConversionError
 from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.data import PromptError, PromptSplit
 from nemo_tropd.files import read_json, remove_stale
@@ -19,6 +21,7 @@ from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.checkpoint import newest_readable
 from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state, settled
 from nemo_tropd.training.run_lock import check_shared, run_lock
+from nemo_tropd.training.teacher_responses import responses_dir
 
 
 @dataclass(frozen=True)
@@ -111,18 +114,25 @@ def _is_complete(run_dir: Path, state: RunState) -> bool:
 def _contents(cfg: TropdConfig, prompts: str) -> dict[str, object]:
     data = cfg.model.data
     path = data.path or ", ".join(source["path"] for source in data.sources)
-    found: dict[str, object] = {"model.data.path": {"digest": prompts, "path": path}}
+    checked = [key for key, f in schema_fields() if "check" in f.metadata and key != "model.data.path"]
+    keys = {key: value_at(cfg, key) for key in checked if key.startswith("model.data.")}
+    found: dict[str, object] = {"model.data.path": {"digest": prompts, "path": path, "keys": keys}}
     for key, path in (
         ("model.teacher.path", cfg.model.teacher.path),
         ("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path),
     ):
-        try:
-            found[key] = {"digest": checkpoint_fingerprint(path), "path": str(Path(path).absolute())}
-        except OSError as error:
-            raise ConfigError(key, path, f"cannot be read: {error}") from error
+        found[key] = {"digest": _weights(cfg, key, path), "path": str(Path(path).absolute())}
     if cfg.model.teachers:
         found["model.teachers"] = _further_teachers(cfg)
     return found
+
+
+def _weights(cfg: TropdConfig, key: str, path: str) -> str:
+    """The fingerprint of a checkpoint, which is read once for all runs that share its memory."""
+    try:
+        return checkpoint_fingerprint(path, responses_dir(cfg) / "fingerprints.json")
+    except (OSError, ConversionError) as error:
+        raise ConfigError(key, path, f"cannot be read: {error}") from error
 
 
 def _further_teachers(cfg: TropdConfig) -> dict[str, str]:
@@ -131,10 +141,7 @@ def _further_teachers(cfg: TropdConfig) -> dict[str, str]:
     for name in sorted(cfg.model.teachers):
         t = teacher_named(cfg.model, name)
         with about_teacher(name):
-            try:
-                weights = checkpoint_fingerprint(t.path)
-            except OSError as error:
-                raise ConfigError("model.teacher.path", t.path, f"cannot be read: {error}") from error
+            weights = _weights(cfg, "model.teacher.path", t.path)
         as_what = t.precision or cfg.trainer.precision, t.response_tokens or cfg.model.rollout.max_new_tokens
         said.append([name, weights, *as_what, t.fp8, t.fp8 and t.fp8_param, t.fp8 and t.fp8_first_last_bf16])
     names = ", ".join(f"{name}: {section['path']}" for name, section in sorted(cfg.model.teachers.items()))

@@ -54,6 +54,7 @@ _CONVERT = "tests/unit/test_convert.py::"
 _STREAM = "tests/unit/test_weight_stream.py::"
 _STEP = "tests/unit/test_step.py::"
 _TOKENS = "tests/unit/test_tokenizer.py::"
+_START = "tests/unit/test_start.py::"
 _TEMPLATES = "tests/unit/test_templates.py::"
 _TOKENS_OF_A_RUN = "tests/unit/test_tokens_of_a_run.py::"
 _SUPERVISOR = "tests/dist/test_supervisor.py::"
@@ -856,6 +857,14 @@ FAULTS: list[Fault] = [
         ("tests/unit/test_plan.py::test_ranks_that_read_other_prompts_are_named",),
     ),
     Fault(
+        "resume",
+        "all weights are read at every start",
+        "nemo_tropd/training/start.py",
+        'return checkpoint_fingerprint(path, responses_dir(cfg) / "fingerprints.json")',
+        "return checkpoint_fingerprint(path)",
+        (_START + "test_the_weights_are_read_at_the_first_start_alone",),
+    ),
+    Fault(
         "answers",
         "of several answers the first alone counts",
         "nemo_tropd/evaluation/answers.py",
@@ -1568,6 +1577,13 @@ FAULTS: list[Fault] = [
         "tests/unit/test_config_json.py::test_what_may_change_the_function_is_refused_by_name",
     ),
     _convert(
+        "config_json",
+        "a number that is no float is taken",
+        "if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:",
+        "if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:",
+        "tests/unit/test_config_json.py::test_what_may_change_the_function_is_refused_by_name",
+    ),
+    _convert(
         "weight_files",
         "files beside the single one are taken",
         "if stray := [path.name for path in present if path != single]:",
@@ -1665,11 +1681,18 @@ FAULTS: list[Fault] = [
         _BAD_NUMBERS + "test_bad_scores_of_the_teacher_count_though_the_objective_leaves_the_token_out",
     ),
     _numbers(
-        "convert/hf_import",
+        "convert/hf_files",
         "only NaN weights are refused, infinite ones are loaded",
-        "if part.numel() and not bool(torch.stack(part.aminmax()).isfinite().all()):  # NaN is both least and greatest",
-        "if part.numel() and bool(torch.stack(part.aminmax()).isnan().any()):",
+        "return bool(torch.stack(values.aminmax()).isfinite().all())  # NaN is both least and greatest",
+        "return not bool(torch.stack(values.aminmax()).isnan().any())",
         _BAD_NUMBERS + "test_weights_that_are_not_finite_are_named_by_tensor",
+    ),
+    _numbers(
+        "convert/fingerprint",
+        "weights that are not finite are found after the teacher has generated",
+        "check_finite(file)  # of pages that have just been read",
+        "assert file",
+        _START + "test_weights_that_are_not_finite_are_refused_before_anything_is_generated[nan-dtype0]",
     ),
     _numbers(
         "teacher/scorer",
@@ -1748,6 +1771,20 @@ FAULTS: list[Fault] = [
         "ids = {names[t] if isinstance(t, str) else t for t in given} or own[0] | own[1]",
         "ids = {names[t] if isinstance(t, str) else t for t in given} or own[0]",
         _TOKENS + "test_end_tokens_are_those_of_student_and_teacher",
+    ),
+    _tokens(
+        "data/tokenizer",
+        "what the student writes is scored as another token",
+        "if _is_written(name, tokenizer):",
+        "if _is_written(name, tokenizer) and i in end_ids:",
+        _TOKENS + "test_a_token_that_responses_hold_may_not_mean_something_else",
+    ),
+    _tokens(
+        "data/tokenizer",
+        "a response may end with what the teacher knows as another token",
+        "if i in end_ids:",
+        "if i in end_ids[:1]:",
+        _TOKENS + "test_a_token_that_responses_hold_may_not_mean_something_else",
     ),
     _tokens(
         "data/templates",

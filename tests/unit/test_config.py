@@ -190,8 +190,9 @@ def test_free_form_keys_are_allowed() -> None:
 
 
 def test_missing_file_lists_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="smollm2_cpu"):
-        read("--config-name", "nope")
+    for name, why in (("nope", "smollm2_cpu"), ("n" * 256, "cannot be composed: .*name too long")):
+        with pytest.raises(ConfigError, match=rf"^--config-name = '{name}': .*{why}"):
+            read("--config-name", name)
     (tmp_path / "mine.yaml").write_text("defaults: [nope]\n")
     with pytest.raises(ConfigError, match=r"'nope': named in the defaults of mine\.yaml.*smollm2_cpu"):
         read("-cd", str(tmp_path), "-cn", "mine")
@@ -203,8 +204,9 @@ def test_folders_beside_and_instead_of_ours(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("defaults: [tropd_schema, _self_]\nname: alone\n")
     assert read("--config-path", str(tmp_path), *REQUIRED).name == "alone"
     for flag in ("--config-dir", "--config-path"):
-        with pytest.raises(ConfigError, match=rf"^{flag} = '/nowhere': there is no such directory"):
-            read(flag, "/nowhere")
+        for nowhere in ("/nowhere", "/" + "a" * 256):
+            with pytest.raises(ConfigError, match=rf"^{flag} = '{nowhere}': there is no such directory"):
+                read(flag, nowhere)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers is 2"),
     ("qwen3", {"layer_types": [{}, "full_attention"]}, "unsupported layer_types \\['{}'\\]"),
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000: give at most 1000"),
+    ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number, not 1000"),
+    ("llama", {"hidden_size": 10**30}, "hidden_size must be a positive integer of at most 2147483647, not 1000000000"),
+    ("qwen2", {"vocab_size": 2**31}, "vocab_size must be a positive integer of at most 2147483647, not 2147483648"),
+    ("llama", {"head_dim": 31}, "head_dim = 31: rotary embeddings turn pairs of dimensions: give an even number"),
+    ("qwen2", {"hidden_size": 62}, "head_dim = 31: "),
+    ("llama", {"rope_theta": 1}, "rope_theta = 1.0: give a number above 1"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 1e300}}, "factor must be a positive number of at most 1e"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 1e300}}, "factor must be a positive number of at most 1e"),
     ("mistral", {"sliding_window": "all"}, "sliding_window must be a positive integer"),
     ("llama", {"rope_scaling": {"type": "su", "factor": 2}}, "unsupported rope type 'su'; supported: 'default'"),
     ("llama", {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "unsupported rope type 'longrope'"),
@@ -93,6 +101,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": -2}}, "factor must be a positive number"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": 1}}, "beta_fast = 1.0 must be greater"),
     ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 4, "truncate": 0}}, "truncate must be true or false"),
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+        "high_freq_factor = 4.0 must be greater than low_freq_factor = 4.0",
+    ),
     (
         "qwen2",
         {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_theta": 1e6}},
@@ -223,3 +236,11 @@ def test_the_engine_gets_it_and_reads_config_json_alone(tmp_path: Path) -> None:
     assert arguments["hf_overrides"]["rope_parameters"]["factor"] == 3.0 and arguments["config_format"] == "hf"
     (tmp_path / "config.json").write_text(json.dumps(config()))
     assert "hf_overrides" not in EngineSettings(tmp_path, "float32", 64, weights_shapes={"w": (1,)}).llm_arguments()
+    # What config.json does not say is the class's, for the engine as for the trainer.
+    yarn = {"type": "yarn", "factor": None, "original_max_position_embeddings": 1024}
+    bare = {k: v for k, v in config("qwen2", rope_scaling=yarn).items() if k != "max_position_embeddings"}
+    (tmp_path / "config.json").write_text(json.dumps(bare))
+    arguments = EngineSettings(tmp_path, "float32", 64, weights_shapes={"w": (1,)}).llm_arguments()
+    trained = shape_of_config(bare).rope_scaling
+    assert trained is not None
+    assert arguments["hf_overrides"]["rope_parameters"]["factor"] == trained.factor == 32768 / 1024

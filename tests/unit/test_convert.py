@@ -363,7 +363,7 @@ def test_refuses_heads_that_do_not_divide():
 
 @pytest.mark.parametrize(("vocab", "degree"), [(151_936, 2), (152_064, 4), (151_665, 8), (131, 4)])
 def test_shards_of_the_vocabulary_are_equal_and_cover_it(vocab: int, degree: int):
-    config = {"model_type": "qwen2", "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 8}
+    config = {"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 8}
     shape = shape_of_config({**config, "num_key_value_heads": 8, "num_hidden_layers": 1, "vocab_size": vocab})
     padded = shape.padded_vocab(degree)
     assert padded % (128 * degree) == 0 and vocab <= padded < vocab + 128 * degree
@@ -403,6 +403,18 @@ def test_refuses_a_damaged_megatron_checkpoint(tiny: Path):
     with pytest.raises(ConversionError, match=r"\[131, 32\], but config.json asks for \[131, 48\]"):
         megatron_to_hf(out, back)
     assert not back.exists()
+
+
+def test_a_path_that_the_system_refuses_is_named(tiny: Path):
+    long = tiny.parent / ("a" * 256)
+    for call in (
+        lambda: hf_to_megatron(tiny, long),
+        lambda: hf_to_megatron(long, tiny.parent / "out"),
+        lambda: megatron_to_hf(long, tiny.parent / "out"),
+        lambda: megatron_to_hf(tiny, long),
+    ):
+        with pytest.raises(ConversionError, match=r"aaa.*(refuses it|cannot be read).*name too long"):
+            call()
 
 
 def test_families_need_no_torch():

@@ -56,6 +56,28 @@ def killed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
+def test_what_the_system_refuses_is_told_from_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "closed").mkdir(mode=0o600)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "below", tmp_path / "none" / "below", "~/none"):
+        assert files.refusal(path) == ""
+    long = "name too long): give another path"
+    cases = {
+        "/" + "abc/" * 1200: long,
+        tmp_path / "none" / ("a" * 256): long,
+        tmp_path / "loop" / "a": "symbolic links",
+    }
+    for refused, why in cases.items():
+        assert why in files.refusal(refused)
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        assert "Permission denied" in files.refusal(tmp_path / "closed")
+    finally:
+        os.seteuid(user)
+
+
 def test_a_killed_write_keeps_the_old_content_and_the_next_process_cleans_up(killed: Path):
     assert _content(killed) == "old"
     (left_over,) = [name for name in _names(killed.parent) if name != "target"]

@@ -15,7 +15,7 @@ from nemo_tropd.gpt.rope import scaled_frequencies
 
 pytestmark = pytest.mark.random
 
-HEADS, GROUPS, HEAD, HIDDEN, FFN, VOCABULARY = 8, 4, 3, 12, 20, 131
+HEADS, GROUPS, HEAD, HIDDEN, FFN, VOCABULARY = 8, 4, 6, 12, 20, 131
 SHAPE = shape_of_config(
     {
         "architectures": ["Qwen2ForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": FFN, "head_dim": HEAD,

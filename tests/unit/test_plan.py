@@ -338,6 +338,29 @@ def test_unwritable_run_directory(tiny: TinyRun, tmp_path: Path) -> None:
             plan(tiny, tmp_path / "closed" / "run")
 
 
+REFUSED = {
+    "pretrained_checkpoint.restore_from_path": "the system refuses it",
+    "model.teacher.path": "the system refuses it",
+    "model.teacher.cache_dir": "the system refuses it",
+    "exp_manager.explicit_log_dir": "the system refuses it",
+    "model.data.path": "cannot be looked at",
+    "model.data.chat_template": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_path_that_the_system_refuses_is_named(tiny: TinyRun, tmp_path: Path, key: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    paths = {"name too long": tmp_path / "new" / ("a" * 256), "file name too long": "/" + "abc/" * 1200}
+    if key not in ("model.data.path", "model.data.chat_template"):
+        paths["symbolic links"] = tmp_path / "loop" / "run"
+    for why, path in paths.items():
+        if key in ("model.data.path", "model.data.chat_template") and why == "name too long":
+            path = tmp_path / ("a" * 256)
+        with pytest.raises((ConfigError, PromptError), match=rf"(?is)^({key} = ')?/.*{REFUSED[key]} .*{why}"):
+            plan(tiny, tmp_path / "run", **{key: path})
+
+
 def test_a_run_that_exists_is_not_overwritten(tiny: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"has 1 checkpoint\(s\)"):

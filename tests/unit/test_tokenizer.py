@@ -16,6 +16,7 @@ from nemo_tropd.config import ConfigError
 from nemo_tropd.data import Prompt, PromptError, Vocabulary, end_tokens, labelled_otherwise, load_tokenizer, token_texts
 from nemo_tropd.data.templates import Template, encode
 from nemo_tropd.data.tokenizer import PROBES, ids_of
+from tests.zoo.makers import CHECKPOINTS, PAIRS
 from tests.zoo.tokenizers import SHAPES, write_tokenizer
 
 pytestmark = pytest.mark.random
@@ -205,6 +206,39 @@ def test_a_renamed_reserved_token_passes_unless_it_occurs(folders: dict[str, Pat
         found.check([prompt(1), prompt(1, token)])
     with pytest.raises(ConfigError, match=r"model\.teacher\.path.*the chat template knows as '<\|mine\|>'"):
         found.check([prompt(1)], "x <|mine|>")
+
+
+def test_a_token_that_responses_hold_may_not_mean_something_else(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Reserved tokens and pads may; ends, think and tool tokens, which models write, may not."""
+    found = shared(folders["r1-qwen"], folders["qwen2.5"])
+    box, end = (found.tokenizer.get_vocab()[t] for t in ("<think>", "<｜Assistant｜>"))
+    with pytest.raises(
+        ConfigError,
+        match=r"^model\.teacher\.path = .*the student's '<｜User｜>' and .*'<\|im_start\|>', and responses can hold",
+    ):
+        found.check([prompt(1)])
+    assert found.renamed[box] == ("<think>", "<|box_start|>")
+    with pytest.raises(ConfigError, match=r"the student's '<\|box_start\|>' .* responses can hold '<think>'"):
+        Vocabulary(found.teachers, found.tokenizer, found.size, {box: ("<|box_start|>", "<think>")}).check([prompt(1)])
+    plain = renamed(tmp_path / "a", "llama3", "<|reserved_special_token_5|>", "<|mine|>")
+    found = shared(plain, folders["llama3"])
+    (token,) = found.renamed
+    found.check([prompt(1)], "", [0, token + 1])
+    with pytest.raises(ConfigError, match=r"'<\|mine\|>' .*, and ends a response: .*model\.rollout\.end_tokens"):
+        found.check([prompt(1)], "", [0, token])
+    padded, plain = (make(tmp_path / n, "llama2", more=[p, "<|end|>"]) for n, p in (("b", "<|PAD|>"), ("c", "<|x|>")))
+    shared(padded, plain).check([prompt(1)], "", [1])
+    plainly = renamed(tmp_path / "d", "qwen2.5", "<|fim_pad|>", "<unused_7>")  # not special, and written by none
+    shared(plainly, folders["qwen2.5"]).check([prompt(1)])
+    assert end != token
+
+
+def test_the_recipes_own_models_share_their_tokens(tmp_path: Path) -> None:
+    for kinds in {tuple(CHECKPOINTS[name].tokenizer for name in models) for models in PAIRS.values()}:
+        student, *others = (make(tmp_path / kind, kind) for kind in kinds)
+        for teacher in others:
+            found = shared(student, teacher)
+            found.check([prompt(1)], "", end_tokens(found, (student, teacher), [])[0])
 
 
 def test_other_ordinary_tokens_are_refused_with_examples(folders: dict[str, Path]) -> None:

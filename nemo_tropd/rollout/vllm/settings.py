@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_tropd.batch import Sampling
 from nemo_tropd.config import ENGINE_TOKENS
-from nemo_tropd.convert.config_json import ConversionError
+from nemo_tropd.convert.families import ConversionError, shape_of_config
 from nemo_tropd.convert.rope import vllm_overrides
 from nemo_tropd.rollout.engine import DTYPES, EngineError
 from nemo_tropd.rollout.weights.stream import checkpoint_shapes
@@ -94,7 +94,8 @@ class EngineSettings:
         """What vLLM must read instead of config.json to rotate as the trainer does."""
         config = json.loads((self.model_dir / "config.json").read_text(encoding="utf-8"))
         try:
-            return vllm_overrides(config, config.get("max_position_embeddings") or 1, str(self.model_dir))
+            where = str(self.model_dir / "config.json")
+            return vllm_overrides(config, shape_of_config(config, where).max_positions, where)
         except ConversionError as error:
             raise EngineError(str(error)) from error
 
