@@ -80,6 +80,11 @@ class PromptSet(Sequence[Prompt]):
         """The names of the prompts' sources, if there are several."""
         return tuple(dict.fromkeys(p.source for p in self.prompts if p.source))
 
+    @cached_property
+    def every_group(self) -> tuple[str, ...]:
+        """What :meth:`groups` may give."""
+        return tuple(dict.fromkeys(group for i in range(len(self)) for group in self.groups(i)))
+
     def groups(self, index: int) -> tuple[str, ...]:
         """Under which the metrics of a prompt are kept apart: its source and its teacher, where there are several."""
         if not self.prompts:

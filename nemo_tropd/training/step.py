@@ -126,11 +126,11 @@ def _by_group(sums: MetricSums, rollouts: Sequence[Rollout], prompts: PromptSet)
     themselves, and how far its teacher and the student are from each other."""
     tokens, of = sum(r.loss_tokens for r in rollouts), Counter[str]()
     lengths: dict[str, list[int]] = {}
+    found = {f"{group}/share_of_tokens": 0.0 for group in prompts.every_group}  # also of those that have none
     for r in rollouts:
         for group in prompts.groups(r.prompt_index):
             of[group] += r.loss_tokens
             lengths.setdefault(group, []).append(len(r.response_ids))
-    found: dict[str, float] = {}
     for group in sorted(lengths):
         sampled, trusted = (sums.sums.get(f"{group}/{name}", 0.0) for name in ("student_tokens", "trust"))
         found |= {
