@@ -319,11 +319,13 @@ def teacher_named(model: ModelConfig, name: str) -> TeacherConfig:
     return replace(model.teacher, **{"follow_steps": None, **given}) if given else model.teacher
 
 
-def loaded_as(teacher: TeacherConfig) -> tuple[object, ...]:
-    """Equal for teachers that are one in memory."""
-    fp8 = (teacher.fp8, teacher.fp8_param, teacher.fp8_first_last_bf16) if teacher.fp8 else ()
-    where = Path(teacher.path).resolve(), teacher.tensor_model_parallel_size, teacher.offload
-    return (*where, teacher.precision, *fp8)
+def loaded_as(model: ModelConfig, name: str, precision: str) -> tuple[object, ...]:
+    """Equal for names of teachers that are one in memory; ``precision`` is the run's. One that follows the student is
+    nobody else's."""
+    t = teacher_named(model, name)
+    fp8 = (t.fp8, t.fp8_param, t.fp8_first_last_bf16) if t.fp8 else ()
+    split = t.tensor_model_parallel_size or model.tensor_model_parallel_size
+    return (Path(t.path).resolve(), split, t.offload, t.precision or precision, t.follow_steps, *fp8)
 
 
 def with_teacher(cfg: TropdConfig, name: str) -> TropdConfig:

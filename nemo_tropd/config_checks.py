@@ -10,8 +10,8 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig, about_teacher, schema_keys, with_teacher
 from nemo_tropd.config_keys import bad_value, typed, unknown_key, value_at
-from nemo_tropd.config_teacher import DEFAULT_TEACHER
-from nemo_tropd.fields import refused
+from nemo_tropd.config_teacher import DEFAULT_TEACHER, TEACHER_KEYS, TeacherConfig
+from nemo_tropd.fields import refused, refused_entries
 
 _SECRET = r"(?:api_?key|access_key|private_key|token|password|passwd|secret|credentials?)"
 _interpolated: set[str] = set()  # environment variables that this process's configuration refers to
@@ -33,6 +33,9 @@ def resolve(cfg: DictConfig) -> TropdConfig:
             raise ConfigError(key, value, f"{reason}; set what it refers to, or give a value") from error
         raise bad_value(key, value, reason) from error
     assert isinstance(obj, TropdConfig)
+    for section in obj.model.teachers.values():  # YAML's 32 is the schema's "32", as in a section of its own
+        if isinstance(section, dict) and type(section.get("precision")) is int:
+            section["precision"] = str(section["precision"])
     check(obj)
     for section, names in (
         (obj.exp_manager, ("exp_dir", "explicit_log_dir")),
@@ -84,6 +87,10 @@ def check(cfg: TropdConfig) -> None:
         "Transformer Engine updates delayed scales in backward passes, and the teacher has none, so they would stay at "
         "their first value; choose tensorwise or blockwise (Hopper) or mxfp8 (Blackwell)",
     )
+    for name, section in cfg.model.teachers.items():
+        if isinstance(section, dict):
+            for own, value, wanted in refused_entries(TeacherConfig, TEACHER_KEYS, section):
+                raise ConfigError(f"model.teachers.{name}.{own}", value, wanted)
     for key, value, wanted in refused(cfg):
         raise ConfigError(key, value, wanted)
     _check_logging(cfg)

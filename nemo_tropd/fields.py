@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass
 from datetime import date
 from typing import Any
@@ -143,7 +143,6 @@ def sections(of: type[Any]) -> dict[str, Check]:
 def named_sections(of: type[Any], *keys: str) -> dict[str, Check]:
     """Metadata of a dictionary of dictionaries by name, each with some of the ``keys`` of one dataclass, the first of
     them always."""
-    known = {f.name: f for f in fields(of) if f.name in keys}
 
     def check(value: object) -> str | None:
         if not isinstance(value, Mapping) or not all(isinstance(entry, Mapping) for entry in value.values()):
@@ -151,14 +150,23 @@ def named_sections(of: type[Any], *keys: str) -> dict[str, Check]:
         for name, entry in value.items():
             if not isinstance(name, str) or not re.fullmatch(_NAME, name):
                 return f"[{name!r}]: name it by letters, digits, _ and -"
-            if unknown := [key for key in entry if key not in known]:
-                return f"{name}.{unknown[0]}: there is no such key; choose of {', '.join(keys)}"
-            for key in (keys[0], *entry):
-                if wrong := complaint(known[key], entry.get(key)):
-                    return f"{name}.{key} = {entry.get(key)!r}: {wrong}"
+            for key, bad, wrong in refused_entries(of, keys, entry):
+                return f"{name}.{key} = {bad!r}: {wrong}"
         return None
 
     return {"check": check}
+
+
+def refused_entries(of: type[Any], keys: Sequence[str], entry: Mapping[Any, Any]) -> Iterator[tuple[str, object, str]]:
+    """(key, value, what to give instead) of what is wrong with a dictionary of some ``keys`` of a dataclass, the first
+    of them always."""
+    known = {f.name: f for f in fields(of) if f.name in keys}
+    for key in (keys[0], *entry):
+        value = entry.get(key)
+        if key not in known:
+            yield str(key), value, f"there is no such key; choose of {', '.join(keys)}"
+        elif wrong := complaint(known[key], value):
+            yield key, value, wrong
 
 
 def _is_plain(value: object) -> bool:

@@ -152,7 +152,7 @@ def _told(record: Mapping[str, Any], where: str, key: str) -> tuple[Mapping[str,
     """The turns that the teacher reads; none where nothing is there."""
     if _is_gap(given := _lookup(record, key)) or given == []:
         return ()
-    told = checked({key: given}, where, PromptKeys(key, key))
+    told = checked({key: given, "system": record.get("system")}, where, PromptKeys(key, key))
     if told is None:
         raise PromptError(f"{where}: {key!r} holds nothing that the teacher could respond to: {_shown(given)}")
     return told.messages

@@ -273,7 +273,13 @@ def _names(paths: Sequence[str]) -> list[str]:
     if len(paths) == 1:
         return [""]
     short = [re.sub(r"[^\w.-]+", "_", path.rstrip("/").rpartition("/")[2]) or "source" for path in paths]
-    return [name if short.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(short, start=1)]
+    names: list[str] = []
+    for i, name in enumerate(short, start=1):
+        own = name if short.count(name) == 1 else f"{name}-{i}"
+        while own in names or (own != name and own in short):
+            own += "_"
+        names.append(own)
+    return names
 
 
 def _teacher_lines(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[tuple[str, str]]:

@@ -109,26 +109,26 @@ class MegatronTrOPDModel(ModelPT):
         calibration: Sequence[TokenBatch],
     ) -> dict[str, TeacherSharing]:
         """The teachers by name; one for several names whose sections come to the same (collective)."""
-        made: dict[tuple[Any, ...], TeacherSharing] = {}
-        found = {}
+        alike: dict[tuple[object, ...], list[str]] = {}
         for name in names:
-            t = teacher_named(self.settings, name)
-            # One that follows the student is nobody else's.
-            if (same := (*loaded_as(t), t.follow_steps and name)) not in made:
-                place = self.topology.with_teacher(t.tensor_model_parallel_size)
-                make = partial(
-                    scorer,
-                    Path(t.path),
-                    topology=place.for_teacher(),
-                    dtype=DTYPES[t.precision or precision],
-                    offload=t.offload,
-                )
-                with about_teacher(name):
-                    made[same] = TeacherSharing(
-                        self._admitted(t, make, [b for b in calibration if b.teacher == name]), place
-                    )
-            found[name] = made[same]
-        return found
+            alike.setdefault(loaded_as(self.settings, name, precision), []).append(name)
+        places: dict[int | None, Topology] = {}
+        found: dict[str, TeacherSharing] = {}
+        for together in alike.values():
+            t = teacher_named(self.settings, together[0])
+            degree = t.tensor_model_parallel_size
+            place = places[degree] = places.get(degree) or self.topology.with_teacher(degree)
+            make = partial(
+                scorer,
+                Path(t.path),
+                topology=place.for_teacher(),
+                dtype=DTYPES[t.precision or precision],
+                offload=t.offload,
+            )
+            with about_teacher(together[0]):
+                own = [batch for batch in calibration if batch.teacher in together]
+                found |= dict.fromkeys(together, TeacherSharing(self._admitted(t, make, own), place))
+        return {name: found[name] for name in names}
 
     def _teacher_heads(self) -> dict[str, Tensor]:
         """With an objective that sees distributions, on the last stage."""
@@ -149,6 +149,11 @@ class MegatronTrOPDModel(ModelPT):
         every, teacher = self.settings.teacher.follow_steps, self.following
         if teacher is not None and every and step and step % every == 0:
             teacher.become(self.student)
+            self.teacher_changed()
+
+    def teacher_changed(self) -> None:
+        """After the weights of a teacher that follows were written to (collective)."""
+        if self.following is not None:
             self.teacher_heads = self._teacher_heads()  # copies, if it is offloaded or split otherwise
 
     @property

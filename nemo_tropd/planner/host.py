@@ -71,8 +71,7 @@ def check_host(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:
     parts = memory.parts(memory.peak_phase)
     key, remedy = "trainer.devices", "use hosts with more memory, or more hosts with fewer ranks each"
     if parts.get("teacher, pinned", 0.0) >= memory.total - machine.host:
-        key = "model.teacher.offload" if cfg.model.teacher.offload else "model.teachers"
-        remedy = "set offload to false and raise tensor_model_parallel_size"
+        key, remedy = "model.teacher.offload", "set it to false and raise model.teacher.tensor_model_parallel_size"
     if parts.get("teacher's hidden states, pinned", 0.0) >= memory.total - machine.host:
         key, remedy = "model.teacher.offload_states", "set it to false, or lower model.global_batch_size"
     sizes = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())

@@ -182,6 +182,8 @@ def checkpoint_bytes(cfg: TropdConfig, numbers: float) -> float:
     states, sharded = optimizer_bytes(cfg, numbers), cfg.model.optim.distributed
     if sharded:
         states *= layout(cfg).data
+    if cfg.model.teacher.follow_steps is not None:  # of the student's shape, and saved beside it
+        states += numbers * BYTES[cfg.model.teacher.precision or cfg.trainer.precision]
     if sharded and cfg.trainer.precision == "32":
         states += FP32 * numbers  # the sharded optimizer also saves the weights that it updates
     return states + numbers * BYTES[cfg.trainer.precision]
@@ -217,7 +219,7 @@ def estimate(
     own, ranks, width = student_degrees(cfg), layout(cfg), BYTES[cfg.trainer.precision]
     numbers = sum(stage_parameters(student, own))
     resident = {
-        "process": process_bytes(cfg, machine),
+        "process": process_bytes(cfg, machine, others),
         "student": numbers * width,
         "gradients": numbers * FP32,
         "optimizer": optimizer_bytes(cfg, numbers),
@@ -313,10 +315,11 @@ def _beside(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine:
     return found
 
 
-def process_bytes(cfg: TropdConfig, machine: Machine) -> float:
+def process_bytes(cfg: TropdConfig, machine: Machine, others: Sequence[Of] = ()) -> float:
     """Bytes of a rank's process besides its tensors; on a GPU with a communicator for each group it is in."""
     ranks = layout(cfg)
-    groups = [ranks.world_size, ranks.tensor, ranks.data, ranks.pipeline, ranks.teacher_tensor or 1]
+    groups = [ranks.world_size, ranks.tensor, ranks.data, ranks.pipeline]
+    groups += {layout(of).teacher_tensor or 1 for of in (cfg, *(of for of, _ in others))}
     if ranks.tensor > 1 and ranks.pipeline > 1:
         groups.append(ranks.tensor * ranks.pipeline)
     return machine.process + (NCCL_GROUP * sum(size > 1 for size in groups) if machine.kind == "gpu" else 0.0)

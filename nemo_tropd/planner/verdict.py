@@ -20,6 +20,8 @@ REMEDIES: dict[str, tuple[str, str]] = {
         "model.teacher.tensor_model_parallel_size",
         "raise it, choose model.teacher.fp8, or set model.teacher.offload=true",
     ),
+    "teacher's turn": ("model.teacher.tensor_model_parallel_size", "raise it, or choose model.teacher.fp8"),
+    "teacher's head, split as the student's": ("model.tensor_model_parallel_size", "raise it"),
     "micro-batches and scores": ("model.global_batch_size", "lower it, or model.tropd.top_k"),
     "engine": ("model.rollout.gpu_memory_utilization", "lower it, or set model.rollout.sleep=true"),
     "engine awake": ("model.rollout.gpu_memory_utilization", "lower it"),

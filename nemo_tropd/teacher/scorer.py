@@ -95,11 +95,13 @@ class TeacherScorer:
     def rewriting(self) -> Iterator[GPTModel]:
         """A phase in which the weights, on the device, may be written to."""
         with self.scoring():
-            yield self.model
-            self._checksums = Checksums(self.model)
-            self._checksums.check()
-            if self.home is not None:
-                self.home.renew()
+            try:
+                yield self.model
+            finally:  # whatever was written before an error: another checkpoint may be tried
+                self._checksums = Checksums(self.model)
+                self._checksums.check()
+                if self.home is not None:
+                    self.home.renew()
 
     @torch.no_grad()
     def hidden(self, batches: Sequence[TokenBatch]) -> list[Tensor | None]:

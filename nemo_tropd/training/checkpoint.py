@@ -95,7 +95,7 @@ class Checkpoints:
         self, run_dir: Path, topology: Topology, *, hf_source: Path, keep: int, following: TeacherScorer | None = None
     ) -> None:
         """``following``: the teacher that becomes the student from time to time, which is then saved, too."""
-        self.following = following
+        self.following, self._teacher_written = following, False
         self.dir = run_dir / "checkpoints"
         self.topology, self.hf_source, self.keep = topology, hf_source, keep
         write_in_this_process()
@@ -185,9 +185,10 @@ class Checkpoints:
         DamagedCheckpoint on every rank if its files are damaged (model and optimizer may then be filled in part),
         CheckpointError if it cannot be loaded for another reason."""
 
+        followed = self._followed(path)
+
         def attempt() -> RunState:
             try:
-                followed = self.following if _state_of(path).settings.get(FOLLOWING) is not None else None
                 sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
                 request = {
                     "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True),
@@ -207,6 +208,21 @@ class Checkpoints:
             return RunState.read(saved, path)
 
         return on_every_rank(self.topology, attempt, unexpected=CheckpointError)
+
+    def _followed(self, path: Path) -> TeacherScorer | None:
+        """The teacher that follows the student, if the checkpoint holds it."""
+        if self.following is None:
+            return None
+
+        def look() -> bool:
+            return _state_of(path).settings.get(FOLLOWING) is not None
+
+        held = on_rank_zero(self.topology, look, unexpected=CheckpointError)
+        if not held and self._teacher_written:
+            why = f"{path} is from before {FOLLOWING} was set, and the teacher was read from a later one in part"
+            raise CheckpointError(f"{why}: rename that one out of the way, and rerun the command")
+        self._teacher_written = held
+        return self.following if held else None
 
     def restore(self, path: Path, model: GPTModel, optimizer: StudentOptimizer) -> tuple[Path, RunState]:
         """:meth:`load` from ``path``, or from the newest checkpoint before it that can be loaded; the damaged ones are

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_tropd.command_line import printable
-from nemo_tropd.config import ConfigError, TropdConfig, loaded_as, run_dir
+from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, run_dir
 from nemo_tropd.config_data import SourceConfig
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.convert.families import ModelShape
@@ -49,6 +49,7 @@ from nemo_tropd.training.plan_models import (
     check_context,
     check_engines,
     checked_shape,
+    loaded_teachers,
     pad_id,
     teacher_shape,
     text_notes,
@@ -106,20 +107,21 @@ def make_plan(cfg: TropdConfig) -> Plan:
     prompts = _prompts(cfg, tokenizer, template)
     notes = text_notes(student_path, vocabularies, template, prompts, end_ids)
     machine, teachers = machine_of(cfg), used_teachers(cfg, shapes, prompts)
-    apart: dict[tuple[object, ...], Teacher] = {}
-    for t in teachers:
-        apart.setdefault(loaded_as(t.cfg.model.teacher), t)
-    first, *rest = apart.values()
+    first, *rest = loaded = loaded_teachers(cfg, teachers)
     others = [(t.cfg, t.shape) for t in rest]
     exact = objective.needs_distributions
     needs = {"reference": objective.needs_reference, "first_pass": objective.needs_first_pass, "exact": exact}
     memory = estimate(first.cfg, student, first.shape, machine, others=others, **needs)
-    check_memory(cfg, memory, machine)
-    teachers = [check_engines(t, student, prompts, machine) for t in teachers]
+    largest = max(loaded, key=lambda t: t.shape.parameters())
+    with about_teacher(largest.name):
+        check_memory(largest.cfg, memory, machine)
+    teachers = [check_engines(cfg, t, student, prompts, machine) for t in teachers]
     host = None
     if machine.kind == "gpu":
         host = host_memory(first.cfg, student, first.shape, machine, exact=exact, others=others)
-        check_host(cfg, host, machine)
+        pinned = next((t for t in loaded if t.cfg.model.teacher.offload), first)
+        with about_teacher(pinned.name):
+            check_host(pinned.cfg, host, machine)
     benchmarks, benchmark_notes = _benchmarks(cfg, student, vocabulary, template, end_ids)
     return Plan(
         student=student,
@@ -336,7 +338,8 @@ def _teacher_line(teacher: Teacher) -> tuple[str, str]:
     t = teacher.cfg.model.teacher
     fp8 = f", layers in FP8 ({t.fp8})" if t.fp8 else ""
     label = "teacher" if teacher.name == DEFAULT_TEACHER else f"teacher {teacher.name}"
-    return label, f"{teacher.shape.describe()}, {t.precision or teacher.cfg.trainer.precision}{fp8}"
+    follows = f", becomes the student every {t.follow_steps} steps" if t.follow_steps else ""
+    return label, f"{teacher.shape.describe()}, {t.precision or teacher.cfg.trainer.precision}{fp8}{follows}"
 
 
 def _generation(plan: Plan) -> list[tuple[str, str]]:

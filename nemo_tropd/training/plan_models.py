@@ -2,12 +2,12 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, teacher_named, with_teacher
+from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, loaded_as, teacher_named, with_teacher
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.convert.hf_files import HfCheckpoint
@@ -37,6 +37,7 @@ class Teacher:
     cfg: TropdConfig  # of a run whose only teacher it is
     shape: ModelShape
     scored: bool = False  # it answers the benchmarks, too
+    scores: bool = True  # some prompt has it
     wanted: Mapping[tuple[int, ...], int] = field(default_factory=dict)  # tokens of its response, by what it reads
     engines: TeacherEngines | None = None  # None: nothing is wanted
 
@@ -61,20 +62,44 @@ def teacher_shape(cfg: TropdConfig, name: str) -> ModelShape:
 
 
 def used_teachers(cfg: TropdConfig, shapes: dict[str, ModelShape], prompts: PromptSplit) -> list[Teacher]:
-    """Those that any prompt has, or that is to answer the benchmarks."""
+    """Those that any prompt has, and the default one if it is to answer the benchmarks. Raises ConfigError for one that
+    would do nothing."""
     scored = bool(cfg.model.validation.benchmarks) and cfg.model.validation.score_teacher
-    used = {*prompts.teachers, *([DEFAULT_TEACHER] if scored else [])}
-    return [Teacher(name, with_teacher(cfg, name), shape, scored) for name, shape in shapes.items() if name in used]
+    for name in cfg.model.teachers:
+        if name not in prompts.teachers:
+            why = "no prompt has it: leave it out, or see model.data.teacher_key and model.data.sources"
+            raise ConfigError(f"model.teachers.{name}.path", teacher_named(cfg.model, name).path, why)
+    follows = cfg.model.teacher.follow_steps
+    if follows is not None and DEFAULT_TEACHER not in prompts.teachers:
+        raise ConfigError("model.teacher.follow_steps", follows, "no prompt has model.teacher: set it to null")
+    return [
+        Teacher(name, with_teacher(cfg, name), shape, scored and name == DEFAULT_TEACHER, name in prompts.teachers)
+        for name, shape in shapes.items()
+        if name in prompts.teachers or (scored and name == DEFAULT_TEACHER)
+    ]
 
 
-def check_engines(teacher: Teacher, student: ModelShape, prompts: PromptSplit, machine: Machine) -> Teacher:
+def loaded_teachers(cfg: TropdConfig, teachers: Sequence[Teacher]) -> list[Teacher]:
+    """Those that the ranks hold, each once."""
+    apart: dict[tuple[object, ...], Teacher] = {}
+    for t in teachers:
+        if t.scores:
+            apart.setdefault(loaded_as(cfg.model, t.name, cfg.trainer.precision), t)
+    return list(apart.values())
+
+
+def check_engines(
+    run: TropdConfig, teacher: Teacher, student: ModelShape, prompts: PromptSplit, machine: Machine
+) -> Teacher:
     """The teacher with what it is to generate, and by which engines. Raises ConfigError."""
     of, shape, t = teacher.cfg, teacher.shape, teacher.cfg.model.teacher
     with about_teacher(teacher.name):
         check_kv_cache(of, student, shape, machine)
         wanted = wanted_responses(of, prompts, teacher=teacher.name)
         engines = teacher_engines(of, shape, machine) if wanted or teacher.scored else None
-        if t.fp8 is not None and t.admission.prompts and teacher.name not in prompts.held_out.teachers:
+        alike = {loaded_as(run.model, name, run.trainer.precision) for name in prompts.held_out.teachers}
+        measured = t.fp8 is not None and t.admission.prompts and teacher.scores
+        if measured and loaded_as(run.model, teacher.name, run.trainer.precision) not in alike:
             why = "it is measured on held-out prompts of its own, and there are none: raise model.data.held_out"
             raise ConfigError("model.teacher.fp8", t.fp8, f"{why}, or set model.teacher.admission.prompts=0")
     return replace(teacher, wanted=wanted, engines=engines)

@@ -122,8 +122,7 @@ def _contents(cfg: TropdConfig, prompts: str) -> dict[str, object]:
         ("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path),
     ):
         found[key] = {"digest": _weights(cfg, key, path), "path": str(Path(path).absolute())}
-    if cfg.model.teachers:
-        found["model.teachers"] = _further_teachers(cfg)
+    found["model.teachers"] = _further_teachers(cfg)
     return found
 
 
@@ -144,5 +143,5 @@ def _further_teachers(cfg: TropdConfig) -> dict[str, str]:
             weights = _weights(cfg, "model.teacher.path", t.path)
         as_what = t.precision or cfg.trainer.precision, t.response_tokens or cfg.model.rollout.max_new_tokens
         said.append([name, weights, *as_what, t.fp8, t.fp8 and t.fp8_param, t.fp8 and t.fp8_first_last_bf16])
-    names = ", ".join(f"{name}: {section['path']}" for name, section in sorted(cfg.model.teachers.items()))
+    names = ", ".join(f"{name}: {section['path']}" for name, section in sorted(cfg.model.teachers.items())) or None
     return {"digest": hashlib.sha256(json.dumps(said).encode()).hexdigest(), "path": names}

@@ -197,6 +197,7 @@ class TropdTrainer:
         if self.start.path is None:
             return
         path, saved = self.checkpoints.restore(self.start.path, self.model.student, self.optimizer)
+        self.model.teacher_changed()  # if it follows the student
         skipped, in_a_row = saved.skipped_steps, saved.skipped_in_a_row
         self.state = replace(self.state, step=saved.step, skipped_steps=skipped, skipped_in_a_row=in_a_row)
         if self.topology.is_leader:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from nemo_tropd.command_line import compose_command_line
 from nemo_tropd.config import ConfigError
 from nemo_tropd.config_checks import resolve
+from nemo_tropd.training import checkpoint
 from nemo_tropd.training.run import train
 from tests.doubles import replay_engines
 from tests.e2e.compose import CONF
@@ -66,16 +68,18 @@ def test_a_resumed_run_has_the_bits_of_a_straight_one(tiny: TinyRun, tmp_path: P
         go(tiny, tmp_path / "resumed", 5, **{"model.teachers.coder.path": tiny.teacher})
 
 
-def test_a_teacher_that_follows_the_student_is_resumed_as_it_was(tiny: TinyRun, tmp_path: Path) -> None:
+FOLLOWS: dict[str, Any] = {"model.teacher.follow_steps": 2, "model.optim.lr": "1e-2", "coder": False}
+
+
+def following(tiny: TinyRun) -> dict[str, Any]:
+    source = f"[{{path: {tiny.root / 'a.jsonl'}, teacher_prompt_key: hint}}]"
+    return {**FOLLOWS, "model.teacher.path": tiny.student, "model.data.sources": source}
+
+
+@pytest.mark.parametrize("objective", ["tropd", "tropd_exact"])
+def test_a_teacher_that_follows_the_student_is_resumed_as_it_was(tiny: TinyRun, tmp_path: Path, objective: str) -> None:
     """The checkpoint after step 3 has the teacher that the student was after step 2."""
-    keys = {
-        "model.teacher.path": tiny.student,
-        "model.teacher.follow_steps": 2,
-        "model.teacher.offload": True,
-        "model.data.sources": f"[{{path: {tiny.root / 'a.jsonl'}, teacher_prompt_key: hint}}]",
-        "coder": False,
-        "model.optim.lr": "1e-2",
-    }
+    keys = {**following(tiny), "model.teacher.offload": True, "model.tropd.objective": objective}
     go(tiny, tmp_path / "straight", 5, **keys)
     for steps in (3, 5):
         go(tiny, tmp_path / "resumed", steps, **keys)
@@ -86,3 +90,28 @@ def test_a_teacher_that_follows_the_student_is_resumed_as_it_was(tiny: TinyRun, 
         assert (a["log_ratio_mean"] == c["log_ratio_mean"]) == (a["step"] <= 2)
     with pytest.raises(ConfigError, match=r"model.teacher.follow_steps = 3: the run's checkpoint was made with 2"):
         go(tiny, tmp_path / "resumed", 6, **{**keys, "model.teacher.follow_steps": 3})
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_earlier_checkpoint_serves_if_the_newest_is_damaged_in_its_teacher(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], offload: bool
+) -> None:
+    keys = {**following(tiny), "model.teacher.offload": offload}
+    go(tiny, tmp_path / "straight", 4, **keys)
+    go(tiny, tmp_path / "resumed", 3, **keys)
+    fill, tried = checkpoint._fill, list[str]()
+
+    def damaged(model: Any, loaded: dict[str, Any], prefix: str) -> None:
+        fill(model, loaded, prefix)
+        tried.append(prefix)
+        if tried == ["model.", "teacher."]:
+            with torch.no_grad():
+                next(iter(model.parameters())).fill_(7)
+            raise ValueError("a weight has NaN or infinite values")
+
+    monkeypatch.setattr(checkpoint, "_fill", damaged)
+    assert go(tiny, tmp_path / "resumed", 4, **keys).step == 4
+    assert tried == ["model.", "teacher."] * 2
+    assert "step_00000003 cannot be loaded (it is damaged: ValueError: a weight has NaN" in capsys.readouterr().out
+    last = [train_lines(tmp_path / name)[-1] for name in ("straight", "resumed")]
+    assert last[0]["loss"] == last[1]["loss"] and last[0]["log_ratio_mean"] == last[1]["log_ratio_mean"]

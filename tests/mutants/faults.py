@@ -214,9 +214,9 @@ FAULTS: list[Fault] = [
     ),
     _teachers(
         "model/tropd_model",
-        "every teacher scores with the first one's weights",
-        "found[name] = made[same]",
-        "found[name] = next(iter(made.values()))",
+        "every teacher scores with the last one's weights",
+        "found |= dict.fromkeys(together, TeacherSharing(self._admitted(t, make, own), place))",
+        "found |= dict.fromkeys(names, TeacherSharing(self._admitted(t, make, own), place))",
         "test_two_teachers_are_two_runs_with_one_each",
     ),
     _teachers(
@@ -239,6 +239,20 @@ FAULTS: list[Fault] = [
         '_fill(teacher, loaded["teacher"], TEACHER_PREFIX)',
         "pass",
         "tests/e2e/test_teachers.py::test_a_teacher_that_follows_the_student_is_resumed_as_it_was",
+    ),
+    _teachers(
+        "training/trainer",
+        "the head of a teacher that follows is not resumed with it",
+        "self.model.teacher_changed()  # if it follows the student",
+        "pass",
+        "tests/e2e/test_teachers.py::test_a_teacher_that_follows_the_student_is_resumed_as_it_was[tropd_exact]",
+    ),
+    _teachers(
+        "config",
+        "a teacher that follows is one with a frozen one of its checkpoint",
+        "return (Path(t.path).resolve(), split, t.offload, t.precision or precision, t.follow_steps, *fp8)",
+        "return (Path(t.path).resolve(), split, t.offload, t.precision or precision, *fp8)",
+        "test_one_checkpoint_is_one_teacher_whatever_is_spelled_out",
     ),
     _teachers(
         "teacher/scorer",

@@ -18,17 +18,21 @@ from examples.benchmarks.shapes import SHAPES
 from nemo_tropd import objectives
 from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.command_line import compose_command_line
-from nemo_tropd.config import ConfigError, ModelConfig, TropdConfig, with_teacher
+from nemo_tropd.config import ConfigError, ModelConfig, TropdConfig, about_teacher, with_teacher
 from nemo_tropd.config_checks import resolve
-from nemo_tropd.data import Prompt, PromptError, PromptSet
+from nemo_tropd.data import Prompt, PromptError, PromptKeys, PromptSet, PromptSplit
+from nemo_tropd.data.conversations import checked
+from nemo_tropd.data.prompts import _names
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
 from nemo_tropd.parallel.metric_sums import DeviceSums
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.planner.host import check_host, host_memory
 from nemo_tropd.planner.machine import GIB
 from nemo_tropd.planner.memory import Memory, estimate
+from nemo_tropd.planner.verdict import check_memory
 from nemo_tropd.training.packing import Packer
 from nemo_tropd.training.plan import Plan, make_plan
+from nemo_tropd.training.plan_models import loaded_teachers, used_teachers
 from nemo_tropd.training.step import _by_group
 from tests.e2e.compose import CONF
 from tests.e2e.tiny_run import TinyRun
@@ -125,13 +129,13 @@ def test_what_cannot_be_is_named_by_the_plan(tiny: TinyRun, tmp_path: Path) -> N
     )
     for key, value, wanted in (
         ("path", "/nowhere", "model.teachers.coder.path = '/nowhere': no such directory"),
-        ("fp8", "int8", "model.teachers = {'coder': "),
+        ("fp8", "int8", "model.teachers.coder.fp8 = 'int8': choose one of"),
         (
             "fp8",
             "tensorwise",
             "model.teachers.coder.precision = '32': model.teachers.coder.fp8 = 'tensorwise' needs a bf16",
         ),
-        ("size", 2, "coder.size: there is no such key; choose of path, precision"),
+        ("size", 2, "model.teachers.coder.size = 2: there is no such key; choose of path, precision"),
         ("tensor_model_parallel_size", 3, "model.teachers.coder.tensor_model_parallel_size = 3: must divide"),
         ("response_tokens", 3, "model.tropd.guidance.max_prefix_tokens = 6: the teacher generates at most 3 tokens"),
     ):
@@ -428,3 +432,65 @@ def test_the_plan_counts_every_teacher() -> None:
     poor = replace(gpu(79), host=host.total - GIB)
     with pytest.raises(ConfigError, match=r"^model.teacher.offload = True: a host needs .*teacher, pinned"):
         check_host(cfg, host, poor)
+
+
+def test_one_checkpoint_is_one_teacher_whatever_is_spelled_out(tiny: TinyRun, tmp_path: Path) -> None:
+    """Unless it follows the student."""
+    path = {"model.teachers.coder.path": tiny.teacher}
+    alone = routed(tiny, tmp_path, **path)
+    spelled = {"model.teachers.coder.precision": 32, "model.teachers.coder.tensor_model_parallel_size": 1}
+    assert routed(tiny, tmp_path, **path, **spelled).memory.resident == alone.memory.resident
+    one = routed(tiny, tmp_path, **{"model.teachers.coder.path": tiny.student, "model.teacher.path": tiny.student})
+    follows = {"model.teacher.path": tiny.student, "model.teacher.follow_steps": 3}
+    two = routed(tiny, tmp_path, **{"model.teachers.coder.path": tiny.student}, **follows)
+    assert two.memory.resident["teacher"] == 2 * one.memory.resident["teacher"]
+
+
+def test_a_teacher_without_prompts_does_nothing_and_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    said = refused(tiny, tmp_path, **{"model.teachers.poet.path": tiny.teacher})
+    assert said.startswith("model.teachers.poet.path = ") and "no prompt has it: leave it out" in said
+    source = f"[{{path: {tmp_path / 'data.jsonl'}, teacher: coder}}]"
+    keys = {"model.data.path": "null", "model.data.sources": source, "model.data.teacher_key": ...}
+    assert [t.name for t in routed(tiny, tmp_path, **keys).teachers] == ["coder"]
+    follows = {"model.teacher.path": tiny.student, "model.teacher.follow_steps": 3}
+    assert "no prompt has model.teacher: set it to null" in refused(tiny, tmp_path, **keys, **follows)
+
+
+def test_only_the_default_teacher_answers_benchmarks() -> None:
+    required = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    required += ["model.teachers.code.path=c", "model.data.teacher_key=subject", "model.teacher.precision=bf16"]
+    cfg = command_line([*required, "model.validation.benchmarks=[capitals]", "model.validation.score_teacher=true"])
+    prompts = PromptSet((Prompt("0", "", (), None, (5,), "", teacher="code"),))
+    shapes = {"default": SHAPES["Qwen2.5-72B-Instruct"], "code": SHAPES["Qwen3-4B"]}
+    found = used_teachers(cfg, shapes, PromptSplit(prompts, PromptSet(()), 0))
+    assert [(t.name, t.scored, t.scores) for t in found] == [("default", True, False), ("code", False, True)]
+    assert [t.name for t in loaded_teachers(cfg, found)] == ["code"]  # the other only generates
+
+
+def test_too_little_memory_names_the_teacher_that_takes_it() -> None:
+    required = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+    required += ["model.teachers.code.path=c", "model.data.teacher_key=subject"]
+    for more in ([], ["model.teachers.code.offload=true"]):
+        cfg = command_line([*required, *more])
+        code, student, large = with_teacher(cfg, "code"), SHAPES["Qwen3-1.7B"], SHAPES["Qwen2.5-72B-Instruct"]
+        memory = estimate(cfg, student, SHAPES["Qwen3-4B"], gpu(79), others=[(code, large)])
+        wanted = (
+            r"^model.teachers.code.tensor_model_parallel_size = None: the plan needs .*is teacher('s turn)?: raise it"
+        )
+        with pytest.raises(ConfigError, match=wanted), about_teacher("code"):
+            check_memory(code, memory, gpu(180))
+
+
+def test_sources_have_names_of_their_own() -> None:
+    assert _names(["a/x.jsonl", "b/x.jsonl", "c/y z?.jsonl", "x.jsonl-1"]) == [
+        "x.jsonl-1_", "x.jsonl-2", "y_z_.jsonl", "x.jsonl-1",
+    ]  # fmt: skip
+    assert _names(["only.jsonl"]) == [""]
+
+
+def test_a_teacher_that_is_told_messages_has_the_records_system_turn() -> None:
+    record = {"messages": [{"role": "user", "content": "hi"}], "system": "Be brief."}
+    prompt = checked({**record, "hint": [{"role": "user", "content": "ho"}]}, "", PromptKeys(teacher_prompt="hint"))
+    assert prompt is not None and [turn["content"] for turn in prompt.told] == ["Be brief.", "ho"]
+    same = checked(record, "", PromptKeys(teacher_prompt="messages"))
+    assert same is not None and same.told == ()
