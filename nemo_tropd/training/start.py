@@ -134,7 +134,7 @@ def _weights(cfg: TropdConfig, key: str, path: str) -> str:
         raise ConfigError(key, path, f"cannot be read: {error}") from error
 
 
-def _further_teachers(cfg: TropdConfig) -> dict[str, str]:
+def _further_teachers(cfg: TropdConfig) -> dict[str, object]:
     """What they are, as far as it alters draws or loss."""
     said = []
     for name in sorted(cfg.model.teachers):
