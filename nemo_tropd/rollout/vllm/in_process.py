@@ -108,7 +108,7 @@ class ColocatedEngine:
         arguments = self.settings.llm_arguments() | {"enable_sleep_mode": self.sleeps}
         if self.world_size > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
-        if self.settings.tensor_parallel > 1 and "expandable_segments:True" in _allocator_settings():
+        if self.settings.tensor_parallel > 1 and _expandable_segments():
             # Its IPC handles cannot be made of such segments: the process would end.
             arguments["disable_custom_all_reduce"] = True
         try:
@@ -213,10 +213,9 @@ class ColocatedEngine:
         if torch.cuda.is_available() and "VLLM_USE_V2_MODEL_RUNNER" not in os.environ:
             biased = self.settings.model_rows - self.settings.vocab_size
             values["VLLM_USE_V2_MODEL_RUNNER"] = str(int(biased <= _MOST_BIASED))
-        # vLLM turns expandable segments off around its own pool and on again, by what it finds under the older of the
-        # variable's names; torch goes by the newer where both are set.
-        if self.sleeps and (newer := os.environ.get("PYTORCH_ALLOC_CONF")):
-            values["PYTORCH_CUDA_ALLOC_CONF"] = newer
+        # vLLM turns expandable segments off around its own pool, and on again, if it finds this text under this name.
+        if self.sleeps and _expandable_segments():
+            values["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         return values
 
     def _wake(self, *parts: str) -> None:
@@ -232,9 +231,11 @@ class ColocatedEngine:
         self._asleep, self._version = set(_MEMORY), None
 
 
-def _allocator_settings() -> str:
-    """Torch reads either name."""
-    return os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+def _expandable_segments() -> bool:
+    """Whether a variable asks torch's allocator for them; torch passes over blanks. Of both names 2.13 goes by the
+    older, releases before it by the newer: either counts, since what cannot have such segments ends the process."""
+    given = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return "expandable_segments:True" in "".join(given.split())
 
 
 def _release_half_built(error: BaseException) -> None:
