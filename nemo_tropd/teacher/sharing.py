@@ -53,12 +53,8 @@ class TeacherSharing:
 
     def states(self, batches: Sequence[TokenBatch], *, on_host: bool = False) -> list[TeacherStates | None]:
         """As :meth:`score`, the hidden states of the loss tokens instead; ``on_host``: kept in host memory."""
-        if not self.own_degree:
-            return self.teacher.states([b.for_teacher for b in batches], on_host=on_host)
-        found = self._shared(batches, self.teacher.states, self._pass_states)
-        if not on_host:
-            return found
-        return [None if s is None else TeacherStates(kept(s.hidden)) for s in found]
+        states, pass_on = (partial(f, on_host=on_host) for f in (self.teacher.states, self._pass_states))
+        return self._shared(batches, states, pass_on)
 
     @torch.no_grad()
     def head_like(self, columns: int) -> Tensor:
@@ -83,12 +79,17 @@ class TeacherSharing:
         if not self.own_degree:
             return score(batches)
         jobs = self._jobs(self._all_batches(batches))
-        mine = [(owner, i, batch) for owner, i, batch in jobs if self.ranks.scorer_of(owner, i) == self.replica]
-        scored = score([batch for _, _, batch in mine])
-        found = {i: s for (owner, i, _), s in zip(mine, scored, strict=True) if owner == self.owner}
+        found: dict[int, R | None] = {}
+        with self.teacher.scoring():
+            for owner, i, batch in jobs:
+                if self.ranks.scorer_of(owner, i) == self.replica:
+                    (one,) = score([batch])  # one at a time: what another data rank owns is not kept
+                    if owner == self.owner:
+                        found[i] = one
         if self.ranks.replicas == 1:
             return [found[i] for i in range(len(batches))]
-        passed = [pass_on(found.get(i), batch, self.ranks.scorer_of(self.owner, i)) for i, batch in enumerate(batches)]
+        turns = [self.ranks.scorer_of(self.owner, i) for i in range(len(batches))]
+        passed = [pass_on(found.pop(i, None), batches[i], replica) for i, replica in enumerate(turns)]
         return list(passed) if self.topology.is_last_stage else [None] * len(batches)
 
     @torch.no_grad()
@@ -168,11 +169,15 @@ class TeacherSharing:
             entropy=floats[:, 1].contiguous() if entropy else None,
         )
 
-    def _pass_states(self, states: TeacherStates | None, batch: TokenBatch, replica: int) -> TeacherStates:
+    def _pass_states(
+        self, states: TeacherStates | None, batch: TokenBatch, replica: int, *, on_host: bool
+    ) -> TeacherStates:
         """As :meth:`_pass_on`, hidden states."""
         hidden = self.teacher.shape.hidden, self.teacher.dtype
         tokens, device = batch.count_loss_tokens, self.topology.device
-        sent = states.hidden if states is not None else torch.empty(tokens, hidden[0], dtype=hidden[1], device=device)
+        sent = torch.empty(tokens, hidden[0], dtype=hidden[1], device=device)
+        if states is not None:
+            sent = states.hidden.to(device, non_blocking=True)
         if tokens:
             dist.broadcast(sent, src=self.ranks.source(self.topology.rank, replica), group=self.topology.model_group)
-        return TeacherStates(sent)
+        return TeacherStates(kept(sent) if on_host else sent)
