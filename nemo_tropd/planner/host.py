@@ -16,7 +16,7 @@ from nemo_tropd.planner.memory import (
     states_bytes,
     teacher_weights,
 )
-from nemo_tropd.planner.verdict import gib
+from nemo_tropd.planner.verdict import gib, part_lines
 
 ROLLOUT_OBJECTS = 76  # bytes of a rollout's token as every rank keeps it: an int and a float, and where they are
 EXPORT = 2e9  # a file of weights as it is written, and the largest tensor
@@ -57,11 +57,10 @@ def host_memory(
 
 
 def host_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
-    """What a host holds at its peak."""
-    sizes = ", ".join(f"{part} {gib(size)}" for part, size in memory.parts(memory.peak_phase).items())
-    text = f"{gib(memory.total)} (estimated) during {memory.peak_phase}: {sizes}"
+    """What a host holds, part by part and phase by phase."""
     has = f"{gib(machine.host)}, this host" if machine.host is not None else "not known here: not checked"
-    return [("memory of a host", text), ("memory of a host, available", has)]
+    peak = ("memory of a host", f"{gib(memory.total)} at its peak (estimated)")
+    return [*part_lines(memory, "host memory"), peak, ("memory of a host, available", has)]
 
 
 def check_host(cfg: TropdConfig, memory: Memory, machine: Machine) -> None:

@@ -50,14 +50,20 @@ def needed(cfg: TropdConfig, memory: Memory, machine: Machine) -> float:
     return memory.total if machine.kind == "gpu" else cfg.trainer.devices * memory.rank + memory.engine
 
 
-def memory_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
-    """(part, size) of a rank: the resident parts, then every phase with its parts."""
-    lines = [(f"memory: {part}", gib(size)) for part, size in memory.resident.items()]
+def part_lines(memory: Memory, label: str) -> list[tuple[str, str]]:
+    """(part, size): the resident parts, then every phase with its own."""
+    lines = [(f"{label}: {part}", gib(size)) for part, size in memory.resident.items()]
     for phase, parts in (*memory.before.items(), *memory.phases.items()):
         sizes = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())
         mark = " (the peak)" if phase == memory.peak_phase else ""
         when = "before the steps, " if phase in memory.before else "during "
-        lines.append((f"memory: {when}{phase}", f"{gib(sum(parts.values()))}{mark}: {sizes}"))
+        lines.append((f"{label}: {when}{phase}", f"{gib(sum(parts.values()))}{mark}: {sizes}"))
+    return lines
+
+
+def memory_lines(memory: Memory, machine: Machine) -> list[tuple[str, str]]:
+    """What a rank holds, part by part and phase by phase."""
+    lines = part_lines(memory, "memory")
     lines.append(("memory of a rank", f"{gib(memory.rank)} at its peak (estimated)"))
     if memory.engine:
         lines.append(("memory of the engine", f"{gib(memory.engine)} next to rank 0"))

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -30,6 +32,7 @@ from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines,
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
 from nemo_tropd.rollout.placement import device_groups, teacher_utilization
+from nemo_tropd.training.plan import build_objective, print_plan
 from tests.e2e.compose import CONF, compose_config
 
 RECIPES = gpu_recipes(CONF)
@@ -393,6 +396,36 @@ def test_a_recipe_fits_its_gpus_and_says_so(path: Path) -> None:
     if match:
         assert (int(match[1]), int(match[2])) == (recipe.cfg.trainer.num_nodes, devices)
         assert bool(match[3]) == (recipe.cfg.model.teacher.fp8 is not None)
+
+
+PHASES = ("teacher scores", "student passes", "optimizer step", "weights to the engine", "validation", "rollouts")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipes_plan_says_every_phase(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a GPU and of its host, and the seconds: what check_only=true prints, but for the checkpoints' own part."""
+    recipe = plan_recipe(path, CHUNK_BYTES["cuda"])
+    cfg, teacher, machine = recipe.cfg, recipe.teacher, recipe.machine
+    plan: Any = SimpleNamespace(
+        **{name: getattr(recipe, name) for name in ("student", "teacher", "machine", "memory", "host", "wire")},
+        vocab_size=151_000, objective=build_objective(cfg), run_dir=Path("runs"), notes=(),
+        prompts=SimpleNamespace(train=range(1000), held_out=range(64), notes=()),
+        wanted={(i,): 256 for i in range(1000)}, teacher_engines=teacher_engines(cfg, teacher, machine),
+    )  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "2000")  # a row a line
+    print_plan(cfg, plan)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    labels = {row[1].strip() for row in rows}
+    gpu_phases = {f"memory: during {phase}" for phase in PHASES} | {"memory: before the steps, teacher generates"}
+    if cfg.model.teacher.fp8 is not None:
+        gpu_phases.add("memory: before the steps, FP8 admission")
+    host_phases = {f"host memory: during {phase}" for phase in ("checkpoint", "export")}
+    host_phases.add("host memory: before the steps, teacher generates")
+    others = {"memory of a rank", "memory of a host", "time of a step", "time of a run", "cache of an engine"}
+    assert gpu_phases | host_phases | others | {"the teacher generates", "rollouts"} <= labels
+    assert sum("(the peak)" in row[2] for row in rows) == 2, "one of a GPU, one of a host"
 
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if "1n8g" in p.stem and "14b" not in p.stem], ids=lambda p: p.stem)
