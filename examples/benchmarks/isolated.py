@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from nemo_tropd.files import name_compiler_cache
 from nemo_tropd.parallel.signals import die_with_parent
 
 _MESSAGE = 300  # characters kept of an error
@@ -121,6 +122,7 @@ def _child(
     pipe: Connection, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], log: Path | None
 ) -> None:
     die_with_parent()
+    name_compiler_cache()
     if log is not None:
         os.setsid()
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

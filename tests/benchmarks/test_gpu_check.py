@@ -18,7 +18,7 @@ import torch
 
 from examples.benchmarks.gpu_check.check import Journal, run
 from examples.benchmarks.gpu_check.rows import CHECKS
-from examples.benchmarks.isolated import followed
+from examples.benchmarks.isolated import followed, isolated
 from tests.benchmarks.check_doubles import appends, crashes, dies, double, hangs, nothing, two
 from tests.doubles import GivenEngines, ReplayEngine
 
@@ -99,6 +99,15 @@ def test_a_killed_command_leaves_its_rows_and_resumes(tmp_path: Path, number: si
     assert new == ["measured on", "not run", "failed"] and "two: first" not in said
     done = main("--resume", out, "--only", "two")
     assert done.communicate()[1] == "" and done.returncode == 0
+
+
+def test_the_compilers_cache_is_this_uids_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every measurement: uids that share a user's name would share torch's folder in /tmp."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = isolated(os.getenv, "TORCHINDUCTOR_CACHE_DIR", limit_s=120)
+    assert found == str(tmp_path / ".cache" / "torchinductor")
 
 
 def test_what_to_run_is_said_in_order() -> None:
