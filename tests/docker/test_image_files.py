@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_tropd.config import ExpManagerConfig
 from tests.e2e.tiny_run import ROOT
 
 DOCKER = ROOT / "docker"
@@ -244,6 +245,26 @@ def test_any_uid_has_a_home_on_the_volume_of_its_runs(name: str, runs: str) -> N
     assert re.search(rf"install -d [^&]*-m 1777 [^&]*(?<=\s)({runs}|{Path(runs).name})(?=\s|$)", made)
     # Libraries' byte code cannot be written by those who run the image.
     assert any(word == "ENV" and "UV_COMPILE_BYTECODE=1" in rest for word, rest in words)
+
+
+def test_what_containers_keep_lies_on_a_volume_that_outlives_them() -> None:
+    """Runs, and in HOME the caches: else the teacher's responses would be lost with a pod."""
+    words = instructions("Dockerfile")
+    (home,) = (found[1] for word, rest in words if word == "ENV" and (found := re.search(r"\bHOME=(\S+)", rest)))
+    kept = Path(home), Path(next(rest for word, rest in reversed(words) if word == "WORKDIR"), ExpManagerConfig.exp_dir)
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    mounted = [
+        [found[1] for v in s["volumes"] if (found := re.fullmatch(r"\$\{\w+:-\S+\}:([^:]+)", v))]
+        for s in compose["services"].values()
+    ]
+    for replica in yaml.safe_load((DOCKER / "pytorchjob.yaml").read_text())["spec"]["pytorchReplicaSpecs"].values():
+        pod = replica["template"]["spec"]
+        claims = {v["name"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
+        mounts = [m for m in pod["containers"][0]["volumeMounts"] if m["name"] in claims and not m.get("readOnly")]
+        mounted.append([m["mountPath"] for m in mounts])
+    assert len(mounted) == 4
+    for folder in kept:
+        assert all(any(folder.is_relative_to(mount) for mount in mounts) for mounts in mounted), (folder, mounted)
 
 
 @pytest.mark.parametrize("home", [None, "/", "/proc/none", "new"])
