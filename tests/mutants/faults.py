@@ -60,6 +60,7 @@ _TOKENS_OF_A_RUN = "tests/unit/test_tokens_of_a_run.py::"
 _SUPERVISOR = "tests/dist/test_supervisor.py::"
 _LAYOUTS = "tests/dist/test_training_layouts.py::"
 _DEVICE = "tests/unit/test_colocated_device.py::"
+_TEACHERS_ENGINE = "tests/unit/test_teacher_engine.py::"
 
 
 def _gpu_check(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
@@ -1922,9 +1923,72 @@ FAULTS: list[Fault] = [
     _gpu(
         "rollout/vllm/in_process",
         "vLLM does not see expandable segments",
-        'values["PYTORCH_CUDA_ALLOC_CONF"] = newer',
+        'values["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"',
         "pass",
         _DEVICE + "test_vllm_sees_the_settings_that_torchs_allocator_goes_by",
+    ),
+    _gpu(
+        "rollout/vllm/in_process",
+        "blanks hide expandable segments",
+        'return "expandable_segments:True" in "".join(given.split())',
+        'return "expandable_segments:True" in given',
+        _DEVICE + "test_memory_that_has_no_ipc_handle_is_not_shared",
+    ),
+    _gpu(
+        "rollout/placement",
+        "engines run without graphs on a GPU",
+        "enforce_eager=not on_gpu,",
+        "enforce_eager=True,",
+        _TEACHERS_ENGINE + "test_the_teacher_has_a_nodes_gpus_to_itself",
+    ),
+    _gpu(
+        "rollout/placement",
+        "the teacher's engine has the rollouts' share of a GPU",
+        'changes["gpu_memory_utilization"] = teacher_utilization(torch.cuda.mem_get_info()[1])',
+        "pass",
+        _TEACHERS_ENGINE + "test_the_teacher_has_a_nodes_gpus_to_itself",
+    ),
+    _gpu(
+        "training/teacher_responses",
+        "the prompts of one device are asked at a time",
+        'batch=_BATCH["cuda"] * cfg.trainer.devices if on_gpu else _BATCH["cpu"],',
+        'batch=_BATCH["cuda"] if on_gpu else _BATCH["cpu"],',
+        _TEACHERS_ENGINE + "test_all_devices_are_asked_at_once",
+    ),
+    _gpu(
+        "teacher/sharing",
+        "states that travelled stay on the device",
+        "return TeacherStates(kept(sent) if on_host else sent)",
+        "return TeacherStates(sent)",
+        "tests/unit/test_sharing.py::test_states_that_travel_are_kept_where_they_are_wanted",
+    ),
+    _gpu_check(
+        "isolated",
+        "uids of one name share torch's folder",
+        "name_compiler_cache()",
+        "pass",
+        "test_the_compilers_cache_is_this_uids_own",
+    ),
+    _image(
+        "pytorchjob.yaml",
+        "a pod keeps nothing",
+        "- {name: runs, mountPath: /workspace/runs}",
+        "- {name: runs, mountPath: /workspace/outputs}",
+        "test_what_containers_keep_lies_on_a_volume_that_outlives_them",
+    ),
+    _image(
+        "compose.yaml",
+        "a container keeps nothing",
+        "- ${RUNS:-./runs}:/workspace/runs",
+        "- ${RUNS:-./runs}:/workspace/outputs",
+        "test_what_containers_keep_lies_on_a_volume_that_outlives_them",
+    ),
+    _plan(
+        "verdict",
+        "phases before the steps are not said",
+        "for phase, parts in (*memory.before.items(), *memory.phases.items()):",
+        "for phase, parts in memory.phases.items():",
+        "test_a_recipes_plan_says_every_phase",
     ),
     _gpu(
         "rollout/vllm/in_process",
