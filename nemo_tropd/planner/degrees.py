@@ -38,6 +38,18 @@ def teacher_degrees(cfg: TropdConfig) -> Degrees:
     return student_degrees(cfg) if ranks.teacher_tensor is None else Degrees(ranks.teacher_degree, 1, 1)
 
 
+def teacher_answers_benchmarks(cfg: TropdConfig) -> bool:
+    """Whether the teacher answers the run's benchmarks before the first step."""
+    v = cfg.model.validation
+    return v.score_teacher and bool(v.benchmarks)
+
+
+def teacher_generates(cfg: TropdConfig) -> bool:
+    """Whether the teacher has engines before the first step: for held-out prompts, prefixes or benchmarks."""
+    guided = cfg.model.tropd.guidance.enabled
+    return bool(cfg.model.data.held_out) or guided or teacher_answers_benchmarks(cfg)
+
+
 def row_tokens(cfg: TropdConfig) -> int:
     """Positions in the largest micro-batch."""
     m = cfg.model

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_keys import value_at
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.planner.degrees import layout, positions, student_degrees
+from nemo_tropd.planner.degrees import layout, positions, student_degrees, teacher_generates
 from nemo_tropd.planner.machine import HOST_ENGINE, HOST_RANK, Machine
 from nemo_tropd.planner.memory import (
     Memory,
@@ -51,7 +51,7 @@ def host_memory(
     written = checkpoint_bytes(cfg, numbers) / layout(cfg).data
     phases = {"checkpoint": {"states on their way": devices * written}, "export": {"files": EXPORT}}
     before = {}
-    if m.data.held_out or m.tropd.guidance.enabled:
+    if teacher_generates(cfg):
         before["teacher generates"] = {"processes": devices * HOST_RANK, "engines": devices * HOST_ENGINE}
     return Memory(resident, phases, 0.0, before)
 

@@ -21,6 +21,7 @@ from nemo_tropd.planner.degrees import (
     row_tokens,
     student_degrees,
     teacher_degrees,
+    teacher_generates,
 )
 from nemo_tropd.planner.machine import CPU_ENGINE, FRAGMENTATION, GIB, NCCL_GROUP, Machine, graphs_bytes
 from nemo_tropd.rollout.placement import placement_of, teacher_utilization
@@ -375,7 +376,7 @@ def _before(
     if machine.kind == "cpu":
         return {}
     found = dict[str, dict[str, float]]()
-    if cfg.model.data.held_out or cfg.model.tropd.guidance.enabled:
+    if teacher_generates(cfg):
         share = teacher_utilization(machine.bytes) * machine.bytes
         graphs = graphs_bytes(cfg.trainer.devices)
         found["teacher generates"] = {"process": machine.process, "teacher's engine": share, "its graphs": graphs}

@@ -1,6 +1,6 @@
 """The engines with which the teacher generates before a run: on the GPUs of rank 0's node, which are empty then."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_tropd.config import ConfigError, TropdConfig
@@ -39,9 +39,9 @@ def teacher_engines(cfg: TropdConfig, teacher: ModelShape, machine: Machine) -> 
     raise ConfigError(
         "model.teacher.path",
         cfg.model.teacher.path,
-        f"to generate prefixes and held-out answers, the teacher needs {gib(weights)} for its weights in "
+        f"to generate before the first step, the teacher needs {gib(weights)} for its weights in "
         f"{r.dtype} and {gib(cache)} for a sequence, more than the {most}: use devices with more memory, or set "
-        "model.tropd.guidance.enabled=false and model.data.held_out=0",
+        "model.tropd.guidance.enabled=false, model.data.held_out=0 and model.validation.score_teacher=false",
     )
 
 
@@ -51,18 +51,27 @@ def generation_lines(
     machine: Machine,
     cfg: TropdConfig,
     wanted: Mapping[tuple[int, ...], int],
+    benchmarks: Sequence[int] = (),
 ) -> list[tuple[str, str]]:
-    """What the teacher generates before the first step, at most: tokens, engines, time."""
-    full, tokens = cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens, sum(wanted.values())
+    """What the teacher generates before the first step, at most: tokens, engines, time. ``benchmarks``: tokens of each
+    answer to one."""
+    full, lengths = (
+        cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens,
+        [*wanted.values(), *benchmarks],
+    )
+    if not lengths:
+        return []
+    tokens = sum(lengths)
     prefixes = [length for length in wanted.values() if length < full]
     answers = len(wanted) - len(prefixes)
     parts = [f"{len(prefixes):,} prefixes of at most {max(prefixes):,} tokens"] if prefixes else []
     parts += [f"{answers:,} answers of at most {full:,}"] if answers else []
+    parts += [f"{len(benchmarks):,} answers to benchmarks of at most {max(benchmarks):,}"] if benchmarks else []
     where = "on the CPU"
     if machine.kind == "gpu":
         where = f"on rank 0's node, each on {engines.tensor} GPU{'s' * (engines.tensor > 1)}"
-        longest, context = max(wanted.values()), tokens / len(wanted) + cfg.model.data.max_prompt_tokens
-        each = min(TEACHER_SEQUENCES, -(-len(wanted) // engines.count))
+        longest, context = max(lengths), tokens / len(lengths) + cfg.model.data.max_prompt_tokens
+        each = min(TEACHER_SEQUENCES, -(-len(lengths) // engines.count))
         step = token_seconds(teacher, cfg.model.rollout.dtype, engines.tensor, each, context)
         # Sequences that run alone at the end take as long as any.
         seconds = step * max(tokens / (engines.count * each), longest)

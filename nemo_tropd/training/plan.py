@@ -344,11 +344,14 @@ def _teacher_line(teacher: Teacher) -> tuple[str, str]:
 
 def _generation(plan: Plan) -> list[tuple[str, str]]:
     of = "" if len(plan.teachers) == 1 else "teacher {}: "
+    answers = [one.length for put in plan.benchmarks for one in put.of_teacher]
     return [
         (label, of.format(t.name) + line)
         for t in plan.teachers
-        if t.engines is not None and t.wanted
-        for label, line in generation_lines(t.engines, t.shape, plan.machine, t.cfg, t.wanted)
+        if t.engines is not None
+        for label, line in generation_lines(
+            t.engines, t.shape, plan.machine, t.cfg, t.wanted, answers if t.scored else ()
+        )
     ]
 
 

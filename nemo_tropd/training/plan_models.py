@@ -22,6 +22,7 @@ from nemo_tropd.data import (
 )
 from nemo_tropd.data.tokenizer import STUDENT, TEACHER, check_config
 from nemo_tropd.files import refusal
+from nemo_tropd.planner.degrees import teacher_answers_benchmarks
 from nemo_tropd.planner.machine import Machine
 from nemo_tropd.planner.teacher_engines import TeacherEngines, teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache
@@ -64,7 +65,7 @@ def teacher_shape(cfg: TropdConfig, name: str) -> ModelShape:
 def used_teachers(cfg: TropdConfig, shapes: dict[str, ModelShape], prompts: PromptSplit) -> list[Teacher]:
     """Those that any prompt has, and the default one if it is to answer the benchmarks. Raises ConfigError for one that
     would do nothing."""
-    scored = bool(cfg.model.validation.benchmarks) and cfg.model.validation.score_teacher
+    scored = teacher_answers_benchmarks(cfg)
     for name in cfg.model.teachers:
         if name not in prompts.teachers:
             why = "no prompt has it: leave it out, or see model.data.teacher_key and model.data.sources"

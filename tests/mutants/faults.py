@@ -1983,6 +1983,24 @@ FAULTS: list[Fault] = [
         "- ${RUNS:-./runs}:/workspace/outputs",
         "test_what_containers_keep_lies_on_a_volume_that_outlives_them",
     ),
+    *(
+        _plan(
+            file,
+            f"{file}: a teacher that answers benchmarks alone takes no memory",
+            "if teacher_generates(cfg):",
+            "if cfg.model.data.held_out or cfg.model.tropd.guidance.enabled:",
+            "test_the_teachers_engine_leaves_a_rank_its_context_and_itself_its_graphs",
+        )
+        for file in ("memory", "host")
+    ),
+    Fault(
+        "planner",
+        "the teacher's answers to benchmarks are not counted",
+        "nemo_tropd/training/plan.py",
+        "answers = [one.length for put in plan.benchmarks for one in put.of_teacher]",
+        "answers: list[int] = []",
+        ("tests/unit/test_plan.py::test_a_teacher_that_answers_benchmarks_alone_is_planned_for",),
+    ),
     _plan(
         "verdict",
         "phases before the steps are not said",

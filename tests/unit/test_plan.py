@@ -89,6 +89,23 @@ def test_a_plan_for_a_gpu_that_is_not_here(
         plan(tiny, tmp_path / "run", **{"trainer.gpu_memory_gib": 3}, check_only=True)
 
 
+def test_a_teacher_that_answers_benchmarks_alone_is_planned_for(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No held-out prompt and no prefix wants it: its engines, their time and memory are in the plan all the same."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("COLUMNS", "1000")
+    keys = {"model.data.held_out": 0, "model.tropd.guidance.enabled": False, "model.encoder_seq_length": 256}
+    keys |= {"trainer.gpu_memory_gib": 40, "check_only": True, "model.validation.benchmarks": "[capitals]"}
+    for scored in (False, True):
+        cfg = compose_config(tiny.overrides(tmp_path / "run", **keys, **{"model.validation.score_teacher": scored}))
+        print_plan(cfg, make_plan(cfg))
+        shown = capsys.readouterr().out
+        line = "24 answers to benchmarks of at most 16: 384 tokens by 1 engine on rank 0's node"
+        assert (line in shown) == scored
+        assert shown.count("memory: before the steps, teacher generates") == 2 * scored, "of the GPU, of the host"
+
+
 def test_more_than_the_host_has_is_refused(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("nemo_tropd.training.plan.host_bytes", lambda: 2.0 * 2**30)

@@ -33,6 +33,7 @@ from nemo_tropd.planner.verdict import check_kv_cache, check_memory
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
 from nemo_tropd.rollout.placement import device_groups, teacher_utilization
 from nemo_tropd.training.plan import build_objective, print_plan
+from nemo_tropd.training.plan_models import Teacher
 from tests.e2e.compose import CONF, compose_config
 
 RECIPES = gpu_recipes(CONF)
@@ -261,7 +262,12 @@ def test_the_teachers_engine_leaves_a_rank_its_context_and_itself_its_graphs(siz
     assert sum(held.values()) <= size * GIB and 0.7 < teacher_utilization(size * GIB) <= 0.9
     assert held["teacher's engine"] == pytest.approx(teacher_utilization(size * GIB) * size * GIB)
     cfg.model.data.held_out, cfg.model.tropd.guidance.enabled = 0, False
-    assert not estimate(cfg, SHAPES["Qwen3-1.7B"], SHAPES["Qwen3-4B"], gpu(size)).before
+    cfg.model.validation.benchmarks = ["aime24"]
+    for scored in (False, True):
+        cfg.model.validation.score_teacher = scored
+        for memory in (estimate, host_memory):
+            before = memory(cfg, SHAPES["Qwen3-1.7B"], SHAPES["Qwen3-4B"], gpu(size)).before
+            assert list(before) == ["teacher generates"] * scored
 
 
 def test_seconds_are_at_least_what_the_rates_allow() -> None:
@@ -409,10 +415,10 @@ def test_a_recipes_plan_says_every_phase(
     recipe = plan_recipe(path, CHUNK_BYTES["cuda"])
     cfg, teacher, machine = recipe.cfg, recipe.teacher, recipe.machine
     plan: Any = SimpleNamespace(
-        **{name: getattr(recipe, name) for name in ("student", "teacher", "machine", "memory", "host", "wire")},
-        vocab_size=151_000, objective=build_objective(cfg), run_dir=Path("runs"), notes=(),
+        **{name: getattr(recipe, name) for name in ("student", "machine", "memory", "host", "wire")},
+        vocab_size=151_000, objective=build_objective(cfg), run_dir=Path("runs"), benchmarks=(), notes=(),
         prompts=SimpleNamespace(train=range(1000), held_out=range(64), notes=()),
-        wanted={(i,): 256 for i in range(1000)}, teacher_engines=teacher_engines(cfg, teacher, machine),
+        teachers=[Teacher("default", cfg, teacher, wanted={(1,): 256}, engines=teacher_engines(cfg, teacher, machine))],
     )  # fmt: skip
     monkeypatch.setenv("COLUMNS", "2000")  # a row a line
     print_plan(cfg, plan)
@@ -467,6 +473,9 @@ def test_a_recipes_teacher_generates_on_every_gpu_of_a_node(recipe: str, count: 
     assert f"{sum(wanted.values()):,} tokens by {count} engine" in line and f"on {tensor} GPU" in line
     minutes = float(re.findall(r"about (\d+) min", line)[0])
     assert 1 <= minutes <= 30
+    ((_, alone),) = generation_lines(engines, shape, machine, cfg, {}, [4096] * 29 + [6000])
+    assert "30 answers to benchmarks of at most 6,000: 124,784 tokens by" in alone
+    assert generation_lines(engines, shape, machine, cfg, {}) == []
 
 
 def test_a_teacher_too_large_to_generate_is_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_tropd.config import TropdConfig
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.parallel.agreement import World
 from nemo_tropd.planner.machine import GIB
 from nemo_tropd.planner.teacher_engines import TeacherEngines
@@ -37,7 +38,8 @@ def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TropdConfig:
 def engines_of(cfg: TropdConfig, engines: TeacherEngines, monkeypatch: pytest.MonkeyPatch) -> EngineFactory:
     """The engines that a run makes whose plan has ``engines`` for the teacher."""
     made: list[EngineFactory] = []
-    plan = SimpleNamespace(teacher_engines=engines, end_ids=(3,), vocab_size=131)
+    teachers = (SimpleNamespace(path=cfg.model.teacher.path, engines=engines),)
+    plan = SimpleNamespace(teachers=teachers, end_ids=(3,), vocab_size=131)
     monkeypatch.setattr(run, "_checked_plan", lambda _: plan)
     monkeypatch.setattr(run, "_with_plan", lambda cfg, plan, engines, call: made.append(engines))
     run.train(cfg)
@@ -61,5 +63,5 @@ def test_all_devices_are_asked_at_once(cfg: TropdConfig, monkeypatch: pytest.Mon
     """A batch ends with its longest response, for which the others' devices wait: few batches, of many prompts."""
     asked: list[int] = []
     monkeypatch.setattr(TeacherResponses, "ensure", lambda self, prompts, make, *, batch, **_: asked.append(batch))
-    generate_teacher_responses(cfg, {(1, 2): 4}, World(), replay_engines(131), 131)
+    generate_teacher_responses(cfg, {DEFAULT_TEACHER: {(1, 2): 4}}, World(), replay_engines(131), 131)
     assert asked == [1024 * 8]
