@@ -53,7 +53,7 @@ class TeacherSharing:
 
     def states(self, batches: Sequence[TokenBatch], *, on_host: bool = False) -> list[TeacherStates | None]:
         """As :meth:`score`, the hidden states of the loss tokens instead; ``on_host``: kept in host memory."""
-        states, pass_on = (partial(f, on_host=on_host) for f in (self.teacher.states, self._pass_states))
+        states, pass_on = partial(self.teacher.states, on_host=on_host), partial(self._pass_states, on_host=on_host)
         return self._shared(batches, states, pass_on)
 
     @torch.no_grad()
