@@ -277,8 +277,8 @@ class ModelConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: dict[str, Any] = field(default_factory=dict, metadata=named_sections(TeacherConfig, *TEACHER_KEYS))
     """Further teachers by name, {code: {path: /models/coder, offload: true}}: each with the keys path, precision,
-    tensor_model_parallel_size, response_tokens, fp8, fp8_param, fp8_first_last_bf16 and offload, where they differ from
-    model.teacher's. Which prompts have which: model.data.teacher_key, or teacher of a source."""
+    tensor_model_parallel_size, response_tokens, fp8, fp8_param, fp8_first_last_bf16, offload and url, where they differ
+    from model.teacher's. Which prompts have which: model.data.teacher_key, or teacher of a source."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -315,8 +315,11 @@ def run_dir(cfg: TropdConfig) -> Path:
 
 def teacher_named(model: ModelConfig, name: str) -> TeacherConfig:
     """The section of a teacher; ``default`` is model.teacher itself."""
-    given = model.teachers[name] if name != DEFAULT_TEACHER else {}
-    return replace(model.teacher, **{"follow_steps": None, **given}) if given else model.teacher
+    if name == DEFAULT_TEACHER:
+        return model.teacher
+    # The default one's place and name among its servers, and whether it follows, are its own.
+    apart = {"follow_steps": None, "url": None, "server": replace(model.teacher.server, model=None)}
+    return replace(model.teacher, **{**apart, **model.teachers[name]})
 
 
 def loaded_as(model: ModelConfig, name: str, precision: str) -> tuple[object, ...]:
@@ -325,7 +328,7 @@ def loaded_as(model: ModelConfig, name: str, precision: str) -> tuple[object, ..
     t = teacher_named(model, name)
     fp8 = (t.fp8, t.fp8_param, t.fp8_first_last_bf16) if t.fp8 else ()
     split = t.tensor_model_parallel_size or model.tensor_model_parallel_size
-    return (Path(t.path).resolve(), split, t.offload, t.precision or precision, t.follow_steps, *fp8)
+    return (Path(t.path).resolve(), split, t.offload, t.precision or precision, t.follow_steps, *fp8, *t.urls)
 
 
 def with_teacher(cfg: TropdConfig, name: str) -> TropdConfig:

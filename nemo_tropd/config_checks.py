@@ -87,6 +87,9 @@ def check(cfg: TropdConfig) -> None:
         "Transformer Engine updates delayed scales in backward passes, and the teacher has none, so they would stay at "
         "their first value; choose tensorwise or blockwise (Hopper) or mxfp8 (Blackwell)",
     )
+    if re.search(r"https?://[^/\s'\"]*@", f"{cfg.model.teacher.url} {cfg.model.teachers}"):
+        remedy = "a password in an address would be shown: set NEMO_TROPD_TEACHER_TOKEN to a bearer token"
+        raise ConfigError("model.teacher.url", "***", remedy)
     for name, section in cfg.model.teachers.items():
         if isinstance(section, dict):
             for own, value, wanted in refused_entries(TeacherConfig, TEACHER_KEYS, section):
@@ -106,6 +109,7 @@ def check(cfg: TropdConfig) -> None:
             _check_teacher_degree(one)
             _check_lengths(one)
             _check_fp8(one)
+            _check_served(one)
 
 
 def _require(cfg: TropdConfig, satisfied: bool, key: str, remedy: str, effective: object = None) -> None:
@@ -212,6 +216,22 @@ def _check_following(cfg: TropdConfig) -> None:
     _require(cfg, t.fp8 is None, key, "a teacher in FP8 cannot take the student's weights: set model.teacher.fp8=null")
     own = t.tensor_model_parallel_size in (None, cfg.model.tensor_model_parallel_size)
     _require(cfg, own, key, "it must be split as the student is: set model.teacher.tensor_model_parallel_size=null")
+
+
+def _check_served(cfg: TropdConfig) -> None:
+    key, teacher = "model.teacher", cfg.model.teacher
+    if not teacher.url:
+        return
+    for name in ("fp8", "offload", "offload_states", "precision", "tensor_model_parallel_size", "follow_steps"):
+        none = "false" if name.startswith("offload") else "null"
+        remedy = f"{key}.url leaves the teacher to servers, and this to the options of vllm serve: set it to {none}"
+        _require(cfg, not getattr(teacher, name), f"{key}.{name}", remedy)
+    one = f"servers give log-probabilities at temperature 1 alone: set it to 1, or {key}.url to null"
+    _require(cfg, cfg.model.rollout.temperature == 1, "model.rollout.temperature", one)
+    limit, server = cfg.trainer.distributed_timeout_s, f"{key}.server"
+    below = f"must be below trainer.distributed_timeout_s = {limit}: ranks wait for the servers"
+    _require(cfg, teacher.server.give_up_s < limit, f"{server}.give_up_s", below)
+    _require(cfg, teacher.server.timeout_s < limit, f"{server}.timeout_s", below)
 
 
 def _check_layout(cfg: TropdConfig) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_tropd.fields import choice, flag, integer, number, text
+from nemo_tropd.fields import URLS, choice, flag, integer, number, text
 
 # Recipes a teacher can run without gradients; Megatron's fourth, delayed, is refused by name.
 FP8_RECIPES = ("tensorwise", "blockwise", "mxfp8")
@@ -26,6 +27,27 @@ class AdmissionConfig:
     """Share of tokens whose Bernoulli gate falls the other way under the run's own draws."""
     ratio_error: float = number(0.4, at_least=0)
     """Nats: mean |difference| of R = log pi_T - log pi_S."""
+
+
+@dataclass
+class ServerConfig:
+    """Read only with model.teacher.url. The servers' bearer token, if they want one, is the environment variable
+    NEMO_TROPD_TEACHER_TOKEN of every rank."""
+
+    model: str | None = text(None)
+    """The name under which the servers list the teacher; null: they list one model, and its last part is that of
+    model.teacher.path."""
+    requests: int = integer(16, at_least=1, at_most=1024)
+    """Requests in flight of each data-parallel rank, over all servers. An answer takes about 60 bytes for each position
+    and candidate, as text, in host memory."""
+    timeout_s: float = number(120.0, above=0, at_most=86400)
+    """Seconds a request may take; then it is sent again, to another server if there is one."""
+    give_up_s: float = number(600.0, above=0, at_most=86400)
+    """Seconds of attempts after which the run ends; the same command resumes it from its last checkpoint."""
+    check_interval: int = integer(1, at_least=1)
+    """Steps between comparisons of each server's answers to a fixed text with those before step 1."""
+    noise: float = number(0.05, above=0)
+    """Nats: mean |difference| of log-probabilities of the same tokens that counts as the same teacher."""
 
 
 @dataclass
@@ -57,10 +79,21 @@ class TeacherConfig:
     """Before every step whose number is a multiple, model.teacher becomes the student as it is then; its prefixes and
     held-out answers stay those of model.teacher.path. null: it never changes."""
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    url: Any = field(default=None, metadata=URLS)
+    """The teacher behind an OpenAI-compatible vLLM server, http://HOST:PORT, or a list of several for load; path then
+    gives config.json and tokenizer, and needs no weights. Servers give candidates, not complete distributions: the
+    sampled objectives at temperature 1. null: the weights of path, on the ranks."""
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    @property
+    def urls(self) -> list[str]:
+        """The addresses of ``url``, without /v1 at the end; none for a teacher on the ranks."""
+        given = [self.url] if isinstance(self.url, str) else self.url or []
+        return [url.rstrip("/").removesuffix("/v1") for url in given]
 
 
 TEACHER_KEYS = (
     *("path", "precision", "tensor_model_parallel_size", "response_tokens"),
-    *("fp8", "fp8_param", "fp8_first_last_bf16", "offload"),
+    *("fp8", "fp8_param", "fp8_first_last_bf16", "offload", "url"),
 )  # of a section of model.teachers; the others are model.teacher's
 DEFAULT_TEACHER = "default"

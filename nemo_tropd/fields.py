@@ -209,10 +209,19 @@ def _flag_or_text(value: object) -> str | None:
     return None if fits else "give true, false or a string that is not empty"
 
 
+def _urls(value: object) -> str | None:
+    def fits(v: object) -> bool:
+        found = re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s:/?#@\[\]]+)(:[0-9]{1,5})?(/[^\s?#@]*)?", str(v))
+        return isinstance(v, str) and bool(found)
+
+    given = value if isinstance(value, list) else [value]
+    return None if value is None or (given and all(map(fits, given))) else "give http://HOST:PORT, or a list of such"
+
+
 # Metadata of a dictionary with any keys (strings, finite numbers, booleans, None, and lists or dictionaries of these),
-# of lists of names, of names with changes and of tokens, and of a string that may be true or false instead.
+# of lists of names, of names with changes and of tokens, of servers, and of a string that may be true or false instead.
 FREE_FORM, NAMES, ENTRIES = {"check": _free_form}, {"check": _names}, {"check": _entries}
-TOKENS, FLAG_OR_TEXT = {"check": _tokens}, {"check": _flag_or_text}
+TOKENS, URLS, FLAG_OR_TEXT = {"check": _tokens}, {"check": _urls}, {"check": _flag_or_text}
 
 
 def _each(check: Check, default: tuple[float, ...]) -> Check:

@@ -1,6 +1,6 @@
 """The model class of a run, with the life cycle NeMo-Aligner's models had."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from nemo_tropd.parallel.metric_sums import DeviceSums, MetricSums
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout.collective import Rollouts
 from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.served.teacher import ServedTeacher
 from nemo_tropd.teacher.admission import admit
 from nemo_tropd.teacher.fp8 import Fp8Settings
 from nemo_tropd.teacher.scorer import TeacherScorer
@@ -62,6 +63,7 @@ class MegatronTrOPDModel(ModelPT):
         trainer: a Lightning trainer that carries loggers, or None; it never runs a loop.
         calibration: the same batches on every data-parallel rank, on which FP8 teachers are admitted, each on its own.
         teachers: the names of those that are used: of model.teachers, or default.
+        served: those of them that are behind servers, instead of on the ranks.
 
     Raises ConfigError if an FP8 teacher is too far from bf16, and ValueError if there are no batches to measure it on.
     """
@@ -76,6 +78,7 @@ class MegatronTrOPDModel(ModelPT):
         student: StudentSource,
         calibration: Sequence[TokenBatch] = (),
         teachers: Sequence[str] = (DEFAULT_TEACHER,),
+        served: Mapping[str, ServedTeacher] | None = None,
     ) -> None:
         super().__init__(cfg=cfg, trainer=trainer)
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), _ours(cfg)))
@@ -93,7 +96,9 @@ class MegatronTrOPDModel(ModelPT):
             load_hf(self.student, student.path, self.shape, topology)
         self.ddp = data_parallel(self.student, topology, distributed_optimizer=self.settings.optim.distributed)
         scorer = partial(TeacherScorer, vocab_size=student.vocab_size, fill=student.fill)
-        self.teachers = self._build_teachers(teachers, scorer, student.precision, calibration)
+        on_ranks = [name for name in teachers if name not in (served or {})]
+        self.on_ranks = self._build_teachers(on_ranks, scorer, student.precision, calibration)
+        self.teachers: dict[str, TeacherSharing | ServedTeacher] = {**self.on_ranks, **(served or {})}
         self.teacher_heads = self._teacher_heads()
         # G-OPD measures its reward from the student as it was before training.
         own = DTYPES[self.settings.teacher.precision or student.precision]
@@ -135,14 +140,14 @@ class MegatronTrOPDModel(ModelPT):
         if not self.objective.needs_distributions or not self.topology.is_last_stage:
             return {}
         columns = head_weight(self.student).size(0)
-        heads = {one: one.head_like(columns) for one in dict.fromkeys(self.teachers.values())}
-        return {name: heads[one] for name, one in self.teachers.items()}
+        heads = {one: one.head_like(columns) for one in dict.fromkeys(self.on_ranks.values())}
+        return {name: heads[one] for name, one in self.on_ranks.items()}
 
     @property
     def following(self) -> TeacherScorer | None:
         """The teacher that becomes the student every ``model.teacher.follow_steps`` steps."""
-        follows = self.settings.teacher.follow_steps is not None and DEFAULT_TEACHER in self.teachers
-        return self.teachers[DEFAULT_TEACHER].teacher if follows else None
+        follows = self.settings.teacher.follow_steps is not None and DEFAULT_TEACHER in self.on_ranks
+        return self.on_ranks[DEFAULT_TEACHER].teacher if follows else None
 
     def follow(self, step: int) -> None:
         """Before the teacher scores step number ``step`` (collective)."""
@@ -158,8 +163,8 @@ class MegatronTrOPDModel(ModelPT):
 
     @property
     def teacher(self) -> TeacherScorer:
-        """The only teacher, or the first."""
-        return next(iter(self.teachers.values())).teacher
+        """The only teacher on the ranks, or the first."""
+        return next(iter(self.on_ranks.values())).teacher
 
     def _admitted(
         self, settings: TeacherConfig, make: Callable[..., TeacherScorer], calibration: Sequence[TokenBatch]
@@ -267,9 +272,10 @@ class MegatronTrOPDModel(ModelPT):
         return found
 
     def _score(
-        self, teacher: TeacherSharing, batches: Sequence[TokenBatch]
+        self, teacher: TeacherSharing | ServedTeacher, batches: Sequence[TokenBatch]
     ) -> Sequence[TeacherScores | TeacherStates | None]:
         if self.objective.needs_distributions:
+            assert isinstance(teacher, TeacherSharing)  # the plan has seen to it
             return teacher.states(batches, on_host=self.settings.teacher.offload_states)
         tropd, entropy = self.settings.tropd, self.objective.needs_teacher_entropy
         return teacher.score(
@@ -277,7 +283,7 @@ class MegatronTrOPDModel(ModelPT):
             temperature=self.settings.rollout.temperature,
         )  # fmt: skip
 
-    def _by_teacher(self, batches: Sequence[TokenBatch]) -> Iterator[tuple[TeacherSharing, list[int]]]:
+    def _by_teacher(self, batches: Sequence[TokenBatch]) -> Iterator[tuple[TeacherSharing | ServedTeacher, list[int]]]:
         """Each teacher that has any of the micro-batches, and which: on every rank the same number."""
         for teacher in dict.fromkeys(self.teachers.values()):
             if places := [i for i, batch in enumerate(batches) if self.teachers[batch.teacher] is teacher]:
@@ -358,7 +364,7 @@ class MegatronTrOPDModel(ModelPT):
             for batch, values in zip(own, found, strict=True):
                 if values is not None and self.topology.tensor_rank == 0:
                     sums.add({**{k: v.double().sum() for k, v in values.items()}, "tokens": batch.loss_mask.sum()})
-                    sums.by_group(batch, {**values, "tokens": torch.ones_like(values["reverse_kl"])})
+                    sums.by_group(batch, {**values, "tokens": torch.ones_like(values["top1_agreement"])})
         return sums.collect()
 
     def setup_training_data(self, train_data_config: DictConfig | dict) -> None:

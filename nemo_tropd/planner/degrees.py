@@ -8,6 +8,7 @@ from nemo_tropd.parallel.ranks import RankLayout
 
 BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 FP32 = 4
+ANSWER_ENTRY = 64  # bytes of a candidate in a server's answer, as JSON
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ def positions(cfg: TropdConfig) -> int:
     """Upper bound on the positions of one step over all data-parallel ranks, prompts included."""
     m = cfg.model
     return m.global_batch_size * min(m.encoder_seq_length, m.data.max_prompt_tokens + m.rollout.max_new_tokens)
+
+
+def answer_bytes(cfg: TropdConfig) -> float:
+    """Host bytes of a rank that asks a teacher's servers: the texts of all answers in flight, at their longest."""
+    m = cfg.model
+    return m.teacher.server.requests * m.encoder_seq_length * (m.tropd.top_k + 1) * ANSWER_ENTRY
 
 
 def micro_batches(cfg: TropdConfig) -> int:

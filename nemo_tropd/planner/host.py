@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_keys import value_at
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.planner.degrees import layout, positions, student_degrees, teacher_generates
+from nemo_tropd.planner.degrees import answer_bytes, layout, positions, student_degrees, teacher_generates
 from nemo_tropd.planner.machine import HOST_ENGINE, HOST_RANK, Machine
 from nemo_tropd.planner.memory import (
     Memory,
@@ -39,11 +39,14 @@ def host_memory(
         "processes": devices * HOST_RANK,
         "rollouts": devices * positions(cfg) * ROLLOUT_OBJECTS,
     }
-    if pinned := sum(teacher_weights(*of) for of in ((cfg, teacher), *others) if of[0].model.teacher.offload):
+    teachers = ((cfg, teacher), *others)
+    if any(of.model.teacher.url for of, _ in teachers):
+        resident["servers' answers"] = devices * answer_bytes(cfg)
+    if pinned := sum(teacher_weights(*of) for of in teachers if of[0].model.teacher.offload):
         resident["teacher, pinned"] = devices * pinned
     if exact and m.teacher.offload_states:
         # torch takes pinned memory in powers of two
-        states = max(states_bytes(*of) for of in ((cfg, teacher), *others))
+        states = max(states_bytes(*of) for of in teachers)
         resident["teacher's hidden states, pinned"] = 2 * devices * states
     if placement(cfg, machine) == "process":
         resident["engine"] = HOST_ENGINE
@@ -51,7 +54,7 @@ def host_memory(
     written = checkpoint_bytes(cfg, numbers) / layout(cfg).data
     phases = {"checkpoint": {"states on their way": devices * written}, "export": {"files": EXPORT}}
     before = {}
-    if teacher_generates(cfg):
+    if teacher_generates(cfg) and not all(of.model.teacher.url for of, _ in teachers):
         before["teacher generates"] = {"processes": devices * HOST_RANK, "engines": devices * HOST_ENGINE}
     return Memory(resident, phases, 0.0, before)
 

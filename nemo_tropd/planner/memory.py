@@ -14,6 +14,7 @@ from nemo_tropd.planner.degrees import (
     BYTES,
     FP32,
     Degrees,
+    answer_bytes,
     layout,
     loss_tokens,
     micro_batches,
@@ -97,9 +98,8 @@ def teacher_weights(cfg: TropdConfig, teacher: ModelShape) -> float:
     byte per 32. Embedding and head stay in bf16, and so do model.teacher.fp8_first_last_bf16 layers at each end.
     """
     t = cfg.model.teacher
-    width = BYTES[t.precision or cfg.trainer.precision]
-    degrees = teacher_degrees(cfg)
-    layers, ends = stage_parameters(teacher, degrees)
+    width = BYTES[t.precision or cfg.trainer.precision] * (not t.url)
+    layers, ends = stage_parameters(teacher, teacher_degrees(cfg))
     if t.fp8 is None:
         return (layers + ends) * width
     wide = min(2 * t.fp8_first_last_bf16, teacher.layers) / teacher.layers
@@ -230,9 +230,8 @@ def estimate(
     if reference:
         resident["reference"] = numbers * BYTES[cfg.model.teacher.precision or cfg.trainer.precision]
     teachers = [(cfg, teacher), *others]
-    largest = max(teachers, key=lambda of: of[1].parameters())
-    scoring = _most(_scoring(*of, machine) for of in teachers)
-    stay, held = _weights(teachers)
+    largest = max(teachers, key=lambda of: (not of[0].model.teacher.url) * of[1].parameters())
+    scoring, (stay, held) = _most(_scoring(*of, machine) for of in teachers), _weights(teachers)
     resident = {**resident, "teacher": stay} if stay else {k: v for k, v in resident.items() if k != "teacher"}
     phases: dict[str, dict[str, float]] = {
         "teacher scores": {**scoring, **held},
@@ -342,6 +341,8 @@ def _forward(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Mac
 
 def _scoring(cfg: TropdConfig, teacher: ModelShape, machine: Machine) -> dict[str, float]:
     """Bytes while the teacher scores a step, its weights apart."""
+    if cfg.model.teacher.url:
+        return {"servers' answers": answer_bytes(cfg)} if machine.kind == "cpu" else {}
     ranks, degrees = layout(cfg), teacher_degrees(cfg)
     parts = {f"teacher's {part}": size for part, size in _forward(cfg, teacher, degrees, machine).items()}
     if ranks.owners > 1:  # a group sees the rollouts of several data-parallel ranks
@@ -361,11 +362,11 @@ def _validation(
     tokens = min(m.encoder_seq_length, m.data.max_prompt_tokens + new)
     tokens *= math.ceil(m.data.held_out * m.validation.samples_per_prompt / ranks.data)
     width = BYTES[cfg.trainer.precision]
-    both = student.hidden / own.sequence + ranks.owners * teacher.hidden / theirs.sequence
+    both = student.hidden / own.sequence + (not m.teacher.url) * ranks.owners * teacher.hidden / theirs.sequence
     return {
         "hidden states of the held-out": tokens * both * width,
-        "teacher's layer": scoring["teacher's layer"],
-        "head": alone["head"] + scoring["teacher's head"],
+        "teacher's layer": scoring.get("teacher's layer", 0.0),
+        "head": alone["head"] + scoring.get("teacher's head", 0.0),
     }
 
 
@@ -376,7 +377,7 @@ def _before(
     if machine.kind == "cpu":
         return {}
     found = dict[str, dict[str, float]]()
-    if teacher_generates(cfg):
+    if teacher_generates(cfg) and not all(of.model.teacher.url for of, _ in teachers):
         share = teacher_utilization(machine.bytes) * machine.bytes
         graphs = graphs_bytes(cfg.trainer.devices)
         found["teacher generates"] = {"process": machine.process, "teacher's engine": share, "its graphs": graphs}

@@ -18,12 +18,15 @@ def engine_groups(cfg: TropdConfig, machine: Machine) -> list[tuple[int, ...]]:
 
 def roles(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
     """(role, ranks) of a run, one line per role; says which tensor-parallel groups span several nodes."""
-    ranks, devices = layout(cfg), cfg.trainer.devices
+    ranks, devices, served = layout(cfg), cfg.trainer.devices, bool(cfg.model.teacher.url)
     student = [ranks.tensor_group(first) for first in range(0, ranks.world_size, ranks.tensor)]
     lines = [
         ("rank 0", "prompts, metrics, checkpoints, report"),
         ("student", _groups(student, "tensor group", devices) + _pipeline(ranks)),
-        ("teacher", _teacher(ranks, devices)),
+        (
+            "teacher",
+            "on servers, asked by one rank of each data-parallel group" if served else _teacher(ranks, devices),
+        ),
     ]
     if placement(cfg, machine) == "process":
         return [*lines, ("rollouts", "one engine, a child process of rank 0")]

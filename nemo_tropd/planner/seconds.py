@@ -45,6 +45,7 @@ def step_seconds(
     tokens, numbers = positions(cfg), sum(stage_parameters(student, student_degrees(cfg)))
     bubble = 1 + (ranks.pipeline - 1) / micro_batches(cfg)
     scored = forward_flops(teacher, tokens, load.longest) / ranks.world_size / rates.FLOPS
+    scored = 0.0 if m.teacher.url else scored  # a server's speed is not known
     scored = scored / (rates.FP8_GAIN if m.teacher.fp8 else 1.0) + wire["teacher, tensor parallel"] / rates.LINK
     if m.teacher.offload:
         scored += teacher_weights(cfg, teacher) / rates.HOST_LINK

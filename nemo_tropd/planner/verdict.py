@@ -37,6 +37,7 @@ REMEDIES: dict[str, tuple[str, str]] = {
     ),
     "hidden states of the held-out": ("model.data.held_out", "lower it, or model.validation.max_new_tokens"),
     "hidden states of a step": ("model.global_batch_size", "lower it"),
+    "servers' answers": ("model.teacher.server.requests", "lower it"),
 }
 
 
@@ -103,7 +104,8 @@ def check_kv_cache(cfg: TropdConfig, student: ModelShape, teacher: ModelShape, m
     needs = f"one sequence of model.encoder_seq_length = {length} needs"
     if machine.kind == "cpu":
         blocks = math.ceil(length / CPU_BLOCK) + 1  # vLLM keeps one block for itself
-        least = max(token_bytes(s, r.dtype) for s in (student, teacher)) * blocks * CPU_BLOCK
+        engines = (student,) if cfg.model.teacher.url else (student, teacher)
+        least = max(token_bytes(s, r.dtype) for s in engines) * blocks * CPU_BLOCK
         if r.kv_cache_gib * GIB < least:
             enough = math.ceil(least / GIB * 1000) / 1000
             raise ConfigError("model.rollout.kv_cache_gib", r.kv_cache_gib, f"{needs} {enough:g} GiB; raise it")

@@ -43,9 +43,10 @@ def estimate_wire(
     columns = ring(scored * (m.tropd.top_k + 4) * FP32, own.tensor, reduce=True)
     columns += scored * 2 * m.rollout.top_k * FP32 * (own.tensor - 1)  # the tokens that sampling kept
     # A teacher group scores the rows of several data-parallel ranks, or a share of one's.
-    seen = mine * ranks.owners / ranks.replicas
+    share = 0.0 if m.teacher.url else ranks.owners / ranks.replicas
+    seen = mine * share
     teacher_hidden = ring(seen * teacher.hidden * teacher_width, theirs.tensor, reduce=True)
-    candidates = scored * ranks.owners / ranks.replicas * (m.tropd.top_k * (FP32 + 8) + 3 * FP32) * (theirs.tensor - 1)
+    candidates = scored * share * (m.tropd.top_k * (FP32 + 8) + 3 * FP32) * (theirs.tensor - 1)
     sends = 2 if own.pipeline > 2 else 1 if own.pipeline == 2 else 0
     return {
         "student, tensor parallel": student_tensor + student_head + columns,
@@ -71,7 +72,7 @@ def _scores(cfg: TropdConfig, scored: float, hidden: float | None) -> float:
     hidden states of ``hidden`` bytes stand for the scores, sequence parallelism gathers them, too."""
     ranks = layout(cfg)
     each = (1 + 2 * cfg.model.tropd.top_k) * FP32 if hidden is None else hidden
-    passed = scored * each if ranks.replicas > 1 else 0.0
+    passed = scored * each if ranks.replicas > 1 or (cfg.model.teacher.url and ranks.tensor > 1) else 0.0
     if hidden is not None and teacher_degrees(cfg).sequence > 1:
         passed += ring(scored * hidden, ranks.tensor)
     return passed + (ranks.owners - 1) * positions(cfg) / ranks.data * BATCH_POSITION

@@ -22,9 +22,9 @@ TICK_STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 _TRAIN, _HELD_OUT = "train", "validation"
 _DEFINITIONS = (
     ("Reverse KL", "On held-out prompts, student's own text; nats a token.", "nats a token", "zero",
-        [(_HELD_OUT, "reverse_kl", "", 0)]),
+        [(_HELD_OUT, "reverse_kl", "", 0), (_HELD_OUT, "reverse_kl_sampled", "Reverse KL, sampled", 4)]),
     ("Forward KL", "On held-out prompts, the teacher's answers; nats a token.", "nats a token", "zero",
-        [(_HELD_OUT, "forward_kl", "", 1)]),
+        [(_HELD_OUT, "forward_kl", "", 1), (_HELD_OUT, "forward_kl_sampled", "Forward KL, sampled", 5)]),
     ("Loss", "The objective, a mean over loss tokens.", "nats a token", "", [(_TRAIN, "loss", "", 0)]),
     ("Trust fraction", "Share of the student's tokens inside the gate.", "share", "share",
         [(_TRAIN, "trust_fraction", "", 2)]),

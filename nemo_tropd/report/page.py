@@ -18,7 +18,9 @@ from nemo_tropd.report.tokens import shown_rollouts, swatches
 # metric, label, unit and meaning, +1 if higher is better, -1 if lower, 0 if neither
 _TABLE = (
     ("reverse_kl", "Reverse KL", "nats a token, on the student's own text", -1),
+    ("reverse_kl_sampled", "Reverse KL, sampled", "an estimate, where a server has the teacher", -1),
     ("forward_kl", "Forward KL", "nats a token, on the teacher's answers", -1),
+    ("forward_kl_sampled", "Forward KL, sampled", "an estimate, on the teacher's answers", -1),
     ("one_minus_tv", "1 − TV", "overlap of the two distributions, on the student's own text", 1),
     ("top1_agreement", "Top-1 agreement", "the most probable token is the teacher's, on the teacher's answers", 1),
     ("exact_match", "Exact match", "right answers, where one is known", 1),

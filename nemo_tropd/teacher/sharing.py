@@ -148,26 +148,15 @@ class TeacherSharing:
         self, scores: TeacherScores | None, batch: TokenBatch, replica: int, *, top_k: int, entropy: bool
     ) -> TeacherScores:
         """The scores that ``replica`` made of ``batch``, on every rank of the model group. One broadcast."""
-        tokens, fixed = batch.count_loss_tokens, 2 if entropy else 1
-        device = self.topology.device
-        packed = torch.empty(tokens, fixed + 2 * top_k, dtype=torch.int32, device=device)
+        tokens, device = batch.count_loss_tokens, self.topology.device
+        packed = torch.empty(tokens, (2 if entropy else 1) + 2 * top_k, dtype=torch.int32, device=device)
         source = self.ranks.source(self.topology.rank, replica)
         if self.topology.rank == source:
             assert scores is not None
-            columns = [scores.log_probs[:, None], scores.top_k_log_probs]
-            if scores.entropy is not None:
-                columns.insert(1, scores.entropy[:, None])
-            floats = torch.cat([c.float() for c in columns], 1).contiguous()
-            packed.copy_(torch.cat([floats.view(torch.int32), scores.top_k_ids.to(torch.int32)], 1))
+            packed.copy_(packed_scores(scores))
         if tokens:
             dist.broadcast(packed, src=source, group=self.topology.model_group)
-        floats = packed[:, : fixed + top_k].contiguous().view(torch.float32)
-        return TeacherScores(
-            log_probs=floats[:, 0].contiguous(),
-            top_k_log_probs=floats[:, fixed:].contiguous(),
-            top_k_ids=packed[:, fixed + top_k :].to(torch.int64),
-            entropy=floats[:, 1].contiguous() if entropy else None,
-        )
+        return unpacked_scores(packed, top_k, entropy=entropy)
 
     def _pass_states(
         self, states: TeacherStates | None, batch: TokenBatch, replica: int, *, on_host: bool
@@ -181,3 +170,24 @@ class TeacherSharing:
         if tokens:
             dist.broadcast(sent, src=self.ranks.source(self.topology.rank, replica), group=self.topology.model_group)
         return TeacherStates(kept(sent) if on_host else sent)
+
+
+def packed_scores(scores: TeacherScores) -> Tensor:
+    """The scores as they travel, int32 [T, 1 + 2 K], one more with entropies: the bits of fp32 numbers, and ids."""
+    columns = [scores.log_probs[:, None], scores.top_k_log_probs]
+    if scores.entropy is not None:
+        columns.insert(1, scores.entropy[:, None])
+    floats = torch.cat([c.float() for c in columns], 1).contiguous()
+    return torch.cat([floats.view(torch.int32), scores.top_k_ids.to(torch.int32)], 1)
+
+
+def unpacked_scores(packed: Tensor, top_k: int, *, entropy: bool) -> TeacherScores:
+    """The scores that ``packed_scores`` packed."""
+    fixed = 2 if entropy else 1
+    floats = packed[:, : fixed + top_k].contiguous().view(torch.float32)
+    return TeacherScores(
+        log_probs=floats[:, 0].contiguous(),
+        top_k_log_probs=floats[:, fixed:].contiguous(),
+        top_k_ids=packed[:, fixed + top_k :].to(torch.int64),
+        entropy=floats[:, 1].contiguous() if entropy else None,
+    )

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_tropd.command_line import printable
-from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, run_dir
+from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, run_dir, teacher_named
 from nemo_tropd.config_data import SourceConfig
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.convert.families import ModelShape
@@ -233,6 +233,11 @@ def build_objective(cfg: TropdConfig) -> Objective:
         )
         remedy = f"{cut}: set it to 0 (and model.rollout.top_p to 1), or choose a sampled objective"
         raise ConfigError("model.rollout.top_k", cfg.model.rollout.top_k, remedy)
+    served = any(teacher_named(cfg.model, name).url for name in (DEFAULT_TEACHER, *cfg.model.teachers))
+    if served and (objective.needs_distributions or objective.needs_teacher_entropy):
+        needs = "the teacher's complete distributions" if objective.needs_distributions else "the teacher's entropy"
+        why = f"it needs {needs}, and servers give candidates alone: choose a sampled objective such as tropd"
+        raise ConfigError("model.tropd.objective", t.objective, f"{why}, or set url of all teachers to null")
     return objective
 
 
@@ -339,7 +344,11 @@ def _teacher_line(teacher: Teacher) -> tuple[str, str]:
     fp8 = f", layers in FP8 ({t.fp8})" if t.fp8 else ""
     label = "teacher" if teacher.name == DEFAULT_TEACHER else f"teacher {teacher.name}"
     follows = f", becomes the student every {t.follow_steps} steps" if t.follow_steps else ""
-    return label, f"{teacher.shape.describe()}, {t.precision or teacher.cfg.trainer.precision}{fp8}{follows}"
+    if not t.url:
+        return label, f"{teacher.shape.describe()}, {t.precision or teacher.cfg.trainer.precision}{fp8}{follows}"
+    when = "tried before step 1, not by check_only; it generates prefixes and held-out answers there, too"
+    sampled = "validation's divergences are estimates from sampled tokens"
+    return label, f"{teacher.shape.describe()}, on {', '.join(t.urls)}: {when}; {sampled}"
 
 
 def _generation(plan: Plan) -> list[tuple[str, str]]:

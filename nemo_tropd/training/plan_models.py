@@ -53,9 +53,9 @@ def teacher_shape(cfg: TropdConfig, name: str) -> ModelShape:
     m, t = cfg.model, teacher_named(cfg.model, name)
     degrees = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
     own = t.tensor_model_parallel_size
-    degrees = degrees if own is None or own == degrees[0] else (own, 1)
+    degrees = (1, 1) if t.url else degrees if own is None or own == degrees[0] else (own, 1)
     with about_teacher(name):
-        shape = checked_shape(TEACHER, Path(t.path), *degrees)
+        shape = checked_shape(TEACHER, Path(t.path), *degrees, weights=not t.url)
         if (fp8 := Fp8Settings.of(t)) is not None:
             fp8.check_shape(shape, *degrees)
     check_context(cfg, TEACHER if name == DEFAULT_TEACHER else f"model.teachers.{name}.path", shape)
@@ -97,7 +97,7 @@ def check_engines(
     with about_teacher(teacher.name):
         check_kv_cache(of, student, shape, machine)
         wanted = wanted_responses(of, prompts, teacher=teacher.name)
-        engines = teacher_engines(of, shape, machine) if wanted or teacher.scored else None
+        engines = teacher_engines(of, shape, machine) if (wanted or teacher.scored) and not t.url else None
         alike = {loaded_as(run.model, name, run.trainer.precision) for name in prompts.held_out.teachers}
         measured = t.fp8 is not None and t.admission.prompts and teacher.scores
         if measured and loaded_as(run.model, teacher.name, run.trainer.precision) not in alike:
@@ -106,7 +106,7 @@ def check_engines(
     return replace(teacher, wanted=wanted, engines=engines)
 
 
-def checked_shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShape:
+def checked_shape(key: str, path: Path, tensor: int, pipeline: int, *, weights: bool = True) -> ModelShape:
     if why := refusal(path):
         raise ConfigError(key, str(path), why)
     if not path.is_dir():
@@ -119,7 +119,8 @@ def checked_shape(key: str, path: Path, tensor: int, pipeline: int) -> ModelShap
     try:
         shape = read_shape(path)
         shape.check_layout(tensor, pipeline)
-        HfCheckpoint(path, shape)  # reads headers alone
+        if weights:
+            HfCheckpoint(path, shape)  # reads headers alone
     except ConversionError as error:
         raise ConfigError(key, str(path), str(error)) from error
     if os.environ.get("RANK", "0") == "0":

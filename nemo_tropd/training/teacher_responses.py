@@ -233,15 +233,18 @@ def generate_teacher_responses(
     engines: EngineFactory,
     vocab_size: int,
     others: Sequence[Wanted] = (),
+    served: Mapping[str, str] | None = None,
 ) -> Responses | None:
     """Have each teacher generate what the cache lacks of the ``wanted`` tokens of a response by prompt, and the default
     one rank 0's ``others`` (collective), before any model is built, so that their engines, one teacher's after the
-    other's, have rank 0's node to themselves. Rank 0 gets the responses, the other ranks None."""
+    other's, have rank 0's node to themselves. Rank 0 gets the responses, the other ranks None. ``served``: what tells
+    teachers behind servers apart, by name; others are told apart by their checkpoints."""
     generated: dict[str, TeacherResponses] = {}
 
     def generate(name: str) -> None:
         of = with_teacher(cfg, name)
-        generated[name] = _generated(of, wanted[name], engines, vocab_size, others if name == DEFAULT_TEACHER else ())
+        more, known = others if name == DEFAULT_TEACHER else (), (served or {}).get(name)
+        generated[name] = _generated(of, wanted[name], engines, vocab_size, more, known)
 
     for name in wanted:
         on_rank_zero(ranks, partial(generate, name), may_stop=True)
@@ -254,11 +257,12 @@ def _generated(
     engines: EngineFactory,
     vocab_size: int,
     others: Sequence[Wanted],
+    known: str | None,
 ) -> TeacherResponses:
     cache_dir = responses_dir(cfg)
     responses = TeacherResponses(
         cache_dir,
-        teacher=checkpoint_fingerprint(cfg.model.teacher.path, cache_dir / "fingerprints.json"),
+        teacher=known or checkpoint_fingerprint(cfg.model.teacher.path, cache_dir / "fingerprints.json"),
         sampling=sampling_of(cfg),
         max_new_tokens=cfg.model.teacher.response_tokens or cfg.model.rollout.max_new_tokens,
         vocab_size=vocab_size,

@@ -13,12 +13,14 @@ from nemo_tropd.files import read_json, write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.served.teacher import SAMPLED
 from nemo_tropd.training.guidance import request_seed
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.teacher_responses import Responses, answers
 
 # Rollouts of validation draw from a stream of their own, the same at every validation.
 VALIDATION_STREAM = (1 << 62) + 1
+EVERYWHERE = ("student_entropy", "top1_agreement")  # exact with teachers behind servers, too
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Validation:
     def line(self) -> str:
         """One human-readable line."""
         names = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "one_minus_tv": "1 - TV"}
+        names |= {name + SAMPLED: f"{label} (sampled)" for name, label in names.items()}
         names |= {"top1_agreement": "top-1 agreement", "exact_match": "exact match"}
         figures = [f"{label} {self.metrics[name]:.3f}" for name, label in names.items() if name in self.metrics]
         return ", ".join([*figures, *(f"{name} not finite, left out" for name in self.dropped)])
@@ -54,7 +57,8 @@ class Validator:
         """Validate the student as it is (collective); the same result on every rank. ``reverse_kl``, ``one_minus_tv``
         and the entropies are means over the tokens of the student's own answers, ``forward_kl`` and ``top1_agreement``
         over the tokens of the teacher's; ``exact_match`` over prompts with a known answer; ``benchmark/NAME`` is the
-        share of right answers. Without held-out prompts or benchmarks that part is left out."""
+        share of right answers. Divergences from a teacher behind servers are estimates, whose names end in SAMPLED.
+        Without held-out prompts or benchmarks that part is left out."""
         held_out, benchmarks = held_out and bool(self.prompts), benchmarks and bool(self.cfg.validation.benchmarks)
         if not (held_out or benchmarks):
             return Validation(step, {})
@@ -152,4 +156,13 @@ class Validator:
         sums = self.model.get_divergences(batches).gather()
         self.model.finish_validation_step()
         of = ["", *(f"{k.removesuffix('/tokens')}/" for k in sorted(sums.sums) if k.endswith("/tokens"))]
-        return {part + name: sums.mean(part + name, sums.sums[f"{part}tokens"]) for part in of for name in names}
+        found: dict[str, float] = {}
+        for part in of:
+            tokens, sampled = sums.sums[f"{part}tokens"], sums.sums.get(f"{part}tokens{SAMPLED}", 0.0)
+            for name in names:
+                if sampled and part + name + SAMPLED in sums.sums:
+                    found[part + name + SAMPLED] = sums.mean(part + name + SAMPLED, sampled)
+                exact = tokens if name in EVERYWHERE else tokens - sampled
+                if exact:
+                    found[part + name] = sums.mean(part + name, exact)
+        return found

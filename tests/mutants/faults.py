@@ -175,7 +175,70 @@ def _teachers(file: str, what: str, line: str, becomes: str, *tests: str) -> Fau
     return Fault("teachers", what, f"nemo_tropd/{file}.py", line, becomes, paths)
 
 
+def _served(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    unit = "tests/unit/test_served.py::"
+    paths = tuple(test if "/" in test else unit + test for test in tests)
+    return Fault("served teachers", what, f"nemo_tropd/{file}.py", line, becomes, paths, "/" in tests[0])
+
+
 FAULTS: list[Fault] = [
+    # teachers behind servers
+    _served(
+        "served/answers",
+        "an answer about another prompt is taken",
+        "if choice.prompt_token_ids != ids:",
+        "if False:",
+        "test_garbage_is_asked_for_again",
+    ),
+    _served(
+        "served/answers",
+        "the mass of padding stays in the normalisation",
+        "rest = np.log1p(-np.minimum(np.where(padding, np.exp(best), 0).sum(1), 0.999))",
+        "rest = np.zeros(len(best))",
+        "test_scores_are_the_models_without_padding",
+    ),
+    _served(
+        "served/answers",
+        "logits are taken for log-probabilities",
+        "if mass.max() > 1 + EPSILON or least < -math.log(rows) - EPSILON:",
+        "if mass.max() > 1 + EPSILON:",
+        "test_garbage_is_asked_for_again",
+    ),
+    _served(
+        "served/client",
+        "a server that comes back is used before it is compared",
+        "if server in self._unsure:",
+        "if False:",
+        "test_other_weights_are_noticed_after_a_restart",
+    ),
+    _served(
+        "served/client",
+        "what a server says may show the token",
+        'return text.replace(self._token, "***") if self._token else text',
+        "return text",
+        "test_a_refusal_is_not_repeated_and_a_token_is_never_shown",
+    ),
+    _served(
+        "served/client",
+        "an answer without end is read without end",
+        "if len(body) > most_bytes:",
+        "if False:",
+        "test_a_faulty_server_is_left_for_another",
+    ),
+    _served(
+        "served/teacher",
+        "scores are used before the servers are compared",
+        "if self._asked % self.servers.settings.check_interval == 0:",
+        "if False:",
+        "tests/dist/test_served_run.py::test_a_run_with_its_teacher_behind_a_server",
+    ),
+    _served(
+        "training/served",
+        "a resumed run takes any teacher",
+        "if (far := was.distance(now)) <= t.server.noise:",
+        "if (far := was.distance(now)) <= 1e9:",
+        "tests/dist/test_served_run.py::test_a_run_with_its_teacher_behind_a_server",
+    ),
     # teachers: which reads and scores what
     _teachers(
         "training/packing",
@@ -223,8 +286,8 @@ FAULTS: list[Fault] = [
     _teachers(
         "model/tropd_model",
         "one head for the hidden states of all teachers",
-        "return {name: heads[one] for name, one in self.teachers.items()}",
-        "return {name: next(iter(heads.values())) for name in self.teachers}",
+        "return {name: heads[one] for name, one in self.on_ranks.items()}",
+        "return {name: next(iter(heads.values())) for name in self.on_ranks}",
         "test_two_teachers_are_two_runs_with_one_each",
     ),
     _teachers(
@@ -251,8 +314,8 @@ FAULTS: list[Fault] = [
     _teachers(
         "config",
         "a teacher that follows is one with a frozen one of its checkpoint",
-        "return (Path(t.path).resolve(), split, t.offload, t.precision or precision, t.follow_steps, *fp8)",
-        "return (Path(t.path).resolve(), split, t.offload, t.precision or precision, *fp8)",
+        "return (Path(t.path).resolve(), split, t.offload, t.precision or precision, t.follow_steps, *fp8, *t.urls)",
+        "return (Path(t.path).resolve(), split, t.offload, t.precision or precision, *fp8, *t.urls)",
         "test_one_checkpoint_is_one_teacher_whatever_is_spelled_out",
     ),
     _teachers(
@@ -1987,7 +2050,7 @@ FAULTS: list[Fault] = [
         _plan(
             file,
             f"{file}: a teacher that answers benchmarks alone takes no memory",
-            "if teacher_generates(cfg):",
+            "if teacher_generates(cfg) and not all(of.model.teacher.url for of, _ in teachers):",
             "if cfg.model.data.held_out or cfg.model.tropd.guidance.enabled:",
             "test_the_teachers_engine_leaves_a_rank_its_context_and_itself_its_graphs",
         )

@@ -31,7 +31,7 @@ OPTIONAL = (
     "model.rollout.dedicated.address model.rollout.dedicated.engines model.validation.max_new_tokens "
     "model.tokens_per_micro_batch model.recompute model.optim.sched.decay_steps model.tropd.guidance.anneal_steps "
     "model.data.system_prompt model.validation.benchmark_interval model.data.teacher_key model.data.teacher_prompt_key "
-    "model.teacher.follow_steps"
+    "model.teacher.follow_steps model.teacher.url model.teacher.server.model"
 )
 ZERO = (
     "trainer.max_restarts trainer.tropd.val_check_interval trainer.tropd.gradient_clip_val model.data.held_out "
@@ -45,7 +45,8 @@ FRACTION = (
     "trainer.gpu_memory_gib trainer.tropd.gradient_clip_val model.optim.lr model.optim.weight_decay model.optim.eps "
     "model.tropd.guidance_weight model.teacher.admission.top_k_kl model.teacher.admission.ratio_error "
     "model.rollout.dedicated.timeout_s model.rollout.temperature model.rollout.kv_cache_gib "
-    "model.rollout.request_timeout_s"
+    "model.rollout.request_timeout_s model.teacher.server.timeout_s model.teacher.server.give_up_s "
+    "model.teacher.server.noise"
 )
 FLAGS = (
     "check_only exp_manager.create_tensorboard_logger exp_manager.resume_if_exists model.tropd.guidance.enabled "
@@ -57,7 +58,7 @@ TEXTS = (
     "name exp_manager.explicit_log_dir exp_manager.exp_dir pretrained_checkpoint.restore_from_path model.teacher.path "
     "model.teacher.cache_dir model.tropd.objective model.data.path model.data.prompt_key model.data.messages_key "
     "model.data.answer_key model.data.split model.data.chat_template model.data.system_prompt model.data.teacher_key "
-    "model.data.teacher_prompt_key"
+    "model.data.teacher_prompt_key model.teacher.server.model"
 )
 LEGAL = {
     "None": OPTIONAL.split(),
@@ -279,13 +280,41 @@ def test_missing_required_key_is_named() -> None:
         ("model.rollout.end_tokens=[-1]", "model.rollout.end_tokens", "give a list of texts or ids"),
         ("model.data.chat_template=3", "model.data.chat_template", "true, false or a string"),
         ("model.data.path=null", "model.data.path", "set model.data.sources"),
+        ("model.teacher.url=host:8000", "model.teacher.url", "give http://HOST:PORT"),
+        ("model.teacher.url='http://h:8000?key=1'", "model.teacher.url", "give http://HOST:PORT"),
     ],
 )
 def test_impossible_settings(override: str, named: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose_config([*REQUIRED, override])
     assert named in str(caught.value) and remedy in str(caught.value)
-    assert override.split("=")[1].replace("null", "none") in str(caught.value).lower()
+    assert override.split("=")[1].strip("'").replace("null", "none") in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        *((f"model.teacher.{key}", value, "leaves the teacher to servers.*set it to null") for key, value in (
+            ("fp8", "blockwise"), ("precision", "bf16"), ("tensor_model_parallel_size", 1), ("follow_steps", 5),
+        )),
+        ("model.teacher.offload", True, "set it to false"),
+        ("model.rollout.temperature", 0.7, "temperature 1 alone"),
+        ("model.teacher.server.give_up_s", 3600, "below trainer.distributed_timeout_s = 3600"),
+    ],
+)  # fmt: skip
+def test_what_a_teacher_behind_a_server_excludes(key: str, value: object, remedy: str) -> None:
+    urls = "['http://a:8000/v1/','https://[::1]:8001']"
+    assert compose_config([*REQUIRED, f"model.teacher.url={urls}"]).model.teacher.urls == [
+        "http://a:8000",
+        "https://[::1]:8001",
+    ]
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        compose_config([*REQUIRED, f"model.teacher.url={urls}", f"{key}={value}"])
+    assert caught.value.key == key
+    named = ["+model.teachers.code.path=c", "model.data.teacher_key=t", "+model.teachers.code.url='http://me:pw@h'"]
+    with pytest.raises(ConfigError, match="would be shown: set NEMO_TROPD_TEACHER_TOKEN") as caught:
+        compose_config([*REQUIRED, *named])
+    assert "pw@" not in str(caught.value)
 
 
 def test_a_home_directory_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

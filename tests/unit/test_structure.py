@@ -40,8 +40,9 @@ ALLOWED = {
     "teacher": {"batch", "config", "config_teacher", "parallel", "objectives", "loss", "convert", "gpt"},
     "model": {
         *("batch", "config", "config_teacher", "parallel", "objectives", "loss", "convert", "gpt", "teacher"),
-        "rollout",
+        *("rollout", "served"),
     },
+    "served": {"batch", "config", "config_teacher", "files", "loss", "parallel", "rollout", "teacher"},
 }
 # library -> where alone it may be imported
 ONE_PLACE = {

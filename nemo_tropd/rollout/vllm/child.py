@@ -25,12 +25,13 @@ from nemo_tropd.rollout.weights.senders import SharedMemory
 _CLOSE_TIMEOUT_S = 10.0
 _POLL_S = 0.02
 _LOG_LINES_SHOWN = 12
-# Set for the trainer's ranks by torchrun; vLLM would take them for its own. The secret is for engine hosts alone.
+# Set for the trainer's ranks by torchrun; vLLM would take them for its own. The secret is for engine hosts
+# alone, the token for a teacher's servers.
 # Without byte code the process would compile all of vLLM anew; KVCACHE_SPACE would overrule kv_cache_gib; interpreted
 # Triton kernels are for the trainer's tests.
 _TAKEN_OUT = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"}
 _TAKEN_OUT |= {"PYTHONDONTWRITEBYTECODE", "VLLM_CPU_KVCACHE_SPACE", "TRITON_INTERPRET"}
-_PREFIXES_TAKEN_OUT = ("TORCHELASTIC_", "ROLE_", "MASTER_", "NEMO_TROPD_SECRET")
+_PREFIXES_TAKEN_OUT = ("TORCHELASTIC_", "ROLE_", "MASTER_", "NEMO_TROPD_SECRET", "NEMO_TROPD_TEACHER_TOKEN")
 
 
 def session_members(leader: int) -> list[int]:
