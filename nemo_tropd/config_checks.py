@@ -90,7 +90,7 @@ def check(cfg: TropdConfig) -> None:
     if re.search(r"https?://[^/\s'\"]*@", f"{cfg.model.teacher.url} {cfg.model.teachers}"):
         remedy = "a password in an address would be shown: set NEMO_TROPD_TEACHER_TOKEN to a bearer token"
         raise ConfigError("model.teacher.url", "***", remedy)
-    for name, section in cfg.model.teachers.items():
+    for name, section in cfg.model.teachers.items() if isinstance(cfg.model.teachers, dict) else ():
         if isinstance(section, dict):
             for own, value, wanted in refused_entries(TeacherConfig, TEACHER_KEYS, section):
                 raise ConfigError(f"model.teachers.{name}.{own}", value, wanted)

@@ -81,7 +81,7 @@ def _svg(chart: Chart) -> Markup:
 
 def _lead(record: RunRecord) -> str:
     sentences = [f"{record.length}.", *headline(record.before, record.after)]
-    for key, label, _, _ in _TABLE[:2]:
+    for key, label, _, _ in _TABLE[:4]:
         if key in record.before and key in record.after:
             old, new = record.before[key], record.after[key]
             verb = "fell" if new < old else "rose"
