@@ -260,7 +260,7 @@ FAULTS: list[Fault] = [
         "rows are as long as what the student reads",
         "lengths = [max(len(r.token_ids), len(read[r.sequence_id].token_ids)) for r in rollouts]",
         "lengths = [len(r.token_ids) for r in rollouts]",
-        "test_a_micro_batch_is_one_teachers_and_has_what_it_reads",
+        "test_rows_have_room_for_what_the_teacher_reads",
     ),
     _teachers(
         "teacher/sharing",

@@ -272,6 +272,14 @@ def test_a_micro_batch_is_one_teachers_and_has_what_it_reads(tokens: int | None)
 
 
 @pytest.mark.random
+def test_rows_have_room_for_what_the_teacher_reads() -> None:
+    rollouts, prompts = some(6)
+    long = PromptSet(tuple(replace(p, told_ids=(7,) * 25) for p in prompts))  # the student's are 16 tokens at most
+    batches = Packer(place(), 0, 2, 50, 5).pack(rollouts, 2, long)
+    assert len(batches) >= 3 and all(b.for_teacher.input_ids.size(1) <= 50 for b in batches)
+
+
+@pytest.mark.random
 def test_metrics_are_summed_by_source_and_teacher() -> None:
     rollouts, prompts = some(9, ("x", "y"))
     sums, wanted = DeviceSums(), dict[str, float]()
