@@ -300,8 +300,8 @@ FAULTS: list[Fault] = [
     _teachers(
         "training/checkpoint",
         "a teacher that follows is not resumed as it was",
-        '_fill(teacher, loaded["teacher"], TEACHER_PREFIX)',
-        "pass",
+        "return self.following if held else None",
+        "return None",
         "tests/e2e/test_teachers.py::test_a_teacher_that_follows_the_student_is_resumed_as_it_was",
     ),
     _teachers(
