@@ -392,6 +392,19 @@ def reverse_kl(mine: Any, theirs: Any, r: Rollout, read: tuple[int, ...]) -> tor
     return (student.exp() * (student - teacher)).sum()
 
 
+@pytest.mark.random
+def test_hidden_states_are_of_what_the_teacher_reads(tiny: TinyRun, topology: Topology) -> None:
+    rollouts, prompts = some(6)
+    long = PromptSet(tuple(replace(p, told_ids=(7, *p.token_ids)) for p in prompts))
+    one = model(topology, tiny, ("default",), "tropd_exact")
+    batches = Packer(topology, 0, 2, None, 5).pack(rollouts, 0, long)
+    kept, wanted, others = (
+        one.score(of) for of in (batches, [b.for_teacher for b in batches], [replace(b, told=None) for b in batches])
+    )
+    for a, b, c in zip(kept, wanted, others, strict=True):
+        assert torch.equal(a.hidden, b.hidden) and not (len(c.hidden) and torch.equal(a.hidden, c.hidden))
+
+
 def test_told_what_the_student_reads_a_teacher_says_the_same(tiny: TinyRun, topology: Topology) -> None:
     """To the bit: the path of another prompt, taken with an equal one."""
     rollouts, prompts = some(4)
