@@ -311,7 +311,7 @@ def test_a_response_is_as_long_as_needed_and_continued_when_more_is(tmp_path: Pa
 
 def test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones() -> None:
     """Of a training prompt, a run asks for no more than the longest prefix of the steps that use it."""
-    for _ in range(40):  # a single run may use no prompt twice with prefixes of other lengths
+    for _ in range(16):  # a single run may use no prompt twice with prefixes of other lengths
         prefixes_of_one_run()
 
 
