@@ -113,12 +113,15 @@ def _add_metrics(sums: DeviceSums, batch: TokenBatch, tokens: LossTokens, result
     student, per_token = ~tokens.guided, result.per_token
     if not len(tokens):
         return
-    by_token: dict[str, Tensor] = {name: per_token[name] for name in ("trust", "log_ratio") if name in per_token}
+    own: dict[str, Tensor] = {}
     if "forward_kl" in per_token and "trust" in per_token:
-        by_token["outlier_forward_kl"] = (1 - per_token["trust"]) * per_token["forward_kl"]
-        sums.add({"outlier_forward_kl": torch.where(student, by_token["outlier_forward_kl"], 0.0).sum()})
-    own = {name: torch.where(student, values, 0.0) for name, values in by_token.items()}
-    sums.by_group(batch, {"student_tokens": student, **own})
+        outlier = (1 - per_token["trust"]) * per_token["forward_kl"]
+        own["outlier_forward_kl"] = torch.where(student, outlier, 0.0)
+        sums.add({"outlier_forward_kl": own["outlier_forward_kl"].sum()})
+    if batch.groups:  # else nobody adds these up
+        values = {name: per_token[name] for name in ("trust", "log_ratio") if name in per_token}
+        own |= {name: torch.where(student, value, 0.0) for name, value in values.items()}
+        sums.by_group(batch, {"student_tokens": student, **own})
     log_probs = result.teacher_log_probs - per_token["log_ratio"]
     mismatch = (log_probs - tokens.behavior_log_probs).abs().double()
     # Minima are what is reduced over ranks, so the largest disagreement travels with its sign turned.

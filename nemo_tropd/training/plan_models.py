@@ -107,6 +107,7 @@ def check_engines(
 
 
 def checked_shape(key: str, path: Path, tensor: int, pipeline: int, *, weights: bool = True) -> ModelShape:
+    """The shape of the model at ``key``, whose files and layout will do. Raises ConfigError."""
     if why := refusal(path):
         raise ConfigError(key, str(path), why)
     if not path.is_dir():
@@ -129,6 +130,7 @@ def checked_shape(key: str, path: Path, tensor: int, pipeline: int, *, weights: 
 
 
 def check_context(cfg: TropdConfig, key: str, shape: ModelShape) -> None:
+    """ConfigError for a run whose sequences are longer than the model at ``key`` takes."""
     longest, why = shape.longest()
     if cfg.model.encoder_seq_length > longest:
         why = f"exceeds {why}, of the model at {key}; at most {longest}"
