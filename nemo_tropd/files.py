@@ -5,12 +5,14 @@ killed processes left under temporary names is removed by the next one that writ
 """
 
 import errno
+import getpass
 import json
 import os
 import re
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ _MACHINE = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<machine>[A-Za-z0-9._]*)-[0-9a-f]{8}-(?P<pid>\d+)")
 _LONGEST_NAME = 255  # bytes
 _STALE_AFTER_S = 24 * 3600.0
+_COMPILER_FOLDER = "torchinductor_"  # torch's own
 _in_use: set[Path] = set()
 _cleaned: set[tuple[int, Path]] = set()  # (process, folder): a forked child cleans for itself
 
@@ -182,16 +185,38 @@ def default_cache_dir() -> Path:
 
 
 def name_compiler_cache() -> None:
-    """Call before torch compiles anything: by its own choice, /tmp/torchinductor_NAME, all uids that a container gives
-    one user name would share a folder that only the first can write to. TORCHINDUCTOR_CACHE_DIR names another."""
+    """Call before torch's compiler is imported. Its kernels are kept beside our own caches, unless
+    TORCHINDUCTOR_CACHE_DIR names another folder; its precompiled headers always in /tmp/torchinductor_NAME, and NAME
+    may stand for all uids of a container: the first could keep the others from writing, or put code there for them.
+    If that folder is not this uid's alone, LOGNAME, which torch reads first, becomes a name whose folder is."""
+    headers = _own_compiler_folder()
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
     folder = _caches() / "torchinductor"
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        folder = Path(tempfile.gettempdir(), f"torchinductor_uid{os.getuid()}")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder if os.access(folder, os.W_OK) else headers)
+
+
+def _own_compiler_folder() -> Path:
+    """torch's ``default_cache_dir``, made for this uid alone, after LOGNAME has been changed if it has to be."""
+    try:
+        named = getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):  # KeyError up to Python 3.12: a uid without a name
+        named = f"uid_{os.getuid()}"
+    named = re.sub(r'[\\/:*?"<>|]', "_", named)
+    for name in (named, f"{named}_uid{os.getuid()}"):
+        folder = Path(tempfile.gettempdir(), _COMPILER_FOLDER + name)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()  # of a link, not of what it leads to
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+            break
+    else:
+        folder = Path(tempfile.mkdtemp(prefix=_COMPILER_FOLDER))
+    if (own := folder.name.removeprefix(_COMPILER_FOLDER)) != named:
+        os.environ["LOGNAME"] = own
+    return folder
 
 
 def _caches() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -245,19 +246,82 @@ def test_the_cache_directory_follows_the_environment(monkeypatch):
     assert files.default_cache_dir() == Path("/data")
 
 
-@pytest.mark.parametrize("home", ["new", "/proc/none"])
-def test_torchs_compiler_keeps_its_cache_where_this_uid_can_write(monkeypatch, tmp_path, home):
-    """In a container one user name may stand for many uids, and a home may be missing or another's."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """A user called tropd, without caches, whose /tmp is a folder: torch's functions that name its compiler's."""
+    from torch._inductor.runtime import cache_dir_utils
 
-    monkeypatch.setenv("HOME", str(tmp_path / home))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
     for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LOGNAME", "tropd")
+    shared = tmp_path / "tmp"
+    shared.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(shared))
+    return cache_dir_utils
+
+
+def of_this_uid_alone(folder: Path) -> bool:
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+@pytest.mark.parametrize("home", ["home", "/proc/none"])
+def test_torchs_compiler_keeps_its_cache_where_this_uid_can_write(monkeypatch, tmp_path, compiler, home):
+    """In a container one user name may stand for many uids, and a home may be missing or another's."""
+    monkeypatch.setenv("HOME", str(tmp_path / home))
     files.name_compiler_cache()
-    other = tmp_path / f"torchinductor_uid{os.getuid()}"
-    assert cache_dir() == str(tmp_path / "new/.cache/torchinductor" if home == "new" else other)
+    headers = tmp_path / "tmp/torchinductor_tropd"
+    assert Path(compiler.default_cache_dir()) == headers and of_this_uid_alone(headers)
+    assert Path(compiler.cache_dir()) == (tmp_path / "home/.cache/torchinductor" if home == "home" else headers)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "given"))
     files.name_compiler_cache()
-    assert cache_dir() == str(tmp_path / "given")
+    assert Path(compiler.cache_dir()) == tmp_path / "given" and os.environ["LOGNAME"] == "tropd"
+
+
+def in_the_way(kind: str, path: Path) -> None:
+    """What another uid that shares /tmp and the user's name may have there."""
+    if kind == "a link":
+        (path.parent / "elsewhere").mkdir(exist_ok=True)
+        path.symlink_to(path.parent / "elsewhere")
+    elif kind == "a file":
+        path.touch()
+    else:
+        path.mkdir()
+        path.chmod(0o777 if kind == "open to all" else 0o755)
+        if kind == "another's":
+            os.chown(path, os.getuid() + 1, -1)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", ["another's", "open to all", "a link", "a file"])
+def test_what_another_uid_left_in_tmp_is_neither_used_nor_in_the_way(monkeypatch, tmp_path, compiler, kind, given):
+    """Precompiled headers hold code, and torch takes their folder by the user's name alone."""
+    if kind == "another's" and os.geteuid() != 0:
+        pytest.skip("only root can give a folder to another")
+    if given:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "given"))
+    first = tmp_path / "tmp/torchinductor_tropd"
+    in_the_way(kind, first)
+    files.name_compiler_cache()
+    second = Path(compiler.default_cache_dir())
+    assert second == tmp_path / f"tmp/torchinductor_tropd_uid{os.getuid()}" and of_this_uid_alone(second)
+    monkeypatch.setenv("LOGNAME", "tropd")  # the next process
+    files.name_compiler_cache()
+    assert Path(compiler.default_cache_dir()) == second
+    # Who left the first may have guessed the second.
+    second.rmdir()
+    in_the_way(kind, second)
+    monkeypatch.setenv("LOGNAME", "tropd")
+    files.name_compiler_cache()
+    third = Path(compiler.default_cache_dir())
+    assert third.parent == tmp_path / "tmp" and third not in (first, second) and of_this_uid_alone(third)
+
+
+def test_a_uid_without_a_name_has_a_compilers_folder_too(monkeypatch, tmp_path, compiler):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # raises KeyError, as it does for an unknown uid
+    files.name_compiler_cache()
+    folder = tmp_path / f"tmp/torchinductor_uid_{os.getuid()}"
+    assert Path(compiler.default_cache_dir()) == folder and of_this_uid_alone(folder) and "LOGNAME" not in os.environ
