@@ -69,8 +69,13 @@ def demo_trains(tools: Buildah, image: str) -> None:
             raise CheckError(f"no checkpoints on the volume: {sorted(runs.rglob('*'))[:50]}")
 
 
-def mission_trains(tools: Buildah, image: str, uid: int, *, mounted: bool, entrypoint: bool = True) -> None:
-    """torchrun and the example from where a container starts: tiny models, the engine included, two steps."""
+def mission_trains(
+    tools: Buildah, image: str, uid: int, *, mounted: bool, entrypoint: bool = True, tmp: Path | None = None
+) -> None:
+    """torchrun and the example from where a container starts: tiny models, the engine included, two steps.
+
+    ``mounted``: with a volume for its runs. ``tmp`` is a folder of this machine that is the container's /tmp.
+    """
     from tests.e2e.tiny_run import TinyRun  # imports torch
 
     with tools.container(image) as container, volume(uid) as runs, tempfile.TemporaryDirectory() as data:
@@ -79,7 +84,7 @@ def mission_trains(tools: Buildah, image: str, uid: int, *, mounted: bool, entry
         place = f"{STARTS_IN[image]}/runs"
         keys = TinyRun.at(Path("/data")).overrides(Path("runs/tiny"), **{"trainer.tropd.max_steps": 2})
         keys = [k for k in keys if not k.startswith("model.teacher.cache_dir=")]  # the default: under HOME
-        volumes = {Path(data): "/data:ro"} | ({runs: place} if mounted else {})
+        volumes = {Path(data): "/data:ro"} | ({runs: place} if mounted else {}) | ({tmp: "/tmp"} if tmp else {})
         done = container.run(*TRAIN, "base", *keys, uid=uid, volumes=volumes, entrypoint=entrypoint, timeout_s=1200)
         said = expect(done, 0, "report ")
         if complaint := re.search(
@@ -91,6 +96,23 @@ def mission_trains(tools: Buildah, image: str, uid: int, *, mounted: bool, entry
             two_steps(written / "tiny")
             if not list((written / ".home/.cache").rglob("*")):
                 raise CheckError(f"no caches beside the run: {sorted(written.iterdir())}")
+
+
+def one_tmp_serves_two_uids(tools: Buildah, image: str) -> None:
+    """Containers that share a machine's /tmp, past the entrypoint: the image gives all uids one user's name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tmp = Path(folder)
+        tmp.chmod(0o1777)
+        for uid in (ANY_UID, USER):
+            mission_trains(tools, image, uid, mounted=False, entrypoint=False, tmp=tmp)
+            own = [path for path in tmp.glob("torchinductor_*") if path.lstat().st_uid == uid]
+            within = [path for made in own for path in made.rglob("*")]
+            others = [path for path in within if path.lstat().st_uid != uid]
+            if others or not any(path.suffix == ".gch" for path in within):
+                listing = "\n".join(f"{path.lstat().st_uid} {path}" for path in sorted(tmp.rglob("*"))[:50])
+                raise CheckError(f"{uid} has no precompiled headers of its own:\n{listing}")
+            for path in (*own, *within):  # what the next could write to, it must not use either
+                path.chmod(0o777)
 
 
 def gpu_doctor_names_what_is_missing(tools: Buildah, image: str) -> None:
@@ -144,6 +166,7 @@ CHECKS: dict[str, list[tuple[str, Check]]] = {
         ("the demo trains", demo_trains),
         ("torchrun past the entrypoint", partial(mission_trains, uid=ANY_UID, mounted=True, entrypoint=False)),
         *((f"torchrun as {who}, no volume", partial(mission_trains, uid=uid, mounted=False)) for who, uid in _UIDS),
+        ("one /tmp serves two uids", one_tmp_serves_two_uids),
     ],
     "gpu": [
         ("the doctor names what is missing", gpu_doctor_names_what_is_missing),
