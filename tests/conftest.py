@@ -35,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--images", action="append", choices=("cpu", "gpu"), default=[],
         help="build this image and use it (tests/docker/build.py); may be repeated",
     )  # fmt: skip
+    parser.addoption(
+        "--image-storage", metavar="DIR", help="with --images: keep layers and images there, for the next time",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,7 @@
-"""The images themselves, where ``--images`` asks for them; and that the changed Dockerfile is the one of docker/."""
+"""The images themselves, where ``--images`` asks for them; and that the changed Dockerfile is the one of docker/.
+
+``--image-storage DIR`` uses the layers that another run, or ``python -m tests.docker.build --storage DIR``, left there.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ def test_an_image_is_built_and_used(role: str, request: pytest.FixtureRequest) -
         pytest.skip(f"takes from 20 minutes to hours, and many GB: asked for by --images {role}")
     if reason := missing_tools():
         pytest.skip(reason)
-    assert main([role]) == 0
+    storage = request.config.option.image_storage
+    assert main([role, *(["--storage", storage] if storage else [])]) == 0
 
 
 def test_only_what_needs_cudas_compilers_is_changed() -> None:
