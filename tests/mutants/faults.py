@@ -2033,6 +2033,14 @@ FAULTS: list[Fault] = [
         "pass",
         "test_the_compilers_cache_is_this_uids_own",
     ),
+    Fault(
+        "images",
+        "precompiled headers are taken from whoever was first",
+        "nemo_tropd/files.py",
+        "if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:",
+        "if stat.S_ISDIR(found.st_mode):",
+        ("tests/unit/test_files.py::test_what_another_uid_left_in_tmp_is_neither_used_nor_in_the_way",),
+    ),
     _image(
         "pytorchjob.yaml",
         "a pod keeps nothing",
