@@ -75,6 +75,10 @@ class TeacherConfig:
     offload_states: bool = flag(False)
     """Exact objectives: keep the teacher's hidden states of a step in host memory (pinned, if there is a GPU) until
     their micro-batch, instead of on the device."""
+    score_early: bool = flag(True)
+    """Score rollouts that are finished while others are still generated: of a teacher behind servers unless engines are
+    colocated, of one on the ranks (single sequences then) if engines have hosts of their own. Not with exact
+    objectives, a tensor-parallel degree of the teacher's own, or several offloaded teachers."""
     follow_steps: int | None = integer(None, at_least=1)
     """Before every step whose number is a multiple, model.teacher becomes the student as it is then; its prefixes and
     held-out answers stay those of model.teacher.path. null: it never changes."""

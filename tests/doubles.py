@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.rollout.engine import RefreshStats, RolloutEngine, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutEngine, RolloutRequest
 
 
 class ReplayEngine:
@@ -25,7 +25,7 @@ class ReplayEngine:
     def start(self) -> None:
         """Nothing to start."""
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         """Random tokens from each request's own seed, of unequal lengths."""
         rollouts = []
         for r in requests:
@@ -37,6 +37,9 @@ class ReplayEngine:
                     r.prompt_ids, r.prefix_ids, ids, [-1.0] * length, self.version, r.sequence_id, r.prompt_index, True
                 )
             )
+        if finished is not None:
+            for rollout in rollouts:
+                finished(rollout)
         return rollouts
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
@@ -80,7 +83,7 @@ class SayingEngine(ReplayEngine):
         super().__init__(len(tokenizer))
         self.tokenizer, self.end_id, self.say, self.asked = tokenizer, end_id, say, list[list[RolloutRequest]]()
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         """The text's tokens and the end token, cut at the length limit."""
         self.asked.append(list(requests))
         rollouts = []
@@ -89,4 +92,7 @@ class SayingEngine(ReplayEngine):
             ids, finished = every[: r.max_new_tokens], len(every) <= r.max_new_tokens
             scores = [-1.0] * len(ids)
             rollouts.append(Rollout(r.prompt_ids, [], ids, scores, 0, r.sequence_id, r.prompt_index, finished))
+        if finished is not None:
+            for rollout in rollouts:
+                finished(rollout)
         return rollouts

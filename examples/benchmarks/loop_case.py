@@ -16,7 +16,7 @@ from examples.benchmarks.shapes import SHAPES as planner_shapes
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.rollout.engine import RefreshStats, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutRequest
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PHASES = ("rollout", "teacher", "student", "optimizer", "refresh")
@@ -143,9 +143,9 @@ class FixedRollouts:
     def start(self) -> None:
         """Nothing to start."""
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         """The completion of each request's prompt; log-probabilities of a uniform guess."""
-        return [
+        rollouts = [
             Rollout(
                 prompt_ids=r.prompt_ids,
                 prefix_ids=[],
@@ -158,6 +158,10 @@ class FixedRollouts:
             )
             for r in requests
         ]
+        if finished is not None:
+            for r in rollouts:
+                finished(r)
+        return rollouts
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """Consumes the stream, so that the trainer's part of a refresh is measured."""

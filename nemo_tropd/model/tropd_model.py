@@ -28,7 +28,7 @@ from nemo_tropd.model.student_pass import StudentPass
 from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.metric_sums import DeviceSums, MetricSums
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.rollout.collective import Rollouts
+from nemo_tropd.rollout.collective import FinishedTogether, Rollouts
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.served.teacher import ServedTeacher
 from nemo_tropd.teacher.admission import admit
@@ -235,10 +235,13 @@ class MegatronTrOPDModel(ModelPT):
         """Before rollouts."""
         self.student.eval()
 
-    def infer(self, requests: Sequence[RolloutRequest] | None) -> list[Rollout]:
-        """Rollouts of ``requests`` (rank 0's; None elsewhere) by the student's current weights, on every rank.
-        Collective. Raises EngineError if the engine fails, or has other weights than the last ones sent."""
-        return self.rollouts.generate(requests, self.weights_version)
+    def infer(
+        self, requests: Sequence[RolloutRequest] | None, finished: FinishedTogether | None = None
+    ) -> list[Rollout]:
+        """Rollouts of ``requests`` (rank 0's; None elsewhere) by the student's current weights, on every rank, that are
+        given to ``finished`` before (see ``Rollouts.generate``). Collective. Raises EngineError if the engine fails, or
+        has other weights than the last ones sent."""
+        return self.rollouts.generate(requests, self.weights_version, finished)
 
     def finish_inference(self) -> None:
         """After rollouts: the engine leaves the device's memory to teacher and student."""
@@ -266,14 +269,15 @@ class MegatronTrOPDModel(ModelPT):
         rollouts: with equal logits, student and teacher are equal. Its hidden states, if the objective sees
         distributions: its head then goes along with the student's."""
         found: list[TeacherScores | TeacherStates | None] = [None] * len(batches)
-        for teacher, places in self._by_teacher(batches):
-            for i, scores in zip(places, self._score(teacher, [batches[i] for i in places]), strict=True):
+        for teacher, places in self.by_teacher(batches):
+            for i, scores in zip(places, self.score_by(teacher, [batches[i] for i in places]), strict=True):
                 found[i] = scores
         return found
 
-    def _score(
+    def score_by(
         self, teacher: TeacherSharing | ServedTeacher, batches: Sequence[TokenBatch]
     ) -> Sequence[TeacherScores | TeacherStates | None]:
+        """As :meth:`score`, of one of the teachers."""
         if self.objective.needs_distributions:
             assert isinstance(teacher, TeacherSharing)  # the plan has seen to it
             return teacher.states(batches, on_host=self.settings.teacher.offload_states)
@@ -283,7 +287,7 @@ class MegatronTrOPDModel(ModelPT):
             temperature=self.settings.rollout.temperature,
         )  # fmt: skip
 
-    def _by_teacher(self, batches: Sequence[TokenBatch]) -> Iterator[tuple[TeacherSharing | ServedTeacher, list[int]]]:
+    def by_teacher(self, batches: Sequence[TokenBatch]) -> Iterator[tuple[TeacherSharing | ServedTeacher, list[int]]]:
         """Each teacher that has any of the micro-batches, and which: on every rank the same number."""
         for teacher in dict.fromkeys(self.teachers.values()):
             if places := [i for i, batch in enumerate(batches) if self.teachers[batch.teacher] is teacher]:
@@ -358,7 +362,7 @@ class MegatronTrOPDModel(ModelPT):
         compare models, not samples: at temperature 1, whatever the rollouts have."""
         sums, hidden = DeviceSums(), pipeline_forward(self.student, batches, self.topology)
         head = head_weight(self.student) if self.topology.is_last_stage else None
-        for teacher, places in self._by_teacher(batches):
+        for teacher, places in self.by_teacher(batches):
             own = [batches[i] for i in places]
             found = teacher.divergences(own, [hidden[i] for i in places], head, self._layout())
             for batch, values in zip(own, found, strict=True):

@@ -3,8 +3,9 @@
 import pickle
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -52,6 +53,30 @@ class World:
         return dist.is_initialized() and dist.get_world_size() > 1
 
 
+class Parts(Generic[S]):
+    """What rank 0's work puts aside for all ranks while it goes on; ``take`` is given the new ones, in order."""
+
+    def __init__(self, take: Callable[[list[S]], None]) -> None:
+        self._take, self._waiting = take, deque[S]()
+
+    def put(self, part: S) -> None:
+        """In the thread of the work; picklable."""
+        self._waiting.append(part)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are any that no rank has taken."""
+        return bool(self._waiting)
+
+    def drained(self) -> list[S]:
+        """Those that are there."""
+        return [self._waiting.popleft() for _ in range(len(self._waiting))]
+
+    def taken(self, ranks: World, some: list[S], unexpected: type[Exception]) -> None:
+        """Take them on every rank (collective)."""
+        on_every_rank(ranks, lambda: self._take(some), unexpected=unexpected)
+
+
 def on_rank_zero(
     ranks: World,
     work: Callable[[], T],
@@ -59,15 +84,19 @@ def on_rank_zero(
     unexpected: type[Exception] = RankError,
     heartbeat_s: float = _HEARTBEAT_S,
     may_stop: bool = False,
+    parts: Parts[Any] | None = None,
 ) -> T:
     """Collective: rank 0 does ``work``; every rank returns its (picklable) result or raises its exception. Rank 0
     reports every ``heartbeat_s`` seconds that it still works, which may take longer than the process group's timeout.
     An exception whose class is not of this package arrives as an ``unexpected`` that names it. With ``may_stop`` every
-    rank raises Stopped if the work, then abandoned, is not done ``FINISH_S`` after a request."""
+    rank raises Stopped if the work, then abandoned, is not done ``FINISH_S`` after a request. What the work has put in
+    ``parts`` every rank takes while rank 0 goes on, all of it before the result; what one raises there, all raise."""
     if not ranks.is_leader:
         outcome, content = "working", b""
-        while outcome == "working":
+        while outcome in ("working", "parts"):
             outcome, content = ranks.broadcast_object(("", b""))
+            if outcome == "parts" and parts is not None:
+                parts.taken(ranks, pickle.loads(content), unexpected)
         value = pickle.loads(content)
         if outcome == "error":
             raise value
@@ -89,11 +118,16 @@ def on_rank_zero(
     worker.start()
     reported = time.monotonic()
     worker.join(_POLL_S)
-    while worker.is_alive():
+    while worker.is_alive() or (parts is not None and parts.waiting and not cause):
         if may_stop and STOP.overdue:
             stopped = Stopped("asked to stop")
             ranks.broadcast_object(("error", pickle.dumps(stopped)))
             raise stopped
+        if parts is not None and parts.waiting:
+            some = parts.drained()
+            ranks.broadcast_object(("parts", pickle.dumps(some)))
+            parts.taken(ranks, some, unexpected)
+            reported = time.monotonic()
         if time.monotonic() - reported >= heartbeat_s:
             ranks.broadcast_object(("working", b""))
             reported = time.monotonic()

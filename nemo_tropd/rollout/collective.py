@@ -6,7 +6,7 @@ Whatever goes wrong on one rank is raised on every rank, so that none is left wa
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout import engine as api
 
 T = TypeVar("T")
+FinishedTogether = Callable[[list[Rollout]], None]
 
 
 @dataclass(eq=False, repr=False)
@@ -33,10 +34,17 @@ class Rollouts(ABC):
     _started: bool = field(default=False, init=False)  # the same on every rank, as is the version of the weights
     _version: int | None = field(default=None, init=False)
 
+    tells: ClassVar[bool] = False  # of rollouts that are finished while others are generated
+
     @abstractmethod
-    def generate(self, requests: Sequence[api.RolloutRequest] | None, version: int) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[api.RolloutRequest] | None, version: int, finished: FinishedTogether | None = None
+    ) -> list[Rollout]:
         """One rollout a request, in order, on every rank; all generated with the weights ``version``, which an engine
-        is given first if it has others. ``requests`` counts on rank 0. Raises EngineError on all ranks."""
+        is given first if it has others. ``requests`` counts on rank 0. Raises EngineError on all ranks.
+
+        ``finished``, where ``tells``, is given them on every rank as they are finished, in the same portions, while
+        others are generated; once more, perhaps in other words, where an engine died meanwhile and is replaced."""
 
     def refresh(self, version: int) -> api.RefreshStats:
         """Hand the trainer's weights to the engines as ``version``."""
@@ -94,21 +102,60 @@ class RankZeroRollouts(Rollouts):
     """One engine, on rank 0; the other ranks only gather weights. If it dies, it is restarted once for each version of
     the weights, with the current ones, and the same requests are sampled again."""
 
+    tells = True
     _last_restart: int | None = None  # the version during which the engine was last restarted
 
-    def generate(self, requests: Sequence[api.RolloutRequest] | None, version: int) -> list[Rollout]:
-        def sampled() -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[api.RolloutRequest] | None, version: int, finished: FinishedTogether | None = None
+    ) -> list[Rollout]:
+        def asked() -> Sequence[api.RolloutRequest]:
             if requests is None:
                 raise api.EngineError("rank 0 must pass a list of requests")
-            rollouts = self._running().generate(requests)
-            api.check_rollouts(rollouts, requests, version=version, vocab_size=self.vocab_size)
+            return requests
+
+        def check(rollouts: Sequence[Rollout], of: Sequence[api.RolloutRequest]) -> None:
+            api.check_rollouts(rollouts, of, version=version, vocab_size=self.vocab_size)
+
+        def sampled() -> list[Rollout]:
+            rollouts = self._running().generate(asked())
+            check(rollouts, asked())
             return rollouts
 
         def generate() -> list[Rollout]:
             self._bring_to(version)
-            return self._agree(sampled)
+            return self._agree(sampled) if finished is None else self._in_parts(asked, check, finished)
 
         return self._with_restart(generate, version)
+
+    def _in_parts(
+        self,
+        asked: Callable[[], Sequence[api.RolloutRequest]],
+        check: Callable[[Sequence[Rollout], Sequence[api.RolloutRequest]], None],
+        finished: FinishedTogether,
+    ) -> list[Rollout]:
+        """As ``generate``; every rollout travels to the other ranks once, when it is finished."""
+        found: dict[int, Rollout] = {}
+
+        def take(some: list[Rollout]) -> None:
+            found.update((r.sequence_id, r) for r in some)
+            finished(some)
+
+        parts = agreement.Parts(take)
+
+        def sampled() -> list[int]:
+            by_id = {r.sequence_id: r for r in asked()}
+
+            def put(r: Rollout) -> None:
+                check([r], [by_id[r.sequence_id]] if r.sequence_id in by_id else [])
+                parts.put(r)
+
+            self._running().generate(asked(), put)
+            return list(by_id)
+
+        order = agreement.on_rank_zero(self.ranks, sampled, unexpected=api.EngineError, may_stop=True, parts=parts)
+        if found.keys() != set(order):
+            raise api.EngineError(f"the engine has told of {len(found)} of {len(order)} rollouts")
+        return [found[i] for i in order]
 
     def refresh(self, version: int) -> api.RefreshStats:
         refresh = super().refresh
@@ -150,7 +197,11 @@ class EveryRankRollouts(Rollouts):
     ranks: Topology  # no pipeline
     make_engine: Callable[[], api.RankEngine]
 
-    def generate(self, requests: Sequence[api.RolloutRequest] | None, version: int) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[api.RolloutRequest] | None, version: int, finished: FinishedTogether | None = None
+    ) -> list[Rollout]:
+        if finished is not None:
+            raise ValueError("engines in the trainer's own processes do not tell of rollouts while they generate")
         everything: list[api.RolloutRequest] = self.ranks.broadcast_object(list(requests or []))
         self._bring_to(version)
         groups = self.ranks.data_size

@@ -4,7 +4,7 @@ It knows no more of one; ``vllm/{child,hosts,in_process}.py`` implement it with 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,10 @@ class RolloutRequest:
     sampling: Sampling | None = None  # None: the engine's
 
 
+# Is told of a rollout when it is finished, while others are still generated; in any order.
+Finished = Callable[[Rollout], None]
+
+
 @dataclass(frozen=True)
 class RefreshStats:
     """What one refresh of the engine's weights cost."""
@@ -61,10 +65,10 @@ class RolloutEngine(Protocol):
     def start(self) -> None:
         """Load the model. Raises EngineError when it cannot; nothing of the engine is left running then."""
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         """One rollout a request, in order, stamped with the version the engine itself reports; the same list gives the
         same rollouts on a fresh engine with the same weights. The end-of-sequence token stays in ``response_ids`` when
-        it was sampled. Raises RequestError or EngineDied."""
+        it was sampled. Each has been given to ``finished`` before. Raises RequestError or EngineDied."""
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """Load (Hugging Face name, full tensor) pairs and number the result ``version``. Raises WeightStreamError or

@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -140,7 +142,7 @@ class Servers:
     def ask(self, questions: Sequence[Question[R]], url: str | None = None) -> list[R]:
         """The answers in order, of any server or of ``url`` alone. Raises ServerError; Stopped, if they take too long
         after a request to stop."""
-        return asyncio.run(self._all([partial(self._patient, n, q, url) for n, q in enumerate(questions)]))
+        return asyncio.run(self._all([partial(self.patient, n, q, url) for n, q in enumerate(questions)]))
 
     def models(self, url: str) -> list[Card]:
         """What a server says it serves."""
@@ -171,12 +173,21 @@ class Servers:
 
         asyncio.run(self._all([partial(check, url) for url in self.urls]))
 
-    async def _all(self, work: Sequence[Callable[[httpx.AsyncClient, asyncio.Semaphore], Awaitable[R]]]) -> list[R]:
+    def gate(self) -> asyncio.Semaphore:
+        """A place for each request in flight."""
+        return asyncio.Semaphore(self.settings.requests)
+
+    def client(self) -> httpx.AsyncClient:
+        """What sends requests."""
         headers = {"Accept-Encoding": "identity"}  # so that an answer's size is what is read of it
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
-        gate, limits = asyncio.Semaphore(self.settings.requests), httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(headers=headers, timeout=None, limits=limits, verify=self._tls) as client:
+        limits = httpx.Limits(max_connections=None)
+        return httpx.AsyncClient(headers=headers, timeout=None, limits=limits, verify=self._tls)
+
+    async def _all(self, work: Sequence[Callable[[httpx.AsyncClient, asyncio.Semaphore], Awaitable[R]]]) -> list[R]:
+        gate = self.gate()
+        async with self.client() as client:
             tasks = [asyncio.ensure_future(one(client, gate)) for one in work]
             pending = set(tasks)
             try:
@@ -192,9 +203,11 @@ class Servers:
                 await asyncio.gather(*tasks, return_exceptions=True)
         return [task.result() for task in tasks]
 
-    async def _patient(
+    async def patient(
         self, number: int, question: Question[R], url: str | None, client: httpx.AsyncClient, gate: asyncio.Semaphore
     ) -> R:
+        """The answer to question ``number`` of any server, or of ``url``; ServerError."""
+
         def choose(attempt: int) -> str:
             sure = [u for u in self.urls if u not in self._unsure] or self.urls
             return url or sure[(self._first + number + attempt) % len(sure)]
@@ -285,6 +298,39 @@ class Servers:
     def _quoted(self, body: bytearray) -> str:
         text = " ".join(bytes(body[:400]).decode(errors="replace").split())
         return text.replace(self._token, "***") if self._token else text
+
+
+class Asking:
+    """Questions that are asked as they come, in a thread of their own."""
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers, self._numbers = servers, count()
+        self._loop = asyncio.new_event_loop()
+        self._client, self._gate = servers.client(), servers.gate()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-questions", daemon=True)
+        self._thread.start()
+
+    def ask(self, question: Question[R]) -> Future[R]:
+        """Its answer, of any server, or ServerError."""
+        work = self._servers.patient(next(self._numbers), question, None, self._client, self._gate)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def close(self) -> None:
+        """Drop what is not answered yet; twice is fine."""
+        if self._loop.is_closed():
+            return
+
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self._client.aclose()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 def _decoded(raw: bytes, kind: type[R], url: str) -> R:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout, Sampling
-from nemo_tropd.rollout.engine import RefreshStats, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutRequest
 from nemo_tropd.served.answers import Vocabulary, generating
 from nemo_tropd.served.client import Servers
 
@@ -20,17 +20,21 @@ class ServedEngine:
     def start(self) -> None:
         """The servers run already."""
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         """As ``RolloutEngine.generate``, of version 0; ServerError."""
         ends = sorted(self.end_ids)
         found = self.servers.ask([generating(r, r.sampling or self.sampling, ends, self.vocabulary) for r in requests])
-        return [
+        rollouts = [
             Rollout(
                 r.prompt_ids, r.prefix_ids, f.ids, f.log_probs, 0, r.sequence_id, r.prompt_index,
                 f.ids[-1] in self.end_ids,
             )
             for r, f in zip(requests, found, strict=True)
         ]  # fmt: skip
+        if finished is not None:
+            for rollout in rollouts:
+                finished(rollout)
+        return rollouts
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """Never called: the teacher is frozen."""

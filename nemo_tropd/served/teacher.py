@@ -17,7 +17,7 @@ from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.parallel.agreement import on_every_rank
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout.engine import EngineError
-from nemo_tropd.served.answers import Vocabulary, scoring
+from nemo_tropd.served.answers import Scores, Vocabulary, scoring
 from nemo_tropd.served.client import Servers
 from nemo_tropd.teacher.sharing import packed_scores, unpacked_scores
 
@@ -57,17 +57,24 @@ class ServedTeacher:
         if entropy or temperature != 1:
             raise ValueError("a teacher behind a server has no entropies, and a temperature of 1")
         batches = [batch.for_teacher for batch in batches]
+        own = on_every_rank(
+            self.topology, lambda: self._ask(batches, top_k) if self.asks else None, unexpected=EngineError
+        )
+        return self.unpacked(own, batches, top_k)
+
+    def unpacked(self, own: Tensor | None, batches: Sequence[TokenBatch], top_k: int) -> list[TeacherScores | None]:
+        """The packed scores of all loss tokens, which the ranks that ask have, on all ranks of the last stage, None
+        elsewhere (collective)."""
         topology, counts = self.topology, [batch.count_loss_tokens for batch in batches]
         total: int = sum(counts)
-        own = on_every_rank(topology, lambda: self._ask(batches, top_k) if self.asks else None, unexpected=EngineError)
         if not topology.is_last_stage:
             return [None] * len(batches)
-        packed = torch.empty(total, 1 + 2 * top_k, dtype=torch.int32, device=topology.device)
+        all_packed = torch.empty(total, 1 + 2 * top_k, dtype=torch.int32, device=topology.device)
         if own is not None:
-            packed.copy_(own)
+            all_packed.copy_(own)
         if topology.tensor_size > 1 and total:
-            dist.broadcast(packed, src=dist.get_global_rank(topology.tensor_group, 0), group=topology.tensor_group)
-        return [unpacked_scores(part, top_k, entropy=False) for part in packed.split(counts)]
+            dist.broadcast(all_packed, src=dist.get_global_rank(topology.tensor_group, 0), group=topology.tensor_group)
+        return [unpacked_scores(part, top_k, entropy=False) for part in all_packed.split(counts)]
 
     def _ask(self, batches: Sequence[TokenBatch], top_k: int) -> Tensor:
         """Packed scores of the loss tokens, batch by batch and sequence by sequence."""
@@ -75,18 +82,15 @@ class ServedTeacher:
         found = self.servers.ask(
             [scoring(r.token_ids, len(r.prompt_ids), top_k, self.vocabulary) for r in sequences if r.loss_tokens]
         )
+        self.asked()
+        return torch.cat([torch.empty(0, 1 + 2 * top_k, dtype=torch.int32), *map(packed, found)])
+
+    def asked(self) -> None:
+        """After the answers of a step, before they are used: a server that changed meanwhile is seen now
+        (ServerError)."""
         self._asked += 1
         if self._asked % self.servers.settings.check_interval == 0:
-            self.servers.vouch()  # before the scores are used: a server that changed meanwhile is seen now
-        return torch.cat(
-            [torch.empty(0, 1 + 2 * top_k, dtype=torch.int32)]
-            + [
-                packed_scores(
-                    TeacherScores(*(torch.from_numpy(x) for x in (s.log_probs, s.top_k_log_probs, s.top_k_ids)))
-                )
-                for s in found
-            ]
-        )
+            self.servers.vouch()
 
     @torch.no_grad()
     def divergences(
@@ -121,3 +125,9 @@ class ServedTeacher:
                 }
             )
         return found
+
+
+def packed(scores: Scores) -> Tensor:
+    """The scores of one sequence as they travel, int32 [T, 1 + 2 K]."""
+    parts = (torch.from_numpy(x) for x in (scores.log_probs, scores.top_k_log_probs, scores.top_k_ids))
+    return packed_scores(TeacherScores(*parts))

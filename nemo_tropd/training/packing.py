@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nemo_tropd.batch import Rollout, TokenBatch
@@ -35,32 +35,41 @@ class Packer:
         a micro-batch then is one teacher's, and has what it reads. Their order is that of the names."""
         if not prompts:
             return self._packed(rollouts, step, prompts)
-        by_teacher: dict[str, list[Rollout]] = {}
-        for r in rollouts:
-            by_teacher.setdefault(prompts[r.prompt_index].teacher, []).append(r)
         return [
             replace(batch, teacher=name)
-            for name in sorted(by_teacher)
-            for batch in self._packed(by_teacher[name], step, prompts)
+            for name, own in _by_teacher(rollouts, prompts)
+            for batch in self._packed(own, step, prompts)
         ]
 
+    def owners(self, rollouts: Sequence[Rollout], prompts: PromptSet) -> dict[int, int]:
+        """The data-parallel rank of each sequence, by number, in the layout of ``pack``."""
+        return {
+            r.sequence_id: rank
+            for _, own in _by_teacher(rollouts, prompts)
+            for rank, parts in enumerate(self._parts(own, {r.sequence_id: _told(r, prompts) for r in own}))
+            for part in parts
+            for r in part
+        }
+
+    def _parts(self, rollouts: Sequence[Rollout], read: Mapping[int, Rollout]) -> list[list[list[Rollout]]]:
+        """The sequences of each micro-batch of each data-parallel rank."""
+        row, ranks = self.tokens_per_micro_batch, self.topology.data_size
+        if row is None:
+            size = self.micro_batch_size
+            count = math.ceil(math.ceil(len(rollouts) / ranks) / size)
+            owned = [sorted(rollouts[rank::ranks], key=lambda r: -len(r.token_ids)) for rank in range(ranks)]
+            return [[own[i * size : (i + 1) * size] for i in range(count)] for own in owned]
+        # As long as the longer of what student and teacher read.
+        lengths = [max(len(r.token_ids), len(read[r.sequence_id].token_ids)) for r in rollouts]
+        bins = even_bins(lengths, row, multiple_of=ranks)
+        return [[[rollouts[i] for i in b] for b in bins[rank::ranks]] for rank in range(ranks)]
+
     def _packed(self, rollouts: Sequence[Rollout], step: int, prompts: PromptSet) -> list[TokenBatch]:
-        lay_out: Callable[..., TokenBatch]
-        topology, row = self.topology, self.tokens_per_micro_batch
+        topology = self.topology
+        lay_out = TokenBatch.pack if self.tokens_per_micro_batch is None else TokenBatch.concatenate
         multiple = topology.tensor_size if topology.sequence_parallel else 1
         read = {r.sequence_id: _told(r, prompts) for r in rollouts}
-        if row is None:
-            own = sorted(rollouts[topology.data_rank :: topology.data_size], key=lambda r: -len(r.token_ids))
-            size = self.micro_batch_size
-            count = math.ceil(math.ceil(len(rollouts) / topology.data_size) / size)
-            parts = [own[i * size : (i + 1) * size] for i in range(count)]
-            lay_out = TokenBatch.pack
-        else:
-            # As long as the longer of what student and teacher read.
-            lengths = [max(len(r.token_ids), len(read[r.sequence_id].token_ids)) for r in rollouts]
-            bins = even_bins(lengths, row, multiple_of=topology.data_size)
-            parts = [[rollouts[i] for i in b] for b in bins[topology.data_rank :: topology.data_size]]
-            lay_out = TokenBatch.concatenate
+        parts = self._parts(rollouts, read)[topology.data_rank]
 
         def laid_out(part: Sequence[Rollout]) -> TokenBatch:
             return lay_out(part, pad_id=self.pad_id, seed=self.seed, step=step, pad_to_multiple=multiple)
@@ -79,6 +88,14 @@ class Packer:
     def on_every_rank(self) -> Packer:
         """The same layout, with all micro-batches on every data-parallel rank."""
         return replace(self, topology=replace(self.topology, data_rank=0, data_size=1))
+
+
+def _by_teacher(rollouts: Sequence[Rollout], prompts: PromptSet) -> Iterator[tuple[str, list[Rollout]]]:
+    by_teacher: dict[str, list[Rollout]] = {}
+    for r in rollouts:
+        by_teacher.setdefault(prompts[r.prompt_index].teacher, []).append(r)
+    for name in sorted(by_teacher):
+        yield name, by_teacher[name]
 
 
 def _told(rollout: Rollout, prompts: PromptSet) -> Rollout:

@@ -42,13 +42,14 @@ from nemo_tropd.planner.seconds import step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import generation_lines
 from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
-from nemo_tropd.rollout.placement import sampling_of
+from nemo_tropd.rollout.placement import placement_of, sampling_of
 from nemo_tropd.training.plan_models import (
     Teacher,
     all_end_tokens,
     check_context,
     check_engines,
     checked_shape,
+    early_teachers,
     loaded_teachers,
     pad_id,
     teacher_shape,
@@ -78,6 +79,7 @@ class Plan:
     host: Memory | None  # of a GPU node's host; None on a CPU, where ``memory`` is the host's
     wire: dict[str, float]  # bytes that a rank sends per step, by kind
     run_dir: Path
+    early: tuple[str, ...] = ()  # the teachers that score rollouts as they are finished
     benchmarks: tuple[Any, ...] = ()  # training.benchmarks.Put; on rank 0
     notes: tuple[tuple[str, str], ...] = ()  # further lines: (label, text)
 
@@ -122,6 +124,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
         pinned = next((t for t in loaded if t.cfg.model.teacher.offload), first)
         with about_teacher(pinned.name):
             check_host(pinned.cfg, host, machine)
+    early = early_teachers(cfg, prompts.teachers, placement_of(cfg, on_gpu=machine.kind == "gpu"), objective)
     benchmarks, benchmark_notes = _benchmarks(cfg, student, vocabulary, template, end_ids)
     return Plan(
         student=student,
@@ -137,6 +140,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
         host=host,
         wire=estimate_wire(first.cfg, student, first.shape, machine, exact=exact),
         run_dir=directory,
+        early=early,
         benchmarks=benchmarks,
         notes=(*vocabulary.notes, *end_notes, *notes, *benchmark_notes),
     )
@@ -318,6 +322,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         ("sampled, trained on", str(sampling_of(cfg))),
         ("prompts", f"{len(plan.prompts.train)} to train, {len(plan.prompts.held_out)} held out; {_epochs(cfg, plan)}"),
         *plan.prompts.notes,
+        *([("scored early", f"each finished rollout, by {', '.join(plan.early)}")] if plan.early else ()),
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
         *_generation(plan),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, loaded_as, teacher_named, with_teacher
-from nemo_tropd.config_teacher import DEFAULT_TEACHER
+from nemo_tropd.config_teacher import DEFAULT_TEACHER, TeacherConfig
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.convert.hf_files import HfCheckpoint
 from nemo_tropd.data import (
@@ -22,6 +22,7 @@ from nemo_tropd.data import (
 )
 from nemo_tropd.data.tokenizer import STUDENT, TEACHER, check_config
 from nemo_tropd.files import refusal
+from nemo_tropd.objectives import Objective
 from nemo_tropd.planner.degrees import teacher_answers_benchmarks
 from nemo_tropd.planner.machine import Machine
 from nemo_tropd.planner.teacher_engines import TeacherEngines, teacher_engines
@@ -87,6 +88,23 @@ def loaded_teachers(cfg: TropdConfig, teachers: Sequence[Teacher]) -> list[Teach
         if t.scores:
             apart.setdefault(loaded_as(cfg.model, t.name, cfg.trainer.precision), t)
     return list(apart.values())
+
+
+def early_teachers(cfg: TropdConfig, used: Sequence[str], place: str, objective: Objective) -> tuple[str, ...]:
+    """Of the teachers that prompts have, those that score rollouts as they are finished: which do not share a device
+    with the student's engine, whose ``place`` is as ``placement_of`` says."""
+    m, settings = cfg.model, {name: teacher_named(cfg.model, name) for name in used}
+    in_turns = sum(not t.url for t in settings.values()) > 1
+
+    def early(t: TeacherConfig) -> bool:
+        if not t.score_early or place == "colocated":
+            return False
+        # With a degree of its own data-parallel ranks score together, and an exact objective wants no scores.
+        same = t.tensor_model_parallel_size in (None, m.tensor_model_parallel_size)
+        alone = place == "dedicated" and same and not objective.needs_distributions and not (t.offload and in_turns)
+        return bool(t.url) or alone
+
+    return tuple(name for name, t in settings.items() if early(t))
 
 
 def check_engines(

@@ -32,6 +32,7 @@ _FREE = tuple(
         *("micro_batch_size", "tokens_per_micro_batch", "recompute", "encoder_seq_length"),
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "tropd.chunk_tokens"),
         *("teachers", "teacher.path", "teacher.tensor_model_parallel_size", "teacher.cache_dir", "teacher.offload"),
+        *("teacher.score_early",),
         *("teacher.admission.", "rollout.placement", "rollout.dedicated.", "rollout.sleep", "rollout.torch_compile"),
         *("rollout.max_num_seqs", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization", "rollout.omp_threads"),
         *("rollout.request_timeout_s", "data.", "validation.", "teacher.url", "teacher.server."),

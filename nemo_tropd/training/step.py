@@ -7,8 +7,8 @@ phase and nowhere else.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from nemo_tropd.batch import Rollout
@@ -16,6 +16,7 @@ from nemo_tropd.data import PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.training.early_scores import EarlyScoring
 from nemo_tropd.training.guidance import Guidance
 from nemo_tropd.training.metrics import PhaseTimer
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
@@ -45,10 +46,13 @@ class TrainStep:
         prompts: PromptSet,
         guidance: Guidance,
         packer: Packer,
+        early: Collection[str] = (),
     ) -> None:
+        """``early``: the teachers that score rollouts as they are finished."""
         self.model, self.optimizer = model, optimizer
         self.prompts, self.guidance, self.packer = prompts, guidance, packer
         self.order = prompts.order(model.settings.seed)
+        self.early = EarlyScoring(model, packer, prompts, early) if early else None
 
     def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
         """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1`` after;
@@ -60,14 +64,23 @@ class TrainStep:
             shown(name)
             return timer.phase(name)
 
-        with phase("rollout"):
-            model.prepare_for_inference()
-            rollouts = model.infer(self._requests(step) if topology.is_leader else None)
-            model.finish_inference()
-        with phase("teacher"):
-            model.follow(step)
-            batches = self.packer.pack(rollouts, step, self.prompts)
-            scores = model.score(batches)
+        with ExitStack() as held:
+            with phase("rollout"):
+                model.prepare_for_inference()
+                requests = self._requests(step) if topology.is_leader else None
+                early = held.enter_context(self.early.of_step(step)) if self.early else None
+                if early is None:
+                    rollouts = model.infer(requests)
+                else:
+                    model.follow(step)  # the engine is elsewhere, so the device has room
+                    rollouts = model.infer(requests, early.finished)
+                    early.all_finished()
+                model.finish_inference()
+            with phase("teacher"):
+                if early is None:
+                    model.follow(step)
+                batches = self.packer.pack(rollouts, step, self.prompts)
+                scores = early.scores(rollouts, batches) if early else model.score(batches)
         with phase("student"):
             self.optimizer.zero_grad()
             model.prepare_for_training_step()
@@ -85,6 +98,8 @@ class TrainStep:
         with phase("refresh"):
             model.finish_training_step(step + 1)
         values = _train_metrics(sums, result, rollouts, timer) | _by_group(sums, rollouts, self.prompts)
+        if early is not None:
+            values["scored_early_fraction"] = early.fraction
         return StepRecord(values, rollouts, sums, result)
 
     def _requests(self, step: int) -> list[RolloutRequest]:

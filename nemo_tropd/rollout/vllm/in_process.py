@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.engine import EngineError, RefreshStats, RolloutRequest, WeightStreamError, check_requests
+from nemo_tropd.rollout.engine import (
+    EngineError,
+    Finished,
+    RefreshStats,
+    RolloutRequest,
+    WeightStreamError,
+    check_requests,
+)
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.weights.stream import checked_stream
 
@@ -159,7 +166,7 @@ class ColocatedEngine:
         self._version = version
         return RefreshStats(seconds=time.monotonic() - began, bytes=sum(sizes), buckets=1)
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         llm, requests, s = self.llm, list(requests), self.settings
         check_requests(requests, max_model_len=s.max_model_len, vocab_size=s.vocab_size)
         if not requests:
@@ -167,7 +174,7 @@ class ColocatedEngine:
         if self._version is None:
             raise EngineError("the engine has no weights (discarded by sleep(), or never loaded): refresh it first")
         self._wake(*_MEMORY)
-        return _generate(llm, requests, s, self._version)
+        return _generate(llm, requests, s, self._version, finished)
 
     def sleep(self) -> bool:
         if self._llm is not None and self.sleeps and self._asleep != set(_MEMORY):
@@ -301,7 +308,9 @@ def _forget_prefixes(llm: Any) -> None:
         raise EngineError("vLLM keeps cached prefixes, since requests of an earlier call are unfinished")
 
 
-def _generate(llm: Any, requests: Sequence[RolloutRequest], settings: EngineSettings, version: int) -> list[Rollout]:
+def _generate(
+    llm: Any, requests: Sequence[RolloutRequest], settings: EngineSettings, version: int, finished: Finished | None
+) -> list[Rollout]:
     """One rollout a request, in order; each is sampled with its own seed, and the list is queued before it starts."""
     from vllm import SamplingParams, TokensPrompt
 
@@ -324,8 +333,42 @@ def _generate(llm: Any, requests: Sequence[RolloutRequest], settings: EngineSett
     prompts = [TokensPrompt(prompt_token_ids=[*r.prompt_ids, *r.prefix_ids]) for r in requests]
     # What earlier calls left in the cache would change how this list is scheduled.
     _forget_prefixes(llm)
-    outputs = llm.generate(prompts, parameters, use_tqdm=False)
-    return [_rollout(r, output.outputs[0], version) for r, output in zip(requests, outputs, strict=True)]
+    if finished is None:
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        return [_rollout(r, output.outputs[0], version) for r, output in zip(requests, outputs, strict=True)]
+    rollouts: dict[int, Rollout] = {}
+
+    def told(place: int, output: Any) -> None:
+        rollouts[place] = _rollout(requests[place], output.outputs[0], version)
+        finished(rollouts[place])
+
+    with _watched(llm, told):
+        llm.generate(prompts, parameters, use_tqdm=False)
+    if rollouts.keys() != set(range(len(requests))):
+        raise EngineError("vLLM numbered its requests otherwise than in their order: install a version of the pins")
+    return [rollouts[place] for place in range(len(requests))]
+
+
+@contextmanager
+def _watched(llm: Any, told: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call ``told`` with place and output of each of a call's requests when it is finished, between two steps of the
+    engine. Source: vllm 0.24.0, entrypoints/offline_utils.py: requests are numbered as they come, and _run_engine calls
+    llm_engine.step() until none is left."""
+    engine, first = llm.llm_engine, llm.request_counter.counter
+    step = engine.step
+
+    def watched() -> list[Any]:
+        outputs: list[Any] = step()
+        for output in outputs:
+            if output.finished:
+                told(int(output.request_id) - first, output)
+        return outputs
+
+    engine.step = watched
+    try:
+        yield
+    finally:
+        del engine.step  # the class's own again
 
 
 def _rollout(request: RolloutRequest, completion: Any, version: int) -> Rollout:

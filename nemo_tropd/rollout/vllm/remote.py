@@ -7,7 +7,7 @@ says when it has a bucket, so one that is gone or silent is known by its name, a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, NoReturn
 
@@ -44,7 +44,7 @@ class RemoteEngine:
     _errors_are_deaths: ClassVar[bool] = False  # whether a new engine may succeed where one says that it failed
     _ready: bool = field(default=False, init=False)  # whether the members have weights to generate with
 
-    def generate(self, requests: Sequence[api.RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[api.RolloutRequest], finished: api.Finished | None = None) -> list[Rollout]:
         """Request I is served by member I modulo their number."""
         requests = list(requests)
         api.check_requests(requests, max_model_len=self.settings.max_model_len, vocab_size=self.settings.vocab_size)
@@ -56,12 +56,23 @@ class RemoteEngine:
         count = len(self._members)
         busy = self._members[: len(requests)]
         for i, member in enumerate(busy):
-            self._send(member, w.Generate(requests[i::count]))
+            self._send(member, w.Generate(requests[i::count], in_parts=finished is not None))
+        parts: list[dict[tuple[int, int], Rollout]] = [{} for _ in busy]
+        asked = [[(r.sequence_id, r.prompt_index) for r in requests[i::count]] for i in range(len(busy))]
+
+        def take(i: int, r: Rollout) -> None:
+            key = r.sequence_id, r.prompt_index
+            if finished is None or key in parts[i] or key not in asked[i]:
+                self._died([busy[i]], "it answered other requests than its own")
+            parts[i][key] = r
+            finished(r)
+
         rollouts: list[Rollout | None] = [None] * len(requests)
-        for i, answer in enumerate(self._answers(busy, self.answer_timeout_s)):
-            asked = [(r.sequence_id, r.prompt_index) for r in requests[i::count]]
+        for i, answer in enumerate(self._answers(busy, self.answer_timeout_s, take)):
             own = answer.rollouts if isinstance(answer, w.Generated) else []
-            if [(r.sequence_id, r.prompt_index) for r in own] != asked:
+            if finished is not None and len(parts[i]) == len(asked[i]) and not own:
+                own = [parts[i][key] for key in asked[i]]
+            if [(r.sequence_id, r.prompt_index) for r in own] != asked[i]:
                 self._died([busy[i]], "it answered other requests than its own")
             rollouts[i::count] = own
         return [r for r in rollouts if r is not None]
@@ -126,27 +137,41 @@ class RemoteEngine:
         except w.Disconnected as error:
             self._died([member], str(error), error)
 
-    def _answers(self, members: Sequence[w.Wire], timeout_s: float) -> list[w.Reply]:
-        """One answer of each, within ``timeout_s`` for all of them. Raises EngineDied, or what a member raised."""
+    def _answers(
+        self, members: Sequence[w.Wire], timeout_s: float, take: Callable[[int, Rollout], None] | None = None
+    ) -> list[w.Reply]:
+        """One answer of each, within ``timeout_s`` for all of them; ``take`` is given the parts of answers, with their
+        member's place, as they come. Raises EngineDied, or what a member raised."""
         deadline = time.monotonic() + timeout_s
-        answers: list[w.Reply] = []
-        for at, member in enumerate(members):
-            try:
-                while not member.wait_readable(_POLL_S):
-                    if lost := self._lost():
-                        self._died(lost, "the connection was closed")
-                    if time.monotonic() > deadline:
-                        raise TimeoutError
-                answer = member.receive(w.Reply, timeout_s=max(0.1, deadline - time.monotonic()))
-            except w.Disconnected as error:
-                self._died(self._lost() or [member], str(error), error)
-            except TimeoutError as error:
-                silent = [m for m in members[at:] if m is member or not m.wait_readable(0)]
-                self._died(silent, f"no answer within {timeout_s:g} s", error)
-            if isinstance(answer, w.Failed):
-                self._failed(member, answer)
-            answers.append(answer)
-        return answers
+        answers: dict[int, w.Reply] = {}
+        while waiting := [m for i, m in enumerate(members) if i not in answers]:
+            ready = w.readable(waiting, _POLL_S)
+            if not ready and (lost := self._lost()):
+                self._died(lost, "the connection was closed")
+            if not ready and time.monotonic() > deadline:
+                self._died(waiting, f"no answer within {timeout_s:g} s")
+            for member in ready:
+                match self._answer(member, deadline, timeout_s):
+                    case w.Failed() as failure:
+                        self._failed(member, failure)
+                    case w.Part() as part:
+                        if take is None:
+                            self._died([member], "it sent a part of an answer where none was asked for")
+                        if time.monotonic() > deadline:
+                            self._died(waiting, f"no answer within {timeout_s:g} s")
+                        take(members.index(member), part.rollout)
+                    case answer:
+                        answers[members.index(member)] = answer
+        return [answers[i] for i in range(len(members))]
+
+    def _answer(self, member: w.Wire, deadline: float, timeout_s: float) -> w.Answer:
+        try:
+            answer: w.Answer = member.receive(w.Answer, timeout_s=max(0.1, deadline - time.monotonic()))
+            return answer
+        except w.Disconnected as error:
+            self._died(self._lost() or [member], str(error), error)
+        except TimeoutError as error:
+            self._died([member], f"no answer within {timeout_s:g} s", error)
 
     def _failed(self, member: w.Wire, answer: w.Failed) -> NoReturn:
         """Another member's end may be what this one suffered from: then that one is to be named."""

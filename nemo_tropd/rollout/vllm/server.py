@@ -9,11 +9,14 @@ from __future__ import annotations
 import socket
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import EngineError, RolloutEngine, WeightStreamError
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
@@ -73,8 +76,11 @@ class EngineServer:
                 self._open(request)
             case w.JoinGroup():
                 self._group = WeightGroup.join(request, own_address=wire.own_address)
-            case w.Generate():
+            case w.Generate(in_parts=False):
                 return w.Generated(self._running().generate(request.requests))
+            case w.Generate():
+                self._running().generate(request.requests, partial(_send_part, wire))
+                return w.Generated([])
             case w.Update():
                 self._running().update_weights(self._received(wire), request.version)
             case _:
@@ -107,6 +113,12 @@ class EngineServer:
         if self._engine is None:
             raise EngineError("the engine is not running")
         return self._engine
+
+
+def _send_part(wire: w.Wire, rollout: Rollout) -> None:
+    """To a trainer that may be gone: then the last answer finds that out, and the engine has ended what it does."""
+    with suppress(w.Disconnected):
+        wire.send(w.Part(rollout))
 
 
 def serve_owner(fd: int) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import wait as wait_for
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ import msgspec
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import RolloutRequest
 
-PROTOCOL = 3  # of the messages; trainer and hosts must run the same
+PROTOCOL = 4  # of the messages; trainer and hosts must run the same
 GREETING_BYTES = 1 << 16  # of the messages before a host is admitted
 _MOST_BYTES = 1 << 30
 _MESSAGE_TIMEOUT_S = 120.0  # for the rest of a message whose first byte has come, and for sending one
@@ -74,6 +75,7 @@ class JoinGroup(Message):  # the process group that weights are broadcast over
 
 class Generate(Message):
     requests: list[RolloutRequest]
+    in_parts: bool = False  # each rollout when it is finished, as a Part; Generated then is the end, and empty
 
 
 class Update(Message):  # weights follow: buckets, then Finish
@@ -99,6 +101,10 @@ class Done(Message):
     """It was done as asked."""
 
 
+class Part(Message):
+    rollout: Rollout
+
+
 class Generated(Message):
     rollouts: list[Rollout]
 
@@ -110,6 +116,7 @@ class Failed(Message):
 
 Request = Open | JoinGroup | Generate | Update | Bucket | Finish | Close
 Reply = Done | Generated | Failed
+Answer = Part | Reply
 
 
 def encode(value: Any) -> bytes:
@@ -216,3 +223,9 @@ class Wire:
     def _expire(self) -> None:
         self._expired = True
         self._shut_down()
+
+
+def readable(wires: Sequence[Wire], timeout_s: float) -> list[Wire]:
+    """Those at which a message, or the end, begins to arrive within ``timeout_s``; waits for the first."""
+    ready = wait_for([wire._connection for wire in wires], timeout_s)
+    return [wire for wire in wires if wire._connection in ready]

@@ -1,0 +1,46 @@
+"""A teacher on the ranks that scores rollouts one by one, as they are finished."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from torch import Tensor
+
+from nemo_tropd.batch import TeacherScores, TokenBatch
+from nemo_tropd.teacher.scorer import TeacherScorer
+from nemo_tropd.teacher.sharing import packed_scores
+
+Score = Callable[[Sequence[TokenBatch]], Sequence[TeacherScores | None]]
+
+
+class EarlyScorer:
+    """Scores of single sequences, packed: what is computed together then never depends on which is finished first.
+    From the first sequence on the teacher's weights stay on the device until ``collect`` or ``close``."""
+
+    def __init__(self, teacher: TeacherScorer, score: Score) -> None:
+        """``score`` is collective over the ranks that have one student, and over no others."""
+        self._teacher, self._score = teacher, score
+        self._found: dict[int, Tensor] = {}
+        self._held = ExitStack()
+        self._awake = False
+
+    def add(self, sequence_id: int, batch: TokenBatch) -> None:
+        """Score a micro-batch of one sequence now; of a number that was here before it is another one."""
+        if not self._awake:
+            self._held.enter_context(self._teacher.scoring())
+            self._awake = True
+        (scores,) = self._score([batch])
+        if scores is not None:
+            self._found[sequence_id] = packed_scores(scores)
+
+    def ready(self) -> set[int]:
+        """The sequences whose scores are there."""
+        return set(self._found)
+
+    def collect(self) -> dict[int, Tensor]:
+        """Of each sequence its packed scores, on the device; none except on the last pipeline stage."""
+        self.close()
+        return self._found
+
+    def close(self) -> None:
+        """The teacher leaves the device, if it is offloaded."""
+        self._held.close()
