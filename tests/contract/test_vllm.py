@@ -142,3 +142,15 @@ def test_what_sleeps_beside_weights_and_cache_is_written_anew_for_each_request(l
     assert "StagedWriteTensor" not in states and states.count("UvaBackedTensor(") >= 5  # seeds among them
     pinned = method_source(library, "vllm.v1.worker.gpu.buffer_utils", "UvaBuffer", "__init__")
     assert "device='cpu', pin_memory=True" in pinned
+
+
+def test_requests_are_numbered_as_they_come_and_told_of_by_each_step(library: Library) -> None:
+    """So that what ``llm_engine.step`` returns says which request is finished, under the number that it was given."""
+    places = ("vllm.entrypoints.offline_utils", "vllm.entrypoints.common.offline")  # of 0.24 and of 0.32
+    text = module_source(library, next(place for place in places if library.file(place) is not None))
+    assert "request_id = str(next(self.request_counter))" in text
+    assert "step_outputs = self.llm_engine.step()" in text and "if output.finished:" in text
+    assert "key=lambda x: int(x.request_id)" in text
+    assert re.search(r"def __next__.*\n\s+i = self.counter\n", module_source(library, "vllm.utils.counter"))
+    told = method_source(library, "vllm.v1.engine.output_processor", "RequestState", "make_request_output")
+    assert "external_req_id" in told  # not the number with which vLLM makes it unique

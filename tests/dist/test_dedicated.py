@@ -24,6 +24,7 @@ from nemo_tropd.rollout.vllm.hosts import DedicatedEngines
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
+    Finished,
     RefreshStats,
     RequestError,
     RolloutRequest,
@@ -57,11 +58,16 @@ class HostDouble(ReplayEngine):
         with (self.folder / "starts").open("a") as file:
             file.write(f"{self.settings.seed} {self.settings.model_dir}\n")
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         (self.folder / "generating").write_text(str(len(requests)))
+        *others, last = super().generate(requests)
+        for r in others if finished else ():
+            finished(r)  # type: ignore[misc]
         while (self.folder / "hang").exists():
             time.sleep(0.05)
-        return super().generate(requests)
+        if finished:
+            finished(last)
+        return [*others, last]
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         # Kept, not copied: what a bucket holds must stay as it is.
@@ -189,6 +195,27 @@ def test_two_hosts_write_in_order_and_take_every_bit_of_the_weights(hosts: Hosts
     for index in range(2):
         starts = (hosts.folder(index) / "starts").read_text().splitlines()
         assert starts == [f"{hosts.settings.seed} {hosts.settings.model_dir}"]
+
+
+def test_finished_rollouts_come_before_the_others(hosts: Hosts) -> None:
+    hosts.start(0, 1)
+    engines = hosts.engines()
+    engines.start()
+    engines.update_weights(iter(weights(hosts.settings).items()), 1)
+    wanted, told = requests(7), list[Rollout]()
+    hangs = hosts.folder(0) / "hang"
+    hangs.touch()
+
+    def take(r: Rollout) -> None:
+        told.append(r)
+        if len(told) == 6:
+            hangs.unlink()  # the last one, of host 0, is only then generated
+
+    assert engines.generate(wanted, take) == written(wanted, 1)
+    assert told[-1].sequence_id == 106 and sorted(told, key=lambda r: r.sequence_id) == written(wanted, 1)
+    assert engines.generate(wanted) == written(wanted, 1) and len(told) == 7
+    engines.close(run_over=True)
+    assert hosts.codes() == [0, 0]
 
 
 def test_a_host_killed_while_it_writes_is_named_and_can_be_started_again(hosts: Hosts) -> None:

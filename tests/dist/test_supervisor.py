@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
+    Finished,
     RefreshStats,
     RequestError,
     RolloutRequest,
@@ -80,7 +81,16 @@ class ScriptedEngine:
         self.script.event("generate")
         time.sleep(self.slow_s)
         return [
-            Rollout(r.prompt_ids, [], [r.seed % VOCABULARY], [-self.total], self.version, r.sequence_id, r.prompt_index, True)
+            Rollout(
+                r.prompt_ids,
+                [],
+                [r.seed % VOCABULARY],
+                [-self.total],
+                self.version,
+                r.sequence_id,
+                r.prompt_index,
+                True,
+            )
             for r in requests
         ]
 
@@ -285,3 +295,69 @@ def test_long_work_of_the_leader_is_waited_for_in_short_waits(by_rank: list[dict
 def test_a_rank_that_cannot_stream_stops_all_ranks(by_rank: list[dict[str, Any]]) -> None:
     texts = [of_rank["torn_stream"] for of_rank in by_rank]
     assert texts == ["RuntimeError: rank 1 has no memory left"] * WORLD
+
+
+class TellingEngine(ScriptedEngine):
+    """Tells of its rollouts from the last to the first; ``wrong`` says what it tells instead."""
+
+    def __init__(self, script: Script, wrong: str) -> None:
+        super().__init__(script)
+        self.wrong = wrong
+
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+        rollouts = super().generate(requests)
+        assert finished is not None
+        for i, r in enumerate(reversed(rollouts)):
+            if i == 1:
+                time.sleep(0.4)  # longer than the leader looks
+                self.script.event("second")
+            if self.wrong == "silent" and i == 2:
+                continue
+            finished(replace(r, response_ids=[VOCABULARY]) if self.wrong == "id" and i == 1 else r)
+        return rollouts
+
+
+def told_of(rank: int, world_size: int, fail: dict[str, Exception], wrong: str) -> dict[str, Any]:
+    """What this rank takes while rank 0's engine generates, and what comes of it."""
+    script, model, taken = Script(dict(fail)), Model(rank), []
+    supervisor = RankZeroRollouts(GlooRanks(rank), lambda: TellingEngine(script, wrong), model.stream, VOCABULARY)
+
+    def take(some: list[Rollout]) -> None:
+        taken.append([r.sequence_id for r in some])
+        if wrong == "taker" and rank == 1:
+            raise OSError("no room here")
+
+    found: dict[str, Any] = {}
+    try:
+        found["seen"] = [r.sequence_id for r in supervisor.generate(requests(rank), 0, take)]
+    except EngineError as raised:
+        found["error"] = str(raised)
+    supervisor.close()
+    dist.barrier()
+    return found | {"taken": taken, "log": script.log, "restarts": supervisor.restarts}
+
+
+def test_every_rank_takes_rollouts_while_others_are_generated() -> None:
+    found = run_distributed(told_of, 2, {}, "")
+    assert [f["seen"] for f in found] == [[0, 1, 2]] * 2
+    assert found[0]["taken"] == found[1]["taken"] and found[0]["taken"][0] == [2]
+    assert sum(found[0]["taken"], []) == [2, 1, 0]
+
+
+def test_after_a_crash_what_was_told_is_told_again() -> None:
+    found = run_distributed(told_of, 2, {"second 1": EngineDied("killed")}, "")
+    assert [f["seen"] for f in found] == [[0, 1, 2]] * 2 and [f["restarts"] for f in found] == [1, 1]
+    assert sum(found[1]["taken"], []) == [2, 2, 1, 0] == sum(found[0]["taken"], [])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ("id", "prompt 1: the engine generated token id 97, outside the vocabulary of 97"),
+        ("silent", "the engine has told of 2 of 3 rollouts"),
+        ("taker", "OSError: no room here"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_raised_on_every_rank(wrong: str, text: str) -> None:
+    found = run_distributed(told_of, 2, {}, wrong)
+    assert all(f["error"].startswith(text) for f in found) and found[0]["log"][-1] == "close"

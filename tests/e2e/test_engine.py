@@ -322,6 +322,16 @@ def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(sh
     assert list(shared.exchange.iterdir()) == []
 
 
+def test_finished_rollouts_are_told_at_once_and_are_the_same(all_served: dict[str, Served]) -> None:
+    """The same bits as without anyone to tell, the short ones first."""
+    served = all_served["untied"].ready()
+    told, wanted = list[Rollout](), some_requests(12, new_tokens=40)
+    rollouts = served.engine.generate(wanted, told.append)
+    assert sorted(told, key=lambda r: r.sequence_id) == rollouts == served.engine.generate(wanted)
+    lengths = [len(r.response_ids) for r in told]
+    assert lengths[0] <= 5 and lengths[-1] == max(lengths) > 5
+
+
 @torch.no_grad()
 def test_engine_and_trainer_agree_about_what_was_sampled(all_served: dict[str, Served]) -> None:
     """At a temperature, from the top k and the top p of it, with rows in the head that have no token."""

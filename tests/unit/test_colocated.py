@@ -34,6 +34,17 @@ pytestmark = pytest.mark.random
 EOS, ROWS, TOKENS = 3, 131, 120
 
 
+class SteppingEngine:
+    """vLLM's engine: every step has outputs, some of which may be finished."""
+
+    def __init__(self, engine_core: Any) -> None:
+        self.engine_core, self.queue = engine_core, list[Any]()
+
+    def step(self) -> list[Any]:
+        some = [self.queue.pop() for _ in range(random.randint(0, len(self.queue)))]
+        return [*some, *(SimpleNamespace(request_id=o.request_id, finished=False) for o in self.queue)]
+
+
 class RecordingLLM:
     """vLLM's methods by name and signature (0.24.0, entrypoints/llm.py); keeps the order of calls and its memory.
     tests/contract/test_vllm.py reads what it enforces in vLLM's source."""
@@ -47,7 +58,8 @@ class RecordingLLM:
         self.prefixes_of: int | None = None  # the weights that cached prefixes belong to
         self.loads = self.unfinished = 0
         self.seen: list[Any] = []
-        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shutdown))
+        self.llm_engine = SteppingEngine(SimpleNamespace(shutdown=self._shutdown))
+        self.request_counter = SimpleNamespace(counter=random.randrange(99))
 
     def _shutdown(self) -> None:
         """As vLLM's: it unmaps all its memory, and ends the default process group."""
@@ -87,12 +99,21 @@ class RecordingLLM:
         return [None]
 
     def generate(self, prompts: list[Any], sampling_params: list[Any], *, use_tqdm: bool = True) -> list[Any]:
+        """As _run_engine: numbered in order, finished in another, sorted at the end."""
         assert self.awake == {"weights", "kv_cache"} and self.weights, "writing without memory or weights"
         assert self.prefixes_of in (None, self.loads), "prefixes of other weights"
         self.prefixes_of = self.loads
         self.calls.append(("generate",))
         self.seen = sampling_params
-        return [self._answer(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
+        answers = [self._answer(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
+        for answer in answers:
+            answer.request_id, answer.finished = str(self.request_counter.counter), True
+            self.request_counter.counter += 1
+        self.llm_engine.queue = random.sample(answers, len(answers))
+        outputs: list[Any] = []
+        while self.llm_engine.queue:
+            outputs += [o for o in self.llm_engine.step() if o.finished]
+        return sorted(outputs, key=lambda o: int(o.request_id))
 
     def _answer(self, prompt: list[int], parameters: Any) -> Any:
         draw = random.Random(parameters.seed)
@@ -390,3 +411,26 @@ def test_placement_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
         placement_of(config(pipeline=2, **asked), on_gpu=True)
     with pytest.raises(ConfigError, match=r"model.rollout.placement = 'gpu': choose one of auto"):
         config(**{"model.rollout.placement": "gpu"})
+
+
+def test_rollouts_are_told_when_they_are_finished_and_are_the_same(tmp_path: Path) -> None:
+    colocated = Colocated(tmp_path / "model")
+    engine = colocated.engine
+    engine.start()
+    for version in (1, 2):
+        engine.update_weights(colocated.stream(), version)
+        wanted, told = requests(6), list[Any]()
+        rollouts = engine.generate(wanted, told.append)
+        assert [r.sequence_id for r in rollouts] == [r.sequence_id for r in wanted]
+        assert sorted(told, key=lambda r: r.sequence_id) == rollouts == engine.generate(wanted)
+        assert "step" not in vars(colocated.llm.llm_engine)  # nobody watches any longer
+    colocated.llm.request_counter = SimpleNamespace(counter=4)
+    numbered = colocated.llm.generate
+
+    def otherwise(*args: Any, **more: Any) -> Any:
+        colocated.llm.request_counter.counter += 2
+        return numbered(*args, **more)
+
+    colocated.llm.generate = otherwise  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match="numbers requests otherwise than as they come"):
+        engine.generate(wanted, told.append)

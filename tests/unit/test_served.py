@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from nemo_tropd.batch import Rollout, TokenBatch
 from nemo_tropd.config import ConfigError, TeacherConfig
 from nemo_tropd.config_teacher import ServerConfig
 from nemo_tropd.parallel.signals import STOP, Stopped
@@ -21,7 +24,9 @@ from nemo_tropd.rollout.engine import RolloutRequest, Sampling, check_rollouts
 from nemo_tropd.served.answers import Vocabulary, scoring
 from nemo_tropd.served.check import Fingerprint, remembered, self_test
 from nemo_tropd.served.client import VARIABLE, ServerError, Servers
+from nemo_tropd.served.early import EarlyQuestions
 from nemo_tropd.served.engine import ServedEngine
+from nemo_tropd.served.teacher import ServedTeacher, packed
 from tests.fake_vllm import FakeVllm, Refusal, changed, scores_of, serving, toy
 
 ROWS, TOP, LONGEST = 130, 8, 130
@@ -341,3 +346,58 @@ def test_responses_come_from_the_servers(up: Callable[..., str]) -> None:
     (body,) = [b for b in one.asked if b["seed"] == 3]
     assert body["prompt"] == [*ids_of(4, 3), 5] and (body["top_p"], body["top_k"]) == (0.9, 50)
     assert body["ignore_eos"] and body["repetition_penalty"] == 1 and body["logit_bias"] == {"128": -100, "129": -100}
+
+
+def batch_of(ids: list[int], number: int) -> TokenBatch:
+    rollout = Rollout(ids[:3], ids[3:5], ids[5:], [-1.0] * len(ids[5:]), 0, number, number, True)
+    return TokenBatch.pack([rollout], pad_id=0, seed=0, step=0)
+
+
+def early_questions(made: Servers, check_interval: int = 1) -> EarlyQuestions:
+    topology: Any = SimpleNamespace(is_last_stage=True, tensor_rank=0)
+    return EarlyQuestions(ServedTeacher(made, topology, VOCABULARY, ""), TOP)
+
+
+def test_questions_as_they_come_have_the_answers_of_questions_together(up: Callable[..., str]) -> None:
+    one = fake()
+    made = servers(up(one), up(fake()))
+    texts = {i: ids_of(n, n) for i, n in enumerate((6, 40, 17, 9))}
+    expected = made.ask([scoring(ids, 3, TOP, VOCABULARY) for ids in texts.values()])
+    early = early_questions(made)
+    early.add(2, batch_of(ids_of(30), 2))  # an engine died, and its successor generated another text
+    for i, ids in texts.items():
+        early.add(i, batch_of(ids, i))
+        time.sleep(0.05)
+    deadline = time.monotonic() + 20
+    while len(early.ready()) < len(texts) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert early.ready() == texts.keys()
+    found = early.collect()
+    for i, scores in enumerate(expected):
+        assert torch.equal(found[i], packed(scores))
+    early.close()
+    assert all(t.name != "teacher-questions" for t in threading.enumerate())
+
+
+def test_a_question_that_no_server_answers_ends_the_others(up: Callable[..., str]) -> None:
+    slow, refuses = threading.Event(), fake(max_model_len=30)
+    refuses.fault = lambda path, body, answer: (slow.wait(20), answer)[1]
+    early = early_questions(servers(up(refuses)))
+    for i, count in enumerate((20, 40, 21)):
+        early.add(i, batch_of(ids_of(count), i))
+    began = time.monotonic()
+    with pytest.raises(ServerError, match="answers 400"):
+        early.collect()
+    slow.set()
+    assert time.monotonic() - began < 10 and all(t.name != "teacher-questions" for t in threading.enumerate())
+
+
+def test_questions_end_when_the_run_is_asked_to_stop(up: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, server = threading.Event(), fake()
+    server.fault = lambda path, body, answer: (slow.wait(20), answer)[1]
+    early = early_questions(servers(up(server)))
+    early.add(0, batch_of(ids_of(20), 0))
+    monkeypatch.setattr(type(STOP), "overdue", property(lambda self: True))
+    with pytest.raises(Stopped):
+        early.collect()
+    slow.set()

@@ -339,13 +339,13 @@ def _generate(
     rollouts: dict[int, Rollout] = {}
 
     def told(place: int, output: Any) -> None:
+        if not 0 <= place < len(requests):
+            raise EngineError("vLLM numbers requests otherwise than as they come: install a version of the pins")
         rollouts[place] = _rollout(requests[place], output.outputs[0], version)
         finished(rollouts[place])
 
     with _watched(llm, told):
         llm.generate(prompts, parameters, use_tqdm=False)
-    if rollouts.keys() != set(range(len(requests))):
-        raise EngineError("vLLM numbered its requests otherwise than in their order: install a version of the pins")
     return [rollouts[place] for place in range(len(requests))]
 
 

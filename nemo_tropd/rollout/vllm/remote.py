@@ -62,13 +62,14 @@ class RemoteEngine:
 
         def take(i: int, r: Rollout) -> None:
             key = r.sequence_id, r.prompt_index
-            if finished is None or key in parts[i] or key not in asked[i]:
+            if key in parts[i] or key not in asked[i]:
                 self._died([busy[i]], "it answered other requests than its own")
             parts[i][key] = r
-            finished(r)
+            if finished is not None:
+                finished(r)
 
         rollouts: list[Rollout | None] = [None] * len(requests)
-        for i, answer in enumerate(self._answers(busy, self.answer_timeout_s, take)):
+        for i, answer in enumerate(self._answers(busy, self.answer_timeout_s, take if finished else None)):
             own = answer.rollouts if isinstance(answer, w.Generated) else []
             if finished is not None and len(parts[i]) == len(asked[i]) and not own:
                 own = [parts[i][key] for key in asked[i]]
