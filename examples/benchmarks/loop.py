@@ -97,32 +97,46 @@ class OurLoop:
     ) -> Iterator[dict[str, float]]:
         """The metrics of each step, warm-up included, as it ends; the engine is closed at the end. ``shown`` is called
         as a phase of a step begins."""
-        from nemo_tropd.data import Prompt, PromptSet
         from nemo_tropd.rollout.collective import EveryRankRollouts
+
+        rollouts = EveryRankRollouts(self.topology, make_engine, self.model.device_stream, self.model.vocab_size)
+        self.model.attach_rollouts(rollouts)
+        step = self._step()
+        try:
+            self.model.send_weights(0)
+            for number in range(self.case.warmup + self.case.timed):
+                yield step.run(number, keep_tokens=False, shown=partial(shown, number)).values
+        finally:
+            rollouts.close()
+
+    def train_step(self, make_engine: Callable[[], Any], early: Sequence[str]) -> Callable[[int], dict[str, float]]:
+        """A step, by number, with one engine for all ranks, which tells the teachers ``early`` of finished rollouts;
+        returns its metrics. Engines are those of the first call."""
+        from nemo_tropd.rollout.collective import RankZeroRollouts
+
+        if self.model._rollouts is None:
+            own = RankZeroRollouts(self.topology, make_engine, self.model.export_stream, self.model.vocab_size)
+            self.model.attach_rollouts(own)
+            self.model.send_weights(0)
+        step = self._step(early)
+        return lambda number: step.run(number, keep_tokens=False).values
+
+    def _step(self, early: Sequence[str] = ()) -> Any:
+        from nemo_tropd.data import Prompt, PromptSet
         from nemo_tropd.training.guidance import Guidance
         from nemo_tropd.training.packing import Packer
         from nemo_tropd.training.step import TrainStep
 
-        case = self.case
-        prompts = PromptSet(
-            tuple(Prompt(str(i), "", (), None, tuple(ids), "random") for i, ids in enumerate(case.prompts()))
-        )
-        rollouts = EveryRankRollouts(self.topology, make_engine, self.model.device_stream, self.model.vocab_size)
-        self.model.attach_rollouts(rollouts)
-        m = self.cfg.model
-        step = TrainStep(
+        case, m = self.case, self.cfg.model
+        ids = enumerate(case.prompts())
+        return TrainStep(
             self.model,
             self.optimizer,
-            prompts=prompts,
+            prompts=PromptSet(tuple(Prompt(str(i), "", (), None, tuple(one), "random") for i, one in ids)),
             guidance=Guidance(seed=1, total_steps=100, max_new_tokens=case.new_tokens),
             packer=Packer(self.topology, 0, m.micro_batch_size, m.tokens_per_micro_batch, m.seed),
+            early=early,
         )
-        try:
-            self.model.send_weights(0)
-            for number in range(case.warmup + case.timed):
-                yield step.run(number, keep_tokens=False, shown=partial(shown, number)).values
-        finally:
-            rollouts.close()
 
 
 def measure_ours(case: LoopCase, folder: str) -> LoopCost:

@@ -57,11 +57,21 @@ class Parts(Generic[S]):
     """What rank 0's work puts aside for all ranks while it goes on; ``take`` is given the new ones, in order."""
 
     def __init__(self, take: Callable[[list[S]], None]) -> None:
-        self._take, self._waiting = take, deque[S]()
+        self._take, self._waiting, self._news = take, deque[S](), threading.Event()
 
     def put(self, part: S) -> None:
         """In the thread of the work; picklable."""
         self._waiting.append(part)
+        self._news.set()
+
+    def end(self) -> None:
+        """The work is done."""
+        self._news.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Until there is another one, or the work is done."""
+        self._news.wait(timeout_s)
+        self._news.clear()
 
     @property
     def waiting(self) -> bool:
@@ -113,12 +123,22 @@ def on_rank_zero(
         except BaseException as error:
             cause.append(error)
             message.append(("error", pickle.dumps(portable(error, unexpected))))
+        finally:
+            if parts is not None:
+                parts.end()
 
     worker = threading.Thread(target=attempt, name="rank-0-work", daemon=True)
     worker.start()
     reported = time.monotonic()
-    worker.join(_POLL_S)
-    while worker.is_alive() or (parts is not None and parts.waiting and not cause):
+
+    def wait() -> None:
+        if parts is None:
+            worker.join(min(_POLL_S, heartbeat_s))
+        else:
+            parts.wait(min(_POLL_S, heartbeat_s))
+
+    wait()
+    while not message or (parts is not None and parts.waiting and not cause):
         if may_stop and STOP.overdue:
             stopped = Stopped("asked to stop")
             ranks.broadcast_object(("error", pickle.dumps(stopped)))
@@ -131,7 +151,7 @@ def on_rank_zero(
         if time.monotonic() - reported >= heartbeat_s:
             ranks.broadcast_object(("working", b""))
             reported = time.monotonic()
-        worker.join(min(_POLL_S, heartbeat_s))
+        wait()
     ranks.broadcast_object(message[0])
     if cause:
         raise portable(cause[0], unexpected) from cause[0]

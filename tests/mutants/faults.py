@@ -181,7 +181,115 @@ def _served(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault
     return Fault("served teachers", what, f"nemo_tropd/{file}.py", line, becomes, paths, "/" in tests[0])
 
 
+_LAYOUTS_EARLY = "tests/dist/test_early_scores.py::test_the_same_steps_whichever_rollout_is_finished_first"
+_MEMBERS = "tests/unit/test_parts_of_answers.py::"
+
+
+def _early(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    paths = tuple(test if "/" in test else "tests/unit/test_early_scores.py::" + test for test in tests)
+    return Fault("early scores", what, f"nemo_tropd/{file}.py", line, becomes, paths, "/dist/" in paths[0])
+
+
 FAULTS: list[Fault] = [
+    # rollouts that are scored while others are generated
+    _early(
+        "training/early_scores",
+        "what a new engine generated keeps the scores of the old text",
+        "if self._seen.get(r.sequence_id) == r:",
+        "if r.sequence_id in self._seen:",
+        "test_what_a_new_engine_generates_otherwise_is_scored_again",
+    ),
+    _early(
+        "training/early_scores",
+        "every data rank scores everything",
+        "if early is not None and r.loss_tokens and r.sequence_id % topology.data_size == topology.data_rank:",
+        "if early is not None and r.loss_tokens:",
+        "test_each_data_rank_scores_its_own",
+    ),
+    _early(
+        "training/early_scores",
+        "scores in the order of the sequences' numbers, not of the micro-batches",
+        "own = [moved[r.sequence_id] for batch in batches for r in batch.rollouts if r.loss_tokens]",
+        "own = [moved[i] for i in sorted(moved)]",
+        _LAYOUTS_EARLY,
+    ),
+    _early(
+        "training/early_scores",
+        "a teacher is left awake after an error",
+        "early.close()",
+        "pass",
+        "test_what_a_new_engine_generates_otherwise_is_scored_again",
+    ),
+    _early(
+        "training/step",
+        "a teacher that follows is a step behind",
+        "model.follow(step)  # the engine is elsewhere, so the device has room",
+        "pass",
+        _LAYOUTS_EARLY + "[2]",
+    ),
+    _early(
+        "training/plan_models",
+        "engine and teacher share a device",
+        'if not t.score_early or place == "colocated":',
+        "if not t.score_early:",
+        "tests/dist/test_early_scores.py::test_who_scores_early",
+    ),
+    _early(
+        "parallel/exchange",
+        "parts are taken in the order of their numbers, not of their senders",
+        "received = sorted((i for i in owners if owners[i] == rank), key=lambda i: (makers[i], i))",
+        "received = sorted(i for i in owners if owners[i] == rank)",
+        "tests/dist/test_early_scores.py::test_parts_come_to_their_owners",
+    ),
+    _early(
+        "rollout/vllm/remote",
+        "a part that comes twice",
+        "if key in parts[i] or key not in asked[i]:",
+        "if key not in asked[i]:",
+        _MEMBERS + "test_a_member_that_answers_otherwise_is_named",
+    ),
+    _early(
+        "rollout/vllm/remote",
+        "a part that answers another's request",
+        "if key in parts[i] or key not in asked[i]:",
+        "if key in parts[i]:",
+        _MEMBERS + "test_a_member_that_answers_otherwise_is_named",
+    ),
+    _early(
+        "rollout/vllm/remote",
+        "parts stretch the deadline",
+        "if time.monotonic() > deadline:",
+        "if False:",
+        _MEMBERS + "test_a_member_that_answers_otherwise_is_named",
+    ),
+    _early(
+        "rollout/vllm/server",
+        "an engine ends with the trainer that it was telling",
+        "with suppress(w.Disconnected):",
+        "with suppress(KeyError):",
+        _MEMBERS + "test_an_engine_outlives_a_trainer_that_leaves_between_two_parts",
+    ),
+    _early(
+        "rollout/vllm/in_process",
+        "vLLM's steps are watched for ever",
+        "del engine.step  # the class's own again",
+        "pass",
+        "tests/unit/test_colocated.py::test_rollouts_are_told_when_they_are_finished_and_are_the_same",
+    ),
+    _early(
+        "rollout/collective",
+        "an engine that tells of too few",
+        "if found.keys() != set(order):",
+        "if False:",
+        _SUPERVISOR + "test_what_is_wrong_with_a_part_is_raised_on_every_rank",
+    ),
+    _early(
+        "rollout/collective",
+        "what is told is not checked before it is scored",
+        "check([r], [by_id[r.sequence_id]] if r.sequence_id in by_id else [])",
+        "pass",
+        _SUPERVISOR + "test_what_is_wrong_with_a_part_is_raised_on_every_rank",
+    ),
     # teachers behind servers
     _served(
         "served/answers",
