@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch.distributed as dist
@@ -102,16 +103,7 @@ def on_rank_zero(
     rank raises Stopped if the work, then abandoned, is not done ``FINISH_S`` after a request. What the work has put in
     ``parts`` every rank takes while rank 0 goes on, all of it before the result; what one raises there, all raise."""
     if not ranks.is_leader:
-        outcome, content = "working", b""
-        while outcome in ("working", "parts"):
-            outcome, content = ranks.broadcast_object(("", b""))
-            if outcome == "parts" and parts is not None:
-                parts.taken(ranks, pickle.loads(content), unexpected)
-        value = pickle.loads(content)
-        if outcome == "error":
-            raise value
-        return value
-
+        return cast(T, _heard(ranks, unexpected, parts))
     result: list[T] = []
     cause: list[BaseException] = []
     message: list[tuple[str, bytes]] = []
@@ -129,14 +121,8 @@ def on_rank_zero(
 
     worker = threading.Thread(target=attempt, name="rank-0-work", daemon=True)
     worker.start()
-    reported = time.monotonic()
-
-    def wait() -> None:
-        if parts is None:
-            worker.join(min(_POLL_S, heartbeat_s))
-        else:
-            parts.wait(min(_POLL_S, heartbeat_s))
-
+    reported, look_s = time.monotonic(), min(_POLL_S, heartbeat_s)
+    wait = partial(worker.join, look_s) if parts is None else partial(parts.wait, look_s)
     wait()
     while not message or (parts is not None and parts.waiting and not cause):
         if may_stop and STOP.overdue:
@@ -156,6 +142,19 @@ def on_rank_zero(
     if cause:
         raise portable(cause[0], unexpected) from cause[0]
     return result[0]
+
+
+def _heard(ranks: World, unexpected: type[Exception], parts: Parts[Any] | None) -> Any:
+    """On the other ranks: what rank 0 says, until it is done."""
+    while True:
+        outcome, content = ranks.broadcast_object(("", b""))
+        value: Any = pickle.loads(content) if content else None
+        if outcome == "parts" and parts is not None:
+            parts.taken(ranks, value, unexpected)
+        elif outcome == "error":
+            raise value
+        elif outcome == "result":
+            return value
 
 
 def on_every_rank(ranks: World, work: Callable[[], T], *, unexpected: type[Exception] = RankError) -> T:

@@ -805,14 +805,14 @@ FAULTS: list[Fault] = [
     # packing: which rank gets what
     _packing(
         "every data-parallel rank takes the same sequences",
-        "own = sorted(rollouts[topology.data_rank :: topology.data_size], key=lambda r: -len(r.token_ids))",
-        "own = sorted(rollouts[0 :: topology.data_size], key=lambda r: -len(r.token_ids))",
+        "owned = [sorted(rollouts[rank::ranks], key=lambda r: -len(r.token_ids)) for rank in range(ranks)]",
+        "owned = [sorted(rollouts[0::ranks], key=lambda r: -len(r.token_ids)) for rank in range(ranks)]",
         _PACKING + "test_every_rank_has_as_many_and_together_they_have_all",
     ),
     _packing(
         "ranks have different numbers of micro-batches",
-        "count = math.ceil(math.ceil(len(rollouts) / topology.data_size) / size)",
-        "count = math.ceil(len(own) / size)",
+        "count = math.ceil(math.ceil(len(rollouts) / ranks) / size)",
+        "count = math.ceil(len(rollouts[self.topology.data_rank :: ranks]) / size)",
         _PACKING + "test_every_rank_has_as_many_and_together_they_have_all",
     ),
     _packing(
@@ -841,8 +841,8 @@ FAULTS: list[Fault] = [
     ),
     _packing(
         "rows of other ranks",
-        "parts = [[rollouts[i] for i in b] for b in bins[topology.data_rank :: topology.data_size]]",
-        "parts = [[rollouts[i] for i in b] for b in bins[: len(bins) // topology.data_size]]",
+        "return [[[rollouts[i] for i in b] for b in bins[rank::ranks]] for rank in range(ranks)]",
+        "return [[[rollouts[i] for i in b] for b in bins[: len(bins) // ranks]] for rank in range(ranks)]",
         _PACKING + "test_every_rank_has_as_many_and_together_they_have_all",
     ),
     _packing(

@@ -51,7 +51,8 @@ FRACTION = (
 )
 FLAGS = (
     "check_only exp_manager.create_tensorboard_logger exp_manager.resume_if_exists model.tropd.guidance.enabled "
-    "model.teacher.fp8_param model.teacher.offload model.teacher.offload_states model.rollout.sleep "
+    "model.teacher.fp8_param model.teacher.offload model.teacher.offload_states model.teacher.score_early "
+    "model.rollout.sleep "
     "model.rollout.torch_compile model.data.chat_template "
     "model.validation.score_teacher"
 )

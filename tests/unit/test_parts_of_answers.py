@@ -108,6 +108,7 @@ def slow(wire: w.Wire, rollouts: list[Rollout]) -> None:
     for r in rollouts:
         wire.send(w.Part(r))
         time.sleep(0.05)  # always one within a look
+    wire.send(w.Generated([]))
 
 
 def gone(wire: w.Wire, rollouts: list[Rollout]) -> None:
