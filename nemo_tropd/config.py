@@ -205,6 +205,10 @@ class RolloutConfig:
     weights updated in place; dedicated: on hosts of their own, weights broadcast to them; auto: colocated on a
     GPU (without pipeline parallelism), else process."""
     dedicated: DedicatedConfig = field(default_factory=DedicatedConfig)
+    steps_ahead: int = integer(0, at_least=0, at_most=8)
+    """Generate the rollouts of step n by the weights of n - steps_ahead, while steps before it train; 0: by those of
+    step n, in turns with the trainer. Not colocated. Sampled objectives then weight each student token
+    (model.tropd.params.importance_cap, 2 unless set)."""
     sleep: bool = flag(True)
     """Colocated: the engine leaves the GPU's memory to the trainer between rollouts."""
     torch_compile: bool = flag(True)

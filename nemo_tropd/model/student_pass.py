@@ -122,6 +122,9 @@ def _add_metrics(sums: DeviceSums, batch: TokenBatch, tokens: LossTokens, result
         values = {name: per_token[name] for name in ("trust", "log_ratio") if name in per_token}
         own |= {name: torch.where(student, value, 0.0) for name, value in values.items()}
         sums.by_group(batch, {"student_tokens": student, **own})
+    if "importance_weight" in per_token:
+        squared = per_token["importance_weight"].double() ** 2
+        sums.add({"importance_weight_squared": torch.where(student, squared, 0.0).sum()})
     log_probs = result.teacher_log_probs - per_token["log_ratio"]
     mismatch = (log_probs - tokens.behavior_log_probs).abs().double()
     # Minima are what is reduced over ranks, so the largest disagreement travels with its sign turned.

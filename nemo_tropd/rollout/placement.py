@@ -51,6 +51,15 @@ def placement_of(cfg: TropdConfig, *, on_gpu: bool | None = None) -> str:
     return asked
 
 
+def check_ahead(cfg: TropdConfig, place: str) -> None:
+    """Raise ConfigError if engines at ``place`` cannot work while the trainer does."""
+    if cfg.model.rollout.steps_ahead and place == "colocated":
+        why = "colocated engines and the trainer take turns on the same GPUs: set model.rollout.placement to dedicated "
+        raise ConfigError(
+            "model.rollout.steps_ahead", cfg.model.rollout.steps_ahead, f"{why}(or process), or this to 0"
+        )
+
+
 def check_placement(cfg: TropdConfig) -> None:
     """Raise ConfigError for what this machine cannot serve and, before anything is allocated, for a missing secret."""
     if placement_of(cfg) == "dedicated" and not cfg.check_only and os.environ.get("RANK", "0") == "0":
@@ -183,9 +192,10 @@ class Student(Protocol):
 @contextmanager
 def rollouts_of(cfg: TropdConfig, topology: Topology, model: Student, engines: EngineFactory) -> Iterator[Rollouts]:
     """The trainer's view of the student's engine or engines, closed at the end whatever happens."""
+    from nemo_tropd.rollout.ahead import AheadRollouts
     from nemo_tropd.rollout.collective import EveryRankRollouts, RankZeroRollouts
 
-    kind: type[Rollouts] = RankZeroRollouts
+    kind: type[Rollouts] = AheadRollouts if cfg.model.rollout.steps_ahead else RankZeroRollouts
     weights = model.export_stream
     if placement_of(cfg) == "colocated":
         kind, weights = EveryRankRollouts, model.device_stream

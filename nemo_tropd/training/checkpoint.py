@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from nemo_tropd.parallel.agreement import on_every_rank, on_rank_zero
 from nemo_tropd.parallel.roll_call import failed_collective
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.scorer import TeacherScorer
+from nemo_tropd.training.ahead import FILE, Rollouts, load_rollouts, save_rollouts
 from nemo_tropd.training.checkpoint_writer import write_in_this_process
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.resume import CheckpointError, RunState
@@ -85,7 +86,15 @@ def _state_of(path: Path) -> RunState:
             saved = dist_checkpointing.load_common_state_dict(str(path))["run_state"]  # megatron-core 0.19 has no file
     except Exception as error:
         raise _load_error(path, error) from error
-    return RunState.read(saved, path)
+    state = RunState.read(saved, path)
+    if state.ahead:
+        try:
+            size = (path / FILE).stat().st_size
+            if size != state.ahead_bytes:
+                raise EOFError(f"{FILE} has {size} bytes of {state.ahead_bytes}")
+        except Exception as error:
+            raise _load_error(path, error) from error
+    return state
 
 
 class Checkpoints:
@@ -109,15 +118,23 @@ class Checkpoints:
 
         self._on_rank_zero(remove, f"cannot clean {self.dir}")
 
-    def save(self, model: GPTModel, optimizer: StudentOptimizer, state: RunState) -> Path:
-        """Write a checkpoint; on return it is complete and older ones beyond ``keep`` are removed. Raises
-        CheckpointError without room or if a write failed; earlier checkpoints are untouched."""
+    def save(
+        self, model: GPTModel, optimizer: StudentOptimizer, state: RunState, ahead: Rollouts | None = None
+    ) -> Path:
+        """Write a checkpoint, with rollouts of later steps (``ahead``, on rank 0); on return it is complete and older
+        ones beyond ``keep`` are removed. Raises CheckpointError without room or if a write failed; earlier
+        checkpoints are untouched."""
         final = self.dir / f"step_{state.step:08d}"
         if self._on_rank_zero(final.exists, f"cannot look at {final}"):
             return final
         temporary = self.dir / f".tmp-{final.name}"
         self._check_room(model)
-        self._on_rank_zero(lambda: self._fresh(temporary), f"cannot write {temporary}")
+
+        def begin() -> int:
+            self._fresh(temporary)
+            return save_rollouts(ahead, temporary) if ahead else 0
+
+        state = replace(state, ahead_bytes=self._on_rank_zero(begin, f"cannot write {temporary}"))
         try:
             sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
             content = {"optimizer": optimizer.sharded_state_dict(sharded), "run_state": asdict(state)}
@@ -238,6 +255,13 @@ class Checkpoints:
                 path = on_rank_zero(self.topology, partial(self._before, path, tried), unexpected=CheckpointError)
         self._on_rank_zero(lambda: self._set_aside(path), f"cannot rename checkpoints after {path}")
         return path, state
+
+    def rollouts_ahead(self, path: Path, state: RunState) -> Rollouts | None:
+        """The rollouts of later steps in a checkpoint that was restored, on rank 0; None elsewhere."""
+        found: list[Rollouts] = []
+        if state.ahead:
+            self._on_rank_zero(lambda: found.append(load_rollouts(path)), f"{path / FILE} cannot be read")
+        return found[0] if found else None
 
     def _before(self, path: Path, tried: list[str]) -> Path:
         found, _, damage = newest_readable(self.dir, path, tried)

@@ -42,7 +42,7 @@ from nemo_tropd.planner.seconds import step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import generation_lines
 from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
-from nemo_tropd.rollout.placement import placement_of, sampling_of
+from nemo_tropd.rollout.placement import check_ahead, placement_of, sampling_of
 from nemo_tropd.training.plan_models import (
     Teacher,
     all_end_tokens,
@@ -59,6 +59,7 @@ from nemo_tropd.training.plan_models import (
 )
 from nemo_tropd.training.teacher_responses import responses_dir
 
+IMPORTANCE_CAP = 2.0  # with steps_ahead, unless it is set
 OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params
 
 
@@ -124,7 +125,9 @@ def make_plan(cfg: TropdConfig) -> Plan:
         pinned = next((t for t in loaded if t.cfg.model.teacher.offload), first)
         with about_teacher(pinned.name):
             check_host(pinned.cfg, host, machine)
-    early = early_teachers(cfg, prompts.teachers, placement_of(cfg, on_gpu=machine.kind == "gpu"), objective)
+    place = placement_of(cfg, on_gpu=machine.kind == "gpu")
+    check_ahead(cfg, place)
+    early = early_teachers(cfg, prompts.teachers, place, objective)
     benchmarks, benchmark_notes = _benchmarks(cfg, student, vocabulary, template, end_ids)
     return Plan(
         student=student,
@@ -223,6 +226,8 @@ def build_objective(cfg: TropdConfig) -> Objective:
     given = {**t.params, **{name: value for name in OWN_KEYS if (value := getattr(t, name)) is not None}}
     try:
         objective = build(t.objective, **given)
+        if cfg.model.rollout.steps_ahead and not objective.needs_distributions and "importance_cap" not in given:
+            objective = replace(objective, importance_cap=IMPORTANCE_CAP)  # rollouts are older weights'
     except ParameterError as error:
         key = "model.tropd" if getattr(t, error.parameter, None) is not None else "model.tropd.params"
         raise ConfigError(f"{key}.{error.parameter}", error.value, f"{t.objective}: {error.wanted}") from error

@@ -99,6 +99,8 @@ def early_teachers(cfg: TropdConfig, used: Sequence[str], place: str, objective:
     def early(t: TeacherConfig) -> bool:
         if not t.score_early or place == "colocated":
             return False
+        if m.rollout.steps_ahead:  # the teacher scores while engines are at later steps anyway
+            return False
         # With a degree of its own data-parallel ranks score together, and an exact objective wants no scores.
         same = t.tensor_model_parallel_size in (None, m.tensor_model_parallel_size)
         alone = place == "dedicated" and same and not objective.needs_distributions and not (t.offload and in_turns)

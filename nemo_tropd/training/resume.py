@@ -59,6 +59,9 @@ class RunState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0  # the last steps done
     version: str = nemo_tropd.__version__
+    # Rollouts of later steps that the checkpoint has: the version of their weights by step, and the file's bytes.
+    ahead: dict[int, int] = field(default_factory=dict)
+    ahead_bytes: int = 0
     served: dict[str, Any] = field(default_factory=dict)  # of teachers behind servers, by name: what tells them apart
 
     @classmethod

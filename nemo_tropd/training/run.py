@@ -182,7 +182,15 @@ def _trainer(setup: Setup, model: MegatronTrOPDModel, responses: Responses | Non
     guidance, prompts = make_guidance(cfg, responses), setup.plan.prompts.train
     return TropdTrainer(
         setup,
-        TrainStep(model, optimizer, prompts=prompts, guidance=guidance, packer=setup.packer(), early=setup.plan.early),
+        TrainStep(
+            model,
+            optimizer,
+            prompts=prompts,
+            guidance=guidance,
+            packer=setup.packer(),
+            early=setup.plan.early,
+            last=settings.max_steps,
+        ),
         validator=Validator(setup, model, responses),
         checkpoints=Checkpoints(
             setup.run_dir,

@@ -7,7 +7,7 @@ phase and nowhere else.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
@@ -15,14 +15,16 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.data import PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
+from nemo_tropd.rollout.ahead import AheadRollouts
 from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.training.ahead import Ahead
 from nemo_tropd.training.early_scores import EarlyScoring
 from nemo_tropd.training.guidance import Guidance
 from nemo_tropd.training.metrics import PhaseTimer
 from nemo_tropd.training.optimizer import StepResult, StudentOptimizer
 from nemo_tropd.training.packing import Packer
 
-_ABSENT = ("student_entropy", "importance_weight")  # figures of some objectives alone
+_ABSENT = ("student_entropy", "importance_weight", "effective_fraction")  # figures of some objectives alone
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,23 @@ class TrainStep:
         guidance: Guidance,
         packer: Packer,
         early: Collection[str] = (),
+        last: int = 0,
     ) -> None:
-        """``early``: the teachers that score rollouts as they are finished."""
+        """``early``: the teachers that score rollouts as they are finished. ``last``: how many steps the run has, if
+        engines work ahead."""
         self.model, self.optimizer = model, optimizer
         self.prompts, self.guidance, self.packer = prompts, guidance, packer
         self.order = prompts.order(model.settings.seed)
         self.early = EarlyScoring(model, packer, prompts, early) if early else None
+        self.ahead: Ahead | None = None
+        if k := model.settings.rollout.steps_ahead:
+            assert isinstance(model.rollouts, AheadRollouts)  # see placement.rollouts_of
+            self.ahead = Ahead(model.rollouts, self._requests, steps=k, last=last)
 
     def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
         """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1`` after;
         ``shown`` is called with the name of every phase as it begins. Raises EngineError on every rank."""
-        model, topology = self.model, self.model.topology
+        model, topology, lag = self.model, self.model.topology, 0
         timer = PhaseTimer(topology.synchronize)
 
         def phase(name: str) -> AbstractContextManager[None]:
@@ -67,9 +75,12 @@ class TrainStep:
         with ExitStack() as held:
             with phase("rollout"):
                 model.prepare_for_inference()
-                requests = self._requests(step) if topology.is_leader else None
                 early = held.enter_context(self.early.of_step(step)) if self.early else None
-                if early is None:
+                requests = self._requests(step) if topology.is_leader and not self.ahead else None
+                if self.ahead is not None:
+                    self.ahead.begin(step)
+                    rollouts, lag = self.ahead.take(step)
+                elif early is None:
                     rollouts = model.infer(requests)
                 else:
                     model.follow(step)  # the engine is elsewhere, so the device has room
@@ -97,9 +108,13 @@ class TrainStep:
             result = self.optimizer.step(step)
         with phase("refresh"):
             model.finish_training_step(step + 1)
+            if self.ahead is not None:
+                self.ahead.begin(step + 1)
         values = _train_metrics(sums, result, rollouts, timer) | _by_group(sums, rollouts, self.prompts)
         if early is not None:
             values["scored_early_fraction"] = early.fraction
+        if self.ahead is not None:
+            values["weights_lag"] = float(lag)
         return StepRecord(values, rollouts, sums, result)
 
     def _requests(self, step: int) -> list[RolloutRequest]:
@@ -124,6 +139,7 @@ def _train_metrics(
         "mismatch_mean_abs": sums.mean("mismatch", sampled),
         "mismatch_max_abs": -sums.minima["minus_mismatch"] if "minus_mismatch" in sums.minima else math.nan,
         "importance_weight": sums.mean("importance_weight", sampled),
+        "effective_fraction": _effective(s, sampled),
         "grad_norm": result.grad_norm,
         "applied": float(result.applied),
         "learning_rate": result.learning_rate,
@@ -134,6 +150,12 @@ def _train_metrics(
         "tokens_per_second": s.get("tokens", 0.0) / seconds,
     }
     return {k: v for k, v in values.items() if not (isinstance(v, float) and math.isnan(v) and k in _ABSENT)}
+
+
+def _effective(sums: Mapping[str, float], tokens: float) -> float:
+    """Effective sample size of weighted tokens, as a share of them: (sum w)^2 / (n sum w^2)."""
+    squares = sums.get("importance_weight_squared", math.nan)
+    return float(sums["importance_weight"] ** 2 / (tokens * squares)) if tokens and squares > 0 else math.nan
 
 
 def _by_group(sums: MetricSums, rollouts: Sequence[Rollout], prompts: PromptSet) -> dict[str, float]:

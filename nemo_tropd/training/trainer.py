@@ -7,9 +7,11 @@ from nemo_tropd.files import write_json
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.training.ahead import Rollouts
 from nemo_tropd.training.checkpoint import Checkpoints
 from nemo_tropd.training.metrics import MetricsLog, RolloutFile
 from nemo_tropd.training.progress import RunProgress
+from nemo_tropd.training.resume import RunState
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.step import StepRecord, TrainStep
 from nemo_tropd.training.validation import Validation, Validator
@@ -188,9 +190,23 @@ class TropdTrainer:
         self.progress.phase("saving")
         if self.log is not None:
             self.log.sync()  # a checkpoint's steps are in the metrics, also after a power loss
-        path = self.checkpoints.save(self.model.student, self.optimizer, self.state)
+        state, rollouts = self._with_ahead()
+        path = self.checkpoints.save(self.model.student, self.optimizer, state, rollouts)
         self._saved = self.state.step
         self.progress.say(f"checkpoint {path}")
+
+    def _with_ahead(self) -> tuple[RunState, Rollouts | None]:
+        """The state with the rollouts of later steps, once the engine has generated them (collective)."""
+        ahead, state = self.one_step.ahead, self.state
+        pending = ahead.pending(state.step) if ahead else {}
+        if ahead is None or not pending:
+            return state, None
+        rollouts = ahead.rollouts.finished(list(pending))
+        if rollouts is None:
+            again = "are generated anew by this checkpoint's weights when the run resumes"
+            self.progress.say(f"the rollouts of step {min(pending) + 1} are not finished: they {again}")
+            return state, None
+        return replace(state, ahead=pending), rollouts
 
     def _resume(self) -> None:
         self.checkpoints.remove_unfinished()
@@ -200,5 +216,7 @@ class TropdTrainer:
         self.model.teacher_changed()  # if it follows the student
         skipped, in_a_row = saved.skipped_steps, saved.skipped_in_a_row
         self.state = replace(self.state, step=saved.step, skipped_steps=skipped, skipped_in_a_row=in_a_row)
+        if (ahead := self.one_step.ahead) is not None:
+            ahead.resume(saved.ahead, self.checkpoints.rollouts_ahead(path, saved))
         if self.topology.is_leader:
             print(f"resuming from {path} (step {saved.step})", flush=True)

@@ -1,0 +1,311 @@
+"""Rollouts of later steps, generated while earlier ones train: by which weights, and the same after any interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from nemo_tropd.batch import Rollout
+from nemo_tropd.config import ConfigError
+from nemo_tropd.parallel.signals import STOP
+from nemo_tropd.rollout.ahead import AheadRollouts
+from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, RefreshStats, RolloutRequest
+from nemo_tropd.training.ahead import FILE, load_rollouts, save_rollouts
+from nemo_tropd.training.plan import build_objective, make_plan
+from nemo_tropd.training.run import train
+from tests.dist.run_distributed import run_distributed
+from tests.doubles import GivenEngines, ReplayEngine
+from tests.e2e.tiny_run import TinyRun, train_lines
+from tests.dist.test_early_scores import composed
+
+VOCABULARY, BATCH = 131, 4
+AHEAD = "model.rollout.steps_ahead"
+SAME = ("loss", "grad_norm", "trust_fraction", "log_ratio_mean", "outlier_forward_kl", "weights_lag", "response_tokens")
+
+
+@dataclass
+class Script:
+    """What the engines of a run do, and did."""
+
+    generated: list[tuple[int, int]] = field(default_factory=list)  # version, requests
+    starts: int = 0
+    calls: int = 0
+    at: dict[int, Any] = field(default_factory=dict)  # what happens in the n-th call of generate
+
+
+class WeighedEngine(ReplayEngine):
+    """What it generates depends on every byte of the weights that it was given, and on the request."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__(VOCABULARY)
+        self.script, self.digest, self.closed = script, b"", threading.Event()
+
+    def start(self) -> None:
+        self.script.starts += 1
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
+        content = hashlib.sha256()
+        for name, tensor in stream:
+            content.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+        self.version, self.digest = version, content.digest()
+        return RefreshStats(0.0, 1, 1)
+
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+        assert self.digest, "no weights"
+        self.script.calls += 1
+        if (happens := self.script.at.get(self.script.calls)) is not None:
+            happens(self)
+        self.script.generated.append((self.version, len(requests)))
+        found = []
+        for r in requests:
+            draw = random.Random(self.digest + str(r.seed).encode())
+            ids = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, r.max_new_tokens))]
+            scores = [-draw.random() * 6 for _ in ids]
+            found.append(
+                Rollout(r.prompt_ids, r.prefix_ids, ids, scores, self.version, r.sequence_id, r.prompt_index, True)
+            )
+        return found
+
+    def close(self, *, run_over: bool = False) -> None:
+        self.closed.set()
+
+
+class Engines(GivenEngines):
+    """The student's; the teacher's keeps its weights."""
+
+    def teacher(self, cfg: Any) -> ReplayEngine:
+        return ReplayEngine(VOCABULARY)
+
+
+def go(tiny: TinyRun, run_dir: Path, k: int, script: Script, **keys: object) -> list[dict[str, Any]]:
+    keys = {"trainer.tropd.max_steps": 6, "model.data.held_out": 0, "trainer.tropd.val_check_interval": 0} | keys
+    keys |= {"trainer.tropd.save_interval": keys.get("trainer.tropd.save_interval", 1), AHEAD: k}
+    cfg = composed(tiny.overrides(run_dir, **keys))
+    train(cfg, Engines(lambda: WeighedEngine(script)))
+    return train_lines(run_dir)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return TinyRun.make(tmp_path_factory.mktemp("ahead"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: TinyRun) -> dict[int, list[dict[str, Any]]]:
+    """Six steps each, with their schedules."""
+    found = {}
+    for k in (0, 1, 2):
+        script = Script()
+        found[k] = go(tiny, tiny.root / f"undisturbed_{k}", k, script)
+        assert script.starts == 1
+        assert script.generated == [(max(0, n - k), BATCH) for n in range(6)]
+        if k:
+            assert [line["weights_lag"] for line in found[k]] == [min(n, k) for n in range(6)]
+            assert all(0 < line["effective_fraction"] <= 1 for line in found[k])
+            assert all(0 < line["importance_weight"] <= 2 for line in found[k])
+    return found
+
+
+def same(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in lines] == [line["step"] for line in others]
+    for line, other in zip(lines, others, strict=True):
+        assert {key: line[key] for key in SAME} == {key: other[key] for key in SAME}, line["step"]
+
+
+def test_older_weights_are_used_as_said(undisturbed: dict[int, list[dict[str, Any]]]) -> None:
+    of = [undisturbed[k] for k in (0, 1, 2)]
+    assert "weights_lag" not in of[0][0] and "importance_weight" not in of[0][0]
+    tokens = [[line["response_tokens"] for line in lines] for lines in of]
+    # The first step's are the same; the second's by one step ahead are the first weights' own.
+    assert tokens[0][0] == tokens[1][0] == tokens[2][0] and tokens[1][1] == tokens[2][1]
+    assert len({tuple(t) for t in tokens}) == 3
+
+
+def dies(engine: WeighedEngine) -> None:
+    raise EngineDied("killed")
+
+
+def fails(engine: WeighedEngine) -> None:
+    raise EngineError("this call is the last")
+
+
+def stops(engine: WeighedEngine) -> None:
+    STOP.signal, STOP._asked = 15, 1e18  # asked for, never overdue
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_an_engine_that_dies_is_replaced_by_one_with_the_same_weights(
+    tiny: TinyRun, undisturbed: dict[int, list[dict[str, Any]]], tmp_path: Path, k: int, call: int
+) -> None:
+    script = Script(at={call: dies})
+    same(go(tiny, tmp_path, k, script), undisturbed[k])
+    assert script.starts == 2
+    if call == 4:
+        with pytest.raises(EngineError, match=f"crashed twice at weight version {3 - k}; last error: killed"):
+            go(tiny, tmp_path / "twice", k, Script(at={4: dies, 5: dies}))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("interval", [1, 2])
+def test_a_run_that_ended_anyhow_resumes_to_the_bit(
+    tiny: TinyRun, undisturbed: dict[int, list[dict[str, Any]]], tmp_path: Path, k: int, interval: int
+) -> None:
+    keys = {"trainer.tropd.save_interval": interval}
+    with pytest.raises(EngineError, match="this call is the last"):
+        go(tiny, tmp_path, k, Script(at={5: fails}), **keys)
+    script = Script()
+    lines = go(tiny, tmp_path, k, script, **keys)
+    last = {line["step"]: line for line in lines}  # some steps were done twice
+    same([last[step] for step in sorted(last)], undisturbed[k])
+    # Those that the checkpoint had were not generated again.
+    assert (
+        len(script.generated) < 6
+        and script.generated == [(max(0, n - k), BATCH) for n in range(6)][-len(script.generated) :]
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_stop_keeps_what_is_being_generated(
+    tiny: TinyRun, undisturbed: dict[int, list[dict[str, Any]]], tmp_path: Path, k: int
+) -> None:
+    try:
+        first = go(tiny, tmp_path, k, Script(at={4: stops}), **{"trainer.tropd.save_interval": 50})
+    finally:
+        STOP.signal = None
+    assert 0 < len(first) < 6
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    held = load_rollouts(path)
+    assert sorted(held) == [len(first) + i for i in range(k)] and all(len(r) == BATCH for r in held.values())
+    script = Script()
+    same(go(tiny, tmp_path, k, script), undisturbed[k])
+    assert len(script.generated) == 6 - len(first) - k
+
+
+def test_a_damaged_file_of_rollouts_is_a_damaged_checkpoint(
+    tiny: TinyRun, undisturbed: dict[int, list[dict[str, Any]]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(EngineError):
+        go(tiny, tmp_path, 1, Script(at={5: fails}))
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    with (newest / FILE).open("ab") as file:
+        file.write(b"\0")
+    last = {line["step"]: line for line in go(tiny, tmp_path, 1, Script())}
+    same([last[step] for step in sorted(last)], undisturbed[1])
+    assert f"{FILE} has" in capfd.readouterr().out
+
+
+def test_another_number_of_steps_is_refused_unless_accepted(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(EngineError):
+        go(tiny, tmp_path, 2, Script(at={5: fails}))
+    with pytest.raises(ConfigError, match="model.rollout.steps_ahead = 1: the run's checkpoint was made with 2"):
+        go(tiny, tmp_path, 1, Script())
+    shutil.copytree(tmp_path, tmp_path.with_name("none"))
+    script, accept = Script(), {"trainer.tropd.accept_changes": f"[{AHEAD}]"}
+    done = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())[-1]
+    lines = go(tiny, tmp_path, 1, script, **accept)
+    lags = {line["step"]: line["weights_lag"] for line in lines}
+    assert [lags[step] for step in (done + 1, done + 2)] == [2, 2] and lags[6] == (1 if done < 4 else 2)
+    accept = {"trainer.tropd.accept_changes": f"[{AHEAD},model.tropd.params.importance_cap]"}
+    script = Script()
+    go(tiny, tmp_path.with_name("none"), 0, script, **accept)
+    assert script.generated == [(n, BATCH) for n in range(done, 6)]
+
+
+def on_ranks(rank: int, world_size: int, root: str, k: int) -> list[dict[str, Any]]:
+    from nemo_tropd.quiet import quiet_libraries
+
+    quiet_libraries()
+    os.environ["WORLD_SIZE"] = str(world_size)
+    tiny, script = TinyRun.at(Path(root)), Script()
+    lines = go(tiny, Path(root) / f"ranks_{k}", k, script, tensor=2)
+    assert script.starts == (rank == 0)
+    return lines
+
+
+@pytest.mark.timeout(200)
+def test_on_several_ranks(tiny: TinyRun) -> None:
+    """Tokens depend on the bits of the weights, so only the first two steps are those of one process."""
+    first, second = run_distributed(on_ranks, 2, str(tiny.root), 1, timeout_s=180)
+    assert first == second and [line["weights_lag"] for line in first] == [0, 1, 1, 1, 1, 1]
+
+
+def test_what_is_refused_and_what_is_set(tiny: TinyRun, tmp_path: Path) -> None:
+    def cfg(**keys: object) -> Any:
+        return composed(tiny.overrides(tmp_path / "run", **keys))
+
+    assert build_objective(cfg(**{AHEAD: 1})).importance_cap == 2 and build_objective(cfg()).importance_cap is None
+    own = {"+model.tropd.params.importance_cap": 5.0}
+    assert build_objective(cfg(**{AHEAD: 1}, **own)).importance_cap == 5
+    assert build_objective(cfg(**{AHEAD: 1, "model.tropd.objective": "tropd_exact"})).importance_cap is None
+    on_gpu = {"check_only": True, "trainer.gpu_memory_gib": 80}
+    with pytest.raises(
+        ConfigError, match="model.rollout.steps_ahead = 1: colocated engines and the trainer take turns"
+    ):
+        make_plan(cfg(**{AHEAD: 1}, **on_gpu))
+    assert make_plan(cfg(**{AHEAD: 1, "model.rollout.placement": "process"}, **on_gpu)).early == ()
+
+
+@pytest.mark.random
+def test_rollouts_in_a_file_come_back_as_they_were(tmp_path: Path) -> None:
+    def some(step: int, count: int) -> list[Rollout]:
+        def ids(least: int) -> list[int]:
+            return [random.randrange(1 << 31) for _ in range(random.randint(least, 5))]
+
+        found = []
+        for i in range(count):
+            response = ids(0)
+            scores = [-random.random() * 10 for _ in response]
+            found.append(Rollout(ids(1), ids(0), response, scores, step, i, 7 * i, random.random() < 0.5))
+        return found
+
+    rollouts = {step: some(step, random.randint(1, 4)) for step in random.sample(range(99), 3)}
+    assert save_rollouts(rollouts, tmp_path) == (tmp_path / FILE).stat().st_size
+    assert load_rollouts(tmp_path) == rollouts
+
+
+class OneRank:
+    is_leader = True
+
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        return [obj]
+
+
+def test_only_the_copies_that_are_still_wanted_are_kept() -> None:
+    import torch
+
+    gate, script = threading.Semaphore(0), Script(at={n: lambda engine: gate.acquire() for n in range(1, 9)})
+    weights = [("w", torch.zeros(3))]
+    rollouts = AheadRollouts(OneRank(), lambda: WeighedEngine(script), lambda: iter(weights), VOCABULARY)  # type: ignore
+    asked = [RolloutRequest([1], [], 5, i, i, 4) for i in range(2)]
+    for version in range(3):
+        weights[0][1].fill_(version)
+        rollouts.refresh(version)
+        rollouts.begin(version, asked, version)
+    thread = rollouts._thread
+    assert thread is not None and sorted(thread._kept) == [0, 1, 2]
+    assert [float(thread._kept[v][0][1][0]) for v in range(3)] == [0, 1, 2]  # copies: the trainer's own go on
+    for version in range(3):
+        gate.release()
+        assert {r.weight_version for r in rollouts.take(version)} == {version}
+    assert rollouts.finished([]) == {}
+    gate.release()
+    rollouts.generate(asked, 2)
+    assert sorted(thread._kept) == [2]
+    rollouts.begin(9, asked, 2)
+    rollouts.close()  # while it generates
+    gate.release()
+    assert not thread._thread.is_alive() or thread._thread.join(5) is None
