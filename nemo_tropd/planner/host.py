@@ -50,6 +50,10 @@ def host_memory(
         resident["teacher's hidden states, pinned"] = 2 * devices * states
     if placement(cfg, machine) == "process":
         resident["engine"] = HOST_ENGINE
+    if steps := m.rollout.steps_ahead:  # the newest weights, and those whose rollouts are not done
+        resident["weights for rollouts"] = (
+            (steps + 1) * student.parameters() * (2 if cfg.trainer.precision == "bf16" else 4)
+        )
     # Every rank copies what it writes; what data-parallel ranks have in common is written once.
     written = checkpoint_bytes(cfg, numbers) / layout(cfg).data
     phases = {"checkpoint": {"states on their way": devices * written}, "export": {"files": EXPORT}}

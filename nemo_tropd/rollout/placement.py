@@ -51,13 +51,13 @@ def placement_of(cfg: TropdConfig, *, on_gpu: bool | None = None) -> str:
     return asked
 
 
-def check_ahead(cfg: TropdConfig, place: str) -> None:
-    """Raise ConfigError if engines at ``place`` cannot work while the trainer does."""
-    if cfg.model.rollout.steps_ahead and place == "colocated":
-        why = "colocated engines and the trainer take turns on the same GPUs: set model.rollout.placement to dedicated "
-        raise ConfigError(
-            "model.rollout.steps_ahead", cfg.model.rollout.steps_ahead, f"{why}(or process), or this to 0"
-        )
+def checked_place(cfg: TropdConfig, *, on_gpu: bool) -> str:
+    """As ``placement_of``; ConfigError as well if engines there are to work ahead of the trainer, and cannot."""
+    place, key, steps = placement_of(cfg, on_gpu=on_gpu), "model.rollout.steps_ahead", cfg.model.rollout.steps_ahead
+    if steps and place == "colocated":
+        why = "colocated engines and the trainer take turns on the same GPUs"
+        raise ConfigError(key, steps, f"{why}: set model.rollout.placement to dedicated (or process), or this to 0")
+    return place
 
 
 def check_placement(cfg: TropdConfig) -> None:

@@ -42,7 +42,7 @@ from nemo_tropd.planner.seconds import step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import generation_lines
 from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
 from nemo_tropd.planner.wire import estimate_wire
-from nemo_tropd.rollout.placement import check_ahead, placement_of, sampling_of
+from nemo_tropd.rollout.placement import checked_place, sampling_of
 from nemo_tropd.training.plan_models import (
     Teacher,
     all_end_tokens,
@@ -125,9 +125,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
         pinned = next((t for t in loaded if t.cfg.model.teacher.offload), first)
         with about_teacher(pinned.name):
             check_host(pinned.cfg, host, machine)
-    place = placement_of(cfg, on_gpu=machine.kind == "gpu")
-    check_ahead(cfg, place)
-    early = early_teachers(cfg, prompts.teachers, place, objective)
+    place = checked_place(cfg, on_gpu=machine.kind == "gpu")
     benchmarks, benchmark_notes = _benchmarks(cfg, student, vocabulary, template, end_ids)
     return Plan(
         student=student,
@@ -143,7 +141,7 @@ def make_plan(cfg: TropdConfig) -> Plan:
         host=host,
         wire=estimate_wire(first.cfg, student, first.shape, machine, exact=exact),
         run_dir=directory,
-        early=early,
+        early=early_teachers(cfg, prompts.teachers, place, objective),
         benchmarks=benchmarks,
         notes=(*vocabulary.notes, *end_notes, *notes, *benchmark_notes),
     )

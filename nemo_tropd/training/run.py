@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.parallel.roll_call import RollCall, collective_timeout_s
 from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.rollout.ahead import AheadRollouts
 from nemo_tropd.rollout.engine import EngineError
 from nemo_tropd.rollout.placement import EngineFactory, Engines, check_placement, rollouts_of
 from nemo_tropd.teacher.fp8 import check_hardware
+from nemo_tropd.training.ahead import Ahead
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints
 from nemo_tropd.training.guidance import make_guidance, wanted_responses
@@ -180,6 +183,10 @@ def _trainer(setup: Setup, model: MegatronTrOPDModel, responses: Responses | Non
         max_steps=settings.max_steps,
     )
     guidance, prompts = make_guidance(cfg, responses), setup.plan.prompts.train
+    ahead = None
+    if steps := cfg.model.rollout.steps_ahead:
+        assert isinstance(model.rollouts, AheadRollouts)  # see placement.rollouts_of
+        ahead = partial(Ahead, model.rollouts, steps=steps, last=settings.max_steps)
     return TropdTrainer(
         setup,
         TrainStep(
@@ -189,7 +196,7 @@ def _trainer(setup: Setup, model: MegatronTrOPDModel, responses: Responses | Non
             guidance=guidance,
             packer=setup.packer(),
             early=setup.plan.early,
-            last=settings.max_steps,
+            ahead=ahead,
         ),
         validator=Validator(setup, model, responses),
         checkpoints=Checkpoints(

@@ -15,7 +15,6 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.data import PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
-from nemo_tropd.rollout.ahead import AheadRollouts
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.training.ahead import Ahead
 from nemo_tropd.training.early_scores import EarlyScoring
@@ -49,18 +48,15 @@ class TrainStep:
         guidance: Guidance,
         packer: Packer,
         early: Collection[str] = (),
-        last: int = 0,
+        ahead: Callable[[Callable[[int], list[RolloutRequest]]], Ahead] | None = None,
     ) -> None:
-        """``early``: the teachers that score rollouts as they are finished. ``last``: how many steps the run has, if
-        engines work ahead."""
+        """``early``: the teachers that score rollouts as they are finished. ``ahead``, if engines work ahead of the
+        trainer, is given a function of a step that returns its requests."""
         self.model, self.optimizer = model, optimizer
         self.prompts, self.guidance, self.packer = prompts, guidance, packer
         self.order = prompts.order(model.settings.seed)
         self.early = EarlyScoring(model, packer, prompts, early) if early else None
-        self.ahead: Ahead | None = None
-        if k := model.settings.rollout.steps_ahead:
-            assert isinstance(model.rollouts, AheadRollouts)  # see placement.rollouts_of
-            self.ahead = Ahead(model.rollouts, self._requests, steps=k, last=last)
+        self.ahead = ahead(self._requests) if ahead is not None else None
 
     def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
         """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1`` after;

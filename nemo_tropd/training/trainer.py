@@ -1,5 +1,6 @@
 """The loop around ``step.TrainStep``: resume, validate, save, log, stop."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ TEACHER_REMEDY = (
     "trainer.tropd.accept_changes='[model.teacher.precision,model.teacher.fp8]'"
 )
 
+EFFECTIVE_SHARE = 0.5
 UNFINISHED_STEPS, UNFINISHED_SHARE = 10, 0.05  # the report's are the same
 
 
@@ -66,7 +68,7 @@ class TropdTrainer:
         self.start, self.state = setup.start, setup.start.state
         self.log, self.rollout_file = log, rollout_file
         self._saved: int | None = None  # the step of the newest checkpoint of this process
-        self._unfinished_in_a_row = 0
+        self._unfinished_in_a_row, self._said_stale = 0, False
 
     def fit(self) -> Outcome:
         """Run the loop. Collective; every rank returns the same outcome, or raises the same CheckpointError,
@@ -132,6 +134,7 @@ class TropdTrainer:
             self.rollout_file.write(done, record.rollouts, kept)
         self._count_skipped(step, record)
         self._count_unfinished(record.values["finished_fraction"])
+        self._count_stale(done, record.values)
         self.progress.step_done(step, record.values)
 
     def _count_skipped(self, step: int, record: StepRecord) -> None:
@@ -174,6 +177,18 @@ class TropdTrainer:
                 f"token (model.rollout.end_tokens, {r.end_tokens}); the others were cut at "
                 f"model.rollout.max_new_tokens = {r.max_new_tokens}: raise that, or name the token that ends answers"
             )
+
+    def _count_stale(self, done: int, values: Mapping[str, float]) -> None:
+        """Say once if weighted rollouts are worth less than half of their tokens."""
+        effective = values.get("effective_fraction", 1.0)
+        if self._said_stale or not self.one_step.ahead or effective >= EFFECTIVE_SHARE:
+            return
+        self._said_stale = True
+        self.progress.say(
+            f"step {done}: rollouts of weights {values['weights_lag']:.0f} step(s) old count as {effective:.0%} of their "
+            "tokens (effective_fraction): the student changes too fast for them; lower model.rollout.steps_ahead or "
+            "model.optim.lr"
+        )
 
     def _not_finite(self, record: StepRecord) -> list[str]:
         """What was not finite in a skipped step, on which rank, in which prompt or parameter (collective)."""

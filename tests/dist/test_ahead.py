@@ -256,6 +256,14 @@ def test_what_is_refused_and_what_is_set(tiny: TinyRun, tmp_path: Path) -> None:
     assert make_plan(cfg(**{AHEAD: 1, "model.rollout.placement": "process"}, **on_gpu)).early == ()
 
 
+def test_weights_that_change_too_fast_are_said_once(tiny: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    go(tiny, tmp_path, 1, Script(), **{"trainer.tropd.max_steps": 4, "+model.tropd.params.importance_cap": 1e6})
+    lines = train_lines(tmp_path)
+    first = next(line for line in lines if line["effective_fraction"] < 0.5)
+    said = [line for line in capfd.readouterr().out.splitlines() if "count as" in line]
+    assert len(said) == 1 and f"step {first['step']}: rollouts of weights" in said[0]
+
+
 @pytest.mark.random
 def test_rollouts_in_a_file_come_back_as_they_were(tmp_path: Path) -> None:
     def some(step: int, count: int) -> list[Rollout]:

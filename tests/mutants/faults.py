@@ -190,7 +190,100 @@ def _early(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("early scores", what, f"nemo_tropd/{file}.py", line, becomes, paths, "/dist/" in paths[0])
 
 
+def _ahead(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    paths = tuple(test if "/" in test else "tests/dist/test_ahead.py::" + test for test in tests)
+    return Fault("ahead", what, f"nemo_tropd/{file}.py", line, becomes, paths, True)
+
+
+_AS_SAID = "test_older_weights_are_used_as_said"
+_RESUMES = "test_a_run_that_ended_anyhow_resumes_to_the_bit"
+
 FAULTS: list[Fault] = [
+    # rollouts ahead of the weights
+    _ahead(
+        "rollout/ahead",
+        "the trainer's own weights instead of a copy",
+        'weights = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in stream]',
+        'weights = [(name, tensor.detach().to("cpu")) for name, tensor in stream]',
+        "test_only_the_copies_that_are_still_wanted_are_kept",
+    ),
+    _ahead(
+        "rollout/ahead",
+        "a new engine keeps the version of the one that died",
+        "self._engine, self._has = None, None",
+        "self._engine = None",
+        "test_an_engine_that_dies_is_replaced_by_one_with_the_same_weights",
+    ),
+    _ahead(
+        "rollout/ahead",
+        "whatever weights the engine has",
+        "if self._has != version:",
+        "if self._has is None:",
+        _AS_SAID,
+    ),
+    _ahead(
+        "rollout/ahead",
+        "copies are kept for ever",
+        "del self._kept[version]",
+        "pass",
+        "test_only_the_copies_that_are_still_wanted_are_kept",
+    ),
+    _ahead(
+        "training/ahead",
+        "a step less ahead",
+        "for later in range(step, min(step + self._steps + 1, self._last)):",
+        "for later in range(step, min(step + self._steps, self._last)):",
+        _AS_SAID,
+    ),
+    _ahead(
+        "training/ahead",
+        "rollouts past the last step",
+        "for later in range(step, min(step + self._steps + 1, self._last)):",
+        "for later in range(step, step + self._steps + 1):",
+        _AS_SAID,
+    ),
+    _ahead(
+        "training/ahead",
+        "a checkpoint leaves out what older weights generated",
+        "return {later: version for later, version in self._begun.items() if version < step}",
+        "return {}",
+        _RESUMES,
+    ),
+    _ahead(
+        "training/trainer",
+        "a resumed run generates again what the checkpoint has",
+        "ahead.resume(saved.ahead, self.checkpoints.rollouts_ahead(path, saved))",
+        "ahead.resume({}, None)",
+        _RESUMES,
+    ),
+    _ahead(
+        "training/ahead",
+        "log-probabilities in single precision",
+        '"log_probs": torch.tensor([x for _, r in one for x in r.response_log_probs], dtype=torch.float64),',
+        '"log_probs": torch.tensor([x for _, r in one for x in r.response_log_probs]),',
+        "test_rollouts_in_a_file_come_back_as_they_were",
+    ),
+    _ahead(
+        "training/checkpoint",
+        "a file of rollouts of another size is read",
+        "if size != state.ahead_bytes:",
+        "if False:",
+        "test_a_damaged_file_of_rollouts_is_a_damaged_checkpoint",
+    ),
+    _ahead(
+        "training/plan",
+        "older rollouts without weights",
+        'if cfg.model.rollout.steps_ahead and not objective.needs_distributions and "importance_cap" not in given:',
+        "if False:",
+        "test_what_is_refused_and_what_is_set",
+    ),
+    _ahead(
+        "training/step",
+        "the effective sample size of weights that are not squared",
+        'squares = sums.get("importance_weight_squared", math.nan)',
+        'squares = sums.get("importance_weight", math.nan)',
+        "test_weights_that_change_too_fast_are_said_once",
+    ),
     # rollouts that are scored while others are generated
     _early(
         "training/early_scores",

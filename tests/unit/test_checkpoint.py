@@ -256,7 +256,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_steps(
 ) -> None:
     events: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
-    trainer = Mock(log=MetricsLog(tmp_path, []))
+    trainer = Mock(log=MetricsLog(tmp_path, []), _with_ahead=lambda: (None, None))
     trainer.log.write(1, "train", {"loss": 1.0})
     trainer.checkpoints.save = lambda *args: events.append("checkpoint")
     TropdTrainer._save(trainer)

@@ -40,7 +40,7 @@ ZERO = (
     "model.optim.sched.warmup_steps model.tropd.guidance.max_prefix_tokens model.tropd.guidance_weight "
     "model.teacher.admission.prompts model.teacher.admission.top_k_kl model.teacher.admission.gate_flips "
     "model.teacher.admission.ratio_error model.teacher.fp8_first_last_bf16 model.rollout.top_k "
-    "model.validation.kept_rollouts model.validation.benchmark_interval"
+    "model.validation.kept_rollouts model.validation.benchmark_interval model.rollout.steps_ahead"
 )
 FRACTION = (
     "trainer.gpu_memory_gib trainer.tropd.gradient_clip_val model.optim.lr model.optim.weight_decay model.optim.eps "
