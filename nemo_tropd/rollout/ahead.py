@@ -135,7 +135,7 @@ class EngineThread:
     def _end(self) -> None:
         if self._engine is not None:
             self._engine.close()
-        self._engine, self._has = None, None
+        self._engine = None
 
 
 @dataclass(eq=False, repr=False)

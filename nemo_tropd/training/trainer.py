@@ -185,9 +185,9 @@ class TropdTrainer:
             return
         self._said_stale = True
         self.progress.say(
-            f"step {done}: rollouts of weights {values['weights_lag']:.0f} step(s) old count as {effective:.0%} of their "
-            "tokens (effective_fraction): the student changes too fast for them; lower model.rollout.steps_ahead or "
-            "model.optim.lr"
+            f"step {done}: rollouts of weights {values['weights_lag']:.0f} step(s) old count as {effective:.0%} of "
+            "their tokens (effective_fraction): the student changes too fast for them; lower "
+            "model.rollout.steps_ahead or model.optim.lr"
         )
 
     def _not_finite(self, record: StepRecord) -> list[str]:

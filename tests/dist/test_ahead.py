@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, Refresh
 from nemo_tropd.training.ahead import FILE, load_rollouts, save_rollouts
 from nemo_tropd.training.plan import build_objective, make_plan
 from nemo_tropd.training.run import train
+from nemo_tropd.training.step import _effective
 from tests.dist.run_distributed import run_distributed
 from tests.doubles import GivenEngines, ReplayEngine
 from tests.e2e.tiny_run import TinyRun, train_lines
@@ -100,20 +102,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return TinyRun.make(tmp_path_factory.mktemp("ahead"))
 
 
+@dataclass
+class Undisturbed:
+    """Six steps each, by steps ahead."""
+
+    lines: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    scripts: dict[int, Script] = field(default_factory=dict)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tiny: TinyRun) -> dict[int, list[dict[str, Any]]]:
-    """Six steps each, with their schedules."""
-    found = {}
+def all_undisturbed(tiny: TinyRun) -> Undisturbed:
+    found = Undisturbed()
     for k in (0, 1, 2):
-        script = Script()
-        found[k] = go(tiny, tiny.root / f"undisturbed_{k}", k, script)
-        assert script.starts == 1
-        assert script.generated == [(max(0, n - k), BATCH) for n in range(6)]
-        if k:
-            assert [line["weights_lag"] for line in found[k]] == [min(n, k) for n in range(6)]
-            assert all(0 < line["effective_fraction"] <= 1 for line in found[k])
-            assert all(0 < line["importance_weight"] <= 2 for line in found[k])
+        found.scripts[k] = Script()
+        found.lines[k] = go(tiny, tiny.root / f"undisturbed_{k}", k, found.scripts[k])
     return found
+
+
+@pytest.fixture
+def undisturbed(all_undisturbed: Undisturbed) -> dict[int, list[dict[str, Any]]]:
+    return all_undisturbed.lines
 
 
 def same(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
@@ -122,13 +130,26 @@ def same(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
         assert {key: line[key] for key in SAME} == {key: other[key] for key in SAME}, line["step"]
 
 
-def test_older_weights_are_used_as_said(undisturbed: dict[int, list[dict[str, Any]]]) -> None:
-    of = [undisturbed[k] for k in (0, 1, 2)]
+def test_older_weights_are_used_as_said(all_undisturbed: Undisturbed) -> None:
+    of = [all_undisturbed.lines[k] for k in (0, 1, 2)]
+    for k, script in all_undisturbed.scripts.items():
+        assert script.starts == 1 and script.generated == [(max(0, n - k), BATCH) for n in range(6)]
+        if k:
+            assert [line["weights_lag"] for line in of[k]] == [min(n, k) for n in range(6)]
+            assert all(0 < line["effective_fraction"] <= 1 for line in of[k])
+            assert all(0 < line["importance_weight"] <= 2 for line in of[k])
     assert "weights_lag" not in of[0][0] and "importance_weight" not in of[0][0]
     tokens = [[line["response_tokens"] for line in lines] for lines in of]
     # The first step's are the same; the second's by one step ahead are the first weights' own.
     assert tokens[0][0] == tokens[1][0] == tokens[2][0] and tokens[1][1] == tokens[2][1]
     assert len({tuple(t) for t in tokens}) == 3
+
+
+def test_the_effective_sample_size() -> None:
+    """Of the weights 1, 2, 2 and 0.5."""
+    sums = {"importance_weight": 5.5, "importance_weight_squared": 9.25}
+    assert _effective(sums, 4) == pytest.approx(5.5**2 / (4 * 9.25))
+    assert math.isnan(_effective({}, 4)) and math.isnan(_effective({**sums, "importance_weight_squared": 0.0}, 0))
 
 
 def dies(engine: WeighedEngine) -> None:

@@ -210,8 +210,8 @@ FAULTS: list[Fault] = [
     _ahead(
         "rollout/ahead",
         "a new engine keeps the version of the one that died",
-        "self._engine, self._has = None, None",
-        "self._engine = None",
+        "self._engine, self._has = self._make_engine(), None",
+        "self._engine = self._make_engine()",
         "test_an_engine_that_dies_is_replaced_by_one_with_the_same_weights",
     ),
     _ahead(
@@ -282,7 +282,7 @@ FAULTS: list[Fault] = [
         "the effective sample size of weights that are not squared",
         'squares = sums.get("importance_weight_squared", math.nan)',
         'squares = sums.get("importance_weight", math.nan)',
-        "test_weights_that_change_too_fast_are_said_once",
+        "test_the_effective_sample_size",
     ),
     # rollouts that are scored while others are generated
     _early(
