@@ -219,7 +219,7 @@ FAULTS: list[Fault] = [
         "whatever weights the engine has",
         "if self._has != version:",
         "if self._has is None:",
-        _AS_SAID,
+        "test_only_the_copies_that_are_still_wanted_are_kept",
     ),
     _ahead(
         "rollout/ahead",
