@@ -84,7 +84,7 @@ def run_checks(tools: Buildah, role: str, only: str) -> int:
         start, said = time.monotonic(), "ok"
         try:
             check(tools, IMAGES[role])
-        except CheckError as error:
+        except (CheckError, subprocess.TimeoutExpired) as error:
             failed, said = failed + 1, f"FAILED\n{error}"
         print(f"{role}: {name} ({time.monotonic() - start:.0f} s): {said}", flush=True)
     return failed

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from tests.docker.bases import EDITS, gpu_dockerfile
-from tests.docker.build import IMAGES, main
-from tests.docker.buildah import missing_tools
+from tests.docker.build import IMAGES, main, run_checks
+from tests.docker.buildah import Buildah, missing_tools
+from tests.docker.checks import CHECKS
 from tests.docker.test_image_files import DOCKER
 
 
@@ -22,6 +26,18 @@ def test_an_image_is_built_and_used(role: str, request: pytest.FixtureRequest) -
         pytest.skip(reason)
     storage = request.config.option.image_storage
     assert main([role, *(["--storage", storage] if storage else [])]) == 0
+
+
+def test_a_check_that_takes_too_long_leaves_those_after_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def hangs(tools: Buildah, image: str) -> None:
+        subprocess.run(["sleep", "60"], timeout=0.1, check=True)
+
+    monkeypatch.setitem(CHECKS, "cpu", [("hangs", hangs), ("passes", lambda tools, image: None)])
+    assert run_checks(Buildah(tmp_path), "cpu", "") == 1
+    said = capsys.readouterr().out
+    assert "cpu: hangs (0 s): FAILED" in said and "timed out" in said and "cpu: passes (0 s): ok" in said
 
 
 def test_only_what_needs_cudas_compilers_is_changed() -> None:
