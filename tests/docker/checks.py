@@ -85,7 +85,7 @@ def mission_trains(
         keys = TinyRun.at(Path("/data")).overrides(Path("runs/tiny"), **{"trainer.tropd.max_steps": 2})
         keys = [k for k in keys if not k.startswith("model.teacher.cache_dir=")]  # the default: under HOME
         volumes = {Path(data): "/data:ro"} | ({runs: place} if mounted else {}) | ({tmp: "/tmp"} if tmp else {})
-        done = container.run(*TRAIN, "base", *keys, uid=uid, volumes=volumes, entrypoint=entrypoint, timeout_s=1200)
+        done = container.run(*TRAIN, "base", *keys, uid=uid, volumes=volumes, entrypoint=entrypoint, timeout_s=2400)
         said = expect(done, 0, "report ")
         if complaint := re.search(
             r"[^.]{0,200}(Permission denied|Read-only file system|PermissionError).{0,200}", said
