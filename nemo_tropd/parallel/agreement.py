@@ -55,10 +55,11 @@ class World:
 
 
 class Parts(Generic[S]):
-    """What rank 0's work puts aside for all ranks while it goes on; ``take`` is given the new ones, in order."""
+    """What rank 0's work puts aside for all ranks while it goes on. ``take`` is given the new ones, in order, and
+    whether the work is done by then. It may be collective, so what a rank raises there it raises alone."""
 
-    def __init__(self, take: Callable[[list[S]], None]) -> None:
-        self._take, self._waiting, self._news = take, deque[S](), threading.Event()
+    def __init__(self, take: Callable[[list[S], bool], None]) -> None:
+        self.take, self._waiting, self._news = take, deque[S](), threading.Event()
 
     def put(self, part: S) -> None:
         """In the thread of the work; picklable."""
@@ -83,10 +84,6 @@ class Parts(Generic[S]):
         """Those that are there."""
         return [self._waiting.popleft() for _ in range(len(self._waiting))]
 
-    def taken(self, ranks: World, some: list[S], unexpected: type[Exception]) -> None:
-        """Take them on every rank (collective)."""
-        on_every_rank(ranks, lambda: self._take(some), unexpected=unexpected)
-
 
 def on_rank_zero(
     ranks: World,
@@ -101,9 +98,9 @@ def on_rank_zero(
     reports every ``heartbeat_s`` seconds that it still works, which may take longer than the process group's timeout.
     An exception whose class is not of this package arrives as an ``unexpected`` that names it. With ``may_stop`` every
     rank raises Stopped if the work, then abandoned, is not done ``FINISH_S`` after a request. What the work has put in
-    ``parts`` every rank takes while rank 0 goes on, all of it before the result; what one raises there, all raise."""
+    ``parts`` every rank takes while rank 0 goes on, all of it before the result."""
     if not ranks.is_leader:
-        return cast(T, _heard(ranks, unexpected, parts))
+        return cast(T, _heard(ranks, parts))
     result: list[T] = []
     cause: list[BaseException] = []
     message: list[tuple[str, bytes]] = []
@@ -130,27 +127,28 @@ def on_rank_zero(
             ranks.broadcast_object(("error", pickle.dumps(stopped)))
             raise stopped
         if parts is not None and parts.waiting:
-            some = parts.drained()
+            some = parts.drained(), bool(message)
             ranks.broadcast_object(("parts", pickle.dumps(some)))
-            parts.taken(ranks, some, unexpected)
+            parts.take(*some)
             reported = time.monotonic()
         if time.monotonic() - reported >= heartbeat_s:
             ranks.broadcast_object(("working", b""))
             reported = time.monotonic()
-        wait()
+        if not message:
+            wait()
     ranks.broadcast_object(message[0])
     if cause:
         raise portable(cause[0], unexpected) from cause[0]
     return result[0]
 
 
-def _heard(ranks: World, unexpected: type[Exception], parts: Parts[Any] | None) -> Any:
+def _heard(ranks: World, parts: Parts[Any] | None) -> Any:
     """On the other ranks: what rank 0 says, until it is done."""
     while True:
         outcome, content = ranks.broadcast_object(("", b""))
         value: Any = pickle.loads(content) if content else None
         if outcome == "parts" and parts is not None:
-            parts.taken(ranks, value, unexpected)
+            parts.take(*value)
         elif outcome == "error":
             raise value
         elif outcome == "result":

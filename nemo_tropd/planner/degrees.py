@@ -68,6 +68,15 @@ def positions(cfg: TropdConfig) -> int:
     return m.global_batch_size * min(m.encoder_seq_length, m.data.max_prompt_tokens + m.rollout.max_new_tokens)
 
 
+def early_bytes(cfg: TropdConfig, place: str) -> dict[str, float]:
+    """Bytes of a rank's scores on their way, if the teacher scores early; ``place`` is the engine's."""
+    t = cfg.model.teacher
+    if not t.score_early or place == "colocated" or not (t.url or place == "dedicated"):
+        return {}
+    packed = 4 * (1 + 2 * cfg.model.tropd.top_k)  # of a token, as it leaves one rank, and as it reaches another
+    return {"scores that move": 2 * loss_tokens(cfg) * packed / layout(cfg).data}
+
+
 def answer_bytes(cfg: TropdConfig) -> float:
     """Host bytes of a rank that asks a teacher's servers: the texts of all answers in flight, at their longest."""
     m = cfg.model

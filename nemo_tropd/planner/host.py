@@ -40,8 +40,8 @@ def host_memory(
         "rollouts": devices * positions(cfg) * ROLLOUT_OBJECTS,
     }
     teachers = ((cfg, teacher), *others)
-    if any(of.model.teacher.url for of, _ in teachers):
-        resident["servers' answers"] = devices * answer_bytes(cfg)
+    if served := sum(bool(of.model.teacher.url) for of, _ in teachers):  # scoring early, they are asked together
+        resident["servers' answers"] = served * devices * answer_bytes(cfg)
     if pinned := sum(teacher_weights(*of) for of in teachers if of[0].model.teacher.offload):
         resident["teacher, pinned"] = devices * pinned
     if exact and m.teacher.offload_states:

@@ -15,6 +15,7 @@ from nemo_tropd.planner.degrees import (
     FP32,
     Degrees,
     answer_bytes,
+    early_bytes,
     layout,
     loss_tokens,
     micro_batches,
@@ -335,16 +336,17 @@ def _forward(cfg: TropdConfig, shape: ModelShape, degrees: Degrees, machine: Mac
     """Bytes of a pass over one row without gradients."""
     width = BYTES[cfg.trainer.precision]
     attention, feed_forward, _ = layer_activations(shape, degrees, width, fused=machine.kind == "gpu")
-    head = head_bytes(cfg, shape, degrees, machine, gradient=False)
-    return {"layer": row_tokens(cfg) * (attention + feed_forward), "head": head}
+    layer = row_tokens(cfg) * (attention + feed_forward)
+    return {"layer": layer, "head": head_bytes(cfg, shape, degrees, machine, gradient=False)}
 
 
 def _scoring(cfg: TropdConfig, teacher: ModelShape, machine: Machine) -> dict[str, float]:
     """Bytes while the teacher scores a step, its weights apart."""
+    parts = early_bytes(cfg, placement(cfg, machine))
     if cfg.model.teacher.url:
-        return {"servers' answers": answer_bytes(cfg)} if machine.kind == "cpu" else {}
+        return parts | ({"servers' answers": answer_bytes(cfg)} if machine.kind == "cpu" else {})
     ranks, degrees = layout(cfg), teacher_degrees(cfg)
-    parts = {f"teacher's {part}": size for part, size in _forward(cfg, teacher, degrees, machine).items()}
+    parts |= {f"teacher's {part}": size for part, size in _forward(cfg, teacher, degrees, machine).items()}
     if ranks.owners > 1:  # a group sees the rollouts of several data-parallel ranks
         parts["other ranks' micro-batches"] = (ranks.owners - 1) * _batch_bytes(cfg)
     if degrees.pipeline > 1:  # the last stage gets them all before it scores the first
@@ -361,10 +363,9 @@ def _validation(
     new = m.validation.max_new_tokens or m.rollout.max_new_tokens
     tokens = min(m.encoder_seq_length, m.data.max_prompt_tokens + new)
     tokens *= math.ceil(m.data.held_out * m.validation.samples_per_prompt / ranks.data)
-    width = BYTES[cfg.trainer.precision]
     both = student.hidden / own.sequence + (not m.teacher.url) * ranks.owners * teacher.hidden / theirs.sequence
     return {
-        "hidden states of the held-out": tokens * both * width,
+        "hidden states of the held-out": tokens * both * BYTES[cfg.trainer.precision],
         "teacher's layer": scoring.get("teacher's layer", 0.0),
         "head": alone["head"] + scoring.get("teacher's head", 0.0),
     }
@@ -381,8 +382,7 @@ def _before(
         share = teacher_utilization(machine.bytes) * machine.bytes
         graphs = graphs_bytes(cfg.trainer.devices)
         found["teacher generates"] = {"process": machine.process, "teacher's engine": share, "its graphs": graphs}
-    measured = [(of, shape) for of, shape in teachers if of.model.teacher.fp8 and of.model.teacher.admission.prompts]
-    if measured:
+    if measured := [of for of in teachers if of[0].model.teacher.fp8 and of[0].model.teacher.admission.prompts]:
         held = {part: resident[part] for part in ("process", "student", "gradients", "fragments")}
         if len(teachers) > 1 and "teacher" in resident:
             held["teacher"] = resident["teacher"]  # those that were loaded before

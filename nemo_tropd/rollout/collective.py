@@ -17,7 +17,7 @@ from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout import engine as api
 
 T = TypeVar("T")
-FinishedTogether = Callable[[list[Rollout]], None]
+FinishedTogether = Callable[[list[Rollout], bool], None]
 
 
 @dataclass(eq=False, repr=False)
@@ -44,7 +44,8 @@ class Rollouts(ABC):
         is given first if it has others. ``requests`` counts on rank 0. Raises EngineError on all ranks.
 
         ``finished``, where ``tells``, is given them on every rank as they are finished, in the same portions, while
-        others are generated; once more, perhaps in other words, where an engine died meanwhile and is replaced."""
+        others are generated, and with them whether the last one is; once more, perhaps in other words, where an engine
+        died meanwhile and is replaced. What a rank raises there it raises alone."""
 
     def refresh(self, version: int) -> api.RefreshStats:
         """Hand the trainer's weights to the engines as ``version``."""
@@ -136,9 +137,9 @@ class RankZeroRollouts(Rollouts):
         """As ``generate``; every rollout travels to the other ranks once, when it is finished."""
         found: dict[int, Rollout] = {}
 
-        def take(some: list[Rollout]) -> None:
+        def take(some: list[Rollout], all_done: bool) -> None:
             found.update((r.sequence_id, r) for r in some)
-            finished(some)
+            finished(some, all_done)
 
         parts = agreement.Parts(take)
 

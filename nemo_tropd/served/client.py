@@ -304,15 +304,15 @@ class Asking:
     """Questions that are asked as they come, in a thread of their own."""
 
     def __init__(self, servers: Servers) -> None:
-        self._servers, self._numbers = servers, count()
+        self._servers = servers
         self._loop = asyncio.new_event_loop()
         self._client, self._gate = servers.client(), servers.gate()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-questions", daemon=True)
         self._thread.start()
 
-    def ask(self, question: Question[R]) -> Future[R]:
-        """Its answer, of any server, or ServerError."""
-        work = self._servers.patient(next(self._numbers), question, None, self._client, self._gate)
+    def ask(self, question: Question[R], number: int) -> Future[R]:
+        """Its answer, of any server, or ServerError. ``number`` alone decides which server is asked first."""
+        work = self._servers.patient(number, question, None, self._client, self._gate)
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:

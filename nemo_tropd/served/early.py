@@ -23,14 +23,18 @@ class EarlyQuestions:
         self._futures: dict[int, Future[Scores]] = {}
 
     def add(self, sequence_id: int, batch: TokenBatch) -> None:
-        """Ask for a micro-batch of one sequence; of a number that was here before it is another one."""
+        """Ask for a micro-batch of one sequence; of a number that was here before it is another one. Raises the
+        ServerError of an earlier question."""
         if self._asking is None:
             return
         if (old := self._futures.pop(sequence_id, None)) is not None:
             old.cancel()
         (r,) = batch.for_teacher.rollouts
+        for future in self._futures.values():
+            if future.done() and future.exception() is not None:
+                future.result()  # no scores for a step, so what else is generated is in vain
         question = scoring(r.token_ids, len(r.prompt_ids), self._top_k, self._teacher.vocabulary)
-        self._futures[sequence_id] = self._asking.ask(question)
+        self._futures[sequence_id] = self._asking.ask(question, sequence_id)
 
     def ready(self) -> set[int]:
         """The sequences whose scores are there."""
@@ -49,7 +53,8 @@ class EarlyQuestions:
                     raise Stopped("asked to stop")
             if self._asking is not None:
                 self._teacher.asked()
-            return {i: packed(future.result()) for i, future in self._futures.items()}
+            futures, self._futures = self._futures, {}
+            return {i: packed(future.result()) for i, future in futures.items()}
         finally:
             self.close()
 

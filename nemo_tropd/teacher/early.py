@@ -39,7 +39,8 @@ class EarlyScorer:
     def collect(self) -> dict[int, Tensor]:
         """Of each sequence its packed scores, on the device; none except on the last pipeline stage."""
         self.close()
-        return self._found
+        found, self._found = self._found, {}
+        return found
 
     def close(self) -> None:
         """The teacher leaves the device, if it is offloaded."""

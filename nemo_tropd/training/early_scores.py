@@ -80,16 +80,18 @@ class EarlyScores:
         self.of = of
         self._model, self._packer, self._prompts, self._step = scoring.model, scoring.packer, scoring.prompts, step
         self._seen: dict[int, Rollout] = {}
-        self.fraction = 0.0  # of the loss tokens whose scores were there when the last rollout was finished
+        self._late: set[int] = set()  # scored when nothing was generated any more
+        self.fraction = 0.0  # of the loss tokens that were scored while others were generated
 
-    def finished(self, rollouts: Sequence[Rollout]) -> None:
-        """Take finished rollouts, the same on every rank. One whose number was here before replaces that one: an engine
-        died, and its successor generated it again."""
+    def finished(self, rollouts: Sequence[Rollout], all_done: bool) -> None:
+        """Take finished rollouts, the same on every rank; with ``all_done`` no others are being generated any more. One
+        whose number was here before replaces that one: an engine died, and its successor generated it again."""
         topology = self._packer.topology
         for r in rollouts:
             if self._seen.get(r.sequence_id) == r:
                 continue
             self._seen[r.sequence_id] = r
+            (self._late.add if all_done else self._late.discard)(r.sequence_id)
             early = self.of.get(self._teacher_of(r))
             if early is not None and r.loss_tokens and r.sequence_id % topology.data_size == topology.data_rank:
                 (batch,) = self._packer.on_every_rank().pack([r], self._step, self._prompts)
@@ -100,7 +102,7 @@ class EarlyScores:
         tokens = {r.sequence_id: r.loss_tokens for r in self._seen.values()}
         ready = {i for early in self.of.values() for i in early.ready()}
         everywhere = set().union(*self._model.topology.gather_objects(ready))
-        self.fraction = sum(tokens[i] for i in everywhere) / max(sum(tokens.values()), 1)
+        self.fraction = sum(tokens[i] for i in everywhere - self._late) / max(sum(tokens.values()), 1)
 
     def scores(
         self, rollouts: Sequence[Rollout], batches: Sequence[TokenBatch]
@@ -125,23 +127,26 @@ class EarlyScores:
         top_k, entropy = self._model.settings.tropd.top_k, self._model.objective.needs_teacher_entropy
         if not topology.is_last_stage:
             return [None] * len(batches)
-        own: list[Tensor] = []
         empty = torch.empty(0, 1 + entropy + 2 * top_k, dtype=torch.int32, device=topology.device)
+        packed = None
         if not served or topology.tensor_rank == 0:
             ids = [r.sequence_id for r in rollouts]
-            makers = {i: i % topology.data_size for i in ids}
+            for i in list(collected):
+                collected[i] = collected[i].to(topology.device)
             moved = to_owners(
-                {i: part.to(topology.device) for i, part in collected.items()},
-                makers,
+                collected,
+                {i: i % topology.data_size for i in ids},
                 {i: owners[i] for i in ids},
                 {r.sequence_id: r.loss_tokens for r in rollouts},
                 empty,
                 topology.data_group,
             )
             own = [moved[r.sequence_id] for batch in batches for r in batch.rollouts if r.loss_tokens]
-        packed = torch.cat([empty, *own])
+            packed = torch.cat([empty, *own])
+            del moved, own
         if isinstance(teacher, ServedTeacher):
-            return teacher.unpacked(packed if own or topology.tensor_rank == 0 else None, batches, top_k)
+            return teacher.unpacked(packed, batches, top_k)
+        assert packed is not None
         parts = packed.split([batch.count_loss_tokens for batch in batches])
         return [unpacked_scores(part, top_k, entropy=entropy) for part in parts]
 

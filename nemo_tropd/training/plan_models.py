@@ -94,7 +94,7 @@ def early_teachers(cfg: TropdConfig, used: Sequence[str], place: str, objective:
     """Of the teachers that prompts have, those that score rollouts as they are finished: which do not share a device
     with the student's engine, whose ``place`` is as ``placement_of`` says."""
     m, settings = cfg.model, {name: teacher_named(cfg.model, name) for name in used}
-    in_turns = sum(not t.url for t in settings.values()) > 1
+    in_turns = len({loaded_as(m, name, cfg.trainer.precision) for name, t in settings.items() if not t.url}) > 1
 
     def early(t: TeacherConfig) -> bool:
         if not t.score_early or place == "colocated":

@@ -136,7 +136,10 @@ def test_the_plan_of_a_teacher_behind_a_server(tmp_path: Path, capsys: pytest.Ca
         return compose_config(tiny.overrides(tmp_path / "run", **asked, **keys))
 
     plan = make_plan(settings())
-    assert "teacher" not in plan.memory.resident and plan.memory.phases["teacher scores"].keys() == {"servers' answers"}
+    assert "teacher" not in plan.memory.resident and plan.memory.phases["teacher scores"].keys() == {
+        "servers' answers",
+        "scores that move",
+    }
     assert [t.engines for t in plan.teachers] == [None] and plan.teachers[0].wanted
     print_plan(settings(), plan)
     assert "on http://nowhere:1: tried before step 1, not by check_only" in re.sub(r"[│\s]+", " ", capsys.readouterr().out)

@@ -63,22 +63,23 @@ def rollout(number: int, *ids: int) -> Rollout:
 def test_each_data_rank_scores_its_own(data_rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     early, made = scoring(data_rank, monkeypatch, "a", "b")
     with early.of_step(7) as scores:
-        scores.finished([rollout(5, 9), rollout(0, 9, 9)])
-        scores.finished([rollout(i, 9) for i in (1, 4, 2, 3)] + [rollout(6), rollout(7)])  # two are empty
+        scores.finished([rollout(5, 9), rollout(0, 9, 9)], False)
+        scores.finished([rollout(i, 9) for i in (1, 4)], False)
+        scores.finished([rollout(i, 9) for i in (2, 3)] + [rollout(6), rollout(7)], True)  # two are empty
         mine = made["ab"[data_rank]]
         assert [i for i, _ in mine.given] == ([0, 4, 2] if data_rank == 0 else [5, 1, 3])
         assert all(b.step == 7 and [r.sequence_id for r in b.rollouts] == [i] for i, b in mine.given)
         assert not made["ba"[data_rank]].given  # its prompts are the other rank's
         scores.all_finished()
-        assert scores.fraction == pytest.approx(3 / 7 if data_rank == 0 else 2 / 7)
+        assert scores.fraction == pytest.approx(3 / 7 if data_rank == 0 else 2 / 7)  # the late ones do not count
     assert [made[name].closed for name in "ab"] == [1, 1]
 
 
 def test_what_a_new_engine_generates_otherwise_is_scored_again(monkeypatch: pytest.MonkeyPatch) -> None:
     early, made = scoring(0, monkeypatch, "a")
     with pytest.raises(ZeroDivisionError), early.of_step(0) as scores:
-        scores.finished([rollout(0, 9, 8), rollout(2, 9)])
-        scores.finished([rollout(0, 9, 8), rollout(2, 7)])
+        scores.finished([rollout(0, 9, 8), rollout(2, 9)], False)
+        scores.finished([rollout(0, 9, 8), rollout(2, 7)], False)
         assert [(i, b.rollouts[0].response_ids) for i, b in made["a"].given] == [(0, [9, 8]), (2, [9]), (2, [7])]
         raise ZeroDivisionError
     assert made["a"].closed == 1 and not made["b"].closed
@@ -87,5 +88,5 @@ def test_what_a_new_engine_generates_otherwise_is_scored_again(monkeypatch: pyte
 def test_teachers_that_do_not_score_early_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     early, made = scoring(0, monkeypatch, "b")
     with early.of_step(0) as scores:
-        scores.finished([rollout(0, 9), rollout(1, 9)])
+        scores.finished([rollout(0, 9), rollout(1, 9)], True)
         assert isinstance(scores, EarlyScores) and not made["a"].given and not made["b"].given

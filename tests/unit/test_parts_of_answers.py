@@ -125,7 +125,7 @@ def gone(wire: w.Wire, rollouts: list[Rollout]) -> None:
         (all_at_once, "member 1: it answered other requests than its own"),
         (again_at_the_end, "member 1: it answered other requests than its own"),
         (silent, "member 1: no answer within 1 s"),
-        (slow, "member 1: no answer within 1 s"),
+        (slow, "member 1: no complete answer within 1 s"),
         (gone, "member 1: the connection was closed"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

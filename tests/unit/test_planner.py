@@ -416,7 +416,7 @@ def test_a_recipes_plan_says_every_phase(
     cfg, teacher, machine = recipe.cfg, recipe.teacher, recipe.machine
     plan: Any = SimpleNamespace(
         **{name: getattr(recipe, name) for name in ("student", "machine", "memory", "host", "wire")},
-        vocab_size=151_000, objective=build_objective(cfg), run_dir=Path("runs"), benchmarks=(), notes=(),
+        vocab_size=151_000, objective=build_objective(cfg), run_dir=Path("runs"), benchmarks=(), notes=(), early=(),
         prompts=SimpleNamespace(train=range(1000), held_out=range(64), notes=()),
         teachers=[Teacher("default", cfg, teacher, wanted={(1,): 256}, engines=teacher_engines(cfg, teacher, machine))],
     )  # fmt: skip

@@ -84,3 +84,19 @@ def test_wrong_teacher_responses_are_refused_and_not_kept(tmp_path: Path, wrong:
     with pytest.raises(EngineError, match=f"prompt 1: the engine generated {text}"):
         responses().ensure([[1, 2], [3]], lambda: WrongEngine(**changes))
     assert len(responses()) == 0
+
+
+class FromTheTeacher(Exception):
+    pass
+
+
+def test_what_a_rank_raises_while_it_takes_rollouts_leaves_it_as_it_is() -> None:
+    """Its traceback and code are those of the part that failed; the roll call ends the other ranks."""
+    asked = [RolloutRequest([1, 2], [3], i, i, 16 + i, MOST) for i in range(2)]
+    rollouts = RankZeroRollouts(OneRank(), lambda: ReplayEngine(VOCABULARY), lambda: iter(()), VOCABULARY)
+
+    def take(some: list[Rollout], all_done: bool) -> None:
+        raise FromTheTeacher
+
+    with pytest.raises(FromTheTeacher):
+        rollouts.generate(asked, 0, take)

@@ -383,9 +383,13 @@ def test_a_question_that_no_server_answers_ends_the_others(up: Callable[..., str
     slow, refuses = threading.Event(), fake(max_model_len=30)
     refuses.fault = lambda path, body, answer: (len(body["prompt"]) == 40 or slow.wait(20), answer)[1]
     early = early_questions(servers(up(refuses)))
-    for i, count in enumerate((20, 40, 21)):
+    for i, count in enumerate((20, 21, 40)):
         early.add(i, batch_of(ids_of(count), i))
     began = time.monotonic()
+    while not early._futures[2].done():
+        time.sleep(0.02)
+    with pytest.raises(ServerError, match="answers 400"):
+        early.add(3, batch_of(ids_of(22), 3))  # the others need not be generated to their end
     with pytest.raises(ServerError, match="answers 400"):
         early.collect()
     slow.set()

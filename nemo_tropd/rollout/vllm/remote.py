@@ -38,7 +38,7 @@ class RemoteEngine:
     bucket_mib: int = 256  # size of a bucket of weights
     start_timeout_s: float = 1800.0  # for the engines to load the model: 145 GB from a shared disk
     timeout_s: float = 300.0  # for a bucket of weights
-    answer_timeout_s: float = 3600.0  # for the rollouts of one call: members that say nothing for so long are dead
+    answer_timeout_s: float = 3600.0  # for all rollouts of one call: members that need longer are dead
     _members: list[w.Wire] = field(default_factory=list, init=False)  # by index, all of them, or none
     _weights: SharedMemory | WeightGroup | None = field(default=None, init=False)
     _errors_are_deaths: ClassVar[bool] = False  # whether a new engine may succeed where one says that it failed
@@ -159,7 +159,7 @@ class RemoteEngine:
                         if take is None:
                             self._died([member], "it sent a part of an answer where none was asked for")
                         if time.monotonic() > deadline:
-                            self._died(waiting, f"no answer within {timeout_s:g} s")
+                            self._died(waiting, f"no complete answer within {timeout_s:g} s")
                         take(members.index(member), part.rollout)
                     case answer:
                         answers[members.index(member)] = answer
