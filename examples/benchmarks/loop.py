@@ -80,6 +80,7 @@ class OurLoop:
             self.cfg.model.optim, self.model.ddp, dtype=self.model.dtype_of_run, clip=1.0, max_steps=100
         )
         self.model.prepare_for_training()
+        self._kind: type | None = None  # of the rollouts that train_step has attached
 
     def run(self) -> LoopCost:
         """The fastest of the timed steps on rollouts made beforehand."""
@@ -109,25 +110,36 @@ class OurLoop:
         finally:
             rollouts.close()
 
-    def train_step(self, make_engine: Callable[[], Any], early: Sequence[str]) -> Callable[[int], dict[str, float]]:
-        """A step, by number, with one engine for all ranks, which tells the teachers ``early`` of finished rollouts;
-        returns its metrics. Engines are those of the first call."""
+    def train_step(
+        self, make_engine: Callable[[], Any], early: Sequence[str], *, ahead: int = 0, last: int = 0
+    ) -> Callable[[int], dict[str, float]]:
+        """A step, by number, with one engine for all ranks, which tells the teachers ``early`` of finished rollouts, or
+        works ``ahead`` steps ahead up to step ``last``; returns its metrics. An engine is kept until it is closed."""
+        from nemo_tropd.rollout.ahead import AheadRollouts
         from nemo_tropd.rollout.collective import RankZeroRollouts
 
-        if self.model._rollouts is None:
-            own = RankZeroRollouts(self.topology, make_engine, self.model.export_stream, self.model.vocab_size)
+        kind = AheadRollouts if ahead else RankZeroRollouts
+        if self._kind is not kind:
+            own = kind(self.topology, make_engine, self.model.export_stream, self.model.vocab_size)
             self.model.attach_rollouts(own)
             self.model.send_weights(0)
-        step = self._step(early)
+            self._kind = kind
+        step = self._step(early, ahead, last)
         return lambda number: step.run(number, keep_tokens=False).values
 
-    def _step(self, early: Sequence[str] = ()) -> Any:
+    def _step(self, early: Sequence[str] = (), ahead: int = 0, last: int = 0) -> Any:
         from nemo_tropd.data import Prompt, PromptSet
+        from nemo_tropd.rollout.ahead import AheadRollouts
+        from nemo_tropd.training.ahead import Ahead
         from nemo_tropd.training.guidance import Guidance
         from nemo_tropd.training.packing import Packer
         from nemo_tropd.training.step import TrainStep
 
-        case, m = self.case, self.cfg.model
+        case, m, rollouts = self.case, self.cfg.model, self.model.rollouts
+        make_ahead = None
+        if ahead:
+            assert isinstance(rollouts, AheadRollouts)
+            make_ahead = partial(Ahead, rollouts, steps=ahead, last=last)
         ids = enumerate(case.prompts())
         return TrainStep(
             self.model,
@@ -136,6 +148,7 @@ class OurLoop:
             guidance=Guidance(seed=1, total_steps=100, max_new_tokens=case.new_tokens),
             packer=Packer(self.topology, 0, m.micro_batch_size, m.tokens_per_micro_batch, m.seed),
             early=early,
+            ahead=make_ahead,
         )
 
 
