@@ -89,9 +89,9 @@ class SayingEngine(ReplayEngine):
         rollouts = []
         for r in requests:
             every = [*self.tokenizer(self.say(r), add_special_tokens=False)["input_ids"], self.end_id]
-            ids, finished = every[: r.max_new_tokens], len(every) <= r.max_new_tokens
+            ids, ended = every[: r.max_new_tokens], len(every) <= r.max_new_tokens
             scores = [-1.0] * len(ids)
-            rollouts.append(Rollout(r.prompt_ids, [], ids, scores, 0, r.sequence_id, r.prompt_index, finished))
+            rollouts.append(Rollout(r.prompt_ids, [], ids, scores, 0, r.sequence_id, r.prompt_index, ended))
         if finished is not None:
             for rollout in rollouts:
                 finished(rollout)
