@@ -8,7 +8,6 @@ of both (model.rollout.steps_ahead 0) and beside the longer of both (1).
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,18 +16,12 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
-from examples.benchmarks.early_scores import CASES, PacedRollouts, unequal
+from examples.benchmarks.early_scores import PacedRollouts, run, unequal
 from examples.benchmarks.loop import OurLoop
 from examples.benchmarks.loop_case import LoopCase
-from nemo_tropd.files import write_text
 from nemo_tropd.parallel.topology import Topology
-from nemo_tropd.quiet import quiet_libraries
 
 HEADER = ("generating, s", "training, s", "in turns, s", "/ sum", "one step ahead, s", "/ longer")
 
@@ -75,24 +68,5 @@ def rows(measured: Sequence[tuple[float, float, float, float]]) -> list[list[str
     ]  # fmt: skip
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pair", choices=list(CASES), default=next(iter(CASES)))
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4])
-    parser.add_argument("--steps", type=int, default=3, help="of each kind and ratio")
-    parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
-    options = parser.parse_args()
-    quiet_libraries()
-    cells = rows(measure(CASES[options.pair], options.ratios, options.steps))
-    table = Table(*HEADER, title=f"{options.pair}, {torch.get_num_threads()} threads")
-    for row in cells:
-        table.add_row(*row)
-    Console(width=110).print(table)
-    if options.out:
-        lines = [HEADER, ["---"] * len(HEADER), *cells]
-        write_text(options.out, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", [0.25, 0.5, 1, 2, 4], HEADER, lambda *given: rows(measure(*given)))

@@ -13,7 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -100,24 +100,29 @@ def rows(measured: Sequence[tuple[float, float, float, float]]) -> list[list[str
     ]
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def run(
+    text: str,
+    ratios: Sequence[float],
+    header: Sequence[str],
+    cells: Callable[[LoopCase, Sequence[float], int], list[list[str]]],
+) -> None:
+    """A benchmark with engines of given speed: its command line, and ``cells`` of a case, ratios, steps as a table."""
+    parser = argparse.ArgumentParser(description=text.splitlines()[0])
     parser.add_argument("--pair", choices=list(CASES), default=next(iter(CASES)))
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 1, 2, 4])
+    parser.add_argument("--ratios", type=float, nargs="+", default=ratios)
     parser.add_argument("--steps", type=int, default=3, help="of each kind and ratio")
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     options = parser.parse_args()
     quiet_libraries()
-    cells = rows(measure(CASES[options.pair], options.ratios, options.steps))
-    table = Table(*HEADER, title=f"{options.pair}, {torch.get_num_threads()} threads")
-    for row in cells:
+    found = cells(CASES[options.pair], options.ratios, options.steps)
+    table = Table(*header, title=f"{options.pair}, {torch.get_num_threads()} threads")
+    for row in found:
         table.add_row(*row)
     Console(width=110).print(table)
     if options.out:
-        lines = [HEADER, ["---"] * len(HEADER), *cells]
+        lines = [header, ["---"] * len(header), *found]
         write_text(options.out, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", [0.5, 1, 2, 4], HEADER, lambda *given: rows(measure(*given)))

@@ -142,7 +142,6 @@ class EngineThread:
 class AheadRollouts(RankZeroRollouts):
     """As ``RankZeroRollouts``; in addition ``begin`` and ``take`` are the two halves of ``generate``."""
 
-    tells = False
     _thread: EngineThread | None = field(default=None, init=False)  # on rank 0, from the first use on
     _rollouts: dict[int, Future[list[Rollout]]] = field(default_factory=dict, init=False)  # on rank 0, by number
 

@@ -6,7 +6,7 @@ Whatever goes wrong on one rank is raised on every rank, so that none is left wa
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -34,8 +34,6 @@ class Rollouts(ABC):
     _started: bool = field(default=False, init=False)  # the same on every rank, as is the version of the weights
     _version: int | None = field(default=None, init=False)
 
-    tells: ClassVar[bool] = False  # of rollouts that are finished while others are generated
-
     @abstractmethod
     def generate(
         self, requests: Sequence[api.RolloutRequest] | None, version: int, finished: FinishedTogether | None = None
@@ -43,9 +41,9 @@ class Rollouts(ABC):
         """One rollout a request, in order, on every rank; all generated with the weights ``version``, which an engine
         is given first if it has others. ``requests`` counts on rank 0. Raises EngineError on all ranks.
 
-        ``finished``, where ``tells``, is given them on every rank as they are finished, in the same portions, while
-        others are generated, and with them whether the last one is; once more, perhaps in other words, where an engine
-        died meanwhile and is replaced. What a rank raises there it raises alone."""
+        ``finished`` is given them on every rank as they are finished, in the same portions, while others are generated,
+        and with them whether the last one is; once more, perhaps in other words, where an engine died meanwhile and is
+        replaced. What a rank raises there it raises alone. ValueError where engines do not tell."""
 
     def refresh(self, version: int) -> api.RefreshStats:
         """Hand the trainer's weights to the engines as ``version``."""
@@ -103,7 +101,6 @@ class RankZeroRollouts(Rollouts):
     """One engine, on rank 0; the other ranks only gather weights. If it dies, it is restarted once for each version of
     the weights, with the current ones, and the same requests are sampled again."""
 
-    tells = True
     _last_restart: int | None = None  # the version during which the engine was last restarted
 
     def generate(

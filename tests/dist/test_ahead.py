@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ConfigError
+from nemo_tropd.parallel.agreement import World
 from nemo_tropd.parallel.signals import STOP
 from nemo_tropd.rollout.ahead import AheadRollouts
 from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, RefreshStats, RolloutRequest
@@ -303,22 +304,12 @@ def test_rollouts_in_a_file_come_back_as_they_were(tmp_path: Path) -> None:
     assert load_rollouts(tmp_path) == rollouts
 
 
-class OneRank:
-    is_leader = True
-
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    def gather_objects(self, obj: Any) -> list[Any]:
-        return [obj]
-
-
 def test_only_the_copies_that_are_still_wanted_are_kept() -> None:
     import torch
 
     gate, script = threading.Semaphore(0), Script(at={n: lambda engine: gate.acquire() for n in range(1, 9)})
     weights = [("w", torch.zeros(3))]
-    rollouts = AheadRollouts(OneRank(), lambda: WeighedEngine(script), lambda: iter(weights), VOCABULARY)  # type: ignore
+    rollouts = AheadRollouts(World(), lambda: WeighedEngine(script), lambda: iter(weights), VOCABULARY)  # type: ignore
     asked = [RolloutRequest([1], [], 5, i, i, 4) for i in range(2)]
     for version in range(3):
         weights[0][1].fill_(version)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.parallel.agreement import World
 from nemo_tropd.rollout.vllm.hosts import DedicatedEngines
 from nemo_tropd.rollout.engine import (
     EngineDied,
@@ -252,18 +253,6 @@ def test_a_host_killed_while_it_writes_is_named_and_can_be_started_again(hosts: 
     assert [len((hosts.folder(i) / "starts").read_text().splitlines()) for i in range(2)] == [1, 2]
 
 
-class OneRank:
-    """A topology of one."""
-
-    is_leader = True
-
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    def gather_objects(self, obj: Any) -> list[Any]:
-        return [obj]
-
-
 def test_a_host_killed_in_the_stream_of_weights_is_waited_for_once(hosts: Hosts) -> None:
     hosts.start(0, 1)
     sent, kills = weights(hosts.settings), [1]
@@ -276,7 +265,7 @@ def test_a_host_killed_in_the_stream_of_weights_is_waited_for_once(hosts: Hosts)
                 hosts.start(1)  # as a scheduler would
             yield name, tensor
 
-    supervisor = RankZeroRollouts(OneRank(), hosts.engines, stream, VOCABULARY)
+    supervisor = RankZeroRollouts(World(), hosts.engines, stream, VOCABULARY)
     wanted = requests(6)
     assert supervisor.generate(wanted, 5) == written(wanted, 5)
     assert supervisor.restarts == 1

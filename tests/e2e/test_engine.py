@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from nemo_tropd.batch import PLAIN, Rollout, Sampling, TokenBatch
 from nemo_tropd.loss.head import score_tokens, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
+from nemo_tropd.parallel.agreement import World
 from nemo_tropd.rollout.collective import RankZeroRollouts
 from nemo_tropd.rollout.engine import (
     EngineDied,
@@ -257,18 +258,6 @@ def test_signals_to_the_trainers_group_do_not_reach_the_engine(shared: Served) -
     assert pid is not None and os.getsid(pid) == pid != os.getsid(0)
 
 
-class OneRank:
-    """A world of one."""
-
-    is_leader = True
-
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    def gather_objects(self, obj: Any) -> list[Any]:
-        return [obj]
-
-
 def kill_later(pid: int, after_s: float) -> threading.Thread:
     def kill() -> None:
         time.sleep(after_s)
@@ -305,7 +294,7 @@ def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(sh
             engines.append(engine_of(shared.model_dir, shared.exchange))
         return engines[-1]
 
-    supervisor = RankZeroRollouts(OneRank(), make, shared.weights, shared.engine.settings.vocab_size)
+    supervisor = RankZeroRollouts(World(), make, shared.weights, shared.engine.settings.vocab_size)
     try:
         again = supervisor.generate(shared.requests, 7)
         assert supervisor.restarts == 1 and len(engines) == 2
