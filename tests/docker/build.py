@@ -39,7 +39,7 @@ def build(tools: Buildah, role: str) -> None:
     print("changed in docker/Dockerfile:", *(f"  {why}" for *_, why in EDITS), sep="\n", flush=True)
     file = tools.storage / "Dockerfile"
     file.write_text(gpu_dockerfile((ROOT / "docker" / "Dockerfile").read_text()))
-    tools.build(IMAGES[role], file, ROOT, {"REVISION": "test"})
+    tools.build(IMAGES[role], file, ROOT, {"REVISION": "test"}, each_step=False)
 
 
 def main(argv: list[str] | None = None) -> int:
