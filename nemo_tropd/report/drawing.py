@@ -2,8 +2,10 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib.style
@@ -14,9 +16,11 @@ from matplotlib.ticker import MaxNLocator
 from nemo_tropd.report.charts import COLORS, TICK_STEPS, Chart
 from nemo_tropd.report.records import smooth, thin
 from nemo_tropd.report.text import number
+from nemo_tropd.report.timeline import Picture
 
-_WIDTH, _HEIGHT = 360, 206  # of an SVG, in its own units, which matplotlib calls points
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 16, 16, 32
+# Of an SVG, in its own units, which matplotlib calls points: width and height; left, right, top and bottom margin.
+_CHART = (360, 206), (40, 16, 16, 32)
+_TIMELINE = (800, 190), (64, 68, 18, 32)
 _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "text.parse_math": False,  # names of runs and phases are not TeX
@@ -56,12 +60,28 @@ def style(font_size: float, salt: str = "") -> Iterator[None]:
 
 def svg(chart: Chart) -> str:
     """The chart as an ``<svg>`` element of an HTML page: colours are CSS variables, text is text in the page's font."""
-    with style(11, chart.title):
+    return _svg(partial(draw, chart), chart.title, chart.values_in_words, *_CHART)
+
+
+def timeline_svg(picture: Picture) -> str:
+    """A timeline as an ``<svg>`` element, as ``svg`` of a chart."""
+    return _svg(partial(draw_timeline, picture), f"Timeline, {picture.title}", picture.values_in_words, *_TIMELINE)
+
+
+def _svg(
+    draw: Callable[[Axes], None],
+    title: str,
+    in_words: str,
+    size: tuple[int, int],
+    margins: tuple[int, int, int, int],
+) -> str:
+    (width, height), (left, right, top, bottom) = size, margins
+    with style(11, title):
         # A figure of its own, without pyplot: no global state, no display.
-        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
+        figure = Figure(figsize=(width / 72, height / 72))
         figure.patch.set_visible(False)
-        size = (1 - (_LEFT + _RIGHT) / _WIDTH, 1 - (_TOP + _BOTTOM) / _HEIGHT)
-        draw(chart, figure.add_axes((_LEFT / _WIDTH, _BOTTOM / _HEIGHT, *size)))
+        inside = (1 - (left + right) / width, 1 - (top + bottom) / height)
+        draw(figure.add_axes((left / width, bottom / height, *inside)))
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     root = ElementTree.fromstring(file.getvalue())
@@ -69,8 +89,7 @@ def svg(chart: Chart) -> str:
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', file.getvalue()))
     for element in root.iter():
         _simplify(element, used)
-    label = f"{chart.title}. {chart.values_in_words}"
-    root.attrib = {"viewBox": f"0 0 {_WIDTH} {_HEIGHT}", "role": "img", "aria-label": label}
+    root.attrib = {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": f"{title}. {in_words}"}
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -147,3 +166,44 @@ def _draw_axes(chart: Chart, axis: Axes) -> None:
     axis.set_yticks(ticks, [number(t) for t in ticks])
     axis.set_yticks([], minor=True)
     axis.set_ylim(ticks[0], ticks[-1])
+
+
+def draw_timeline(picture: Picture, axis: Axes) -> None:
+    """Draw lanes, their idle shares and the axis of seconds, without title and legend."""
+    for row in picture.rows:
+        for bar in row.bars:
+            width = max(bar.end - bar.begin, 0.0015 * picture.end)  # else it would not be seen
+            edge = 0.8 if width > 0.01 * picture.end and row.height > 0.1 else 0  # else nothing else would be
+            (patch,) = axis.barh(row.top, width, row.height, bar.begin, align="edge", color=COLORS[bar.kind.color])
+            patch.set(alpha=bar.kind.opacity, edgecolor=COLORS["panel"], linewidth=edge)
+    for x, y, text in _numbers(picture):
+        ground = {"facecolor": COLORS["c0"], "edgecolor": "none", "pad": 1}
+        axis.text(x, y, text, ha="center", va="center", color=COLORS["panel"], fontsize=10, bbox=ground)
+    quiet: dict[str, Any] = {"color": COLORS["quiet"], "va": "center"}
+    for place, share in enumerate(picture.lanes.values()):
+        axis.text(1.012, place + 0.5, f"idle {share:.0%}", transform=axis.get_yaxis_transform(), **quiet)
+    for i, (begin, end, name) in enumerate(picture.steps):
+        if i:
+            axis.axvspan(picture.steps[i - 1][1], begin, color=COLORS["rule"], alpha=0.6, linewidth=0)
+            axis.axvline(begin, color=COLORS["quiet"], linewidth=1)
+        if len(picture.steps) > 1:
+            axis.text((begin + end) / 2, -0.22, name, ha="center", **quiet)
+    axis.set(xlim=(0, picture.end), ylim=(len(picture.lanes), 0))
+    axis.grid(False, axis="y")
+    axis.grid(True, axis="x")
+    axis.set_yticks([place + 0.5 for place in range(len(picture.lanes))], list(picture.lanes))
+    ticks = [float(t) for t in MaxNLocator(8, steps=TICK_STEPS).tick_values(0, picture.end) if 0 <= t <= picture.end]
+    axis.set_xticks(ticks, [number(t) for t in ticks])
+    axis.set_xlabel("seconds", loc="right", labelpad=3)
+
+
+def _numbers(picture: Picture) -> Iterator[tuple[float, float, str]]:
+    """Where the numbers of the engines' bars have room: in all engines' bars of one number."""
+    rows = [row for row in picture.rows if any(bar.number for bar in row.bars)]
+    for bar in rows[0].bars if rows else ():
+        begin, end = bar.begin, bar.end
+        for other in (b for row in rows[1:] for b in row.bars):
+            if other.number == bar.number and other.begin < bar.end and other.end > bar.begin:
+                begin, end = max(begin, other.begin), min(end, other.end)
+        if end - begin > (0.01 + 0.01 * len(bar.number)) * picture.end:
+            yield (begin + end) / 2, (rows[0].top + rows[-1].top + rows[-1].height) / 2, bar.number

@@ -13,6 +13,7 @@ from nemo_tropd.report import drawing
 from nemo_tropd.report.charts import COLORS, Chart, charts_of
 from nemo_tropd.report.records import RunRecord, read_run
 from nemo_tropd.report.text import benchmarks, change, change_in_points, headline
+from nemo_tropd.report.timeline import Picture, picture_of
 from nemo_tropd.report.tokens import shown_rollouts, swatches
 
 # metric, label, unit and meaning, +1 if higher is better, -1 if lower, 0 if neither
@@ -45,8 +46,8 @@ class _Row:
 def write_report(run_dir: str | os.PathLike[str], summary: dict[str, Any] | None = None) -> Path:
     """Write ``report.html`` into a run's directory, replacing an earlier one atomically; returns its path.
 
-    Read are metrics.jsonl (without any: ReportError), rollouts.jsonl and summary.json (or ``summary``, before that is
-    written). What is missing leaves a note in its place.
+    Read are metrics.jsonl (without any: ReportError), timeline.jsonl, rollouts.jsonl and summary.json (or ``summary``,
+    before that is written). What is missing leaves a note in its place.
     """
     path = Path(run_dir) / "report.html"
     write_text(path, render(read_run(Path(run_dir), summary)))
@@ -60,10 +61,12 @@ def render(record: RunRecord) -> str:
         lead=_lead(record),
         rows=_rows(record),
         charts=charts_of(record).values(),
+        timeline=picture_of(record.timeline),
         rollouts=shown_rollouts(record.rollouts),
         swatches=swatches(),
         colors=COLORS,
         svg=_svg,
+        timeline_svg=_timeline_svg,
     )
 
 
@@ -77,6 +80,10 @@ def template(name: str) -> Template:
 
 def _svg(chart: Chart) -> Markup:
     return Markup(drawing.svg(chart))  # written out from an XML tree, which escapes
+
+
+def _timeline_svg(picture: Picture) -> Markup:
+    return Markup(drawing.timeline_svg(picture))
 
 
 def _lead(record: RunRecord) -> str:

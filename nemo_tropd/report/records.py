@@ -1,4 +1,4 @@
-"""A run's files as the report reads them: metrics.jsonl, rollouts.jsonl, summary.json.
+"""A run's files as the report reads them: metrics.jsonl, timeline.jsonl, rollouts.jsonl, summary.json.
 
 A killed run leaves traces that must not show: a truncated last line, steps that were logged and then repeated from an
 earlier checkpoint, values that were not finite (written as null).
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nemo_tropd.timeline import StepTimes
 
 Points = list[tuple[int, float]]
 UNFINISHED_STEPS, UNFINISHED_SHARE = 10, 0.05  # the trainer's are the same
@@ -46,6 +48,7 @@ class RunRecord:
     after: dict[str, float]
     answers: list[dict[str, str]] = field(default_factory=list)
     rollouts: list[TokenTrace] = field(default_factory=list)
+    timeline: list[StepTimes] = field(default_factory=list)  # by step, in order
     config: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -94,6 +97,7 @@ def read_run(run_dir: str | Path, summary: dict[str, Any] | None = None) -> RunR
         after=_numbers(summary.get("after") or {}) or (last if len(validation) > 1 else {}),
         answers=[dict(a) for a in summary.get("answers") or [] if isinstance(a, Mapping) and a.get("prompt")],
         rollouts=_read_rollouts(folder / "rollouts.jsonl", notes),
+        timeline=_read_timeline(folder / "timeline.jsonl", notes),
         config=str(summary.get("config") or ""),
         versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, Mapping) else {},
         notes=notes,
@@ -162,7 +166,7 @@ def _unfinished(train: Mapping[int, Mapping[str, float]]) -> Iterator[str]:
         )
 
 
-def _forget_from(by_step: dict[int, dict[str, float]], step: int) -> None:
+def _forget_from(by_step: dict[int, Any], step: int) -> None:
     for void in [s for s in by_step if s >= step]:
         del by_step[void]
 
@@ -191,6 +195,23 @@ def _read_rollouts(path: Path, notes: list[str]) -> list[TokenTrace]:
     if broken:
         notes.append(f"{path.name}: {broken} rollout(s) left out, since their columns differ in length")
     return kept
+
+
+def _read_timeline(path: Path, notes: list[str]) -> list[StepTimes]:
+    found: dict[int, StepTimes] = {}
+    broken = 0
+    for entry in _json_lines(path, notes):
+        try:
+            times = StepTimes.read(entry)
+        except ValueError:
+            broken += 1
+            continue
+        if found and times.step <= next(reversed(found)):
+            _forget_from(found, times.step)
+        found[times.step] = times
+    if broken:
+        notes.append(f"{path.name}: {broken} line(s) left out, since they are not the times of a step")
+    return list(found.values())
 
 
 def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:

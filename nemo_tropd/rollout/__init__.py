@@ -5,6 +5,7 @@ The way of a request (training/guidance.py plans a step's)
                           (EveryRankRollouts)
     ahead.py              with steps_ahead: rank 0's engine works through a queue while the trainer trains
     engine.py             what is asked of an engine, its errors, and the one check of what comes back
+    timed.py              tells the run's timeline when rank 0's engine is at work
     placement.py          which engine that is: placement_of decides, Engines makes
       vllm/in_process.py  colocated: in the trainer's own process, in turns with it; here vLLM's generate is called
       vllm/child.py       process: a child process of rank 0 (vllm/__main__.py), by vllm/remote.py

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_tropd.config import ConfigError, TropdConfig, host_and_port
 from nemo_tropd.rollout.secret import read_secret
+from nemo_tropd.timeline import OFF, Timeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,14 +191,23 @@ class Student(Protocol):
 
 
 @contextmanager
-def rollouts_of(cfg: TropdConfig, topology: Topology, model: Student, engines: EngineFactory) -> Iterator[Rollouts]:
-    """The trainer's view of the student's engine or engines, closed at the end whatever happens."""
+def rollouts_of(
+    cfg: TropdConfig, topology: Topology, model: Student, engines: EngineFactory, timeline: Timeline = OFF
+) -> Iterator[Rollouts]:
+    """The trainer's view of the student's engine or engines, closed at the end whatever happens. ``timeline`` is told
+    when those of this rank are at work."""
     from nemo_tropd.rollout.ahead import AheadRollouts
     from nemo_tropd.rollout.collective import EveryRankRollouts, RankZeroRollouts
+    from nemo_tropd.rollout.timed import TimedEngine
 
     kind: type[Rollouts] = AheadRollouts if cfg.model.rollout.steps_ahead else RankZeroRollouts
     weights = model.export_stream
     if placement_of(cfg) == "colocated":
         kind, weights = EveryRankRollouts, model.device_stream
-    with closing(kind(topology, lambda: engines.student(cfg), weights, model.vocab_size)) as rollouts:
+
+    def make() -> RolloutEngine:
+        engine = engines.student(cfg)
+        return TimedEngine(engine, timeline) if timeline.enabled else engine
+
+    with closing(kind(topology, make, weights, model.vocab_size)) as rollouts:
         yield rollouts

@@ -1,5 +1,6 @@
 """A teacher behind servers that is asked for scores of rollouts one by one, as they are finished."""
 
+from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 
 from torch import Tensor
@@ -17,8 +18,11 @@ class EarlyQuestions:
     """Questions in flight while the caller does something else. Servers see each sequence by itself anyway: the scores
     are those of ``ServedTeacher.score``."""
 
-    def __init__(self, teacher: ServedTeacher, top_k: int) -> None:
-        self._teacher, self._top_k = teacher, top_k
+    def __init__(
+        self, teacher: ServedTeacher, top_k: int, begin: Callable[[], Callable[[], None]] = lambda: lambda: None
+    ) -> None:
+        """``begin`` is called with every question; what it returns, once there is an answer or none will come."""
+        self._teacher, self._top_k, self._begin = teacher, top_k, begin
         self._asking = Asking(teacher.servers) if teacher.asks else None
         self._futures: dict[int, Future[Scores]] = {}
 
@@ -34,7 +38,9 @@ class EarlyQuestions:
             if future.done() and future.exception() is not None:
                 future.result()  # no scores for a step, so what else is generated is in vain
         question = scoring(r.token_ids, len(r.prompt_ids), self._top_k, self._teacher.vocabulary)
-        self._futures[sequence_id] = self._asking.ask(question, sequence_id)
+        end = self._begin()
+        self._futures[sequence_id] = future = self._asking.ask(question, sequence_id)
+        future.add_done_callback(lambda _: end())
 
     def ready(self) -> set[int]:
         """The sequences whose scores are there."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -25,6 +26,7 @@ from nemo_tropd.served.early import EarlyQuestions
 from nemo_tropd.served.teacher import ServedTeacher
 from nemo_tropd.teacher.early import EarlyScorer
 from nemo_tropd.teacher.sharing import TeacherSharing, unpacked_scores
+from nemo_tropd.timeline import EARLY, OFF, Timeline
 from nemo_tropd.training.packing import Packer
 
 AnyTeacher = TeacherSharing | ServedTeacher
@@ -44,12 +46,13 @@ class Early(Protocol):
 
 @dataclass(frozen=True)
 class EarlyScoring:
-    """The teachers ``names`` of ``model`` that score early, ``packer`` and ``prompts`` as in ``TrainStep``."""
+    """The teachers ``names`` of ``model`` that score early; ``packer``, ``prompts``, ``timeline`` as of a step."""
 
     model: MegatronTrOPDModel
     packer: Packer
     prompts: PromptSet
     names: Collection[str]
+    timeline: Timeline = OFF
 
     @contextmanager
     def of_step(self, step: int) -> Iterator[EarlyScores]:
@@ -64,13 +67,15 @@ class EarlyScoring:
 
     def _early(self, teacher: AnyTeacher) -> Early:
         if isinstance(teacher, ServedTeacher):
-            return EarlyQuestions(teacher, self.model.settings.tropd.top_k)
+            return EarlyQuestions(
+                teacher, self.model.settings.tropd.top_k, partial(self.timeline.begin, "teacher", EARLY)
+            )
 
         def score(batches: Sequence[TokenBatch]) -> list[TeacherScores | None]:
             found = self.model.score_by(teacher, batches)
             return [None if isinstance(one, TeacherStates) else one for one in found]
 
-        return EarlyScorer(teacher.teacher, score)
+        return EarlyScorer(teacher.teacher, score, partial(self.timeline.add, "teacher", EARLY))
 
 
 class EarlyScores:

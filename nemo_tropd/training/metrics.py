@@ -1,33 +1,47 @@
-"""What a run logs: metrics, one line a step; rollouts for the report; seconds by phase."""
+"""What a run logs: metrics and a timeline, one line a step each; rollouts for the report; seconds by phase."""
 
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.data import token_texts
+from nemo_tropd.timeline import COPY, OFF, StepTimes, Timeline
+
+# Of the phases in which the trainer works: the lane and what it does. In the others it waits for engines, which say
+# themselves when they work.
+_LANES = {
+    "teacher": ("teacher", "scoring"),
+    "student": ("student", "forward and backward"),
+    "optimizer": ("student", "optimizer"),
+    "refresh": ("weights", COPY),
+}
 
 
 class PhaseTimer:
-    """Seconds by phase of one step. ``synchronize`` waits for the device, at the end of a phase."""
+    """Seconds by phase of one step, and on ``timeline`` when they were. ``synchronize`` waits for the device, at the
+    end of a phase."""
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
+    def __init__(self, synchronize: Callable[[], None], timeline: Timeline = OFF) -> None:
         self.seconds: dict[str, float] = {}
-        self.synchronize = synchronize
+        self.synchronize, self.timeline = synchronize, timeline
         self.start = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to ``name``."""
         began = time.perf_counter()
+        lane = _LANES.get(name)
         try:
-            yield
-            self.synchronize()
+            with self.timeline.doing(*lane) if lane else nullcontext():
+                yield
+                self.synchronize()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
@@ -42,9 +56,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, loggers: list[Any]) -> None:
         self.path = run_dir / "metrics.jsonl"
         self.loggers = loggers
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
-        if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # after a line that a killed run left incomplete
+        self._file = _appended(self.path)
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Log ``values`` of ``step``; ``kind`` is train or validation. Values that are not finite become null."""
@@ -67,6 +79,22 @@ class MetricsLog:
         self._file.close()
 
 
+class TimelineFile:
+    """Appends the times of steps to RUN/timeline.jsonl. As in metrics.jsonl a step that is there again, because the run
+    went back to a checkpoint, voids what was written from there on."""
+
+    def __init__(self, run_dir: Path, placement: str, steps_ahead: int) -> None:
+        """Where the run's engines are, and how many steps ahead they work."""
+        self.placement, self.steps_ahead = placement, steps_ahead
+        self._file = _appended(run_dir / "timeline.jsonl")
+
+    def write(self, times: StepTimes) -> None:
+        """One line."""
+        times = replace(times, placement=self.placement, steps_ahead=self.steps_ahead)
+        self._file.write(json.dumps(times.entry()) + "\n")
+        self._file.flush()
+
+
 class RolloutFile:
     """Appends rollouts, token by token, to RUN/rollouts.jsonl."""
 
@@ -85,3 +113,14 @@ class RolloutFile:
                     **{name: sequence[name] for name in ("log_ratio", "gate", "guided")},
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _appended(path: Path) -> TextIO:
+    """``path``, open at the beginning of a line."""
+    file: TextIO = path.open("a", encoding="utf-8")
+    if file.tell():
+        with path.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            if written.read() != b"\n":
+                file.write("\n")  # after a line that a killed run left incomplete
+    return file

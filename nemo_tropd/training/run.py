@@ -26,13 +26,14 @@ from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout.ahead import AheadRollouts
 from nemo_tropd.rollout.engine import EngineError
-from nemo_tropd.rollout.placement import EngineFactory, Engines, check_placement, rollouts_of
+from nemo_tropd.rollout.placement import EngineFactory, Engines, check_placement, placement_of, rollouts_of
 from nemo_tropd.teacher.fp8 import check_hardware
+from nemo_tropd.timeline import Timeline
 from nemo_tropd.training.ahead import Ahead
 from nemo_tropd.training.calibration import calibration_batches
 from nemo_tropd.training.checkpoint import CheckpointError, Checkpoints
 from nemo_tropd.training.guidance import make_guidance, wanted_responses
-from nemo_tropd.training.metrics import MetricsLog, RolloutFile
+from nemo_tropd.training.metrics import MetricsLog, RolloutFile, TimelineFile
 from nemo_tropd.training.optimizer import StudentOptimizer
 from nemo_tropd.training.plan import Plan, make_plan, print_plan
 from nemo_tropd.training.served import WithServed, open_served
@@ -157,10 +158,11 @@ def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
         served=served,
     )
     stop_point(topology)
-    with rollouts_of(cfg, topology, model, engines) as rollouts:
+    timeline = Timeline(enabled=topology.is_leader)
+    with rollouts_of(cfg, topology, model, engines, timeline) as rollouts:
         try:
             model.attach_rollouts(rollouts)
-            trainer = _trainer(setup, model, responses, lightning)
+            trainer = _trainer(setup, model, responses, lightning, timeline)
             outcome = trainer.fit()
             if trainer.log is not None:
                 trainer.log.close()
@@ -173,7 +175,9 @@ def _train(setup: Setup, engines: EngineFactory, call: RollCall) -> Outcome:
     return outcome
 
 
-def _trainer(setup: Setup, model: MegatronTrOPDModel, responses: Responses | None, lightning: Any) -> TropdTrainer:
+def _trainer(
+    setup: Setup, model: MegatronTrOPDModel, responses: Responses | None, lightning: Any, timeline: Timeline
+) -> TropdTrainer:
     cfg, settings, leads = setup.cfg, setup.cfg.trainer.tropd, setup.topology.is_leader
     optimizer = StudentOptimizer(
         cfg.model.optim,
@@ -197,6 +201,7 @@ def _trainer(setup: Setup, model: MegatronTrOPDModel, responses: Responses | Non
             packer=setup.packer(),
             early=setup.plan.early,
             ahead=ahead,
+            timeline=timeline,
         ),
         validator=Validator(setup, model, responses),
         checkpoints=Checkpoints(
@@ -208,6 +213,7 @@ def _trainer(setup: Setup, model: MegatronTrOPDModel, responses: Responses | Non
         ),
         log=MetricsLog(setup.run_dir, list(lightning.loggers)) if leads else None,
         rollout_file=RolloutFile(setup.run_dir, setup.plan.tokenizer) if leads else None,
+        timeline_file=TimelineFile(setup.run_dir, placement_of(cfg), steps) if leads else None,
     )
 
 

@@ -16,6 +16,7 @@ from nemo_tropd.data import PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
 from nemo_tropd.rollout.engine import RolloutRequest
+from nemo_tropd.timeline import OFF, Timeline
 from nemo_tropd.training.ahead import Ahead
 from nemo_tropd.training.early_scores import EarlyScoring
 from nemo_tropd.training.guidance import Guidance
@@ -49,20 +50,22 @@ class TrainStep:
         packer: Packer,
         early: Collection[str] = (),
         ahead: Callable[[Callable[[int], list[RolloutRequest]]], Ahead] | None = None,
+        timeline: Timeline = OFF,
     ) -> None:
         """``early``: the teachers that score rollouts as they are finished. ``ahead``, if engines work ahead of the
-        trainer, is given a function of a step that returns its requests."""
+        trainer, is given a function of a step that returns its requests. ``timeline`` is told when who is at work."""
         self.model, self.optimizer = model, optimizer
         self.prompts, self.guidance, self.packer = prompts, guidance, packer
         self.order = prompts.order(model.settings.seed)
-        self.early = EarlyScoring(model, packer, prompts, early) if early else None
+        self.early = EarlyScoring(model, packer, prompts, early, timeline) if early else None
         self.ahead = ahead(self._requests) if ahead is not None else None
+        self.timeline = timeline
 
     def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
         """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1`` after;
         ``shown`` is called with the name of every phase as it begins. Raises EngineError on every rank."""
         model, topology, lag = self.model, self.model.topology, 0
-        timer = PhaseTimer(topology.synchronize)
+        timer = PhaseTimer(topology.synchronize, self.timeline)
 
         def phase(name: str) -> AbstractContextManager[None]:
             shown(name)

@@ -1,5 +1,6 @@
 """The loop around ``step.TrainStep``: resume, validate, save, log, stop."""
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.training.ahead import Rollouts
 from nemo_tropd.training.checkpoint import Checkpoints
-from nemo_tropd.training.metrics import MetricsLog, RolloutFile
+from nemo_tropd.training.metrics import MetricsLog, RolloutFile, TimelineFile
 from nemo_tropd.training.progress import RunProgress
 from nemo_tropd.training.resume import RunState
 from nemo_tropd.training.setup import Setup
@@ -58,15 +59,16 @@ class TropdTrainer:
         checkpoints: Checkpoints,
         log: MetricsLog | None,
         rollout_file: RolloutFile | None,
+        timeline_file: TimelineFile | None,
     ) -> None:
-        """``log`` and ``rollout_file`` are those of rank 0; None elsewhere."""
+        """``log`` and the two files are those of rank 0; None elsewhere."""
         self.cfg, self.settings = setup.cfg, setup.cfg.trainer.tropd
         self.topology, self.run_dir = setup.topology, setup.run_dir
         self.one_step, self.model, self.optimizer = one_step, one_step.model, one_step.optimizer
         assert setup.start is not None
         self.validator, self.checkpoints = validator, checkpoints
         self.start, self.state = setup.start, setup.start.state
-        self.log, self.rollout_file = log, rollout_file
+        self.log, self.rollout_file, self.timeline_file = log, rollout_file, timeline_file
         self._saved: int | None = None  # the step of the newest checkpoint of this process
         self._unfinished_in_a_row, self._said_stale = 0, False
 
@@ -125,10 +127,13 @@ class TropdTrainer:
     def _step(self, step: int) -> None:
         done = step + 1
         keeps = done in (1, self.settings.max_steps) or self._due(done, self.settings.val_check_interval)
+        began = time.monotonic()
         record = self.one_step.run(step, keep_tokens=keeps, shown=self.progress.phase)
         self.state = replace(self.state, step=done)
-        if self.log is not None:
-            self.log.write(done, "train", record.values)
+        if self.log is not None and self.timeline_file is not None:
+            times = self.one_step.timeline.step_done(done, began)
+            self.log.write(done, "train", record.values | {f"idle/{lane}": share for lane, share in times.idle.items()})
+            self.timeline_file.write(times)
         if self.rollout_file is not None and record.sums.kept:
             kept = record.sums.kept[: self.cfg.model.validation.kept_rollouts]
             self.rollout_file.write(done, record.rollouts, kept)

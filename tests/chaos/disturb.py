@@ -129,7 +129,7 @@ def damage_files(run_dir: Path, draw: random.Random) -> str:
     choices: list[Callable[[], str]] = [] if finished else [lambda: _left_overs(run_dir)]
     if len(checkpoints) > 1:
         choices += [lambda: _damage(draw.choice(_files(checkpoints[-1])), draw)] * 3
-    for pattern in ("validation/*.json", "summary.json", "config.yaml", "metrics.jsonl", "rollouts.jsonl"):
+    for pattern in ("validation/*.json", "summary.json", "config.yaml", "*.jsonl"):
         found = sorted(run_dir.glob(pattern))
         if found:
             choices.append(lambda found=found: _damage(draw.choice(found), draw))  # type: ignore[misc]
@@ -142,7 +142,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _damage(path: Path, draw: random.Random) -> str:
-    if path.name in ("metrics.jsonl", "rollouts.jsonl"):
+    if path.suffix == ".jsonl":
         with path.open("a") as file:
             file.write('{"step": 3, "ki')
         return f"{path.name} ends in half a line"

@@ -198,7 +198,99 @@ def _ahead(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
 _AS_SAID = "test_older_weights_are_used_as_said"
 _RESUMES = "test_a_run_that_ended_anyhow_resumes_to_the_bit"
 
+
+def _timeline(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
+    report = "tests/unit/test_report_timeline.py::" if file.startswith("report") else "tests/unit/test_timeline.py::"
+    paths = tuple(test if "/" in test else report + test for test in tests)
+    return Fault("timeline", what, f"nemo_tropd/{file}.py", line, becomes, paths, "/dist/" in paths[0])
+
+
 FAULTS: list[Fault] = [
+    # the timeline of a step
+    _timeline(
+        "timeline",
+        "what goes on at a step's end is left out",
+        "spans = [*self._done, *((lane, what, begin, ended) for lane, what, begin in self._open.values())]",
+        "spans = list(self._done)",
+        "test_what_crosses_a_step_is_cut_at_its_ends",
+    ),
+    _timeline(
+        "timeline",
+        "what began before a step counts from then",
+        "begin, end = max(begin, began) - began, min(end, ended) - began",
+        "begin, end = begin - began, min(end, ended) - began",
+        "test_what_crosses_a_step_is_cut_at_its_ends",
+    ),
+    _timeline(
+        "timeline",
+        "questions that are asked at once count one by one",
+        "total += max(end - max(begin, reached), 0.0)",
+        "total += end - begin",
+        "test_overlaps_count_once",
+    ),
+    _timeline(
+        "timeline",
+        "of several engines the busiest counts",
+        "return {name: 1 - sum(b) / (len(b) * self.seconds) for name, b in busy.items() if b}",
+        "return {name: 1 - max(b) / self.seconds for name, b in busy.items() if b}",
+        "test_several_members_have_lanes_of_their_own",
+    ),
+    _timeline(
+        "timeline",
+        "the share that short ones are busy is that of what is written",
+        "busy = length((begin, end) for begin, end, _ in bars)",
+        "busy = length((begin, end) for begin, end, _ in _joined(bars, seconds / MOST_BARS))",
+        "test_many_short_ones_are_written_as_few_and_counted_exactly",
+    ),
+    _timeline(
+        "parallel/stopwatch",
+        "a GPU's work ends when it is launched",
+        "return self._began + self._origin.elapsed_time(mark) / 1000",
+        "return self._began",
+        "test_a_stopwatch_of_a_gpu_takes_its_events",
+    ),
+    _timeline(
+        "training/run",
+        "every rank records",
+        "timeline = Timeline(enabled=topology.is_leader)",
+        "timeline = Timeline()",
+        "tests/dist/test_timeline.py::test_rank_0_alone_writes",
+    ),
+    _timeline(
+        "rollout/placement",
+        "engines are not on the timeline",
+        "return TimedEngine(engine, timeline) if timeline.enabled else engine",
+        "return engine",
+        "tests/dist/test_timeline.py::test_in_turns_one_works_after_another",
+    ),
+    _timeline(
+        "training/early_scores",
+        "scores beside the engines are not on the timeline",
+        'return EarlyScorer(teacher.teacher, score, partial(self.timeline.add, "teacher", EARLY))',
+        "return EarlyScorer(teacher.teacher, score)",
+        "tests/dist/test_timeline.py::test_early_scores_are_beside_their_generation",
+    ),
+    _timeline(
+        "report/records",
+        "steps that were done again are there as they were first",
+        "if found and times.step <= next(reversed(found)):",
+        "if found and times.step < 0:",
+        "test_steps_done_again_replace_what_the_killed_run_had_written",
+    ),
+    _timeline(
+        "report/timeline",
+        "a pause for a checkpoint is within the picture",
+        "if windows := close or windows:",
+        "if windows:",
+        "test_steps_ahead_are_shown_in_a_row",
+    ),
+    _timeline(
+        "report/timeline",
+        "what the engines are sent is the trainer's work",
+        "return ((begin, end) for begin, end, what in bars if (what == SEND) == sent)",
+        "return ((begin, end) for begin, end, what in bars)",
+        "test_advice_for_steps_ahead",
+    ),
     # rollouts ahead of the weights
     _ahead(
         "rollout/ahead",
