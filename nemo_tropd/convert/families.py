@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +77,7 @@ class ModelShape:
 
     def parameters(self) -> int:
         """The number of trained values, without vocabulary padding; a tied head counts once."""
-        return sum(math.prod(shape) for _, shape in self.hf_tensors())
+        return _parameters(self)
 
     def rows(self) -> Iterator[Row]:
         """Every Megatron parameter of the full model, in the order of the forward pass."""
@@ -128,6 +129,11 @@ class ModelShape:
                 f"{self.layers} layers cannot be split over pipeline parallel {pipeline_parallel}; "
                 f"supported degrees: {stages}"
             )
+
+
+@cache
+def _parameters(shape: ModelShape) -> int:
+    return sum(math.prod(sizes) for _, sizes in shape.hf_tensors())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ except by the local attention on CPU, for padded rows); Korthikanti et al. 2022 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
@@ -75,6 +76,7 @@ class Memory:
         return max(self.size(phase) for phase in self.phases)
 
 
+@cache
 def stage_parameters(shape: ModelShape, degrees: Degrees) -> tuple[float, float]:
     """(parameters in layers, parameters in embedding and head) of the fullest rank, with the padded vocabulary."""
     layers, ends = [0.0] * degrees.pipeline, [0.0] * degrees.pipeline
@@ -219,21 +221,19 @@ def estimate(
     teachers, each in the configuration of a run whose only one it is. They score in turn; what is not offloaded stays.
     """
     own, ranks, width = student_degrees(cfg), layout(cfg), BYTES[cfg.trainer.precision]
-    numbers = sum(stage_parameters(student, own))
+    numbers, teachers = sum(stage_parameters(student, own)), [(cfg, teacher), *others]
+    largest = max(teachers, key=lambda of: (not of[0].model.teacher.url) * of[1].parameters())
+    scoring, (stay, held) = _most(_scoring(*of, machine) for of in teachers), _weights(teachers)
     resident = {
         "process": process_bytes(cfg, machine, others),
         "student": numbers * width,
         "gradients": numbers * FP32,
         "optimizer": optimizer_bytes(cfg, numbers),
-        "teacher": 0.0,
+        **({"teacher": stay} if stay else {}),
         "micro-batches and scores": _batch_bytes(cfg),
     }
     if reference:
         resident["reference"] = numbers * BYTES[cfg.model.teacher.precision or cfg.trainer.precision]
-    teachers = [(cfg, teacher), *others]
-    largest = max(teachers, key=lambda of: (not of[0].model.teacher.url) * of[1].parameters())
-    scoring, (stay, held) = _most(_scoring(*of, machine) for of in teachers), _weights(teachers)
-    resident = {**resident, "teacher": stay} if stay else {k: v for k, v in resident.items() if k != "teacher"}
     phases: dict[str, dict[str, float]] = {
         "teacher scores": {**scoring, **held},
         "student passes": {
