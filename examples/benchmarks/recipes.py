@@ -12,16 +12,15 @@ from examples.benchmarks.shapes import known_shape
 from nemo_tropd.command_line import compose_command_line
 from nemo_tropd.config import ConfigError, TropdConfig, with_teacher
 from nemo_tropd.config_checks import resolve
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.convert.families import ModelShape
 from nemo_tropd.files import write_text
 from nemo_tropd.planner.degrees import layout, loss_tokens, student_degrees, teacher_degrees
 from nemo_tropd.planner.engine import engine_load
-from nemo_tropd.planner.host import host_memory
 from nemo_tropd.planner.machine import GIB, Machine
-from nemo_tropd.planner.memory import Memory, estimate
-from nemo_tropd.planner.seconds import spoken, step_seconds
-from nemo_tropd.planner.teacher_engines import teacher_engines
-from nemo_tropd.planner.verdict import check_kv_cache, check_memory
+from nemo_tropd.planner.memory import Memory
+from nemo_tropd.planner.seconds import spoken
+from nemo_tropd.planner.ways import Way, Work, way_of
 from nemo_tropd.planner.wire import estimate_wire
 
 MARK = "# Plan: "
@@ -36,6 +35,7 @@ class Recipe:
     student: ModelShape
     teacher: ModelShape
     machine: Machine
+    work: Work
     memory: Memory
     host: Memory
     wire: dict[str, float]
@@ -45,23 +45,25 @@ class Recipe:
         return self.path.stem
 
     @property
-    def step(self) -> float:
-        """Seconds of a step at most, estimated."""
-        return sum(step_seconds(self.cfg, self.student, self.teacher, self.machine, self.wire).values())
+    def way(self) -> Way:
+        """Where its engines are, and the seconds of a step."""
+        return way_of(self.cfg, self.work)
 
     @property
     def line(self) -> str:
         """Layout, tokens, memory and time of a step, as the file must state them."""
-        ranks, m = layout(self.cfg), self.cfg.model
+        ranks, m, way = layout(self.cfg), self.cfg.model, self.way
         waves = engine_load(self.cfg, self.student, self.machine).waves
         own = f", teacher tensor {ranks.teacher_tensor}" if ranks.teacher_tensor is not None else ""
         sequence = " with sequence parallel" if m.sequence_parallel else ""
+        when = f"{way.ahead} step{'s' * (way.ahead > 1)} ahead" if way.ahead else "in turns"
+        apart = f", {way.engines} more for engines, {when}" if way.engines else ""
         return (
             f"{MARK}{ranks.world_size} GPUs = tensor {ranks.tensor}{sequence} x pipeline {ranks.pipeline} x data "
-            f"{ranks.data}{own}; at most {loss_tokens(self.cfg):,} tokens per step; "
+            f"{ranks.data}{own}{apart}; at most {loss_tokens(self.cfg):,} tokens per step; "
             f"{self.memory.steps / 1e9:.0f} of {self.machine.bytes / 1e9:.0f} GB per GPU, "
             f"{self.host.total / 1e9:.0f} GB per host; rollouts in {waves} wave{'s' * (waves > 1)}, at most "
-            f"{spoken(self.step)} per step (estimated)."
+            f"{spoken(way.seconds)} per step (estimated)."
         ).replace("1 GPUs", "1 GPU", 1 if ranks.world_size == 1 else 0)
 
 
@@ -83,18 +85,15 @@ def plan_recipe(path: Path, chunk_bytes: float, overrides: Mapping[str, object] 
     machine = Machine("gpu", cfg.trainer.gpu_memory_gib * GIB, chunk_bytes, "trainer.gpu_memory_gib")
     student = _shape("pretrained_checkpoint.restore_from_path", cfg.pretrained_checkpoint.restore_from_path)
     teacher = _shape("model.teacher.path", cfg.model.teacher.path)
-    further = (with_teacher(cfg, name) for name in cfg.model.teachers)
-    others = [(of, _shape("model.teachers", of.model.teacher.path)) for of in further]
+    further = {name: with_teacher(cfg, name).model.teacher.path for name in cfg.model.teachers}
+    teachers = {DEFAULT_TEACHER: teacher, **{name: _shape("model.teachers", path) for name, path in further.items()}}
+    work = Work(student, teachers, machine)
     student.check_layout(student_degrees(cfg).tensor, student_degrees(cfg).pipeline)
-    memory = estimate(cfg, student, teacher, machine, others=others)
-    check_memory(cfg, memory, machine)
-    for of, shape in ((cfg, teacher), *others):
+    for of, shape in work.of(cfg):
         shape.check_layout(teacher_degrees(of).tensor, teacher_degrees(of).pipeline)
-        check_kv_cache(of, student, shape, machine)
-        teacher_engines(of, shape, machine)
-    host = host_memory(cfg, student, teacher, machine, others=others)
+    work.check(cfg)
     wire = estimate_wire(cfg, student, teacher, machine)
-    return Recipe(path, cfg, student, teacher, machine, memory, host, wire)
+    return Recipe(path, cfg, student, teacher, machine, work, work.memory(cfg), work.host(cfg), wire)
 
 
 def gpu_recipes(conf: Path) -> list[Path]:

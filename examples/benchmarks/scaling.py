@@ -1,10 +1,11 @@
-"""Memory and bytes on the wire of every recipe, from its own GPUs to 512: a table, a plot, and what would break first.
+"""Every recipe from its own GPUs to 512: seconds a step as written and in the best way, memory, bytes on the wire, and
+what would break first, as tables and a picture.
 
     python examples/benchmarks/scaling.py [--out DIR]
 
 Works from the planner alone, in seconds. Also writes the line in each recipe that states its plan. The global batch
-stays the paper's (512 rollouts), so data parallelism divides the same work over more ranks. Times are lower bounds from
-sizes and peak rates of a DGX H100, not measurements.
+stays the paper's (512 rollouts), so data parallelism divides the same work over more ranks. Seconds of the best way are
+the planner's estimates, those of what breaks first lower bounds from peak rates of a DGX H100; none is a measurement.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from typing import Any
 from nemo_tropd.files import complete_file, write_text
 from nemo_tropd.loss.inputs import CHUNK_BYTES
 from nemo_tropd.planner.degrees import layout, positions
+from nemo_tropd.planner.engine import engine_tensor
 from nemo_tropd.planner.memory import placement
 from nemo_tropd.planner.rates import PEAK_BYTES, PEAK_FLOPS, PEAK_LINK, PEAK_NETWORK
+from nemo_tropd.planner.ways import gpus_of
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
+from examples.benchmarks import scaling_ways
 from examples.benchmarks.recipes import Recipe, gpu_recipes, plan_recipe, write_lines
+from examples.benchmarks.scaling_ways import Choice
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 512
 NODE = 8
 # The colors of Okabe and Ito, which the color-blind tell apart.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#8C6D1F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#8C6D1F", "#6A3D9A", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
 
 @dataclass(frozen=True)
@@ -69,31 +74,34 @@ def point(recipe: Recipe) -> Point:
         within_node.append("weights to the engines")
     inside = sum(wire[kind] for kind in within_node)
     outside = sum(wire.values()) - inside
-    several = cfg.trainer.num_nodes > 1
+    gpus, _ = gpus_of(cfg, recipe.machine)
+    several = gpus > cfg.trainer.devices
     return Point(
-        gpus=ranks.world_size,
+        gpus=gpus,
         memory=recipe.memory.steps,
         kinds=wire,
         compute_s=operations / PEAK_FLOPS,
         inside_s=(inside + (0 if several else outside)) / PEAK_LINK,
         outside_s=outside / PEAK_NETWORK if several else 0.0,
-        writing_s=cfg.model.rollout.max_new_tokens * 2 * recipe.student.parameters() / ranks.tensor / PEAK_BYTES,
+        writing_s=cfg.model.rollout.max_new_tokens
+        * (2 * recipe.student.parameters() / engine_tensor(cfg, recipe.machine) / PEAK_BYTES),
     )
 
 
-def scale(path: Path) -> list[Point]:
-    """A recipe on its own GPUs, then on full nodes, doubled up to 512 GPUs or to one rollout a data-parallel rank."""
+def scale(path: Path) -> list[Recipe]:
+    """A recipe on its own GPUs, then on full nodes, doubled up to 512 GPUs or to one rollout a data-parallel rank, its
+    engines' hosts with its own."""
     chunk = CHUNK_BYTES["cuda"]
     recipe = plan_recipe(path, chunk)
-    cfg, points = recipe.cfg, [point(recipe)]
-    ranks = layout(cfg)
-    if ranks.world_size < NODE:
-        return points
-    nodes = 2 * cfg.trainer.num_nodes
-    while nodes * NODE <= MOST and cfg.model.global_batch_size % (nodes * NODE // (ranks.tensor * ranks.pipeline)) == 0:
-        points.append(point(plan_recipe(path, chunk, {"trainer.num_nodes": nodes})))
-        nodes *= 2
-    return points
+    cfg, recipes = recipe.cfg, [recipe]
+    (gpus, _), data, engines = gpus_of(cfg, recipe.machine), layout(cfg).data, cfg.model.rollout.dedicated.engines
+    times = 2
+    while gpus >= NODE and times * gpus <= MOST and cfg.model.global_batch_size % (times * data) == 0:
+        more = {"trainer.num_nodes": times * cfg.trainer.num_nodes}
+        more |= {"model.rollout.dedicated.engines": times * engines} if engines else {}
+        recipes.append(plan_recipe(path, chunk, more))
+        times *= 2
+    return recipes
 
 
 def crossing(points: Sequence[Point], quantity: str) -> int | None:
@@ -101,15 +109,19 @@ def crossing(points: Sequence[Point], quantity: str) -> int | None:
     return next((p.gpus for p in points if getattr(p, quantity) > p.compute_s), None)
 
 
-def table(curves: Mapping[str, Sequence[Point]]) -> str:
+def table(curves: Mapping[str, Sequence[Point]], choices: Mapping[str, Sequence[Choice]]) -> str:
     """The page in Markdown."""
     lines = [
-        "# Memory and bytes on the wire of the recipes, up to 512 GPUs",
+        "# The recipes up to 512 GPUs: time, memory, bytes on the wire",
         "",
         "`python examples/benchmarks/scaling.py` (or `make scaling`) writes this page from the planner alone; no "
         "figure here was measured. The batch is the recipe's whatever the number of GPUs, so data parallelism divides "
-        "the same work, and all responses have the greatest length. GB are 10^9 bytes a GPU; wire is what one GPU "
-        "sends in a step.",
+        "the same work, and all responses have the greatest length.",
+        "",
+        *scaling_ways.section(choices),
+        "## Memory and bytes on the wire",
+        "",
+        "As written. GB are 10^9 bytes a GPU that trains; wire is what one of them sends in a step.",
         "",
         "| recipe | GPUs | memory GB | tensor parallel GB | gradients GB | weights to engines GB | other GB |",
         "|---|---|---|---|---|---|---|",
@@ -155,8 +167,8 @@ def _breaks_first(curves: Mapping[str, Sequence[Point]]) -> list[str]:
         "",
         "1. **Writing.** A response of 8096 tokens is written one token after the other, and more GPUs do not shorten "
         f"it. It outlasts all products from {min(first)} GPUs on in the first recipe that it does: beyond that, GPUs "
-        "wait for the longest response. A larger batch, tensor parallelism in the engine, or rollouts that run ahead "
-        "of the weights would be the remedies; the last is not built here."
+        "wait for the longest response. Rollouts one step ahead hide all else behind it, and no more (above). A larger "
+        "batch, or tensor parallelism in engines of their own, which is not built here, would be the remedies."
         if first
         else "1. **Writing** a response of 8096 tokens never outlasts the products here.",
         "2. **Gradients.** Their bytes a GPU stay as they are while the work a GPU falls: "
@@ -177,14 +189,18 @@ def _breaks_first(curves: Mapping[str, Sequence[Point]]) -> list[str]:
     return lines
 
 
-def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
-    """A PNG at ``path``: memory, bytes and the ratio of waiting to work over the number of GPUs."""
+def draw(curves: Mapping[str, Sequence[Point]], choices: Mapping[str, Sequence[Choice]], path: Path) -> None:
+    """A PNG at ``path``: seconds; memory, bytes and the ratio of waiting to work over the number of GPUs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8))
+    figure = plt.figure(figsize=(15, 12), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=(7, 5), hspace=0.04)
+    above, below = parts
+    scaling_ways.draw(choices, above)
+    axes = below.subplots(1, 3)
     for index, (name, points) in enumerate(curves.items()):
         style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
         gpus = [p.gpus for p in points]
@@ -208,8 +224,7 @@ def draw(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
         _dress(axis, title)
     axes[1].set_yscale("log")
     axes[2].set_yscale("log")
-    figure.legend(loc="lower center", ncols=4, frameon=False, fontsize=8.5)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    below.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     with complete_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
@@ -229,11 +244,18 @@ def _dress(axis: Any, title: str) -> None:
 def run(conf: Path, out: Path) -> list[Path]:
     """Write each recipe's plan line, the table and the plot; returns the recipes whose line changed."""
     changed = write_lines(conf, CHUNK_BYTES["cuda"])
-    curves = {path.stem: scale(path) for path in gpu_recipes(conf)}
+    recipes = {path.stem: scale(path) for path in gpu_recipes(conf)}
+    curves = {name: [point(recipe) for recipe in scaled] for name, scaled in recipes.items()}
+    choices = {name: choices_of(scaled) for name, scaled in recipes.items()}
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "scaling.md", table(curves))
-    draw(curves, out / "scaling.png")
+    write_text(out / "scaling.md", table(curves, choices))
+    draw(curves, choices, out / "scaling.png")
     return changed
+
+
+def choices_of(recipes: Sequence[Recipe]) -> list[Choice]:
+    """The best way for each of the numbers of GPUs that a recipe was scaled to."""
+    return [scaling_ways.choice(recipe, min(NODE, gpus_of(recipe.cfg, recipe.machine)[0])) for recipe in recipes]
 
 
 def main() -> None:

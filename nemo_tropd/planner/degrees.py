@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from nemo_tropd.config import TropdConfig
+from nemo_tropd.config import TropdConfig, host_and_port
 from nemo_tropd.parallel.ranks import RankLayout
 
 BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -66,6 +66,27 @@ def positions(cfg: TropdConfig) -> int:
     """Upper bound on the positions of one step over all data-parallel ranks, prompts included."""
     m = cfg.model
     return m.global_batch_size * min(m.encoder_seq_length, m.data.max_prompt_tokens + m.rollout.max_new_tokens)
+
+
+def joins_here(cfg: TropdConfig) -> bool:
+    """Whether engines of their own are on rank 0's host: they join at an address that no other can reach."""
+    address = cfg.model.rollout.dedicated.address
+    host = address and host_and_port("model.rollout.dedicated.address", address)[0]
+    return bool(host) and (host in ("localhost", "::1") or str(host).startswith("127."))
+
+
+def scores_early(cfg: TropdConfig, place: str, *, exact: bool, in_turns: bool) -> bool:
+    """Whether the teacher scores rollouts as they are finished: where it does not share a device with the student's
+    engine, which is at ``place``. ``exact``: the objective needs distributions; ``in_turns``: the ranks hold other
+    teachers, too."""
+    m, t = cfg.model, cfg.model.teacher
+    if not t.score_early or place == "colocated":
+        return False
+    if m.rollout.steps_ahead:  # the teacher scores while engines are at later steps anyway
+        return False
+    # With a degree of its own data-parallel ranks score together, and an exact objective wants no scores.
+    same = t.tensor_model_parallel_size in (None, m.tensor_model_parallel_size)
+    return bool(t.url) or (place == "dedicated" and same and not exact and not (t.offload and in_turns))
 
 
 def early_bytes(cfg: TropdConfig, place: str) -> dict[str, float]:

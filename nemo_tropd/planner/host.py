@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.config_keys import value_at
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.planner.degrees import answer_bytes, layout, positions, student_degrees, teacher_generates
+from nemo_tropd.planner.degrees import (
+    answer_bytes,
+    joins_here,
+    layout,
+    positions,
+    student_degrees,
+    teacher_generates,
+)
 from nemo_tropd.planner.machine import HOST_ENGINE, HOST_RANK, Machine
 from nemo_tropd.planner.memory import (
     Memory,
@@ -30,9 +37,10 @@ def host_memory(
     *,
     exact: bool = False,
     others: Sequence[Of] = (),
+    beside: int | None = None,
 ) -> Memory:
     """Of the host that needs most, rank 0's: all its ranks together. ``machine`` is a GPU's; ``exact`` and ``others``
-    as in ``planner.memory``."""
+    as in ``planner.memory``; ``beside``: engines of their own on that host, by default all if they join there."""
     devices, numbers = cfg.trainer.devices, sum(stage_parameters(student, student_degrees(cfg)))
     m = cfg.model
     resident = {
@@ -48,8 +56,11 @@ def host_memory(
         # torch takes pinned memory in powers of two
         states = max(states_bytes(*of) for of in teachers)
         resident["teacher's hidden states, pinned"] = 2 * devices * states
-    if placement(cfg, machine) == "process":
+    if (where := placement(cfg, machine)) == "process":
         resident["engine"] = HOST_ENGINE
+    here = (m.rollout.dedicated.engines or 0) if joins_here(cfg) else 0
+    if where == "dedicated" and (here := here if beside is None else beside):
+        resident["engines beside the ranks"] = here * HOST_ENGINE
     if steps := m.rollout.steps_ahead:  # the newest weights, and those whose rollouts are not done
         resident["weights for rollouts"] = (
             (steps + 1) * student.parameters() * (2 if cfg.trainer.precision == "bf16" else 4)

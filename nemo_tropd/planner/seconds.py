@@ -1,6 +1,8 @@
 """Seconds of a step by phase, estimated from ``rates`` for full rows and responses of the greatest length: on GPUs."""
 
+import math
 from collections.abc import Mapping
+from functools import cache
 
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
@@ -13,13 +15,13 @@ from nemo_tropd.planner.memory import checkpoint_bytes, optimizer_bytes, placeme
 AGAIN = {None: 0.0, "selective": 0.7, "full": 1.0}  # of a forward pass, that the backward pass computes again
 
 
-def forward_flops(shape: ModelShape, tokens: float, longest: int) -> float:
+def forward_flops(shape: ModelShape, tokens: float, longest: float) -> float:
     """Operations of a pass over ``tokens`` in sequences of ``longest``; reading the embedding is none."""
     products = shape.parameters() - (0 if shape.tied else shape.vocab_size * shape.hidden)
     return tokens * (2 * products + 2 * shape.layers * shape.size("q") * longest)
 
 
-def token_seconds(shape: ModelShape, dtype: str, tensor: int, sequences: int, context: float) -> float:
+def token_seconds(shape: ModelShape, dtype: str, tensor: int, sequences: float, context: float) -> float:
     """Of an engine over ``tensor`` GPUs, to generate one token of each of ``sequences``: weights and cache are read."""
     read = shape.parameters() * BYTES[dtype] + sequences * context * token_bytes(shape, dtype)
     products = 2 * sequences * shape.parameters()
@@ -27,62 +29,81 @@ def token_seconds(shape: ModelShape, dtype: str, tensor: int, sequences: int, co
     return rates.STEP_S + waits + max(read / rates.BYTES, products / rates.FLOPS) / tensor
 
 
-def _rollouts(cfg: TropdConfig, student: ModelShape, load: EngineLoad) -> float:
-    m = cfg.model
-    context = m.data.max_prompt_tokens + m.rollout.max_new_tokens / 2
-    each = token_seconds(student, m.rollout.dtype, load.tensor, load.at_once, context)
-    prompts = forward_flops(student, load.sequences * m.data.max_prompt_tokens, m.data.max_prompt_tokens)
-    return load.waves * m.rollout.max_new_tokens * each + prompts / load.tensor / rates.FLOPS
+def _rollouts(cfg: TropdConfig, student: ModelShape, load: EngineLoad, length: float) -> float:
+    """Of an engine. Responses have ``length`` times the greatest length on average, and one of them has it: no fewer
+    tokens are waited for one after the other, and more where caches or a limit let fewer sequences be alive."""
+    r, prompt = cfg.model.rollout, cfg.model.data.max_prompt_tokens
+    mean = length * r.max_new_tokens
+    at_once = max(1, min(r.max_num_seqs, load.sequences, int(load.holds // (prompt + mean))))
+    turns = max(1.0, math.ceil(load.sequences / at_once) * length)
+    each = token_seconds(student, r.dtype, load.tensor, load.sequences * length / turns, prompt + mean / 2)
+    prompts = forward_flops(student, load.sequences * prompt, prompt)
+    return turns * r.max_new_tokens * each + prompts / load.tensor / rates.FLOPS
 
 
 def step_seconds(
-    cfg: TropdConfig, student: ModelShape, teacher: ModelShape, machine: Machine, wire: Mapping[str, float]
+    cfg: TropdConfig,
+    student: ModelShape,
+    teacher: ModelShape,
+    machine: Machine,
+    wire: Mapping[str, float],
+    *,
+    length: float = rates.LENGTH,
 ) -> dict[str, float]:
-    """Seconds of a step by phase; nothing for a CPU, whose rates are not known."""
+    """Seconds of a step by phase; nothing for a CPU, whose rates are not known. ``length``: of responses on average, as
+    a share of the greatest. Which phases run beside one another is ``pace``'s to say."""
     if machine.kind == "cpu":
         return {}
     m, ranks, load = cfg.model, layout(cfg), engine_load(cfg, student, machine)
-    tokens, numbers = positions(cfg), sum(stage_parameters(student, student_degrees(cfg)))
+    there = (m.data.max_prompt_tokens + length * m.rollout.max_new_tokens) / load.longest
+    tokens, mean = positions(cfg) * there, load.longest * there
     bubble = 1 + (ranks.pipeline - 1) / micro_batches(cfg)
-    scored = forward_flops(teacher, tokens, load.longest) / ranks.world_size / rates.FLOPS
+    scored = forward_flops(teacher, tokens, mean) / ranks.world_size / rates.FLOPS
     scored = 0.0 if m.teacher.url else scored  # a server's speed is not known
-    scored = scored / (rates.FP8_GAIN if m.teacher.fp8 else 1.0) + wire["teacher, tensor parallel"] / rates.LINK
+    scored = scored / (rates.FP8_GAIN if m.teacher.fp8 else 1.0) + there * wire["teacher, tensor parallel"] / rates.LINK
     if m.teacher.offload:
         scored += teacher_weights(cfg, teacher) / rates.HOST_LINK
-    passes = forward_flops(student, tokens, load.longest) * (3 + AGAIN[m.recompute]) / ranks.world_size / rates.FLOPS
+    passes = forward_flops(student, tokens, mean) * (3 + AGAIN[m.recompute]) / ranks.world_size / rates.FLOPS
     between = rates.NETWORK if cfg.trainer.num_nodes > 1 else rates.LINK
+    numbers = sum(stage_parameters(student, student_degrees(cfg)))
     states = optimizer_bytes(cfg, numbers) + numbers * FP32
-    where = placement(cfg, machine)
-    sent = student.parameters() * BYTES[m.rollout.dtype]
-    refresh = 2 * sent / load.tensor / rates.BYTES + sum(1 for _ in student.hf_tensors()) * rates.TENSOR_S
-    refresh += wire["weights to the engines"] / (rates.NETWORK if where == "dedicated" else rates.LINK)
+    sent = there * (wire["student, tensor parallel"] + wire["pipeline"]) / rates.LINK
     return {
-        "rollouts": _rollouts(cfg, student, load),
+        "rollouts": _rollouts(cfg, student, load, length),
         "teacher": scored * (bubble if ranks.teacher_tensor is None else 1.0),
-        "student": passes * bubble + (wire["student, tensor parallel"] + wire["pipeline"]) / rates.LINK,
+        "student": passes * bubble + sent,
         "gradients and optimizer": wire["gradients, data parallel"] / between + 2 * states / rates.BYTES,
-        "weights to the engine": refresh + (rates.WAKE_S if where == "colocated" and m.rollout.sleep else 0.0),
+        **_weights(cfg, student, machine, load, wire["weights to the engines"]),
     }
+
+
+@cache
+def _tensors(shape: ModelShape) -> int:
+    return sum(1 for _ in shape.hf_tensors())
+
+
+def _weights(
+    cfg: TropdConfig, student: ModelShape, machine: Machine, load: EngineLoad, wire: float
+) -> dict[str, float]:
+    """From the trainer to the engines; by way of rank 0's memory if they generate for later steps."""
+    where, r = placement(cfg, machine), cfg.model.rollout
+    size = student.parameters() * BYTES[r.dtype]
+    tensors = _tensors(student) * rates.TENSOR_S
+    taken = 2 * size / load.tensor / rates.BYTES + tensors
+    if r.steps_ahead:
+        broadcast = size if where == "dedicated" else 0.0
+        copied = student.parameters() * BYTES[cfg.trainer.precision] / rates.HOST_COPY
+        return {
+            "weights to the host": (wire - broadcast) / rates.LINK + copied + tensors,
+            "weights to the engine": taken + copied + broadcast / rates.NETWORK,
+        }
+    taken += wire / (rates.NETWORK if where == "dedicated" else rates.LINK)
+    return {"weights to the engine": taken + (rates.WAKE_S if where == "colocated" and r.sleep else 0.0)}
 
 
 def checkpoint_seconds(cfg: TropdConfig, student: ModelShape) -> float:
     """To save a checkpoint: every node writes its share."""
     return checkpoint_bytes(cfg, student.parameters()) / cfg.trainer.num_nodes / rates.DISK
-
-
-def time_lines(cfg: TropdConfig, student: ModelShape, seconds: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Where the time of a step and of the run goes."""
-    if not seconds:
-        return []
-    step, t = sum(seconds.values()), cfg.trainer.tropd
-    parts = ", ".join(f"{phase} {spoken(value)}" for phase, value in seconds.items())
-    saves = -(-t.max_steps // t.save_interval) if t.save_interval else 1  # the last step is always saved
-    save = checkpoint_seconds(cfg, student)
-    text = f"at most {spoken(t.max_steps * step + saves * save)}: {t.max_steps} steps, {saves} checkpoint(s) of "
-    return [
-        ("time of a step", f"at most {spoken(step)} (estimated, every response of the greatest length): {parts}"),
-        ("time of a run", f"{text}{spoken(save)}; what comes before the first step and validations apart"),
-    ]
 
 
 def spoken(seconds: float) -> str:

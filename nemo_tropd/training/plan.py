@@ -34,13 +34,14 @@ from nemo_tropd.objectives import Objective, ParameterError, build, parameters
 from nemo_tropd.parallel.cpu import fast_bf16
 from nemo_tropd.planner.degrees import loss_tokens
 from nemo_tropd.planner.engine import engine_load
-from nemo_tropd.planner.host import check_host, host_lines, host_memory
+from nemo_tropd.planner.host import check_host, host_lines
 from nemo_tropd.planner.machine import GIB, Machine, host_bytes
-from nemo_tropd.planner.memory import Memory, estimate
+from nemo_tropd.planner.memory import Memory
+from nemo_tropd.planner.pace import time_lines
 from nemo_tropd.planner.roles import roles
-from nemo_tropd.planner.seconds import step_seconds, time_lines
 from nemo_tropd.planner.teacher_engines import generation_lines
 from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
+from nemo_tropd.planner.ways import Work, way_lines
 from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.rollout.placement import checked_place, sampling_of
 from nemo_tropd.training.plan_models import (
@@ -76,6 +77,7 @@ class Plan:
     prompts: PromptSplit
     objective: Objective
     machine: Machine
+    work: Work
     memory: Memory
     host: Memory | None  # of a GPU node's host; None on a CPU, where ``memory`` is the host's
     wire: dict[str, float]  # bytes that a rank sends per step, by kind
@@ -110,18 +112,16 @@ def make_plan(cfg: TropdConfig) -> Plan:
     prompts = _prompts(cfg, tokenizer, template)
     notes = text_notes(student_path, vocabularies, template, prompts, end_ids)
     machine, teachers = machine_of(cfg), used_teachers(cfg, shapes, prompts)
-    first, *rest = loaded = loaded_teachers(cfg, teachers)
-    others = [(t.cfg, t.shape) for t in rest]
-    exact = objective.needs_distributions
-    needs = {"reference": objective.needs_reference, "first_pass": objective.needs_first_pass, "exact": exact}
-    memory = estimate(first.cfg, student, first.shape, machine, others=others, **needs)
+    first, *_ = loaded = loaded_teachers(cfg, teachers)
+    work = Work(student, {t.name: t.shape for t in loaded}, machine, _needs(objective))
+    memory = work.memory(cfg)
     largest = max(loaded, key=lambda t: t.shape.parameters())
     with about_teacher(largest.name):
         check_memory(largest.cfg, memory, machine)
     teachers = [check_engines(cfg, t, student, prompts, machine) for t in teachers]
     host = None
     if machine.kind == "gpu":
-        host = host_memory(first.cfg, student, first.shape, machine, exact=exact, others=others)
+        host = work.host(cfg)
         pinned = next((t for t in loaded if t.cfg.model.teacher.offload), first)
         with about_teacher(pinned.name):
             check_host(pinned.cfg, host, machine)
@@ -137,14 +137,20 @@ def make_plan(cfg: TropdConfig) -> Plan:
         prompts=prompts,
         objective=objective,
         machine=machine,
+        work=work,
         memory=memory,
         host=host,
-        wire=estimate_wire(first.cfg, student, first.shape, machine, exact=exact),
+        wire=estimate_wire(first.cfg, student, first.shape, machine, exact=work.exact),
         run_dir=directory,
         early=early_teachers(cfg, prompts.teachers, place, objective),
         benchmarks=benchmarks,
         notes=(*vocabulary.notes, *end_notes, *notes, *benchmark_notes),
     )
+
+
+def _needs(objective: Objective) -> dict[str, bool]:
+    o = objective
+    return {"reference": o.needs_reference, "first_pass": o.needs_first_pass, "exact": o.needs_distributions}
 
 
 def _prompts(cfg: TropdConfig, tokenizer: Any, template: Template) -> PromptSplit:
@@ -376,10 +382,9 @@ def _on_gpus(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:
     """What only a plan for GPUs says: the engines' caches, seconds, host memory."""
     if plan.host is None:
         return []
-    slowest = max(plan.teachers, key=lambda t: t.shape.parameters())
-    seconds = step_seconds(slowest.cfg, plan.student, slowest.shape, plan.machine, plan.wire)
-    cache = engine_load(cfg, plan.student, plan.machine).line(cfg)
-    return [cache, *time_lines(cfg, plan.student, seconds), *host_lines(plan.host, plan.machine)]
+    cache, time = engine_load(cfg, plan.student, plan.machine).line(cfg), plan.work.pace(cfg)
+    said = [cache, *time_lines(cfg, plan.student, time), *way_lines(cfg, plan.work)]
+    return [*said, *host_lines(plan.host, plan.machine)]
 
 
 def _slow_bf16(cfg: TropdConfig, plan: Plan) -> list[tuple[str, str]]:

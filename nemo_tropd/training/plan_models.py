@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, loaded_as, teacher_named, with_teacher
-from nemo_tropd.config_teacher import DEFAULT_TEACHER, TeacherConfig
+from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.convert.families import ConversionError, ModelShape, read_shape
 from nemo_tropd.convert.hf_files import HfCheckpoint
 from nemo_tropd.data import (
@@ -23,7 +23,7 @@ from nemo_tropd.data import (
 from nemo_tropd.data.tokenizer import STUDENT, TEACHER, check_config
 from nemo_tropd.files import refusal
 from nemo_tropd.objectives import Objective
-from nemo_tropd.planner.degrees import teacher_answers_benchmarks
+from nemo_tropd.planner.degrees import scores_early, teacher_answers_benchmarks
 from nemo_tropd.planner.machine import Machine
 from nemo_tropd.planner.teacher_engines import TeacherEngines, teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache
@@ -93,20 +93,11 @@ def loaded_teachers(cfg: TropdConfig, teachers: Sequence[Teacher]) -> list[Teach
 def early_teachers(cfg: TropdConfig, used: Sequence[str], place: str, objective: Objective) -> tuple[str, ...]:
     """Of the teachers that prompts have, those that score rollouts as they are finished: which do not share a device
     with the student's engine, whose ``place`` is as ``placement_of`` says."""
-    m, settings = cfg.model, {name: teacher_named(cfg.model, name) for name in used}
-    in_turns = len({loaded_as(m, name, cfg.trainer.precision) for name, t in settings.items() if not t.url}) > 1
-
-    def early(t: TeacherConfig) -> bool:
-        if not t.score_early or place == "colocated":
-            return False
-        if m.rollout.steps_ahead:  # the teacher scores while engines are at later steps anyway
-            return False
-        # With a degree of its own data-parallel ranks score together, and an exact objective wants no scores.
-        same = t.tensor_model_parallel_size in (None, m.tensor_model_parallel_size)
-        alone = place == "dedicated" and same and not objective.needs_distributions and not (t.offload and in_turns)
-        return bool(t.url) or alone
-
-    return tuple(name for name, t in settings.items() if early(t))
+    m, exact = cfg.model, objective.needs_distributions
+    of = {name: with_teacher(cfg, name) for name in used}
+    held = {loaded_as(m, name, cfg.trainer.precision) for name, own in of.items() if not own.model.teacher.url}
+    early = (n for n, own in of.items() if scores_early(own, place, exact=exact, in_turns=len(held) > 1))
+    return tuple(early)
 
 
 def check_engines(

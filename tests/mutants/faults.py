@@ -169,6 +169,10 @@ def _plan(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
     )
 
 
+def _way(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
+    return Fault("ways", what, f"nemo_tropd/planner/{file}.py", line, becomes, (f"tests/unit/test_ways.py::{test}",))
+
+
 def _teachers(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
     unit = "tests/unit/test_teachers.py::"
     paths = tuple(test if "/" in test else unit + test for test in tests)
@@ -413,7 +417,7 @@ FAULTS: list[Fault] = [
         _LAYOUTS_EARLY + "[2]",
     ),
     _early(
-        "training/plan_models",
+        "planner/degrees",
         "engine and teacher share a device",
         'if not t.score_early or place == "colocated":',
         "if not t.score_early:",
@@ -1675,8 +1679,8 @@ FAULTS: list[Fault] = [
     _plan(
         "seconds",
         "one wave takes as long as all",
-        "return load.waves * m.rollout.max_new_tokens * each + prompts / load.tensor / rates.FLOPS",
-        "return m.rollout.max_new_tokens * each + prompts / load.tensor / rates.FLOPS",
+        "return turns * r.max_new_tokens * each + prompts / load.tensor / rates.FLOPS",
+        "return r.max_new_tokens * each + prompts / load.tensor / rates.FLOPS",
         "test_waves_of_responses_follow_one_another",
     ),
     _plan(
@@ -1685,6 +1689,71 @@ FAULTS: list[Fault] = [
         "written = checkpoint_bytes(cfg, numbers) / layout(cfg).data",
         "written = checkpoint_bytes(cfg, numbers)",
         "test_a_host_holds_what_its_ranks_write",
+    ),
+    # ways: who trains, who generates, and how long a step then takes
+    _way(
+        "ways",
+        "a way that does not fit is the best",
+        "return min((way for way in found if not way.refusal), key=lambda way: way.seconds, default=None)",
+        "return min(found, key=lambda way: way.seconds, default=None)",
+        "test_ways_that_do_not_fit_say_why_and_are_not_chosen",
+    ),
+    _way(
+        "ways",
+        "advice that shorter responses turn around",
+        "holds = [way for way in found if work.pace(way.cfg, rates.SHORTER).seconds <= before]",
+        "holds = found",
+        "test_advice_that_shorter_responses_turn_around_is_not_given",
+    ),
+    _way(
+        "ways",
+        "complete nodes alone train",
+        "yield from ((1, devices) for devices in range(1, min(gpus, node)))",
+        "yield from ()",
+        "test_a_faster_way_is_named_with_its_keys_reason_and_cost",
+    ),
+    _way(
+        "ways",
+        "engines on a node that trains take no memory of its host",
+        "beside = min(engines, node - devices) if nodes == 1 else 0",
+        "beside = 0",
+        "test_engines_on_the_ranks_own_host_take_its_memory",
+    ),
+    _way(
+        "pace",
+        "one step ahead a step takes the shorter of both",
+        "shorter = min(in_order.engines, in_order.trainer)",
+        "shorter = max(in_order.engines, in_order.trainer)",
+        "test_a_recipe_for_two_nodes_is_the_best_way_on_them",
+    ),
+    _way(
+        "pace",
+        "a process on rank 0's GPU works beside it for nothing",
+        'if where != "dedicated":',
+        'if where == "colocated":',
+        "test_a_process_on_the_ranks_gpu_gains_nothing_by_working_ahead",
+    ),
+    _way(
+        "pace",
+        "the teacher is hidden behind the last wave, too",
+        "before_the_last = 1 - length / engine_load(cfg, student, machine).waves",
+        "before_the_last = 1.0",
+        "test_an_early_teacher_is_hidden_behind_all_waves_but_the_last",
+    ),
+    _way(
+        "seconds",
+        "the longest response is as short as the mean",
+        "turns = max(1.0, math.ceil(load.sequences / at_once) * length)",
+        "turns = math.ceil(load.sequences / at_once) * length",
+        "test_a_single_response_of_the_greatest_length_is_waited_for",
+    ),
+    Fault(
+        "ways",
+        "a plan does not name the faster way",
+        "nemo_tropd/training/plan.py",
+        "said = [cache, *time_lines(cfg, plan.student, time), *way_lines(cfg, plan.work)]",
+        "said = [cache, *time_lines(cfg, plan.student, time)]",
+        ("tests/unit/test_planner.py::test_a_plan_that_is_not_the_fastest_names_the_one_that_is",),
     ),
     # conversion: names, layouts, shards
     _convert(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from examples.benchmarks.recipes import MARK, gpu_recipes, plan_recipe
+from examples.benchmarks.recipes import MARK, Recipe, gpu_recipes, plan_recipe
 from examples.benchmarks.shapes import SHAPES, known_shape
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ConfigError
@@ -25,11 +25,13 @@ from nemo_tropd.planner.degrees import Degrees, layout
 from nemo_tropd.planner.engine import engine_load
 from nemo_tropd.planner.host import check_host, host_memory
 from nemo_tropd.planner.machine import GIB, Machine
-from nemo_tropd.planner.memory import EXACT_COPIES, estimate, stage_parameters
+from nemo_tropd.planner.memory import EXACT_COPIES, estimate, placement, stage_parameters
+from nemo_tropd.planner.pace import time_lines
 from nemo_tropd.planner.roles import engine_groups, roles
-from nemo_tropd.planner.seconds import spoken, step_seconds, time_lines
+from nemo_tropd.planner.seconds import spoken, step_seconds
 from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines, teacher_engines
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory
+from nemo_tropd.planner.ways import gpus_of
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
 from nemo_tropd.rollout.placement import device_groups, teacher_utilization
 from nemo_tropd.training.plan import build_objective, print_plan
@@ -286,7 +288,7 @@ def test_seconds_are_at_least_what_the_rates_allow() -> None:
     cfg.model.global_batch_size = 256
     fewer = step_seconds(cfg, student, teacher, machine, estimate_wire(cfg, student, teacher, machine))
     assert fewer["student"] == pytest.approx(seconds["student"] / 2) and fewer["rollouts"] < seconds["rollouts"]
-    said = dict(time_lines(cfg, student, seconds))
+    said = dict(time_lines(cfg, student, recipe.work.pace(cfg)))
     assert all(phase in said["time of a step"] for phase in seconds) and "200 steps" in said["time of a run"]
     assert "estimated" in said["time of a step"]
     cpu = Machine("cpu", 64 * GIB, CHUNK_BYTES["cpu"], "a test")
@@ -398,13 +400,41 @@ def test_a_recipe_fits_its_gpus_and_says_so(path: Path) -> None:
     groups += engine_groups(recipe.cfg, recipe.machine)
     assert all(nodes_of(group, devices) == 1 for group in groups), "no tensor-parallel group leaves its node"
     assert dict(roles(recipe.cfg, recipe.machine)).keys() == {"rank 0", "student", "teacher", "rollouts"}
-    match = re.fullmatch(r".*-from-.*-(\d+)n(\d+)g(-fp8)?", path.stem)
+    match = re.fullmatch(r".*-from-.*-(\d+)n(\d+)g(-fp8)?(-ahead)?", path.stem)
     if match:
-        assert (int(match[1]), int(match[2])) == (recipe.cfg.trainer.num_nodes, devices)
+        gpus, _ = gpus_of(recipe.cfg, recipe.machine)
+        assert (int(match[1]) * int(match[2]), int(match[2])) == (gpus, devices)
         assert bool(match[3]) == (recipe.cfg.model.teacher.fp8 is not None)
+        assert bool(match[4]) == (recipe.cfg.model.rollout.steps_ahead > 0)
 
 
 PHASES = ("teacher scores", "student passes", "optimizer step", "weights to the engine", "validation", "rollouts")
+
+
+def printed(recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The rows of the plan."""
+    cfg, teacher, machine = recipe.cfg, recipe.teacher, recipe.machine
+    plan: Any = SimpleNamespace(
+        **{name: getattr(recipe, name) for name in ("student", "machine", "work", "memory", "host", "wire")},
+        vocab_size=151_000, objective=build_objective(cfg), run_dir=Path("runs"), benchmarks=(), notes=(), early=(),
+        prompts=SimpleNamespace(train=range(1000), held_out=range(64), notes=()),
+        teachers=[Teacher("default", cfg, teacher, wanted={(1,): 256}, engines=teacher_engines(cfg, teacher, machine))],
+    )  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "2000")  # a row a line
+    print_plan(cfg, plan)
+    return [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+
+
+def test_a_plan_that_is_not_the_fastest_names_the_one_that_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = CONF / "qwen3-4b-from-qwen3-14b-1n8g.yaml"
+    for nodes, named in ((1, False), (2, True)):
+        recipe = plan_recipe(path, CHUNK_BYTES["cuda"], {"trainer.num_nodes": nodes})
+        said = {row[1].strip(): row[2] for row in printed(recipe, capsys, monkeypatch)}
+        assert ("a faster way" in said) == named
+        assert f"at most {spoken(recipe.way.seconds)} (estimated" in said["time of a step"]
+    assert "model.rollout.steps_ahead=1" in said["a faster way"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -413,18 +443,11 @@ def test_a_recipes_plan_says_every_phase(
 ) -> None:
     """Of a GPU and of its host, and the seconds: what check_only=true prints, but for the checkpoints' own part."""
     recipe = plan_recipe(path, CHUNK_BYTES["cuda"])
-    cfg, teacher, machine = recipe.cfg, recipe.teacher, recipe.machine
-    plan: Any = SimpleNamespace(
-        **{name: getattr(recipe, name) for name in ("student", "machine", "memory", "host", "wire")},
-        vocab_size=151_000, objective=build_objective(cfg), run_dir=Path("runs"), benchmarks=(), notes=(), early=(),
-        prompts=SimpleNamespace(train=range(1000), held_out=range(64), notes=()),
-        teachers=[Teacher("default", cfg, teacher, wanted={(1,): 256}, engines=teacher_engines(cfg, teacher, machine))],
-    )  # fmt: skip
-    monkeypatch.setenv("COLUMNS", "2000")  # a row a line
-    print_plan(cfg, plan)
-    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cfg, machine = recipe.cfg, recipe.machine
+    rows = printed(recipe, capsys, monkeypatch)
     labels = {row[1].strip() for row in rows}
-    gpu_phases = {f"memory: during {phase}" for phase in PHASES} | {"memory: before the steps, teacher generates"}
+    phases = [phase for phase in PHASES if phase != "rollouts" or placement(cfg, machine) == "colocated"]
+    gpu_phases = {f"memory: during {phase}" for phase in phases} | {"memory: before the steps, teacher generates"}
     if cfg.model.teacher.fp8 is not None:
         gpu_phases.add("memory: before the steps, FP8 admission")
     host_phases = {f"host memory: during {phase}" for phase in ("checkpoint", "export")}

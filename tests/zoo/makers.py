@@ -295,6 +295,7 @@ PAIRS: dict[str, tuple[str, ...]] = {
     "deepseek-1.5b-from-skywork-7b-1n8g": ("DeepSeek-R1-Distill-Qwen-1.5B", "Skywork-OR1-7B"),
     "deepseek-1.5b-from-skywork-math-7b-1n8g": ("DeepSeek-R1-Distill-Qwen-1.5B", "Skywork-OR1-Math-7B"),
     "deepseek-1.5b-from-two-7b-1n8g": ("DeepSeek-R1-Distill-Qwen-1.5B", "Skywork-OR1-Math-7B", "Skywork-OR1-7B"),
+    "qwen2.5-1.5b-from-qwen2.5-14b-2n8g-ahead": ("Qwen2.5-1.5B-Instruct", "Qwen2.5-14B-Instruct"),
     "qwen2.5-1.5b-from-qwen2.5-7b-1n1g-fp8": ("Qwen2.5-1.5B-Instruct", "Qwen2.5-7B-Instruct"),
     "qwen2.5-14b-from-qwen2.5-72b-4n8g": ("Qwen2.5-14B-Instruct", "Qwen2.5-72B-Instruct"),
     "qwen3-1.7b-from-qwen3-4b-1n8g": ("Qwen3-SFT-1.7B", "Qwen3-Nemotron-4B"),
