@@ -4,6 +4,7 @@ The way of a request (training/guidance.py plans a step's)
     collective.py         every rank's view: rank 0 asks one engine for all (RankZeroRollouts), or every rank its own
                           (EveryRankRollouts)
     ahead.py              with steps_ahead: rank 0's engine works through a queue while the trainer trains
+    restart.py            when an engine that died is replaced, for both
     engine.py             what is asked of an engine, its errors, and the one check of what comes back
     timed.py              tells the run's timeline when rank 0's engine is at work
     placement.py          which engine that is: placement_of decides, Engines makes

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from nemo_tropd.parallel import agreement
 from nemo_tropd.parallel.signals import Stopped
 from nemo_tropd.rollout import engine as api
 from nemo_tropd.rollout.collective import FinishedTogether, RankZeroRollouts
+from nemo_tropd.rollout.restart import RestartRule
 
 Weights = list[tuple[str, Tensor]]
 _END_S = 20.0
@@ -38,7 +40,7 @@ class EngineThread:
     """Rank 0's engine, and the queue of what it is to generate."""
 
     def __init__(self, make_engine: Callable[[], api.RolloutEngine], vocab_size: int) -> None:
-        self.restarts = 0
+        self._restarting = RestartRule(self._end)
         self.last_refresh: api.RefreshStats | None = None
         self._make_engine, self._vocab_size = make_engine, vocab_size
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -66,6 +68,11 @@ class EngineThread:
         self._queue.put(work)
         return work.rollouts
 
+    @property
+    def restarts(self) -> int:
+        """How often the engine was replaced."""
+        return self._restarting.restarts
+
     def close(self, *, run_over: bool) -> None:
         """End the engine, whatever it does, and the thread."""
         self._closed.set()
@@ -82,7 +89,9 @@ class EngineThread:
             try:
                 if failed is not None:
                     raise failed
-                work.rollouts.set_result(self._generated(work))
+                work.rollouts.set_result(
+                    self._restarting(partial(self._generated, work), work.version, self._closed.is_set)
+                )
             except BaseException as error:
                 if not isinstance(error, api.RequestError):
                     failed = error
@@ -96,27 +105,9 @@ class EngineThread:
             del self._kept[version]
 
     def _generated(self, work: _Work) -> list[Rollout]:
-        restarted = False
-        while True:
-            try:
-                engine = self._with_weights(work.version)
-                rollouts = engine.generate(work.requests)
-                api.check_rollouts(rollouts, work.requests, version=work.version, vocab_size=self._vocab_size)
-                return rollouts
-            except api.EngineDied as death:
-                self._end()
-                if self._closed.is_set():
-                    raise
-                if restarted:
-                    raise api.EngineError(
-                        f"the rollout engine crashed twice at weight version {work.version}; last error: {death}"
-                    ) from death
-                restarted = True
-                self.restarts += 1
-            except BaseException as error:
-                if not isinstance(error, api.RequestError):
-                    self._end()
-                raise
+        rollouts = self._with_weights(work.version).generate(work.requests)
+        api.check_rollouts(rollouts, work.requests, version=work.version, vocab_size=self._vocab_size)
+        return rollouts
 
     def _with_weights(self, version: int) -> api.RolloutEngine:
         if self._closed.is_set():

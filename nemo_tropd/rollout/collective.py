@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.parallel import agreement
-from nemo_tropd.parallel.signals import Stopped
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout import engine as api
+from nemo_tropd.rollout.restart import RestartRule
 
 T = TypeVar("T")
 FinishedTogether = Callable[[list[Rollout], bool], None]
@@ -97,11 +97,13 @@ class Rollouts(ABC):
         return self._engine
 
 
+@dataclass(eq=False, repr=False)
 class RankZeroRollouts(Rollouts):
     """One engine, on rank 0; the other ranks only gather weights. If it dies, it is restarted once for each version of
     the weights, with the current ones, and the same requests are sampled again."""
 
-    _last_restart: int | None = None  # the version during which the engine was last restarted
+    def __post_init__(self) -> None:
+        self._rule = RestartRule(self.close)
 
     def generate(
         self, requests: Sequence[api.RolloutRequest] | None, version: int, finished: FinishedTogether | None = None
@@ -171,21 +173,10 @@ class RankZeroRollouts(Rollouts):
         )
 
     def _with_restart(self, work: Callable[[], T], version: int) -> T:
-        while True:
-            try:
-                return work()
-            except api.EngineDied as death:
-                self.close()
-                if self._last_restart == version:
-                    raise api.EngineError(
-                        f"the rollout engine crashed twice at weight version {version}; last error: {death}"
-                    ) from death
-                self._last_restart = version
-                self.restarts += 1
-            except (api.EngineError, Stopped) as error:  # one that was still generating is of no more use, either
-                if not isinstance(error, api.RequestError):
-                    self.close()
-                raise
+        try:
+            return self._rule(work, version)
+        finally:
+            self.restarts = self._rule.restarts
 
 
 class EveryRankRollouts(Rollouts):

@@ -136,7 +136,7 @@ def _weights(what: str, line: str, becomes: str, *tests: str) -> Fault:
 
 
 def _versions(what: str, line: str, becomes: str, *tests: str) -> Fault:
-    return Fault("versions", what, "nemo_tropd/rollout/collective.py", line, becomes, tests, slow=True)
+    return Fault("versions", what, "nemo_tropd/rollout/restart.py", line, becomes, tests, slow=True)
 
 
 def _several(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
@@ -1927,13 +1927,13 @@ FAULTS: list[Fault] = [
     ),
     _versions(
         "one restart a run, not a version",
-        "if self._last_restart == version:",
-        "if self._last_restart is not None:",
+        "if self._last == version:",
+        "if self._last is not None:",
         _SUPERVISOR + "test_deaths_in_two_steps_are_each_forgiven",
     ),
     _versions(
         "restarts without end",
-        "self._last_restart = version",
+        "self._last = version",
         "pass",
         _SUPERVISOR + "test_a_second_death_in_one_step_is_an_error_on_every_rank",
     ),
