@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -54,6 +55,37 @@ class ReplayEngine:
 
     def close(self, *, run_over: bool = False) -> None:
         """Nothing to close."""
+
+
+class WeighedEngine(ReplayEngine):
+    """What it generates depends on every byte of the weights that it was given, and on the request."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.digest = b""
+
+    def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
+        """The digest of all of it is kept."""
+        content = hashlib.sha256()
+        for name, tensor in stream:
+            content.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+        self.version, self.digest = version, content.digest()
+        return RefreshStats(0.0, 1, 1)
+
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+        """Random tokens with random log-probabilities, of unequal lengths."""
+        assert self.digest, "no weights"
+        found = []
+        for r in requests:
+            draw = random.Random(self.digest + str(r.seed).encode())
+            ids = [draw.randrange(self.vocab_size) for _ in range(draw.randint(1, r.max_new_tokens))]
+            scores = [-draw.random() * 6 for _ in ids]
+            found.append(
+                Rollout(r.prompt_ids, r.prefix_ids, ids, scores, self.version, r.sequence_id, r.prompt_index, True)
+            )
+        for rollout in found if finished is not None else ():
+            finished(rollout)  # type: ignore[misc]
+        return found
 
 
 class GivenEngines:

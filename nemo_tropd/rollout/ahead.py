@@ -50,7 +50,7 @@ class EngineThread:
         self._wanted: dict[int, int] = {}  # how many times, by version, in the queue
         self._newest = -1
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._closed = False
         self._thread = threading.Thread(target=self._live, name="rollouts-ahead", daemon=True)
         self._thread.start()
 
@@ -61,7 +61,8 @@ class EngineThread:
             self._drop()
 
     def put(self, requests: Sequence[api.RolloutRequest], version: int) -> Future[list[Rollout]]:
-        """Generate by ``version``, after all that was put before, which wanted no later version."""
+        """Generate by ``version``, after all that was put before, which wanted no later version. Without requests the
+        engine is started, if need be, and given these weights."""
         work = _Work(list(requests), version, Future())
         with self._lock:
             self._wanted[version] = self._wanted.get(version, 0) + 1
@@ -75,11 +76,12 @@ class EngineThread:
 
     def close(self, *, run_over: bool) -> None:
         """End the engine, whatever it does, and the thread."""
-        self._closed.set()
-        if (engine := self._engine) is not None:
+        with self._lock:
+            self._closed, engine = True, self._engine
+        if engine is not None:
             engine.close(run_over=run_over)  # under the thread's call, which then fails
         self._queue.put(None)
-        self._thread.join(_END_S)  # one that waits for engine hosts to join ends with the process
+        self._thread.join(_END_S)
 
     def _live(self) -> None:
         if torch.cuda.is_available():  # weights on their way do not wait for the step's kernels, nor these for them
@@ -90,7 +92,7 @@ class EngineThread:
                 if failed is not None:
                     raise failed
                 work.rollouts.set_result(
-                    self._restarting(partial(self._generated, work), work.version, self._closed.is_set)
+                    self._restarting(partial(self._generated, work), work.version, lambda: self._closed)
                 )
             except BaseException as error:
                 if not isinstance(error, api.RequestError):
@@ -105,16 +107,20 @@ class EngineThread:
             del self._kept[version]
 
     def _generated(self, work: _Work) -> list[Rollout]:
-        rollouts = self._with_weights(work.version).generate(work.requests)
+        engine = self._with_weights(work.version)
+        rollouts = engine.generate(work.requests) if work.requests else []
         api.check_rollouts(rollouts, work.requests, version=work.version, vocab_size=self._vocab_size)
         return rollouts
 
     def _with_weights(self, version: int) -> api.RolloutEngine:
-        if self._closed.is_set():
-            raise api.EngineDied("the engine is not running")
-        if self._engine is None:
-            self._engine, self._has = self._make_engine(), None
+        with self._lock:  # close() has been before, or finds the engine
+            self._check_open()
+            if new := self._engine is None:
+                self._engine, self._has = self._make_engine(), None
+        assert self._engine is not None
+        if new:
             self._engine.start()
+            self._check_open()  # what was closed before it started is closed again
         if self._has != version:
             self._has = None
             with self._lock:
@@ -122,6 +128,10 @@ class EngineThread:
             self.last_refresh = self._engine.update_weights(iter(weights), version)
             self._has = version
         return self._engine
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise api.EngineDied("the engine is not running")
 
     def _end(self) -> None:
         if self._engine is not None:
@@ -186,9 +196,14 @@ class AheadRollouts(RankZeroRollouts):
         return self._agree(sampled)
 
     def refresh(self, version: int) -> api.RefreshStats:
-        """Copy the trainer's weights to rank 0's host memory; the engine takes them when it needs them."""
+        """Copy the trainer's weights to rank 0's host memory; the engine takes them when it needs them. The first time
+        wait until it has started: a run that finds all of its rollouts in a checkpoint has one to tell of its end, and
+        one that has no engine says so before it trains."""
         kept = agreement.on_stream(self.ranks, self.weights(), self._copied(version), unexpected=api.EngineError)
         self.last_refresh = kept
+        if not self._started:
+            self._agree(lambda: self._running_thread().put([], version).result())
+            self._started = True
         return kept
 
     def sleep(self) -> None:
@@ -197,7 +212,7 @@ class AheadRollouts(RankZeroRollouts):
     def close(self, *, run_over: bool = False) -> None:
         if self._thread is not None:
             self._thread.close(run_over=run_over)
-        self._thread, self._rollouts = None, {}
+        self._thread, self._rollouts, self._started = None, {}, False
 
     def _copied(self, version: int) -> Callable[[Iterator[tuple[str, Tensor]]], api.RefreshStats]:
         def copy(stream: Iterator[tuple[str, Tensor]]) -> api.RefreshStats:

@@ -103,7 +103,7 @@ class RankZeroRollouts(Rollouts):
     the weights, with the current ones, and the same requests are sampled again."""
 
     def __post_init__(self) -> None:
-        self._rule = RestartRule(self.close)
+        self._rule = RestartRule(self.close, says=self.ranks.is_leader)
 
     def generate(
         self, requests: Sequence[api.RolloutRequest] | None, version: int, finished: FinishedTogether | None = None

@@ -18,6 +18,7 @@ class RestartRule:
     while it generates, is ended. ``end`` ends it, so that the next work makes another."""
 
     end: Callable[[], None]
+    says: bool = True  # why the run waits for an engine, and what its user may have to start again
     restarts: int = field(default=0, init=False)
     _last: int | None = field(default=None, init=False)  # the version during which the engine was last replaced
 
@@ -37,6 +38,8 @@ class RestartRule:
                     ) from death
                 self._last = version
                 self.restarts += 1
+                if self.says:
+                    print(f"the rollout engine died and is replaced: {death}", flush=True)
             except (api.EngineError, Stopped) as error:  # one that was still generating is of no more use, either
                 if not isinstance(error, api.RequestError):
                     self.end()

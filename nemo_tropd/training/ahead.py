@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.rollout.ahead import AheadRollouts
 from nemo_tropd.rollout.engine import RolloutRequest
 
@@ -30,12 +31,24 @@ class Ahead:
         self.rollouts, self._requests, self._steps, self._last = rollouts, requests, steps, last
         self._begun: dict[int, int] = {}  # the version of the weights, by step; the same on every rank
 
-    def resume(self, versions: Mapping[int, int], rollouts: Rollouts | None) -> None:
-        """Take over what a checkpoint has: ``versions`` by step on every rank, ``rollouts`` on rank 0."""
-        self._begun = {step: version for step, version in versions.items() if step < self._last}
+    def resume(self, versions: Mapping[int, int], rollouts: Rollouts | None) -> list[int]:
+        """Take over what a checkpoint has (collective): ``versions`` by step on every rank, ``rollouts`` on rank 0.
+        Returns the steps whose rollouts answer other requests than this run's, since its data or batches were changed:
+        those are left out."""
+        due = {step: version for step, version in versions.items() if step < self._last}
+        if not due:
+            return []
+
+        def fitting() -> list[int]:
+            assert rollouts is not None
+            return [step for step in due if _answer(rollouts[step], self._requests(step))]
+
+        fit = on_rank_zero(self.rollouts.ranks, fitting)
+        self._begun = {step: due[step] for step in fit}
         if rollouts is not None:
             for step in self._begun:
                 self.rollouts.preload(step, list(rollouts[step]))
+        return sorted(due.keys() - fit)
 
     def begin(self, step: int) -> None:
         """Before step number ``step``, whose weights the engine has: begin what is due."""
@@ -53,6 +66,12 @@ class Ahead:
     def pending(self, step: int) -> dict[int, int]:
         """Begun by weights that a run resumed at ``step`` does not have: their versions by step."""
         return {later: version for later, version in self._begun.items() if version < step}
+
+
+def _answer(rollouts: Sequence[Rollout], requests: Sequence[RolloutRequest]) -> bool:
+    """Whether they are of these very prompts and prefixes, in this order."""
+    given = [(r.sequence_id, r.prompt_index, r.prompt_ids, r.prefix_ids) for r in rollouts]
+    return given == [(r.sequence_id, r.prompt_index, r.prompt_ids, r.prefix_ids) for r in requests]
 
 
 def save_rollouts(rollouts: Rollouts, folder: Path) -> int:
@@ -73,8 +92,10 @@ def save_rollouts(rollouts: Rollouts, folder: Path) -> int:
     return (folder / FILE).stat().st_size
 
 
-def load_rollouts(folder: Path) -> dict[int, list[Rollout]]:
-    """What ``save_rollouts`` wrote."""
+def load_rollouts(folder: Path, versions: Mapping[int, int]) -> dict[int, list[Rollout]]:
+    """What ``save_rollouts`` wrote; ``versions`` of the weights by step. Raises ValueError if it is something else."""
+    if not versions:
+        return {}
     tensors = load_file(folder / FILE)
     ids, log_probs = tensors["ids"].tolist(), tensors["log_probs"].tolist()
     found: dict[int, list[Rollout]] = {}
@@ -88,4 +109,7 @@ def load_rollouts(folder: Path) -> dict[int, list[Rollout]]:
         scored += lengths[2]
         rollout = Rollout(prompt, prefix, response, own, version, sequence_id, prompt_index, bool(finished))
         found.setdefault(step, []).append(rollout)
+    of = {step: {r.weight_version for r in some} for step, some in found.items()}
+    if of != {step: {version} for step, version in versions.items()} or (at, scored) != (len(ids), len(log_probs)):
+        raise ValueError(f"{FILE} has other rollouts than the checkpoint says")
     return found

@@ -220,9 +220,14 @@ class Checkpoints:
                         _fill(teacher, loaded["teacher"], TEACHER_PREFIX)
                 optimizer.load_state_dict(loaded["optimizer"])
                 saved = loaded["run_state"]
+                state = RunState.read(saved, path)
+                if self.topology.is_leader:
+                    load_rollouts(path, state.ahead)
+            except CheckpointError:
+                raise
             except (Exception, CheckpointException) as error:
                 raise _load_error(path, error) from error
-            return RunState.read(saved, path)
+            return state
 
         return on_every_rank(self.topology, attempt, unexpected=CheckpointError)
 
@@ -260,7 +265,7 @@ class Checkpoints:
         """The rollouts of later steps in a checkpoint that was restored, on rank 0; None elsewhere."""
         found: list[Rollouts] = []
         if state.ahead:
-            self._on_rank_zero(lambda: found.append(load_rollouts(path)), f"{path / FILE} cannot be read")
+            self._on_rank_zero(lambda: found.append(load_rollouts(path, state.ahead)), f"{path / FILE} cannot be read")
         return found[0] if found else None
 
     def _before(self, path: Path, tried: list[str]) -> Path:

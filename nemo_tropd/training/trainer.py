@@ -236,7 +236,11 @@ class TropdTrainer:
         self.model.teacher_changed()  # if it follows the student
         skipped, in_a_row = saved.skipped_steps, saved.skipped_in_a_row
         self.state = replace(self.state, step=saved.step, skipped_steps=skipped, skipped_in_a_row=in_a_row)
+        anew: list[int] = []
         if (ahead := self.one_step.ahead) is not None:
-            ahead.resume(saved.ahead, self.checkpoints.rollouts_ahead(path, saved))
+            anew = ahead.resume(saved.ahead, self.checkpoints.rollouts_ahead(path, saved))
         if self.topology.is_leader:
             print(f"resuming from {path} (step {saved.step})", flush=True)
+        if anew and self.topology.is_leader:
+            what = f"the checkpoint's rollouts of step {anew[0] + 1} answer other requests than this run's"
+            print(f"{what}: they are generated anew by its weights", flush=True)

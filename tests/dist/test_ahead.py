@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import random
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ConfigError
 from nemo_tropd.parallel.agreement import World
 from nemo_tropd.parallel.signals import STOP
-from nemo_tropd.rollout.ahead import AheadRollouts
-from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, RefreshStats, RolloutRequest
+from nemo_tropd.rollout.ahead import AheadRollouts, EngineThread
+from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, RolloutRequest
 from nemo_tropd.training.ahead import FILE, load_rollouts, save_rollouts
 from nemo_tropd.training.plan import build_objective, make_plan
 from nemo_tropd.training.run import train
 from nemo_tropd.training.step import _effective
 from tests.dist.run_distributed import run_distributed
-from tests.doubles import GivenEngines, ReplayEngine
+from tests.doubles import GivenEngines, ReplayEngine, WeighedEngine
 from tests.e2e.tiny_run import TinyRun, train_lines
+from tests.faults import planted
 from tests.dist.test_early_scores import composed
 
 VOCABULARY, BATCH = 131, 4
@@ -44,43 +43,29 @@ class Script:
     starts: int = 0
     calls: int = 0
     at: dict[int, Any] = field(default_factory=dict)  # what happens in the n-th call of generate
+    ends: list[bool] = field(default_factory=list)  # whether an engine was told at its end that the run is over
 
 
-class WeighedEngine(ReplayEngine):
-    """What it generates depends on every byte of the weights that it was given, and on the request."""
+class ScriptedEngine(WeighedEngine):
+    """Keeps a record, and fails as it is told."""
 
     def __init__(self, script: Script) -> None:
         super().__init__(VOCABULARY)
-        self.script, self.digest, self.closed = script, b"", threading.Event()
+        self.script, self.closed = script, threading.Event()
 
     def start(self) -> None:
         self.script.starts += 1
 
-    def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
-        content = hashlib.sha256()
-        for name, tensor in stream:
-            content.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
-        self.version, self.digest = version, content.digest()
-        return RefreshStats(0.0, 1, 1)
-
     def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
-        assert self.digest, "no weights"
         self.script.calls += 1
         if (happens := self.script.at.get(self.script.calls)) is not None:
             happens(self)
         self.script.generated.append((self.version, len(requests)))
-        found = []
-        for r in requests:
-            draw = random.Random(self.digest + str(r.seed).encode())
-            ids = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, r.max_new_tokens))]
-            scores = [-draw.random() * 6 for _ in ids]
-            found.append(
-                Rollout(r.prompt_ids, r.prefix_ids, ids, scores, self.version, r.sequence_id, r.prompt_index, True)
-            )
-        return found
+        return super().generate(requests, finished)
 
     def close(self, *, run_over: bool = False) -> None:
         self.closed.set()
+        self.script.ends.append(run_over)
 
 
 class Engines(GivenEngines):
@@ -94,7 +79,7 @@ def go(tiny: TinyRun, run_dir: Path, k: int, script: Script, **keys: object) -> 
     keys = {"trainer.tropd.max_steps": 6, "model.data.held_out": 0, "trainer.tropd.val_check_interval": 0} | keys
     keys |= {"trainer.tropd.save_interval": keys.get("trainer.tropd.save_interval", 1), AHEAD: k}
     cfg = composed(tiny.overrides(run_dir, **keys))
-    train(cfg, Engines(lambda: WeighedEngine(script)))
+    train(cfg, Engines(lambda: ScriptedEngine(script)))
     return train_lines(run_dir)
 
 
@@ -153,26 +138,31 @@ def test_the_effective_sample_size() -> None:
     assert math.isnan(_effective({}, 4)) and math.isnan(_effective({**sums, "importance_weight_squared": 0.0}, 0))
 
 
-def dies(engine: WeighedEngine) -> None:
+def dies(engine: ScriptedEngine) -> None:
     raise EngineDied("killed")
 
 
-def fails(engine: WeighedEngine) -> None:
+def fails(engine: ScriptedEngine) -> None:
     raise EngineError("this call is the last")
 
 
-def stops(engine: WeighedEngine) -> None:
+def stops(engine: ScriptedEngine) -> None:
     STOP.signal, STOP._asked = 15, 1e18  # asked for, never overdue
 
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("call", [1, 2, 4])
 def test_an_engine_that_dies_is_replaced_by_one_with_the_same_weights(
-    tiny: TinyRun, undisturbed: dict[int, list[dict[str, Any]]], tmp_path: Path, k: int, call: int
+    tiny: TinyRun,
+    undisturbed: dict[int, list[dict[str, Any]]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    k: int,
+    call: int,
 ) -> None:
     script = Script(at={call: dies})
     same(go(tiny, tmp_path, k, script), undisturbed[k])
-    assert script.starts == 2
+    assert script.starts == 2 and capfd.readouterr().out.count("engine died and is replaced: killed") == 1
     if call == 4:
         with pytest.raises(EngineError, match=f"crashed twice at weight version {3 - k}; last error: killed"):
             go(tiny, tmp_path / "twice", k, Script(at={4: dies, 5: dies}))
@@ -207,24 +197,63 @@ def test_a_stop_keeps_what_is_being_generated(
         STOP.signal = None
     assert 0 < len(first) < 6
     (path,) = (tmp_path / "checkpoints").iterdir()
-    held = load_rollouts(path)
+    held = load_rollouts(path, {len(first) + i: max(0, len(first) + i - k) for i in range(k)})
     assert sorted(held) == [len(first) + i for i in range(k)] and all(len(r) == BATCH for r in held.values())
     script = Script()
     same(go(tiny, tmp_path, k, script), undisturbed[k])
     assert len(script.generated) == 6 - len(first) - k
 
 
+@pytest.mark.parametrize("damage", ["longer", "missing", "of zeros"])
 def test_a_damaged_file_of_rollouts_is_a_damaged_checkpoint(
-    tiny: TinyRun, undisturbed: dict[int, list[dict[str, Any]]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny: TinyRun,
+    undisturbed: dict[int, list[dict[str, Any]]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    damage: str,
 ) -> None:
     with pytest.raises(EngineError):
         go(tiny, tmp_path, 1, Script(at={5: fails}))
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
-    with (newest / FILE).open("ab") as file:
-        file.write(b"\0")
+    path = newest / FILE
+    path.write_bytes(bytes(path.stat().st_size) if damage == "of zeros" else path.read_bytes() + b"\0")
+    if damage == "missing":
+        path.unlink()
     last = {line["step"]: line for line in go(tiny, tmp_path, 1, Script())}
     same([last[step] for step in sorted(last)], undisturbed[1])
-    assert f"{FILE} has" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert f"{newest} cannot be loaded (it is damaged: " in out and "using the checkpoint before it" in out
+    assert (FILE in out) == (damage != "of zeros") and newest.with_name(f"{newest.name}.damaged").is_dir()
+
+
+def killed() -> None:
+    raise RuntimeError("killed")
+
+
+def test_an_engine_is_told_of_the_end_of_a_run_whose_rollouts_a_checkpoint_had(
+    tiny: TinyRun, undisturbed: dict[int, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Engine hosts would wait for the trainer else."""
+    with planted("student", killed, rank=0, occurrence=5), pytest.raises(RuntimeError, match="killed"):
+        go(tiny, tmp_path, 2, Script())
+    script = Script()
+    same(go(tiny, tmp_path, 2, script), undisturbed[2])
+    assert script.generated == [] and (script.starts, script.ends) == (1, [True])
+
+
+def test_rollouts_of_other_data_are_generated_anew(
+    tiny: TinyRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(EngineError):
+        go(tiny, tmp_path, 2, Script(at={5: fails}))
+    done = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())[-1]
+    prompts = tmp_path / "others.jsonl"
+    prompts.write_text("".join(reversed(tiny.prompts.read_text().splitlines(keepends=True))))
+    script = Script()
+    others = {"model.data.path": prompts, "trainer.tropd.accept_changes": "[model.data.path]"}
+    go(tiny, tmp_path, 2, script, **others)
+    assert script.generated[:3] == [(done, BATCH)] * 3
+    assert f"rollouts of step {done + 1} answer other requests than this run's" in capfd.readouterr().out
 
 
 def test_another_number_of_steps_is_refused_unless_accepted(tiny: TinyRun, tmp_path: Path) -> None:
@@ -301,7 +330,7 @@ def test_rollouts_in_a_file_come_back_as_they_were(tmp_path: Path) -> None:
 
     rollouts = {step: some(step, random.randint(1, 4)) for step in random.sample(range(99), 3)}
     assert save_rollouts(rollouts, tmp_path) == (tmp_path / FILE).stat().st_size
-    assert load_rollouts(tmp_path) == rollouts
+    assert load_rollouts(tmp_path, {step: step for step in rollouts}) == rollouts
 
 
 def test_only_the_copies_that_are_still_wanted_are_kept() -> None:
@@ -309,7 +338,7 @@ def test_only_the_copies_that_are_still_wanted_are_kept() -> None:
 
     gate, script = threading.Semaphore(0), Script(at={n: lambda engine: gate.acquire() for n in range(1, 9)})
     weights = [("w", torch.zeros(3))]
-    rollouts = AheadRollouts(World(), lambda: WeighedEngine(script), lambda: iter(weights), VOCABULARY)  # type: ignore
+    rollouts = AheadRollouts(World(), lambda: ScriptedEngine(script), lambda: iter(weights), VOCABULARY)  # type: ignore
     asked = [RolloutRequest([1], [], 5, i, i, 4) for i in range(2)]
     for version in range(3):
         weights[0][1].fill_(version)
@@ -329,3 +358,24 @@ def test_only_the_copies_that_are_still_wanted_are_kept() -> None:
     rollouts.close()  # while it generates
     gate.release()
     assert not thread._thread.is_alive() or thread._thread.join(5) is None
+
+
+def test_an_engine_that_is_closed_while_it_starts_does_not_stay() -> None:
+    script, starts, goes_on = Script(), threading.Event(), threading.Event()
+
+    class Slow(ScriptedEngine):
+        def start(self) -> None:
+            starts.set()
+            goes_on.wait(20)
+
+    thread = EngineThread(lambda: Slow(script), VOCABULARY)
+    thread.keep(0, [])
+    begun = thread.put([], 0)
+    assert starts.wait(20)
+    closes = threading.Thread(target=lambda: thread.close(run_over=False))
+    closes.start()
+    while not script.ends:
+        closes.join(0.01)
+    goes_on.set()
+    closes.join(20)
+    assert isinstance(begun.exception(20), EngineDied) and len(script.ends) == 2 and not thread._thread.is_alive()
