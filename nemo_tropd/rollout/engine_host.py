@@ -6,7 +6,9 @@ One such process an engine; ``CUDA_VISIBLE_DEVICES`` chooses its GPU. HOST:PORT 
 ``model.rollout.dedicated.address``, I counts from 0. The secret is the trainer's: in FILE, in NEMO_TROPD_SECRET or in
 the file that NEMO_TROPD_SECRET_FILE names. The settings come from the trainer; the student's checkpoint must be
 readable here under the same path. It exits with code 0 when the run is over; if the trainer stops or is lost (it may
-resume from its last checkpoint) it waits ``--wait-s`` seconds for it, then exits with code 2.
+resume from its last checkpoint) it waits ``--wait-s`` seconds for it, then exits with code 2. Asked to stop (SIGTERM,
+SIGINT, SIGHUP) it stays as long as the trainer waits for rollouts after such a request, which may have gone to every
+process of the job: until the trainer has left, or ten seconds. A second signal ends it at once.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import torch
 
 from nemo_tropd.config import ConfigError, host_and_port
 from nemo_tropd.files import name_compiler_cache
+from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.rollout.engine import EngineError, RolloutEngine
 from nemo_tropd.rollout.secret import read_secret
 from nemo_tropd.rollout.vllm import wire as w
@@ -45,7 +49,8 @@ def own_engine(settings: EngineSettings, threads: int, answer_timeout_s: float) 
 
 def serve(join: tuple[str, int], index: int, make_engine: EngineMaker, *, secret: bytes, wait_s: float) -> None:
     """Host ``index``'s life: returns when the trainer has said that the run is over. Raises EngineError if no trainer
-    that has the secret listens for ``wait_s`` seconds, or it refuses this host."""
+    that has the secret listens for ``wait_s`` seconds, or it refuses this host; Stopped if it was asked to stop and no
+    trainer is connected."""
     server = EngineServer(make_engine, local=False)
     try:
         while not server.serve(_join(join, index, secret, wait_s)):
@@ -57,6 +62,8 @@ def serve(join: tuple[str, int], index: int, make_engine: EngineMaker, *, secret
 def _join(join: tuple[str, int], index: int, secret: bytes, wait_s: float) -> w.Wire:
     deadline, shown = time.monotonic() + wait_s, ""
     while True:
+        if STOP:
+            raise Stopped("asked to stop")
         try:
             return _introduced(w.Wire(_connect(join)), index, secret)
         except (w.Disconnected, OSError) as error:
@@ -100,7 +107,16 @@ def _introduced(wire: w.Wire, index: int, secret: bytes) -> w.Wire:
     return wire
 
 
+def _leave_when_overdue() -> None:
+    while not STOP.overdue:
+        time.sleep(_RETRY_S)
+    assert STOP.signal is not None
+    print("asked to stop, and the trainer has not left: exiting", file=sys.stderr, flush=True)
+    os._exit(128 + STOP.signal)
+
+
 def main() -> None:
+    STOP.install()
     parser = argparse.ArgumentParser(prog="python -m nemo_tropd.rollout.engine_host", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--join", required=True, metavar="HOST:PORT", help="model.rollout.dedicated.address")
@@ -112,9 +128,13 @@ def main() -> None:
     name_compiler_cache()
     # vLLM's own NCCL group would end this process where the trainer is lost during a broadcast; it is to wait for it.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    threading.Thread(target=_leave_when_overdue, name="stop", daemon=True).start()
     try:
         secret = read_secret(given.secret_file)
         serve(host_and_port("--join", given.join), given.index, own_engine, secret=secret, wait_s=given.wait_s)
+    except Stopped:
+        assert STOP.signal is not None
+        raise SystemExit(128 + STOP.signal) from None
     except (ConfigError, EngineError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -6,9 +6,10 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.parallel import signals
 from nemo_tropd.parallel.agreement import World
+from nemo_tropd.rollout import engine_host
 from nemo_tropd.rollout.vllm.hosts import DedicatedEngines
 from nemo_tropd.rollout.engine import (
     EngineDied,
@@ -88,6 +91,15 @@ def host_process(port: int, index: int, folder: str, wait_s: float) -> None:
     )
 
 
+def host_command(port: int, index: int, folder: str, wait_s: float) -> None:
+    """``host_process`` as a user starts it: with its handling of signals."""
+    signals.FINISH_S = 3.0
+    os.environ["NEMO_TROPD_SECRET"] = SECRET.decode()
+    vars(engine_host)["own_engine"] = lambda settings, *_: HostDouble(Path(folder), settings)
+    sys.argv = ["engine_host", "--join", f"127.0.0.1:{port}", "--index", str(index), "--wait-s", str(wait_s)]
+    engine_host.main()
+
+
 class Hosts:
     """Host processes of one test, and the leader's settings."""
 
@@ -104,11 +116,9 @@ class Hosts:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def start(self, *indices: int, wait_s: float = 60) -> None:
+    def start(self, *indices: int, wait_s: float = 60, life: Callable[..., None] = host_process) -> None:
         for index in indices:
-            process = process_context().Process(
-                target=host_process, args=(self.port, index, str(self.folder(index)), wait_s)
-            )
+            process = process_context().Process(target=life, args=(self.port, index, str(self.folder(index)), wait_s))
             process.start()
             self.processes[index] = process
 
@@ -334,3 +344,52 @@ def test_an_address_that_is_not_ours_and_nobody_there(hosts: Hosts) -> None:
         DedicatedEngines(hosts.settings, address=("192.0.2.7", 29600), engines=1, secret=SECRET).start()
     with pytest.raises(EngineError, match=r"secret listened at 127\.0\.0\.1:\d+ for 0\.1 s \(Connection refused\)"):
         serve(("127.0.0.1", hosts.port), 0, lambda *_: ReplayEngine(VOCABULARY), secret=SECRET, wait_s=0.1)
+
+
+def test_a_host_asked_to_stop_stays_until_the_trainer_has_its_rollouts(hosts: Hosts) -> None:
+    """Both are asked at once, as a scheduler does; the checkpoint then has what is generated. One whose trainer stays
+    goes by itself."""
+    hosts.start(0, 1, life=host_command)
+    engines = hosts.engines()
+    engines.start()
+    engines.update_weights(iter(weights(hosts.settings).items()), 1)
+    (hosts.folder(1) / "hang").touch()
+    wanted = requests(5)
+
+    def ask() -> None:
+        wait_for(hosts.folder(1) / "generating")
+        hosts.kill(0, signal.SIGTERM)
+        hosts.kill(1, signal.SIGINT)
+        time.sleep(1)
+        (hosts.folder(1) / "hang").unlink()
+
+    threading.Thread(target=ask).start()
+    assert engines.generate(wanted) == written(wanted, 1)
+    engines.close()
+    assert hosts.codes() == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    hosts.start(0, 1, life=host_command)
+    engines = hosts.engines()
+    engines.start()
+    hosts.kill(1, signal.SIGTERM)
+    hosts.processes[1].join(20)
+    assert hosts.processes[1].exitcode == 128 + signal.SIGTERM and hosts.processes[0].exitcode is None
+    with pytest.raises(EngineDied, match="engine host 1"):
+        engines.update_weights(iter(weights(hosts.settings).items()), 1)
+
+
+def test_engines_that_are_closed_while_hosts_are_awaited_wait_no_longer(hosts: Hosts) -> None:
+    engines, raised = hosts.engines(), list[BaseException]()
+
+    def start() -> None:
+        try:
+            engines.start()
+        except EngineError as error:
+            raised.append(error)
+
+    waits = threading.Thread(target=start)
+    waits.start()
+    time.sleep(0.5)
+    assert waits.is_alive()
+    engines.close()
+    waits.join(10)
+    assert not waits.is_alive() and isinstance(raised[0], EngineDied)

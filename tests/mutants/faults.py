@@ -199,6 +199,7 @@ def _ahead(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("ahead", what, f"nemo_tropd/{file}.py", line, becomes, paths, True)
 
 
+_DEDICATED = "tests/dist/test_dedicated.py::"
 _AS_SAID = "test_older_weights_are_used_as_said"
 _RESUMES = "test_a_run_that_ended_anyhow_resumes_to_the_bit"
 
@@ -348,8 +349,8 @@ FAULTS: list[Fault] = [
     _ahead(
         "training/trainer",
         "a resumed run generates again what the checkpoint has",
-        "ahead.resume(saved.ahead, self.checkpoints.rollouts_ahead(path, saved))",
-        "ahead.resume({}, None)",
+        "anew = ahead.resume(saved.ahead, self.checkpoints.rollouts_ahead(path, saved))",
+        "anew = ahead.resume({}, None)",
         _RESUMES,
     ),
     _ahead(
@@ -379,6 +380,62 @@ FAULTS: list[Fault] = [
         'squares = sums.get("importance_weight_squared", math.nan)',
         'squares = sums.get("importance_weight", math.nan)',
         "test_the_effective_sample_size",
+    ),
+    _ahead(
+        "rollout/ahead",
+        "a run whose rollouts are all there starts no engine",
+        "if not self._started:",
+        "if False:",
+        "test_an_engine_is_told_of_the_end_of_a_run_whose_rollouts_a_checkpoint_had",
+    ),
+    _ahead(
+        "rollout/ahead",
+        "an engine that was closed before it started stays",
+        "self._check_open()  # what was closed before it started is closed again",
+        "pass",
+        "test_an_engine_that_is_closed_while_it_starts_does_not_stay",
+    ),
+    _ahead(
+        "training/checkpoint",
+        "rollouts are not looked at before an older checkpoint could be used",
+        "load_rollouts(path, state.ahead)",
+        "pass",
+        "test_a_damaged_file_of_rollouts_is_a_damaged_checkpoint",
+    ),
+    _ahead(
+        "training/ahead",
+        "rollouts of other data are used",
+        "return [step for step in due if _answer(rollouts[step], self._requests(step))]",
+        "return list(due)",
+        "test_rollouts_of_other_data_are_generated_anew",
+    ),
+    _ahead(
+        "rollout/restart",
+        "an engine is replaced in silence",
+        "if self.says:",
+        "if False:",
+        "test_an_engine_that_dies_is_replaced_by_one_with_the_same_weights",
+    ),
+    _ahead(
+        "rollout/vllm/hosts",
+        "engines that are closed wait for hosts",
+        "if self._given_up.is_set():",
+        "if False:",
+        _DEDICATED + "test_engines_that_are_closed_while_hosts_are_awaited_wait_no_longer",
+    ),
+    _ahead(
+        "rollout/engine_host",
+        "a host ends under the trainer's rollouts",
+        "STOP.install()",
+        "pass",
+        _DEDICATED + "test_a_host_asked_to_stop_stays_until_the_trainer_has_its_rollouts",
+    ),
+    _ahead(
+        "rollout/engine_host",
+        "a host that is asked to stop stays as long as the trainer",
+        "while not STOP.overdue:",
+        "while True:",
+        _DEDICATED + "test_a_host_asked_to_stop_stays_until_the_trainer_has_its_rollouts",
     ),
     # rollouts that are scored while others are generated
     _early(

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from nemo_tropd.rollout.engine import EngineError
+from nemo_tropd.rollout.engine import EngineDied, EngineError
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.remote import GRACE_S, RemoteEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings, model_fingerprint
@@ -131,11 +131,13 @@ class DedicatedEngines(RemoteEngine):
     address: tuple[str, int]  # host and port to listen at; on no other interface than that host's
     engines: int  # hosts, whose indices are 0 to ``engines`` - 1
     secret: bytes  # what they must know
+    _given_up: threading.Event = field(default_factory=threading.Event, init=False)
 
     def start(self) -> None:
         """Raises EngineError naming the indices that did not join, or the host whose engine could not start."""
         if self._members:
             raise EngineError("the engines are running; close them before they are started again")
+        self._given_up.clear()
         self._members = self._gather()
         try:
             self._open()
@@ -145,7 +147,9 @@ class DedicatedEngines(RemoteEngine):
             raise
 
     def close(self, *, run_over: bool = False) -> None:
-        """Leave the hosts, which wait for the trainer to come back; if the run is over they are told to exit."""
+        """Leave the hosts, which wait for the trainer to come back; if the run is over they are told to exit. Another
+        thread's ``start`` that waits for hosts ends with EngineDied."""
+        self._given_up.set()
         for member in self._members if run_over else ():
             with suppress(w.Disconnected):
                 member.send(w.Close())
@@ -166,6 +170,9 @@ class DedicatedEngines(RemoteEngine):
         with listener:
             listener.settimeout(_ACCEPT_POLL_S)
             while len(members := door.present()) < self.engines:
+                if self._given_up.is_set():
+                    door.close()
+                    raise EngineDied("the engines were closed before all hosts had joined")
                 if time.monotonic() > deadline:
                     door.close()
                     absent = ", ".join(str(i) for i in range(self.engines) if i not in door.joined)
