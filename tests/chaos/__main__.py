@@ -3,11 +3,13 @@
     make chaos                                    100 rounds, a fifth of them with the real engine
     make chaos ARGS="--rounds 12 --engine-share 0 --seed 7"
     make chaos ARGS="--hours 1"
+    make chaos ARGS="--rounds 6 --engine-share 1 --kind 2h"   steps_ahead 2, two engine hosts; of 0 0h 1 1h 2 2h
 
-Faults: signals to the agent or a rank, SIGKILL to any process, stalled and frozen ranks, cut connections, a full disk
-(needs the right to mount a small tmpfs), damaged files, clocks off by a day. Prints a table and exits with 1 if any
-round lost a step, hung, left a process or a file behind, or ended otherwise than the undisturbed run. The folder of
-such a round is kept.
+Rollouts are 0, 1 or 2 steps ahead, by an engine beside rank 0 or by two engine hosts. Faults: signals to the agent or a
+rank, SIGKILL to any process, stalled and frozen ranks, cut connections, a full disk (needs the right to mount a small
+tmpfs), damaged files, clocks off by a day; signals, kills, stalls and freezes of engine hosts. Prints a table and exits
+with 1 if any round lost a step, hung, left a process or a file behind, or ended otherwise than the undisturbed run. The
+folder of such a round is kept.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=None, help="go on for so long instead of --rounds")
     parser.add_argument("--seed", type=int, default=None, help="of the first round; each next one is one more")
     parser.add_argument("--engine-share", type=float, default=0.2, help="share of the rounds with vLLM as the engine")
+    parser.add_argument("--kind", default=None, help="of all rounds, instead of one drawn for each")
     options = parser.parse_args()
     first = random.SystemRandom().randrange(1 << 20) if options.seed is None else options.seed
     default_signals()
@@ -55,7 +58,7 @@ def main() -> int:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page that it looks at
-    from tests.chaos.round import Rounds, mount_small, unmount
+    from tests.chaos.round import Kind, Rounds, mount_small, unmount
 
     folder = Path(tempfile.mkdtemp(prefix="chaos_"))
     mounted = mount_small(folder)
@@ -67,12 +70,12 @@ def main() -> int:
     bad, began = 0, time.monotonic()
     try:
         rounds = Rounds(folder)
-        print("| seed | engine | attempts | seconds | what happened | outcome |\n|---|---|---|---|---|---|", flush=True)
+        print("| seed | kind | attempts | seconds | what happened | outcome |\n|---|---|---|---|---|---|", flush=True)
         number = 0
         while time.monotonic() - began < options.hours * 3600 if options.hours else number < options.rounds:
             seed = first + number
             number += 1
-            report = rounds.play(seed, engine=random.Random(-seed).random() < options.engine_share)
+            report = rounds.play(seed, Kind.drawn(seed, options.engine_share, options.kind))
             print(report.line(), flush=True)
             if report.faults:
                 bad += 1

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from nemo_tropd import files
-from tests.chaos.world import World
+from tests.chaos.world import Hosts, World
 
 DEAD = 4_194_305  # above any process number
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -117,9 +117,58 @@ RUNNING: dict[str, Callable[[World, Path, random.Random], str]] = {
 }
 
 
-def recover(run_dir: Path) -> None:
+def kill_host(world: World, hosts: Hosts, draw: random.Random) -> str:
+    """As the OOM killer does; somebody starts it again."""
+    hosts.replace(draw.randrange(hosts.count))
+    return "an engine host gets SIGKILL, and is started again"
+
+
+def stop_host(world: World, hosts: Hosts, draw: random.Random) -> str:
+    """Its machine is needed; it gets another one."""
+    index, number = draw.randrange(hosts.count), draw.choice(STOPS)
+    hosts.send(index, number)
+    ended = hosts.code(index, 12)
+    hosts.replace(index)
+    return f"an engine host gets {number.name}, {'and is' if ended is not None else 'HANGS, is'} started again"
+
+
+def stall_host(world: World, hosts: Hosts, draw: random.Random) -> str:
+    """A slow one."""
+    index, seconds = draw.randrange(hosts.count), draw.uniform(0.5, 3)
+    hosts.send(index, signal.SIGSTOP)
+    time.sleep(seconds)
+    hosts.send(index, signal.SIGCONT)
+    return f"an engine host stalls for {seconds:.1f} s"
+
+
+def freeze_host(world: World, hosts: Hosts, draw: random.Random) -> str:
+    """One that hangs until the run has ended."""
+    hosts.send(draw.randrange(hosts.count), signal.SIGSTOP)
+    return "an engine host freezes"
+
+
+def stop_all(world: World, hosts: Hosts, draw: random.Random) -> str:
+    """The end of a job: every process of it is asked to stop."""
+    os.kill(world.agent, signal.SIGTERM)
+    for index in range(hosts.count):
+        hosts.send(index, signal.SIGTERM)
+    return "SIGTERM to the agent and all engine hosts"
+
+
+WITH_HOSTS: dict[str, Callable[[World, Hosts, random.Random], str]] = {
+    "kill a host": kill_host,
+    "stop a host": stop_host,
+    "stall a host": stall_host,
+    "freeze a host": freeze_host,
+    "stop everything": stop_all,
+}
+
+
+def recover(run_dir: Path, hosts: Hosts | None) -> None:
     """What an operator does between two attempts."""
     (run_dir.parent / "ballast").unlink(missing_ok=True)
+    if hosts is not None:
+        hosts.tend()
 
 
 def damage_files(run_dir: Path, draw: random.Random) -> str:

@@ -6,17 +6,22 @@ import json
 import os
 import random
 import subprocess
+import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from safetensors.torch import load_file
 
 from tests.chaos import disturb
-from tests.chaos.world import World
+from tests.chaos.world import Hosts, World
 from tests.e2e.tiny_run import ROOT, TinyRun
+from tests.ports import free_port
 
 STEPS, RANKS, VOCABULARY = 6, 2, 131
 EXACT = ("loss", "grad_norm", "trust_fraction", "log_ratio_mean")
@@ -33,12 +38,48 @@ HANG_S = 90.0  # no attempt may take longer, whatever happens to it
 LEFT_S = 10.0  # no process may outlive its agent longer
 
 
+SECRET = "a secret of chaos"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of a round."""
+
+    engine: bool  # vLLM; else a double whose rollouts depend on the weights
+    ahead: int  # model.rollout.steps_ahead
+    hosts: bool  # two engine hosts instead of an engine beside rank 0
+
+    @classmethod
+    def drawn(cls, seed: int, engine_share: float, only: str | None) -> Kind:
+        """The kind of the round ``seed``; ``only`` as 0, 1 or 2 steps ahead, with an h for hosts."""
+        draw = random.Random(-seed)
+        engine, ahead, hosts = draw.random() < engine_share, draw.randrange(3), draw.random() < 0.4
+        if only is not None:
+            ahead, hosts = int(only.rstrip("h")), only.endswith("h")
+        return cls(engine, ahead, hosts)
+
+    def __str__(self) -> str:
+        return f"{'vllm' if self.engine else 'double'} {self.ahead}{'h' if self.hosts else ''}"
+
+    def keys(self, address: str) -> dict[str, object]:
+        """What it adds to the command line."""
+        found: dict[str, object] = {"model.rollout.steps_ahead": self.ahead}
+        if self.hosts:
+            waits = 50 if self.engine else 10
+            found |= {"trainer.distributed_timeout_s": 60 if self.engine else 20}
+            found |= {"model.rollout.placement": "dedicated", "model.rollout.dedicated.engines": 2}
+            found |= {"model.rollout.dedicated.address": address, "model.rollout.dedicated.timeout_s": waits}
+        if not self.engine:
+            found["model.rollout.request_timeout_s"] = 6
+        return found
+
+
 @dataclass
 class Report:
     """What happened in a round, and what was wrong."""
 
     seed: int
-    engine: bool
+    kind: Kind
     events: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     attempts: int = 0
@@ -46,29 +87,56 @@ class Report:
 
     def line(self) -> str:
         """One row of the table."""
-        kind = "vllm" if self.engine else "replay"
         outcome = "; ".join(self.faults) if self.faults else "equal to the bit"
-        return f"| {self.seed} | {kind} | {self.attempts} | {self.seconds:.0f} | {', '.join(self.events)} | {outcome} |"
+        cells = (self.seed, self.kind, self.attempts, round(self.seconds), ", ".join(self.events), outcome)
+        return f"| {' | '.join(map(str, cells))} |"
 
 
-def train_here(overrides: list[str], engine: bool, clock_s: float) -> None:
+def slow_engine() -> Any:
+    """A double of an engine, whose rollouts depend on the weights."""
+    from tests.doubles import WeighedEngine
+
+    class SlowEngine(WeighedEngine):
+        def generate(self, requests, finished=None):  # type: ignore[no-untyped-def]
+            time.sleep(0.1)
+            return super().generate(requests, finished)
+
+    return SlowEngine(VOCABULARY)
+
+
+def serve_here(index: int, address: str, engine: bool) -> None:
+    """What an engine host does."""
+    from nemo_tropd.rollout import engine_host
+
+    torch.set_num_threads(1)
+    os.environ["NEMO_TROPD_SECRET"] = SECRET
+    if not engine:
+        vars(engine_host)["own_engine"] = lambda *_: slow_engine()
+    sys.argv = ["engine_host", "--join", address, "--index", str(index), "--wait-s", "600"]
+    engine_host.main()
+
+
+def train_here(overrides: list[str], kind: Kind, clock_s: float) -> None:
     """What each rank does."""
     from nemo_tropd.command_line import compose_command_line
+    from nemo_tropd.rollout.placement import Engines
     from nemo_tropd.training import run
-    from tests.doubles import GivenEngines, ReplayEngine
+    from tests.doubles import ReplayEngine
 
     torch.set_num_threads(1)
     if clock_s:
         true_time = time.time
         time.time = lambda: true_time() + clock_s
 
-    class SlowEngine(ReplayEngine):
-        def generate(self, requests):  # type: ignore[no-untyped-def]
-            time.sleep(0.1)
-            return super().generate(requests)
+    class Doubles(Engines):
+        def student(self, cfg):  # type: ignore[no-untyped-def]
+            return super().student(cfg) if kind.hosts else slow_engine()
 
-    engines = None if engine else GivenEngines(lambda: SlowEngine(VOCABULARY))
-    run.main(compose_command_line(overrides, ROOT / "conf"), engines)
+        def teacher(self, cfg):  # type: ignore[no-untyped-def]
+            return ReplayEngine(VOCABULARY)
+
+    os.environ["NEMO_TROPD_SECRET"] = SECRET
+    run.main(compose_command_line(overrides, ROOT / "conf"), None if kind.engine else Doubles(VOCABULARY))
 
 
 class Rounds:
@@ -77,46 +145,55 @@ class Rounds:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tiny = TinyRun.make(folder / "models")
-        self._expected: dict[bool, tuple[dict[int, list[float]], dict[str, torch.Tensor]]] = {}
+        self._expected: dict[Kind, tuple[dict[int, list[float]], dict[str, torch.Tensor]]] = {}
+        self.hosts: Hosts | None = None  # of the round
+        self._address = ""
 
-    def overrides(self, run_dir: Path) -> list[str]:
+    def overrides(self, run_dir: Path, kind: Kind) -> list[str]:
         """The run's command line."""
         cache = {"model.teacher.cache_dir": run_dir.parent / "responses"}
-        return self.tiny.overrides(run_dir, data=RANKS, **KEYS, **cache)
+        return self.tiny.overrides(run_dir, data=RANKS, **{**KEYS, **kind.keys(self._address), **cache})
 
-    def start(self, run_dir: Path, engine: bool, clock_s: float = 0.0) -> World:
+    def start(self, run_dir: Path, kind: Kind, clock_s: float = 0.0) -> World:
         """One attempt."""
-        overrides = self.overrides(run_dir)
-        return World(RANKS, lambda: train_here(overrides, engine, clock_s), {}, run_dir.parent / "log")
+        overrides = self.overrides(run_dir, kind)
+        return World(RANKS, lambda: train_here(overrides, kind, clock_s), {}, run_dir.parent / "log")
 
-    def expected(self, engine: bool) -> tuple[dict[int, list[float]], dict[str, torch.Tensor]]:
+    @contextmanager
+    def _with_hosts(self, kind: Kind, base: Path) -> Iterator[None]:
+        if kind.hosts:
+            self._address = address = f"127.0.0.1:{free_port()}"
+            self.hosts = Hosts(2, lambda index: serve_here(index, address, kind.engine), base / "log")
+        try:
+            yield
+        finally:
+            if self.hosts is not None:
+                self.hosts.end()
+            self.hosts = None
+
+    def expected(self, kind: Kind) -> tuple[dict[int, list[float]], dict[str, torch.Tensor]]:
         """Figures and weights of an undisturbed run."""
-        if engine not in self._expected:
-            run_dir = self.folder / f"straight_{engine}" / "run"
+        if not kind.engine:
+            kind = replace(kind, hosts=False)  # a double's rollouts are the same wherever it is
+        if kind not in self._expected:
+            run_dir = self.folder / f"straight_{kind}".replace(" ", "_") / "run"
             run_dir.parent.mkdir()
-            code = self.start(run_dir, engine).wait(4 * HANG_S)
+            with self._with_hosts(kind, run_dir.parent):
+                code = self.start(run_dir, kind).wait(4 * HANG_S)
             assert code == 0, (run_dir.parent / "log").read_text()[-3000:]
-            self._expected[engine] = (figures(run_dir), load_file(run_dir / "hf" / "model.safetensors"))
-        return self._expected[engine]
+            self._expected[kind] = (figures(run_dir), load_file(run_dir / "hf" / "model.safetensors"))
+        return self._expected[kind]
 
-    def play(self, seed: int, engine: bool) -> Report:
+    def play(self, seed: int, kind: Kind) -> Report:
         """One round; everything in it follows from ``seed``, except how fast the processes are."""
-        expected = self.expected(engine)
-        draw, report, began = random.Random(seed), Report(seed, engine), time.monotonic()
+        expected = self.expected(kind)
+        draw, report, began = random.Random(seed), Report(seed, kind), time.monotonic()
         base = self.folder / f"round_{seed}"
         base.mkdir()
         run_dir = base / "run"
         shared_before = set(os.listdir("/dev/shm"))
-        for _ in range(draw.randint(1, 3)):
-            self._attempt(run_dir, report, draw, disturbed=True)
-            disturb.recover(run_dir)
-            if draw.random() < 0.4:
-                report.events.append(disturb.damage_files(run_dir, draw))
-        for _ in range(3):
-            if report.faults or self._attempt(run_dir, report, draw, disturbed=False) == 0:
-                break
-        else:
-            report.faults.append("three undisturbed attempts did not finish the run")
+        with self._with_hosts(kind, base):
+            self._attempts(run_dir, report, draw)
         if not report.faults:
             report.faults += differences(run_dir, expected)
         left = {name for name in set(os.listdir("/dev/shm")) - shared_before if "nemo_tropd" in name}
@@ -127,19 +204,47 @@ class Rounds:
             disturb.remove(base)
         return report
 
+    def _attempts(self, run_dir: Path, report: Report, draw: random.Random) -> None:
+        for _ in range(draw.randint(1, 3)):
+            self._attempt(run_dir, report, draw, disturbed=True)
+            disturb.recover(run_dir, self.hosts)
+            if draw.random() < 0.4:
+                report.events.append(disturb.damage_files(run_dir, draw))
+        for _ in range(3):
+            before = written(run_dir / "summary.json")
+            if report.faults or self._attempt(run_dir, report, draw, disturbed=False) == 0:
+                break
+            disturb.recover(run_dir, self.hosts)
+        else:
+            report.faults.append("three undisturbed attempts did not finish the run")
+        if self.hosts is not None and not report.faults and written(run_dir / "summary.json") != before:
+            codes = [self.hosts.code(index, LEFT_S) for index in range(self.hosts.count)]
+            if codes != [0] * self.hosts.count:
+                report.faults.append(f"engine hosts ended with {codes} after the run")
+
     def _attempt(self, run_dir: Path, report: Report, draw: random.Random, *, disturbed: bool) -> int | None:
         report.attempts += 1
         clock_s = draw.choice([0.0, 0.0, 86400.0, -86400.0])
         if clock_s:
             report.events.append(f"clock {clock_s / 3600:+.0f} h")
-        world = self.start(run_dir, report.engine, clock_s)
+        world = self.start(run_dir, report.kind, clock_s)
         what = ""
         if disturbed:
-            name = draw.choice(sorted(disturb.RUNNING))
-            world.wait(draw.uniform(0.0, 12.0 if report.engine else 4.0))
-            what = disturb.RUNNING[name](world, run_dir, draw) if world.exit_code is None else f"{name} came too late"
+            with_hosts = self.hosts is not None and draw.random() < 0.5
+            name = draw.choice(sorted(disturb.WITH_HOSTS if with_hosts else disturb.RUNNING))
+            world.wait(draw.uniform(0.0, 12.0 if report.kind.engine else 4.0))
+            if world.exit_code is not None:
+                what = f"{name} came too late"
+            elif with_hosts:
+                assert self.hosts is not None
+                what = disturb.WITH_HOSTS[name](world, self.hosts, draw)
+            else:
+                what = disturb.RUNNING[name](world, run_dir, draw)
             report.events.append(what)
-        patience = 3 * HANG_S if report.engine else HANG_S  # vLLM starts twice in an attempt, for teacher and student
+            if "HANGS" in what:
+                report.faults.append(what)
+        # vLLM starts twice in an attempt, for teacher and student.
+        patience = 3 * HANG_S if report.kind.engine else HANG_S
         code = world.wait(patience)
         processes = world.processes()
         if code is None:
@@ -161,7 +266,8 @@ class Rounds:
     def _check_nobody_left(self, run_dir: Path, report: Report) -> None:
         """Ranks and helpers carry the name of this process's session in no way: look for who works in the folder."""
         deadline = time.monotonic() + LEFT_S
-        while left := [p for p in descendants_of_dead(os.getpid()) if p.pid != os.getpid()]:
+        ours = set(self.hosts.pids.values()) if self.hosts is not None else set()
+        while left := descendants_of_dead(os.getpid(), ours):
             if time.monotonic() > deadline:
                 report.faults.append(f"outlived their agent: {[' '.join(p.cmdline())[:80] for p in left]}")
                 for process in left:
@@ -170,10 +276,12 @@ class Rounds:
             time.sleep(0.1)
 
 
-def descendants_of_dead(pid: int) -> list[psutil.Process]:
-    """With this process as the subreaper, everything that outlives its parent becomes its child."""
+def descendants_of_dead(pid: int, ours: set[int]) -> list[psutil.Process]:
+    """With this process as the subreaper, everything that outlives its parent becomes its child, as are ``ours``."""
     found = []
     for child in psutil.Process(pid).children():
+        if child.pid in ours:
+            continue
         try:
             if child.status() == psutil.STATUS_ZOMBIE:
                 os.waitpid(child.pid, os.WNOHANG)
@@ -182,6 +290,11 @@ def descendants_of_dead(pid: int) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, ChildProcessError):
             continue
     return found
+
+
+def written(path: Path) -> int | None:
+    """When the file was, if it is there."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def lines(run_dir: Path) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -64,6 +65,64 @@ class World:
         with contextlib.suppress(psutil.NoSuchProcess):
             return [p for p in psutil.Process(self.agent).children() if _lives(p)]
         return []
+
+
+class Hosts:
+    """Engine hosts beside a run, forks of this process that call ``host_main`` with their index; they outlive attempts
+    at the run, and somebody starts them again."""
+
+    def __init__(self, count: int, host_main: Callable[[int], object], log: Path) -> None:
+        self._main, self._log, self.count = host_main, log, count
+        self.pids: dict[int, int] = {}
+        self._codes: dict[int, int] = {}
+        self.tend()
+
+    def tend(self) -> None:
+        """Start those that have ended, or have not begun; wake up those that were frozen."""
+        for index in range(self.count):
+            if self.code(index, 0) is not None or index not in self.pids:
+                self._start(index)
+            self.send(index, signal.SIGCONT)
+
+    def send(self, index: int, number: int) -> None:
+        """A signal to one of them."""
+        if self.code(index, 0) is None:
+            os.kill(self.pids[index], number)
+
+    def replace(self, index: int) -> None:
+        """Kill it and start another one."""
+        self.send(index, signal.SIGKILL)
+        self.code(index, 10)
+        self._start(index)
+
+    def code(self, index: int, seconds: float) -> int | None:
+        """Its exit code, negative for a signal; None if it has not ended by then."""
+        deadline = time.monotonic() + seconds
+        while index in self.pids and index not in self._codes:
+            pid, status = os.waitpid(self.pids[index], os.WNOHANG)
+            if pid:
+                self._codes[index] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                return None
+            else:
+                time.sleep(0.02)
+        return self._codes.get(index)
+
+    def end(self) -> None:
+        """All of them."""
+        for index in range(self.count):
+            self.send(index, signal.SIGKILL)
+            self.code(index, 10)
+
+    def _start(self, index: int) -> None:
+        self._codes.pop(index, None)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pids[index] = os.fork()
+        if self.pids[index] == 0:
+            os.setsid()
+            _redirect(self._log)
+            _call(lambda: self._main(index))
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -137,9 +196,14 @@ def _rank(rank: int, ranks: int, port: int, rank_main: Callable[[], object]) -> 
 
     STOP.install()  # as examples/train_tropd.py begins
     die_with_parent()
+    _call(rank_main)
+
+
+def _call(main: Callable[[], object]) -> NoReturn:
+    """What a fork does, and its end."""
     code = 1
     try:
-        rank_main()
+        main()
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
