@@ -262,6 +262,27 @@ FAULTS: list[Fault] = [
         "tests/dist/test_timeline.py::test_rank_0_alone_writes",
     ),
     _timeline(
+        "rollout/timed",
+        "every engine generates until the last one has answered",
+        "elif isinstance(message, w.Generated | w.Failed) and member in self._generating:",
+        "elif isinstance(message, w.Failed) and member in self._generating:",
+        "test_members_work_until_each_has_answered",
+    ),
+    _timeline(
+        "rollout/timed",
+        "an engine without requests is none",
+        "self._timeline.members(ENGINES, len(members))",
+        "self._timeline.members(ENGINES, 2)",
+        "test_members_work_until_each_has_answered",
+    ),
+    _timeline(
+        "served/early",
+        "a question is on its way for ever",
+        "future.add_done_callback(lambda _: end())",
+        "future.add_done_callback(lambda _: None)",
+        "tests/unit/test_served.py::test_questions_as_they_come_have_the_answers_of_questions_together",
+    ),
+    _timeline(
         "rollout/placement",
         "engines are not on the timeline",
         "return TimedEngine(engine, timeline) if timeline.enabled else engine",

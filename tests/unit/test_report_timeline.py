@@ -140,7 +140,7 @@ def test_advice_for_steps_ahead() -> None:
     assert "model.rollout.dedicated.engines" in advice(*at_once(10.0, 5.0))
     assert advice(*at_once(10.0, 9.0)) == advice(*at_once(9.0, 10.0)) == advice(*at_once(5.0, 5.0)) == ""
     # What is sent on the engines' side is not the trainer's work.
-    assert "dedicated.engines" in advice(*at_once(8.0, 5.0, weights=[(8.0, 10.0, "send")]))
+    assert "dedicated.engines" in advice(*at_once(7.5, 5.0, weights=[(7.5, 10.0, "send")]))
     even: dict[str, Spans] = {f"engines_{i}": [(0.0, 9.0, "weights 0")] for i in range(4)}
     assert "dedicated.engines" in advice(*at_once(10.0, 5.0, **even))
     uneven = {**even, **{f"engines_{i}": [(0.0, 3.0, "weights 0")] for i in range(3)}}

@@ -353,9 +353,23 @@ def batch_of(ids: list[int], number: int) -> TokenBatch:
     return TokenBatch.pack([rollout], pad_id=0, seed=0, step=0)
 
 
-def early_questions(made: Servers, check_interval: int = 1) -> EarlyQuestions:
+class InFlight:
+    """Counts questions that are on their way."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+
+    def __call__(self) -> Callable[[], None]:
+        self.begun += 1
+        return self.end
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def early_questions(made: Servers, in_flight: InFlight | None = None) -> EarlyQuestions:
     topology: Any = SimpleNamespace(is_last_stage=True, tensor_rank=0)
-    return EarlyQuestions(ServedTeacher(made, topology, VOCABULARY, ""), TOP)
+    return EarlyQuestions(ServedTeacher(made, topology, VOCABULARY, ""), TOP, in_flight or InFlight())
 
 
 def test_questions_as_they_come_have_the_answers_of_questions_together(up: Callable[..., str]) -> None:
@@ -363,7 +377,7 @@ def test_questions_as_they_come_have_the_answers_of_questions_together(up: Calla
     made = servers(up(one), up(fake()))
     texts = {i: ids_of(n, n) for i, n in enumerate((6, 40, 17, 9))}
     expected = made.ask([scoring(ids, 3, TOP, VOCABULARY) for ids in texts.values()])
-    early = early_questions(made)
+    early = early_questions(made, in_flight := InFlight())
     early.add(2, batch_of(ids_of(30), 2))  # an engine died, and its successor generated another text
     for i, ids in texts.items():
         early.add(i, batch_of(ids, i))
@@ -373,6 +387,7 @@ def test_questions_as_they_come_have_the_answers_of_questions_together(up: Calla
         time.sleep(0.02)
     assert early.ready() == texts.keys()
     found = early.collect()
+    assert in_flight.begun == in_flight.ended == 1 + len(texts)
     for i, scores in enumerate(expected):
         assert torch.equal(found[i], packed(scores))
     early.close()
@@ -382,7 +397,7 @@ def test_questions_as_they_come_have_the_answers_of_questions_together(up: Calla
 def test_a_question_that_no_server_answers_ends_the_others(up: Callable[..., str]) -> None:
     slow, refuses = threading.Event(), fake(max_model_len=30)
     refuses.fault = lambda path, body, answer: (len(body["prompt"]) == 40 or slow.wait(20), answer)[1]
-    early = early_questions(servers(up(refuses)))
+    early = early_questions(servers(up(refuses)), in_flight := InFlight())
     for i, count in enumerate((20, 21, 40)):
         early.add(i, batch_of(ids_of(count), i))
     began = time.monotonic()
@@ -390,9 +405,11 @@ def test_a_question_that_no_server_answers_ends_the_others(up: Callable[..., str
         time.sleep(0.02)
     with pytest.raises(ServerError, match="answers 400"):
         early.add(3, batch_of(ids_of(22), 3))  # the others need not be generated to their end
+    assert in_flight.begun == 3 and in_flight.ended < 3
     with pytest.raises(ServerError, match="answers 400"):
         early.collect()
     slow.set()
+    assert in_flight.ended == 3
     assert time.monotonic() - began < 10 and all(t.name != "teacher-questions" for t in threading.enumerate())
 
 

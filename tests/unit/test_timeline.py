@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,14 @@ from nemo_tropd.parallel import stopwatch
 from nemo_tropd.parallel.stopwatch import Stopwatch
 from nemo_tropd.rollout.engine import EngineDied, Finished, RefreshStats, RolloutRequest
 from nemo_tropd.rollout.timed import TimedEngine
+from nemo_tropd.rollout.vllm import wire as w
+from nemo_tropd.rollout.vllm.remote import RemoteEngine
+from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.timeline import LANES, MOST_BARS, Lane, StepTimes, Timeline, length
 from nemo_tropd.training import metrics
 from nemo_tropd.training.metrics import PhaseTimer, TimelineFile
 from tests.doubles import ReplayEngine
+from tests.tiny_models import make_tiny
 
 
 class Clock:
@@ -229,6 +235,84 @@ def test_an_engine_on_a_timeline_is_that_engine(clock: Clock) -> None:
     lanes = timeline.step_done(1, began).lanes
     assert lanes["weights"].bars == [(0.0, 1.0, "send")]
     assert lanes["engines"].bars == [(1.0, 3.0, "weights 4"), (5.0, 7.0, "weights 4")]
+
+
+class Members(RemoteEngine):
+    """Two or three, each a thread of this test that does as its script says."""
+
+    def __init__(self, folder: Path, *scripts: Callable[[], Any]) -> None:
+        super().__init__(EngineSettings(folder, "float32", 64), answer_timeout_s=60)
+        self.scripts, self.threads = scripts, list[threading.Thread]()
+
+    def start(self) -> None:
+        for i, script in enumerate(self.scripts):
+            ours, theirs = socket.socketpair()
+            self._members.append(w.Wire(ours, f"member {i}"))
+            self.threads.append(threading.Thread(target=self.live, args=(w.Wire(theirs), script), daemon=True))
+            self.threads[-1].start()
+        self._ready = True
+
+    @staticmethod
+    def live(wire: w.Wire, script: Callable[[], Any]) -> None:
+        with suppress(w.Disconnected, ZeroDivisionError):
+            while True:
+                asked = wire.receive(w.Request)
+                script()
+                wire.send(w.Generated(ReplayEngine(131).generate(asked.requests)))
+        wire.close()
+
+    def close(self, *, run_over: bool = False) -> None:
+        self._let_go()
+        for thread in self.threads:
+            thread.join()
+
+    def _describe(self, members: Sequence[w.Wire], reason: str) -> str:
+        return reason
+
+
+class Watched(TimedEngine):
+    """Says when the first member has answered."""
+
+    answered = threading.Event()
+
+    def _seen(self, member: int, message: w.Message) -> None:
+        super()._seen(member, message)
+        if member == 0 and isinstance(message, w.Generated):
+            self.answered.set()
+
+
+def test_members_work_until_each_has_answered(tmp_path: Path) -> None:
+    timeline, began = Timeline(), module.time.monotonic()
+    Watched.answered = answered = threading.Event()
+    later = list[float]()
+
+    def second() -> None:
+        assert answered.wait(60)
+        later.append(module.time.monotonic() - began)
+        module.time.sleep(0.05)
+
+    scripts: list[Callable[[], None]] = [lambda: None, second, lambda: None]
+    engine = Members(make_tiny(tmp_path / "model", vocab=131), *scripts)
+    timed = Watched(engine, timeline)
+    timed.start()
+    asked = [RolloutRequest([1], [], 5, i, i, 4) for i in range(2)]
+    assert timed.generate(asked) == ReplayEngine(131).generate(asked)
+    times = timeline.step_done(1, began)
+    ((b0, e0, whose),), ((b1, e1, _),), third = (one.bars for one in times.members("engines"))
+    assert b0 < e0 < later[0] + 1e-5 < e1 and b1 < e0 and whose == "weights 0" and third == []
+    timed.close()
+
+
+def test_members_that_are_gone_are_at_work_no_more(tmp_path: Path) -> None:
+    timeline, began = Timeline(), module.time.monotonic()
+    engine = Members(make_tiny(tmp_path / "model", vocab=131), lambda: threading.Event().wait(0.2), lambda: 1 / 0)
+    timed = TimedEngine(engine, timeline)
+    timed.start()
+    with pytest.raises(EngineDied):
+        timed.generate([RolloutRequest([1], [], 5, i, i, 4) for i in range(2)])
+    assert not timeline._open
+    assert all(one.busy > 0 for one in timeline.step_done(1, began).members("engines"))
+    timed.close()
 
 
 def test_a_stopwatch_without_a_gpu(clock: Clock) -> None:

@@ -102,6 +102,11 @@ class RemoteEngine:
     def sleep(self) -> bool:
         return False  # members keep their memory and their weights
 
+    @property
+    def members(self) -> Sequence[w.Wire]:
+        """While the engine runs."""
+        return self._members
+
     def _send_bucket(self, tensors: Mapping[str, Tensor]) -> None:
         assert self._weights is not None
         try:

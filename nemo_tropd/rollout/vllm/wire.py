@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
@@ -132,12 +132,17 @@ def decode(data: bytes, kind: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
+# msgspec 0.22 looks into a class when it first decodes one, and ends the process if two threads do so at once.
+_SEEN_THROUGH = [msgspec.msgpack.Decoder(kind) for kind in (Request, Answer)]
+
+
 class Wire:
     """One end of a connected socket, TCP or local. Not for two threads at once, ``lost`` and ``close`` aside."""
 
     def __init__(self, connected: socket.socket, name: str = "") -> None:
         """Takes the socket over; ``name`` is what errors call the other side."""
         self.name, self.own_address = name, ""
+        self.seen: Callable[[Message], None] = lambda message: None  # is told of what is sent and received
         connected.settimeout(None)
         if connected.family != socket.AF_UNIX:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -161,6 +166,7 @@ class Wire:
 
     def send(self, message: Message, timeout_s: float = _MESSAGE_TIMEOUT_S) -> None:
         """Send one message, in at most ``timeout_s`` seconds. Raises Disconnected."""
+        self.seen(message)
         data = encode(message)
         if len(data) > _MOST_BYTES:
             raise Disconnected(f"a message of {len(data)} bytes is over the limit of {_MOST_BYTES}")
@@ -178,9 +184,11 @@ class Wire:
         with self._within(_MESSAGE_TIMEOUT_S if timeout_s is None else timeout_s):
             data = self._connection.recv_bytes(most_bytes)
         try:
-            return decode(data, kind)
+            message = decode(data, kind)
         except ValueError as error:
             raise Disconnected(f"received a malformed message ({str(error)[:200]})") from error
+        self.seen(message)
+        return message
 
     def wait_readable(self, timeout_s: float | None) -> bool:
         """Whether a message, or the end, begins to arrive within ``timeout_s`` (None: wait forever)."""
