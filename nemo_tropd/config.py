@@ -194,6 +194,10 @@ class DedicatedConfig:
     """How many engine hosts there are."""
     timeout_s: float = number(300.0, above=0, at_most=LONGEST_S)
     """Seconds for all engine hosts to join, and for a host to take a bucket of weights."""
+    queue: bool = flag(False)
+    """Hosts take requests from one queue, the longest expected first, instead of having a fixed share of each batch:
+    none waits for the one with the longest responses. What a host generates together then depends on who was faster,
+    and the last bits with it: a resumed run goes on alike, but no longer bit by bit (conf/README.md)."""
 
 
 @dataclass

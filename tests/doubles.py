@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutEngine, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, Further, RefreshStats, RolloutEngine, RolloutRequest
 
 
 class ReplayEngine:
@@ -26,22 +26,26 @@ class ReplayEngine:
     def start(self) -> None:
         """Nothing to start."""
 
-    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
+    ) -> list[Rollout]:
         """Random tokens from each request's own seed, of unequal lengths."""
-        rollouts = []
-        for r in requests:
-            draw = random.Random(r.seed)
-            length = draw.randint(1, r.max_new_tokens)
-            ids = [draw.randrange(self.vocab_size) for _ in range(length)]
-            rollouts.append(
-                Rollout(
-                    r.prompt_ids, r.prefix_ids, ids, [-1.0] * length, self.version, r.sequence_id, r.prompt_index, True
-                )
-            )
-        if finished is not None:
-            for rollout in rollouts:
+        rollouts: list[Rollout] = []
+        more: Sequence[RolloutRequest] | None = requests
+        while more is not None:
+            made = [self._written(r) for r in more]
+            rollouts += made
+            for rollout in made if finished is not None else ():
                 finished(rollout)
+            more = further(True) if further is not None else None
         return rollouts
+
+    def _written(self, r: RolloutRequest) -> Rollout:
+        draw = random.Random(r.seed)
+        length = draw.randint(1, r.max_new_tokens)
+        ids = [draw.randrange(self.vocab_size) for _ in range(length)]
+        scores = [-1.0] * length
+        return Rollout(r.prompt_ids, r.prefix_ids, ids, scores, self.version, r.sequence_id, r.prompt_index, True)
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """Takes the stream, as an engine would, and remembers the version."""

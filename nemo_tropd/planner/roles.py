@@ -32,7 +32,11 @@ def roles(cfg: TropdConfig, machine: Machine) -> list[tuple[str, str]]:
         return [*lines, ("rollouts", "one engine, a child process of rank 0")]
     if placement(cfg, machine) == "dedicated":
         d = cfg.model.rollout.dedicated
-        return [*lines, ("rollouts", f"{d.engines} engine host(s) that join rank 0 at {d.address}; none on the ranks")]
+        hosts = ("rollouts", f"{d.engines} engine host(s) that join rank 0 at {d.address}; none on the ranks")
+        shared = "from one queue, the longest expected first: the last bits depend on who is faster"
+        fixed = "in fixed shares, so that the last bits do not depend on time (model.rollout.dedicated.queue)"
+        several = [("requests to hosts", shared if d.queue else fixed)] if (d.engines or 1) > 1 else []
+        return [*lines, hosts, *several]
     asleep = ", asleep while they train" if cfg.model.rollout.sleep else ""
     where = f"{_groups(engine_groups(cfg, machine), 'engine', devices)}, in the ranks' own processes{asleep}"
     return [*lines, ("rollouts", where)]

@@ -8,10 +8,12 @@ The way of a request (training/guidance.py plans a step's)
     engine.py             what is asked of an engine, its errors, and the one check of what comes back
     timed.py              tells the run's timeline when rank 0's engine is at work
     placement.py          which engine that is: placement_of decides, Engines makes
-      vllm/in_process.py  colocated: in the trainer's own process, in turns with it; here vLLM's generate is called
+      vllm/in_process.py  colocated: in the trainer's own process, in turns with it; vLLM's generate is called in
+                          vllm/generating.py
       vllm/child.py       process: a child process of rank 0 (vllm/__main__.py), by vllm/remote.py
       vllm/hosts.py       dedicated: hosts of their own, by vllm/remote.py; secret.py is what they must know
-    vllm/remote.py        the client: deals requests out over the wire (vllm/wire.py) to one server or several
+    vllm/remote.py        the client: deals requests out over the wire (vllm/wire.py) to one server or several, in fixed
+                          shares or from one queue (vllm/dealing.py)
     vllm/server.py        the server, in the child process and on every host (engine_host.py is the host's command);
                           its engine is vllm/in_process.py
 

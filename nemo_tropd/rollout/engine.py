@@ -48,6 +48,9 @@ class RolloutRequest:
 
 # Is told of a rollout when it is finished, while others are still generated; in any order.
 Finished = Callable[[Rollout], None]
+# More requests for a call that goes on: those that have come since it was last asked, with True after a wait for some;
+# None: there are no more.
+Further = Callable[[bool], Sequence[RolloutRequest] | None]
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ class RolloutEngine(Protocol):
     def close(self, *, run_over: bool = False) -> None:
         """End every process of the engine and remove every temporary file. Engine hosts are left waiting for the
         trainer to come back unless ``run_over``: then they exit."""
+
+
+class MemberEngine(RolloutEngine, Protocol):
+    """One of several engines that share a queue."""
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
+    ) -> list[Rollout]:
+        """As ``RolloutEngine.generate``; in addition the requests of ``further``, which is asked between two steps and
+        whenever nothing is left to do. Their rollouts come behind the others."""
 
 
 class RankEngine(RolloutEngine, Protocol):

@@ -26,7 +26,7 @@ import torch
 from nemo_tropd.config import ConfigError, host_and_port
 from nemo_tropd.files import name_compiler_cache
 from nemo_tropd.parallel.signals import STOP, Stopped
-from nemo_tropd.rollout.engine import EngineError, RolloutEngine
+from nemo_tropd.rollout.engine import EngineError, MemberEngine
 from nemo_tropd.rollout.secret import read_secret
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.child import VllmEngine
@@ -39,7 +39,7 @@ _CONNECT_TIMEOUT_S = 10.0
 _GREETING_TIMEOUT_S = 30.0
 
 
-def own_engine(settings: EngineSettings, threads: int, answer_timeout_s: float) -> RolloutEngine:
+def own_engine(settings: EngineSettings, threads: int, answer_timeout_s: float) -> MemberEngine:
     """vLLM: in this process on a GPU; else in a child process, since a CPU engine's threads are set by variables that
     must be there before Python starts."""
     if torch.cuda.is_available():

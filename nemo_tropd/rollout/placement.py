@@ -119,12 +119,12 @@ class Engines:
             return VllmEngine(settings, **options)
         assert r.dedicated.address is not None and r.dedicated.engines is not None  # config_checks has seen to it
         address = host_and_port("model.rollout.dedicated.address", r.dedicated.address)
-        options |= {"engines": r.dedicated.engines, "timeout_s": r.dedicated.timeout_s}
+        options |= {"engines": r.dedicated.engines, "timeout_s": r.dedicated.timeout_s, "queue": r.dedicated.queue}
         return DedicatedEngines(settings, address=address, secret=read_secret(), **options)
 
     def teacher(self, cfg: TropdConfig) -> RolloutEngine:
         """Child processes of rank 0 with the checkpoint's own weights, wherever the student's engine is: one on a CPU,
-        else as many as this node's GPUs hold."""
+        else as many as this node's GPUs hold. Those share a queue: what they generate is kept on disk."""
         import torch
 
         from nemo_tropd.rollout.vllm.child import VllmEngine
@@ -138,7 +138,7 @@ class Engines:
                 changes["gpu_memory_utilization"] = teacher_utilization(torch.cuda.mem_get_info()[1])
             settings = replace(settings, torch_compile=False, **changes)
             devices = device_groups(cfg.trainer.devices, tensor, torch.cuda.device_count())
-        return VllmEngine(settings, devices=devices, **self._remote_options(cfg))
+        return VllmEngine(settings, devices=devices, queue=True, **self._remote_options(cfg))
 
     @staticmethod
     def _remote_options(cfg: TropdConfig) -> dict[str, Any]:

@@ -34,6 +34,7 @@ ENGINE_ARGUMENTS = {
 # Variables, attributes and methods of ours that hold a vllm.LLM.
 ENGINES = {
     "rollout/vllm/in_process.py": ("llm", "_llm"),
+    "rollout/vllm/generating.py": ("llm",),
 }
 # Attributes and methods of their objects that we use: class -> names.
 MEMBERS = {

@@ -151,6 +151,9 @@ def test_requests_are_numbered_as_they_come_and_told_of_by_each_step(library: Li
     assert "request_id = str(next(self.request_counter))" in text
     assert "step_outputs = self.llm_engine.step()" in text and "if output.finished:" in text
     assert "key=lambda x: int(x.request_id)" in text
+    # Requests that are enqueued between two steps are numbered likewise, and run before the call ends.
+    assert "while self.llm_engine.has_unfinished_requests():" in text
+    assert "return self._add_completion_requests(" in method_source(library, "vllm", "LLM", "enqueue")
     assert re.search(r"def __next__.*\n\s+i = self.counter\n", module_source(library, "vllm.utils.counter"))
     told = method_source(library, "vllm.v1.engine.output_processor", "RequestState", "make_request_output")
     assert "external_req_id" in told  # not the number with which vLLM makes it unique

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
     Finished,
+    Further,
     RefreshStats,
     RequestError,
     RolloutRequest,
@@ -62,7 +65,9 @@ class HostDouble(ReplayEngine):
         with (self.folder / "starts").open("a") as file:
             file.write(f"{self.settings.seed} {self.settings.model_dir}\n")
 
-    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
+    ) -> list[Rollout]:
         (self.folder / "generating").write_text(str(len(requests)))
         *others, last = super().generate(requests)
         for r in others if finished else ():
@@ -71,7 +76,7 @@ class HostDouble(ReplayEngine):
             time.sleep(0.05)
         if finished:
             finished(last)
-        return [*others, last]
+        return [*others, last, *(super().generate([], finished, further) if further else ())]
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         # Kept, not copied: what a bucket holds must stay as it is.
@@ -227,6 +232,40 @@ def test_finished_rollouts_come_before_the_others(hosts: Hosts) -> None:
     assert engines.generate(wanted) == written(wanted, 1) and len(told) == 7
     engines.close(run_over=True)
     assert hosts.codes() == [0, 0]
+
+
+def test_hosts_that_share_a_queue(hosts: Hosts) -> None:
+    """What one cannot do the other does, but for what it was given; one that dies has its requests done again."""
+    hosts.settings = replace(hosts.settings, max_num_seqs=2)
+    hosts.start(0, 1)
+    sent, hangs, wanted, told = weights(hosts.settings), hosts.folder(0) / "hang", requests(40), list[Rollout]()
+    supervisor = RankZeroRollouts(World(), partial(hosts.engines, queue=True), lambda: iter(sent.items()), VOCABULARY)
+    assert supervisor.generate(wanted, 5) == written(wanted, 5)
+    hangs.touch()
+
+    def take(some: list[Rollout], done: bool) -> None:
+        told.extend(some)
+        if len(told) == 37:
+            hangs.unlink()  # host 0 hangs in the third of what it had first, and was given two for those before
+
+    assert supervisor.generate(wanted, 5, take) == written(wanted, 5) and supervisor.restarts == 0
+    assert {int((hosts.folder(i) / "generating").read_text()) for i in range(2)} == {3}
+    assert sorted(told, key=lambda r: r.sequence_id) == written(wanted, 5)
+    (hosts.folder(1) / "hang").touch()
+    (hosts.folder(1) / "generating").unlink()
+
+    def kill() -> None:
+        wait_for(hosts.folder(1) / "generating")
+        hosts.kill(1)
+        hosts.processes[1].join()
+        (hosts.folder(1) / "hang").unlink()
+        hosts.start(1)  # as a scheduler would
+
+    threading.Thread(target=kill).start()
+    assert supervisor.generate(wanted, 5) == written(wanted, 5) and supervisor.restarts == 1
+    supervisor.close(run_over=True)
+    assert hosts.codes() == [0, 0]
+    assert [len((hosts.folder(i) / "starts").read_text().splitlines()) for i in range(2)] == [1, 2]
 
 
 def test_a_host_killed_while_it_writes_is_named_and_can_be_started_again(hosts: Hosts) -> None:

@@ -321,6 +321,24 @@ def test_finished_rollouts_are_told_at_once_and_are_the_same(all_served: dict[st
     assert lengths[0] <= 5 and lengths[-1] == max(lengths) > 5
 
 
+def test_requests_may_come_while_others_are_generated(all_served: dict[str, Served]) -> None:
+    """As from a queue that several engines share. Other sequences beside a request change its last bits at most."""
+    served = all_served["untied"].ready()
+    wanted = some_requests(24, new_tokens=40)
+    left, told = wanted[6:], list[Rollout]()
+
+    def further(wait: bool) -> list[RolloutRequest] | None:
+        running = len(wanted) - len(left) - len(told)
+        return None if not left else [left.pop(0) for _ in range(min(3, len(left)))] if running < 4 else []
+
+    rollouts, alone = served.engine.generate(wanted[:6], told.append, further), served.engine.generate(wanted)
+    assert [r.sequence_id for r in rollouts] == [r.sequence_id for r in alone]
+    assert sorted(told, key=lambda r: r.sequence_id) == rollouts
+    assert max(differences(served.model, rollouts, SAMPLED)) < 1e-3
+    same = [a.response_ids == b.response_ids for a, b in zip(rollouts, alone, strict=True)]
+    assert sum(same) >= len(same) - 2
+
+
 @torch.no_grad()
 def test_engine_and_trainer_agree_about_what_was_sampled(all_served: dict[str, Served]) -> None:
     """At a temperature, from the top k and the top p of it, with rows in the head that have no token."""

@@ -199,6 +199,11 @@ def _ahead(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
     return Fault("ahead", what, f"nemo_tropd/{file}.py", line, becomes, paths, True)
 
 
+def _queue(file: str, what: str, line: str, becomes: str, *tests: str, slow: bool = False) -> Fault:
+    paths = tuple(test if "/" in test else "tests/unit/test_engine_queue.py::" + test for test in tests)
+    return Fault("queue", what, f"nemo_tropd/{file}.py", line, becomes, paths, slow)
+
+
 _DEDICATED = "tests/dist/test_dedicated.py::"
 _AS_SAID = "test_older_weights_are_used_as_said"
 _RESUMES = "test_a_run_that_ended_anyhow_resumes_to_the_bit"
@@ -316,6 +321,78 @@ FAULTS: list[Fault] = [
         "return ((begin, end) for begin, end, what in bars if (what == SEND) == sent)",
         "return ((begin, end) for begin, end, what in bars)",
         "test_advice_for_steps_ahead",
+    ),
+    # engines that share a queue
+    _queue(
+        "rollout/vllm/dealing",
+        "whoever is first in the list comes first",
+        "self._undealt.extend(sorted(range(first, len(self.requests)), key=lambda place: -self._expected[place]))",
+        "self._undealt.extend(range(first, len(self.requests)))",
+        "test_the_longest_expected_come_first_and_whoever_has_least_is_next",
+        "test_what_was_seen_decides_what_comes_first",
+    ),
+    _queue(
+        "rollout/vllm/dealing",
+        "everything is dealt at once",
+        "if len(self._has[i]) == self._held:",
+        "if False:",
+        "test_who_is_faster_is_asked_more_and_the_answers_are_the_same",
+    ),
+    _queue(
+        "rollout/vllm/dealing",
+        "a member answers another's request",
+        "if place not in self._has[member]:",
+        "if False:",
+        "test_a_member_that_does_not_keep_to_it_is_named",
+    ),
+    _queue(
+        "rollout/vllm/dealing",
+        "an engine of an engine is told too early that nothing follows",
+        "last = self.closed and not self._undealt",
+        "last = not self._undealt",
+        "test_an_engine_of_an_engine_passes_requests_on",
+    ),
+    _queue(
+        "rollout/vllm/dealing",
+        "the teacher's prefix counts as the student's tokens",
+        "return min(max(tokens // count - len(request.prefix_ids), 1), request.max_new_tokens)",
+        "return min(max(tokens // count, 1), request.max_new_tokens)",
+        "test_what_is_expected_of_a_request",
+    ),
+    _queue(
+        "rollout/vllm/remote",
+        "a member that ends before its last request is believed",
+        "if answer != w.Generated([]) or not queue.done(i):",
+        "if answer != w.Generated([]):",
+        "test_a_member_that_does_not_keep_to_it_is_named",
+    ),
+    _queue(
+        "rollout/vllm/server",
+        "requests for an engine that has failed are taken for a call",
+        "if not isinstance(request, w.More):  # which came for an engine that has failed meanwhile",
+        "if True:",
+        "test_requests_for_an_engine_that_has_failed_are_passed_over",
+    ),
+    _queue(
+        "rollout/vllm/server",
+        "an engine waits for a trainer that is gone",
+        "except (w.Disconnected, TimeoutError):  # what is begun is ended, as without anyone to tell",
+        "except KeyError:",
+        "test_an_engine_outlives_a_trainer_that_leaves_while_more_may_come",
+    ),
+    _queue(
+        "rollout/vllm/generating",
+        "requests wait until all before them are done",
+        "between()",
+        "pass",
+        "tests/unit/test_colocated.py::test_further_requests_come_in_between_two_steps",
+    ),
+    _queue(
+        "rollout/placement",
+        "the key has no effect",
+        'options |= {"engines": r.dedicated.engines, "timeout_s": r.dedicated.timeout_s, "queue": r.dedicated.queue}',
+        'options |= {"engines": r.dedicated.engines, "timeout_s": r.dedicated.timeout_s}',
+        "test_a_run_chooses_by_a_key_that_a_resumed_run_may_change",
     ),
     # rollouts ahead of the weights
     _ahead(
@@ -537,7 +614,7 @@ FAULTS: list[Fault] = [
         _MEMBERS + "test_an_engine_outlives_a_trainer_that_leaves_between_two_parts",
     ),
     _early(
-        "rollout/vllm/in_process",
+        "rollout/vllm/generating",
         "vLLM's steps are watched for ever",
         "del engine.step  # the class's own again",
         "pass",
@@ -2418,7 +2495,7 @@ FAULTS: list[Fault] = [
         _DEVICE + "test_memory_that_has_no_ipc_handle_is_not_shared",
     ),
     _gpu(
-        "rollout/vllm/in_process",
+        "rollout/vllm/generating",
         "prefixes of other weights stay cached",
         "if not llm.reset_prefix_cache():",
         "if llm.reset_prefix_cache() is None:",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,13 @@ from nemo_tropd.rollout.engine import (
     RolloutRequest,
     WeightStreamError,
 )
+from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.in_process import ColocatedEngine, environment
+from nemo_tropd.rollout.vllm.server import EngineServer
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from tests.doubles import ReplayEngine
 from tests.tiny_models import make_tiny
+from tests.unit.test_parts_of_answers import Engine
 
 pytestmark = pytest.mark.random
 
@@ -105,15 +109,19 @@ class RecordingLLM:
         self.prefixes_of = self.loads
         self.calls.append(("generate",))
         self.seen = sampling_params
-        answers = [self._answer(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
-        for answer in answers:
-            answer.request_id, answer.finished = str(self.request_counter.counter), True
-            self.request_counter.counter += 1
-        self.llm_engine.queue = random.sample(answers, len(answers))
+        assert not self.llm_engine.queue, "requests of an earlier call"
+        self.enqueue(prompts, sampling_params, use_tqdm=use_tqdm)
         outputs: list[Any] = []
         while self.llm_engine.queue:
             outputs += [o for o in self.llm_engine.step() if o.finished]
         return sorted(outputs, key=lambda o: int(o.request_id))
+
+    def enqueue(self, prompts: list[Any], sampling_params: list[Any], *, use_tqdm: bool = True) -> None:
+        answers = [self._answer(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
+        for answer in answers:
+            answer.request_id, answer.finished = str(self.request_counter.counter), True
+            self.request_counter.counter += 1
+        self.llm_engine.queue = random.sample([*self.llm_engine.queue, *answers], len(self.llm_engine.queue + answers))
 
     def _answer(self, prompt: list[int], parameters: Any) -> Any:
         draw = random.Random(parameters.seed)
@@ -434,3 +442,54 @@ def test_rollouts_are_told_when_they_are_finished_and_are_the_same(tmp_path: Pat
     colocated.llm.generate = otherwise  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="numbers requests otherwise than as they come"):
         engine.generate(wanted, told.append)
+
+
+def test_further_requests_come_in_between_two_steps(tmp_path: Path) -> None:
+    """Their rollouts are those of one list, wherever they came in; an engine with nothing left waits for some."""
+    colocated = Colocated(tmp_path / "model")
+    engine = colocated.engine
+    engine.start()
+    engine.update_weights(colocated.stream(), 1)
+    for _ in range(10):
+        wanted, told, waits = requests(12), list[Any](), list[bool]()
+        left = wanted[4:]
+
+        def further(wait: bool, left: list[Any] = left, waits: list[bool] = waits) -> list[Any] | None:
+            waits.append(wait)
+            if not left:
+                return None
+            some = [left.pop(0) for _ in range(random.randint(0, len(left)))]
+            return some
+
+        colocated.calls()
+        rollouts = engine.generate(wanted[:4], told.append, further)
+        assert colocated.calls().count(("forget prefixes",)) == 1
+        assert rollouts == engine.generate(wanted) and waits[0] is False
+        assert sorted(told, key=lambda r: r.sequence_id) == rollouts
+        assert "step" not in vars(colocated.llm.llm_engine)
+    late = iter([[], wanted[:2], [], None])
+    assert engine.generate([], None, lambda wait: next(late)) == rollouts[:2]
+    bad = iter([[RolloutRequest([1] * 60, [], 1, 0, 0, 9)]])
+    with pytest.raises(RequestError, match="context of 64"):
+        engine.generate(wanted[:1], None, lambda wait: next(bad))
+
+
+def test_further_requests_reach_vllm_over_the_wire(tmp_path: Path) -> None:
+    """Client, server and engine, as on a host: what the client is given while it waits."""
+    colocated = Colocated(tmp_path / "model", sleeps=False)
+    colocated.engine.start()
+    colocated.engine.update_weights(colocated.stream(), 1)
+    client, (ours, theirs) = Engine(colocated.engine.settings, answer_timeout_s=20.0), socket.socketpair()
+    client.connect([w.Wire(ours, "member 0")])
+    server = EngineServer(lambda *_: colocated.engine, True, colocated.engine)
+    threading.Thread(target=server.serve, args=(w.Wire(theirs),), daemon=True).start()
+    wanted, told = requests(12), list[Any]()
+    left = wanted[4:]
+
+    def further(wait: bool) -> list[Any] | None:
+        running = len(wanted) - len(left) - len(told)
+        return None if not left else [left.pop(0) for _ in range(min(3, len(left)))] if running < 3 else []
+
+    assert client.generate(wanted[:4], told.append, further) == colocated.engine.generate(wanted)
+    assert sorted(told, key=lambda r: r.sequence_id) == colocated.engine.generate(wanted)
+    client._let_go()

@@ -52,7 +52,7 @@ FRACTION = (
 FLAGS = (
     "check_only exp_manager.create_tensorboard_logger exp_manager.resume_if_exists model.tropd.guidance.enabled "
     "model.teacher.fp8_param model.teacher.offload model.teacher.offload_states model.teacher.score_early "
-    "model.rollout.sleep "
+    "model.rollout.sleep model.rollout.dedicated.queue "
     "model.rollout.torch_compile model.data.chat_template "
     "model.validation.score_teacher"
 )

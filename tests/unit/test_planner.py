@@ -343,8 +343,14 @@ def test_engines_on_hosts_of_their_own_take_nothing_of_the_ranks() -> None:
     )
     beside = compose_config([*base, "model.rollout.placement=process"])
     assert engine_groups(apart, machine) == [] and engine_groups(beside, machine) == [(0,)]
-    said = dict(roles(apart, machine))["rollouts"]
-    assert said == "3 engine host(s) that join rank 0 at node1:29600; none on the ranks"
+    said = dict(roles(apart, machine))
+    assert said["rollouts"] == "3 engine host(s) that join rank 0 at node1:29600; none on the ranks"
+    assert said["requests to hosts"].startswith("in fixed shares, so that the last bits")
+    apart.model.rollout.dedicated.queue = True
+    assert dict(roles(apart, machine))["requests to hosts"].startswith("from one queue, the longest expected first")
+    apart.model.rollout.dedicated.engines = 1
+    assert "requests to hosts" not in dict(roles(apart, machine))
+    apart.model.rollout.dedicated.engines = 3
     ours, theirs = (estimate(cfg, student, teacher, machine) for cfg in (apart, beside))
     assert ours.engine == 0 and "rollouts" not in ours.phases and ours.resident == theirs.resident
     sent, less = (estimate_wire(cfg, student, teacher, machine)["weights to the engines"] for cfg in (apart, beside))

@@ -50,7 +50,7 @@ def test_the_teacher_has_a_nodes_gpus_to_itself(cfg: TropdConfig, monkeypatch: p
     """Not the rollouts' share of them and their degree of 1, with which a large teacher would not start."""
     cfg.model.rollout.gpu_memory_utilization = 0.3
     engine: Any = engines_of(cfg, TeacherEngines(2, 4), monkeypatch).teacher(cfg)
-    assert engine.devices == ("0,1,2,3", "4,5,6,7")
+    assert engine.devices == ("0,1,2,3", "4,5,6,7") and engine.queue
     arguments = engine.settings.llm_arguments()
     assert (arguments["gpu_memory_utilization"], arguments["tensor_parallel_size"]) == (0.9, 4)
     assert arguments["max_num_seqs"] == 256 and arguments["enforce_eager"] is False

@@ -28,11 +28,13 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import (
     EngineError,
     Finished,
+    Further,
     RefreshStats,
     RolloutRequest,
     WeightStreamError,
     check_requests,
 )
+from nemo_tropd.rollout.vllm.generating import forget_prefixes, generated
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.weights.stream import checked_stream
 
@@ -45,8 +47,6 @@ _MOST_BIASED = 1024
 # Bytes of a GPU that vLLM's communicators take before it looks for its share, if the engine spans several GPUs:
 # NCCL's buffers, 64 MiB of symmetric memory, its own all-reduce's.
 _COMMUNICATORS = 1 << 29
-# Added to the logit of a padding row, which then has no share in what is sampled from.
-_NEVER = -100.0
 
 
 def _vllm() -> Any:
@@ -162,19 +162,21 @@ class ColocatedEngine:
             raise WeightStreamError(f"vLLM did not take the weights ({type(error).__name__}: {error})") from error
         if next(passed, None) is not None:
             raise WeightStreamError("vLLM stopped reading the weights before their end")
-        _forget_prefixes(llm)
+        forget_prefixes(llm)
         self._version = version
         return RefreshStats(seconds=time.monotonic() - began, bytes=sum(sizes), buckets=1)
 
-    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
+    ) -> list[Rollout]:
         llm, requests, s = self.llm, list(requests), self.settings
         check_requests(requests, max_model_len=s.max_model_len, vocab_size=s.vocab_size)
-        if not requests:
+        if not requests and further is None:
             return []
         if self._version is None:
             raise EngineError("the engine has no weights (discarded by sleep(), or never loaded): refresh it first")
         self._wake(*_MEMORY)
-        return _generate(llm, requests, s, self._version, finished)
+        return generated(llm, requests, s, self._version, finished, further)
 
     def sleep(self) -> bool:
         if self._llm is not None and self.sleeps and self._asleep != set(_MEMORY):
@@ -300,86 +302,3 @@ def _triton_hooks_kept() -> Iterator[None]:
         yield
     finally:
         knobs.runtime.jit_post_compile_hook, knobs.autotuning.print = hook, shown
-
-
-def _forget_prefixes(llm: Any) -> None:
-    """Empty the prefix cache; EngineError where vLLM keeps it, since requests are unfinished: other weights made it."""
-    if not llm.reset_prefix_cache():
-        raise EngineError("vLLM keeps cached prefixes, since requests of an earlier call are unfinished")
-
-
-def _generate(
-    llm: Any, requests: Sequence[RolloutRequest], settings: EngineSettings, version: int, finished: Finished | None
-) -> list[Rollout]:
-    """One rollout a request, in order; each is sampled with its own seed, and the list is queued before it starts."""
-    from vllm import SamplingParams, TokensPrompt
-
-    # Rows of the head past the tokenizer's size have no text.
-    padding = dict.fromkeys(range(settings.vocab_size, settings.model_rows), _NEVER) or None
-    parameters = [
-        SamplingParams(
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            seed=r.seed,
-            max_tokens=r.max_new_tokens,
-            logprobs=0,  # the sampled token alone
-            stop_token_ids=list(settings.end_ids),
-            detokenize=False,
-            logit_bias=padding,
-        )
-        for r, s in ((r, r.sampling or settings.sampling) for r in requests)
-    ]
-    prompts = [TokensPrompt(prompt_token_ids=[*r.prompt_ids, *r.prefix_ids]) for r in requests]
-    # What earlier calls left in the cache would change how this list is scheduled.
-    _forget_prefixes(llm)
-    if finished is None:
-        outputs = llm.generate(prompts, parameters, use_tqdm=False)
-        return [_rollout(r, output.outputs[0], version) for r, output in zip(requests, outputs, strict=True)]
-    rollouts: dict[int, Rollout] = {}
-
-    def told(place: int, output: Any) -> None:
-        if not 0 <= place < len(requests):
-            raise EngineError("vLLM numbers requests otherwise than as they come: install a version of the pins")
-        rollouts[place] = _rollout(requests[place], output.outputs[0], version)
-        finished(rollouts[place])
-
-    with _watched(llm, told):
-        llm.generate(prompts, parameters, use_tqdm=False)
-    return [rollouts[place] for place in range(len(requests))]
-
-
-@contextmanager
-def _watched(llm: Any, told: Callable[[int, Any], None]) -> Iterator[None]:
-    """Call ``told`` with place and output of each of a call's requests when it is finished, between two steps of the
-    engine. Source: vllm 0.24.0, entrypoints/offline_utils.py: requests are numbered as they come, and _run_engine calls
-    llm_engine.step() until none is left."""
-    engine, first = llm.llm_engine, llm.request_counter.counter
-    step = engine.step
-
-    def watched() -> list[Any]:
-        outputs: list[Any] = step()
-        for output in outputs:
-            if output.finished:
-                told(int(output.request_id) - first, output)
-        return outputs
-
-    engine.step = watched
-    try:
-        yield
-    finally:
-        del engine.step  # the class's own again
-
-
-def _rollout(request: RolloutRequest, completion: Any, version: int) -> Rollout:
-    tokens = list(completion.token_ids)
-    return Rollout(
-        prompt_ids=request.prompt_ids,
-        prefix_ids=request.prefix_ids,
-        response_ids=tokens,
-        response_log_probs=list(completion.logprobs),  # see keep_sampled_log_probs
-        weight_version=version,
-        sequence_id=request.sequence_id,
-        prompt_index=request.prompt_index,
-        finished=completion.finish_reason == "stop",
-    )

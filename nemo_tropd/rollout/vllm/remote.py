@@ -1,14 +1,15 @@
 """The trainer's side of the wire: one engine made of one or more servers, for a child process and for engine hosts.
 
-Requests are dealt out over the members in turn. Weights go to all of them at once, a bucket at a time: every member
-says when it has a bucket, so one that is gone or silent is known by its name, and nobody waits longer than a timeout.
+Requests are dealt out over the members in turn, or from one queue (dealing.py). Weights go to all of them at once, a
+bucket at a time: every member says when it has a bucket, so one that is gone or silent is known by its name, and nobody
+waits longer than a timeout.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import ClassVar, NoReturn
 
 import msgspec
@@ -17,6 +18,7 @@ from torch import Tensor
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout import engine as api
 from nemo_tropd.rollout.vllm import wire as w
+from nemo_tropd.rollout.vllm.dealing import Lengths, Queue, held_by_one
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.weights.senders import SharedMemory, WeightGroup
 from nemo_tropd.rollout.weights.stream import buckets, checked_stream
@@ -25,6 +27,7 @@ _KINDS = {kind.__name__: kind for kind in (api.EngineDied, api.RequestError, api
 # A member that dies takes others' broadcasts with it; whose connection ends within so long is the one to name.
 GRACE_S = 1.0
 _POLL_S = 0.1
+_OTHERS = "it answered other requests than its own"
 
 
 @dataclass(eq=False, repr=False)
@@ -39,13 +42,20 @@ class RemoteEngine:
     start_timeout_s: float = 1800.0  # for the engines to load the model: 145 GB from a shared disk
     timeout_s: float = 300.0  # for a bucket of weights
     answer_timeout_s: float = 3600.0  # for all rollouts of one call: members that need longer are dead
+    queue: bool = False  # several members share one queue instead of having fixed shares
     _members: list[w.Wire] = field(default_factory=list, init=False)  # by index, all of them, or none
     _weights: SharedMemory | WeightGroup | None = field(default=None, init=False)
     _errors_are_deaths: ClassVar[bool] = False  # whether a new engine may succeed where one says that it failed
     _ready: bool = field(default=False, init=False)  # whether the members have weights to generate with
+    _lengths: Lengths = field(default_factory=Lengths, init=False)
 
-    def generate(self, requests: Sequence[api.RolloutRequest], finished: api.Finished | None = None) -> list[Rollout]:
-        """Request I is served by member I modulo their number."""
+    def generate(
+        self,
+        requests: Sequence[api.RolloutRequest],
+        finished: api.Finished | None = None,
+        further: api.Further | None = None,
+    ) -> list[Rollout]:
+        """Request I is served by member I modulo their number; of several with ``queue`` by whoever has room for it."""
         requests = list(requests)
         api.check_requests(requests, max_model_len=self.settings.max_model_len, vocab_size=self.settings.vocab_size)
         if not requests:
@@ -53,17 +63,22 @@ class RemoteEngine:
         self._check_running()
         if not self._ready:
             raise api.EngineError("the engines have not received weights yet: call update_weights() before generate()")
+        if further is not None or (self.queue and len(self._members) > 1):
+            return self._from_queue(requests, finished, further)
+        return self._fixed_shares(requests, finished)
+
+    def _fixed_shares(self, requests: Sequence[api.RolloutRequest], finished: api.Finished | None) -> list[Rollout]:
         count = len(self._members)
         busy = self._members[: len(requests)]
         for i, member in enumerate(busy):
-            self._send(member, w.Generate(requests[i::count], in_parts=finished is not None))
+            self._send(member, w.Generate(list(requests[i::count]), in_parts=finished is not None))
         parts: list[dict[tuple[int, int], Rollout]] = [{} for _ in busy]
         asked = [[(r.sequence_id, r.prompt_index) for r in requests[i::count]] for i in range(len(busy))]
 
         def take(i: int, r: Rollout) -> None:
             key = r.sequence_id, r.prompt_index
             if key in parts[i] or key not in asked[i]:
-                self._died([busy[i]], "it answered other requests than its own")
+                self._died([busy[i]], _OTHERS)
             parts[i][key] = r
             if finished is not None:
                 finished(r)
@@ -74,9 +89,57 @@ class RemoteEngine:
             if finished is not None and len(parts[i]) == len(asked[i]) and not own:
                 own = [parts[i][key] for key in asked[i]]
             if [(r.sequence_id, r.prompt_index) for r in own] != asked[i]:
-                self._died([busy[i]], "it answered other requests than its own")
+                self._died([busy[i]], _OTHERS)
             rollouts[i::count] = own
         return [r for r in rollouts if r is not None]
+
+    def _from_queue(
+        self,
+        requests: Sequence[api.RolloutRequest],
+        finished: api.Finished | None,
+        further: api.Further | None,
+    ) -> list[Rollout]:
+        """Members are given more as they finish; on the wire a request's number is its place in the queue."""
+        busy = self._members[: len(requests)]
+        queue = Queue(requests, len(busy), held_by_one(self.settings.max_num_seqs), self._lengths)
+        queue.closed = further is None
+        found: dict[int, Rollout] = {}
+
+        def given(places: Sequence[int]) -> list[api.RolloutRequest]:
+            return [replace(queue.requests[place], sequence_id=place) for place in places]
+
+        def take(i: int, r: Rollout) -> None:
+            place = r.sequence_id
+            if not queue.finished(i, place, len(r.response_ids)):
+                self._died([busy[i]], _OTHERS)
+            found[place] = replace(r, sequence_id=queue.requests[place].sequence_id)
+            if finished is not None:
+                finished(found[place])
+
+        def look() -> None:
+            """Hand on what members have room for."""
+            if further is not None and not queue.closed:
+                some = further(False)
+                queue.closed = some is None
+                queue.add(some or ())
+            for i, places, last in queue.deal():
+                outboxes[i].put(w.More(given(places), last))
+            for member, outbox in zip(busy, outboxes, strict=True):
+                if outbox.error is not None:
+                    self._died([member], str(outbox.error), outbox.error)
+
+        for i, places, last in queue.deal():
+            self._send(busy[i], w.Generate(given(places), in_parts=True, more=not last))
+        outboxes = [w.Outbox(member) for member in busy]
+        try:
+            answers = self._answers(busy, self.answer_timeout_s, take, look)
+        finally:
+            for outbox in outboxes:
+                outbox.close()
+        for i, answer in enumerate(answers):
+            if answer != w.Generated([]) or not queue.done(i):
+                self._died([busy[i]], _OTHERS)
+        return [found[place] for place in range(len(queue.requests))]
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> api.RefreshStats:
         """Tensors are cast to the engine's dtype before they are sent."""
@@ -144,13 +207,18 @@ class RemoteEngine:
             self._died([member], str(error), error)
 
     def _answers(
-        self, members: Sequence[w.Wire], timeout_s: float, take: Callable[[int, Rollout], None] | None = None
+        self,
+        members: Sequence[w.Wire],
+        timeout_s: float,
+        take: Callable[[int, Rollout], None] | None = None,
+        look: Callable[[], None] = lambda: None,
     ) -> list[w.Reply]:
         """One answer of each, within ``timeout_s`` for all of them; ``take`` is given the parts of answers, with their
-        member's place, as they come. Raises EngineDied, or what a member raised."""
+        member's place, as they come; ``look`` is called after each. Raises EngineDied, or what a member raised."""
         deadline = time.monotonic() + timeout_s
         answers: dict[int, w.Reply] = {}
         while waiting := [m for i, m in enumerate(members) if i not in answers]:
+            look()
             ready = w.readable(waiting, _POLL_S)
             if not ready and (lost := self._lost()):
                 self._died(lost, "the connection was closed")
@@ -166,6 +234,7 @@ class RemoteEngine:
                         if time.monotonic() > deadline:
                             self._died(waiting, f"no complete answer within {timeout_s:g} s")
                         take(members.index(member), part.rollout)
+                        look()
                     case answer:
                         answers[members.index(member)] = answer
         return [answers[i] for i in range(len(members))]

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.engine import EngineError, RolloutEngine, WeightStreamError
+from nemo_tropd.rollout.engine import EngineError, MemberEngine, RolloutRequest, WeightStreamError
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.weights.senders import WeightGroup
 
 # (settings, OpenMP threads, seconds an answer may take) -> an engine that is not started
-EngineMaker = Callable[[EngineSettings, int, float], RolloutEngine]
+EngineMaker = Callable[[EngineSettings, int, float], MemberEngine]
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class EngineServer:
 
     make_engine: EngineMaker
     local: bool  # the trainer is on this machine, and may name files in which weights are
-    _engine: RolloutEngine | None = None
+    _engine: MemberEngine | None = None
     _made_of: w.Open | None = None
     _group: WeightGroup | None = None
 
@@ -41,7 +41,8 @@ class EngineServer:
         """Do what the trainer asks until it says that the run is over (True) or is gone (False)."""
         try:
             while not isinstance(request := wire.receive(w.Request), w.Close):
-                wire.send(self._reply(wire, request))
+                if not isinstance(request, w.More):  # which came for an engine that has failed meanwhile
+                    wire.send(self._reply(wire, request))
             return True
         except (w.Disconnected, TimeoutError) as error:
             print(f"lost the connection to rank 0: {error}", flush=True)
@@ -79,7 +80,8 @@ class EngineServer:
             case w.Generate(in_parts=False):
                 return w.Generated(self._running().generate(request.requests))
             case w.Generate():
-                self._running().generate(request.requests, partial(_send_part, wire))
+                more = (_Further(wire),) if request.more else ()
+                self._running().generate(request.requests, partial(_send_part, wire), *more)
                 return w.Generated([])
             case w.Update():
                 self._running().update_weights(self._received(wire), request.version)
@@ -109,7 +111,7 @@ class EngineServer:
             wire.send(w.Done())
             yield from tensors.items()
 
-    def _running(self) -> RolloutEngine:
+    def _running(self) -> MemberEngine:
         if self._engine is None:
             raise EngineError("the engine is not running")
         return self._engine
@@ -119,6 +121,26 @@ def _send_part(wire: w.Wire, rollout: Rollout) -> None:
     """To a trainer that may be gone: then the last answer finds that out, and the engine has ended what it does."""
     with suppress(w.Disconnected):
         wire.send(w.Part(rollout))
+
+
+class _Further:
+    """The requests that the trainer sends while the engine generates; none from a trainer that is gone."""
+
+    def __init__(self, wire: w.Wire) -> None:
+        self._wire, self._over = wire, False
+
+    def __call__(self, wait: bool) -> list[RolloutRequest] | None:
+        if self._over:
+            return None
+        try:
+            if not wait and not self._wire.wait_readable(0.0):
+                return []
+            more: w.More = self._wire.receive(w.More)
+        except (w.Disconnected, TimeoutError):  # what is begun is ended, as without anyone to tell
+            self._over = True
+            return None
+        self._over = more.last
+        return more.requests
 
 
 def serve_owner(fd: int) -> None:

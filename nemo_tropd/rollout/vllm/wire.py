@@ -7,6 +7,7 @@ used. The wire is authenticated when it is opened, not encrypted.
 
 from __future__ import annotations
 
+import queue
 import select
 import socket
 import threading
@@ -22,7 +23,7 @@ import msgspec
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import RolloutRequest
 
-PROTOCOL = 4  # of the messages; trainer and hosts must run the same
+PROTOCOL = 5  # of the messages; trainer and hosts must run the same
 GREETING_BYTES = 1 << 16  # of the messages before a host is admitted
 _MOST_BYTES = 1 << 30
 _MESSAGE_TIMEOUT_S = 120.0  # for the rest of a message whose first byte has come, and for sending one
@@ -76,6 +77,12 @@ class JoinGroup(Message):  # the process group that weights are broadcast over
 class Generate(Message):
     requests: list[RolloutRequest]
     in_parts: bool = False  # each rollout when it is finished, as a Part; Generated then is the end, and empty
+    more: bool = False  # with in_parts: More follow while these are generated
+
+
+class More(Message):  # further requests of a Generate
+    requests: list[RolloutRequest]
+    last: bool  # no More follows
 
 
 class Update(Message):  # weights follow: buckets, then Finish
@@ -114,7 +121,7 @@ class Failed(Message):
     error: str
 
 
-Request = Open | JoinGroup | Generate | Update | Bucket | Finish | Close
+Request = Open | JoinGroup | Generate | More | Update | Bucket | Finish | Close
 Reply = Done | Generated | Failed
 Answer = Part | Reply
 
@@ -137,7 +144,8 @@ _SEEN_THROUGH = [msgspec.msgpack.Decoder(kind) for kind in (Request, Answer)]
 
 
 class Wire:
-    """One end of a connected socket, TCP or local. Not for two threads at once, ``lost`` and ``close`` aside."""
+    """One end of a connected socket, TCP or local. One thread may send while another receives; besides, only ``lost``
+    and ``close`` are for any thread."""
 
     def __init__(self, connected: socket.socket, name: str = "") -> None:
         """Takes the socket over; ``name`` is what errors call the other side."""
@@ -150,7 +158,7 @@ class Wire:
                 connected.setsockopt(socket.IPPROTO_TCP, option, value)
             self.own_address = connected.getsockname()[0]
         self._socket, self._connection = connected, Connection(connected.dup().detach())
-        self._expired = False
+        self._late = ""  # what took too long, so that this side shut the connection down
 
     def prove(self, secret: bytes, *, listening: bool, timeout_s: float) -> None:
         """Each side proves ``secret`` to the other. Raises Disconnected if one cannot, or TimeoutError."""
@@ -171,10 +179,10 @@ class Wire:
         if len(data) > _MOST_BYTES:
             raise Disconnected(f"a message of {len(data)} bytes is over the limit of {_MOST_BYTES}")
         try:
-            with self._within(timeout_s):
+            with self._within(timeout_s, f"it took no message within {timeout_s:g} s"):
                 self._connection.send_bytes(data)
         except TimeoutError as error:
-            raise Disconnected(f"it took no message within {timeout_s:g} s") from error
+            raise Disconnected(str(error)) from error
 
     def receive(self, kind: Any, *, timeout_s: float | None = None, most_bytes: int = _MOST_BYTES) -> Any:
         """One message of class ``kind`` (or a union), complete within ``timeout_s`` seconds; without that its beginning
@@ -212,25 +220,55 @@ class Wire:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
-    def _within(self, timeout_s: float) -> Iterator[None]:
+    def _within(self, timeout_s: float, late: str = "") -> Iterator[None]:
         """Shut the connection down after ``timeout_s``, so that a peer that drips bytes cannot stretch a read: that
         raises TimeoutError, any other end Disconnected."""
-        timer = threading.Timer(max(timeout_s, 0.0), self._expire)
+        late, expired = late or f"no complete message within {timeout_s:g} s", threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._late = late
+            self._shut_down()
+
+        timer = threading.Timer(max(timeout_s, 0.0), expire)
         timer.daemon = True
         timer.start()
         try:
             yield
         except (EOFError, OSError) as error:
-            if self._expired:
-                raise TimeoutError(f"no complete message within {timeout_s:g} s") from error
+            if expired.is_set():
+                raise TimeoutError(late) from error
             broke = isinstance(error, OSError) and f"the connection broke ({error.strerror or error})"
-            raise Disconnected(broke or "the connection was closed") from error
+            raise Disconnected(self._late or broke or "the connection was closed") from error
         finally:
             timer.cancel()
 
-    def _expire(self) -> None:
-        self._expired = True
-        self._shut_down()
+
+class Outbox:
+    """Sends to one member in a thread of its own. A member that sends while it is sent to then holds up nobody: the
+    other thread goes on reading, from all of them."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.error: Disconnected | None = None  # nothing is sent after that
+        self._wire = wire
+        self._waiting: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        threading.Thread(target=self._live, name="outbox", daemon=True).start()
+
+    def put(self, message: Message) -> None:
+        """Send it behind those that were put before."""
+        self._waiting.put(message)
+
+    def close(self) -> None:
+        """End the thread, once it has sent what was put."""
+        self._waiting.put(None)
+
+    def _live(self) -> None:
+        while (message := self._waiting.get()) is not None:
+            try:
+                self._wire.send(message)
+            except Disconnected as error:
+                self.error = error
+                return
 
 
 def readable(wires: Sequence[Wire], timeout_s: float) -> list[Wire]:
