@@ -121,7 +121,7 @@ def _dress(axis: Any) -> None:
     axis.set_xscale("log", base=2)
     ticks = [2**i for i in range(3, 10)]
     axis.set_xticks(ticks, [str(t) for t in ticks])
-    axis.set_xlim(5.8, 720)
+    axis.set_xlim(4.4, 720)
     axis.set_yscale("log", base=2)
     axis.set_yticks([60 * m for m in MINUTES], [f"{m} min" for m in MINUTES])
     axis.set_ylim(40, 700)
