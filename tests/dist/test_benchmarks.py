@@ -14,7 +14,7 @@ import yaml
 from nemo_tropd.batch import Rollout, Sampling
 from nemo_tropd.config import ConfigError, TropdConfig
 from nemo_tropd.data import load_tokenizer
-from nemo_tropd.rollout.engine import RolloutEngine, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RolloutEngine, RolloutRequest
 from nemo_tropd.training.plan import make_plan
 from tests.dist.run_distributed import run_distributed
 from tests.doubles import ReplayEngine, SayingEngine
@@ -51,7 +51,7 @@ class Learner(SayingEngine):
         problem = int(re.findall(r"(\d) ?and", asked)[-1])
         return f"\\boxed{{{2 * problem if problem < knows else 99}}}"
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         self.replay.version = self.version
         said = iter(super().generate([r for r in requests if r.sampling == Sampling(0.0, 0.95, 0)]))
         others = iter(self.replay.generate([r for r in requests if r.sampling is None]))

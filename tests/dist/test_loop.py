@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.engine import RefreshStats, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutRequest
 from tests.dist.run_distributed import DistributedFailure, run_distributed
 from tests.doubles import GivenEngines, ReplayEngine
 from tests.e2e.tiny_run import TinyRun, train_lines
@@ -33,7 +33,7 @@ class RecordingEngine(ReplayEngine):
         super().__init__(VOCABULARY)
         self.events, self.kill_at, self.holds = events, kill_at, False
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         assert self.holds, "rollouts without a refresh"
         self.events.append(f"generate {self.version}")
         return super().generate(requests)

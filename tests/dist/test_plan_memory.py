@@ -21,7 +21,7 @@ RESPONSE = 40
 class LongestEngine(ReplayEngine):
     """Writes responses of the greatest length, as the plan assumes."""
 
-    def generate(self, requests: Any) -> Any:
+    def generate(self, requests: Any, finished: Any = None) -> Any:
         from nemo_tropd.batch import Rollout
 
         made = []

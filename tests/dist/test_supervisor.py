@@ -77,7 +77,7 @@ class ScriptedEngine:
     def start(self) -> None:
         self.script.event("start")
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         self.script.event("generate")
         time.sleep(self.slow_s)
         return [

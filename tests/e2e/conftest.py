@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.quiet import quiet_libraries
-from nemo_tropd.rollout.engine import RefreshStats, RolloutEngine, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutEngine, RolloutRequest
 from nemo_tropd.rollout.placement import Engines
 from tests.e2e.tiny_run import TinyRun
 
@@ -39,11 +39,11 @@ class SharedEngine:
     def close(self, *, run_over: bool = False) -> None:
         """It goes on."""
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         """The engine's own."""
         if self.before_generate is not None:
             self.before_generate(requests)
-        return self.engine.generate(requests)
+        return self.engine.generate(requests, finished)
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         """The engine's own."""
