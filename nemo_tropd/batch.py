@@ -16,6 +16,7 @@ with B = 1, and ``segments`` says where each begins; only the row's tail is padd
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 R = TypeVar("R")
+# Of a rollout's arrays: int and double of C, 4 and 8 bytes wherever torch runs.
+_CODES = {"prompt_ids": "i", "prefix_ids": "i", "response_ids": "i", "response_log_probs": "d"}
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,56 @@ class Sampling:
 PLAIN = Sampling()
 
 
+class Flat(array):
+    """Numbers of one C type, end to end in memory, that read as a list of Python's numbers: slices and sums are lists,
+    and it equals the list of its numbers. ``np.asarray`` sees them where they are."""
+
+    __slots__ = ()
+    __hash__ = None
+
+    def __eq__(self, other: object) -> bool:
+        return self.tolist() == other if isinstance(other, list) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return self.tolist() != other if isinstance(other, list) else super().__ne__(other)
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return found.tolist() if isinstance(place, slice) else found
+
+    def __add__(self, other: Any) -> Any:
+        return [*self, *other]
+
+    def __radd__(self, other: Any) -> Any:
+        return [*other, *self]
+
+
 @dataclass(frozen=True)
 class Rollout:
-    """One sequence: a prompt, a prefix of teacher tokens (may be empty), and the student's continuation."""
+    """One sequence: a prompt, a prefix of teacher tokens (may be empty), and the student's continuation.
 
-    prompt_ids: list[int]
-    prefix_ids: list[int]
-    response_ids: list[int]
-    response_log_probs: list[float]  # the engine's, nats, as sampled, under the weights of version ``weight_version``
+    Ids and log-probabilities are kept as ``Flat``, 4 bytes an id and 8 a log-probability, whatever sequence they are
+    given as. Raises ValueError without a prompt, for an id that is no int32, and for another number of
+    log-probabilities than of response tokens.
+    """
+
+    prompt_ids: Sequence[int]
+    prefix_ids: Sequence[int]
+    response_ids: Sequence[int]
+    response_log_probs: Sequence[float]  # the engine's, nats, as sampled, under the weights of ``weight_version``
     weight_version: int
     sequence_id: int  # within its step; with step and seed it determines every random draw
     prompt_index: int
     finished: bool  # False if the length limit cut the response
 
     def __post_init__(self) -> None:
+        for name, code in _CODES.items():
+            given = getattr(self, name)
+            if not (isinstance(given, Flat) and given.typecode == code):
+                try:
+                    object.__setattr__(self, name, Flat(code, given))
+                except OverflowError as error:
+                    raise ValueError(f"a rollout's {name} has a number that does not fit 32 bits") from error
         if not self.prompt_ids:
             raise ValueError("a rollout needs a prompt of at least one token: the first has no output to score it")
         tokens, scored = len(self.response_ids), len(self.response_log_probs)
@@ -78,13 +117,27 @@ class Rollout:
             raise ValueError(f"a rollout has {tokens} response tokens but {scored} log-probabilities")
 
     @property
-    def token_ids(self) -> list[int]:
-        return [*self.prompt_ids, *self.prefix_ids, *self.response_ids]
+    def token_ids(self) -> Sequence[int]:
+        """All of them, in a new ``Flat``."""
+        ids = Flat("i", self.prompt_ids)
+        ids.extend(self.prefix_ids)
+        ids.extend(self.response_ids)
+        return ids
+
+    @property
+    def length(self) -> int:
+        """Tokens, the prompt's among them."""
+        return len(self.prompt_ids) + self.loss_tokens
 
     @property
     def loss_tokens(self) -> int:
         """Tokens that enter the loss: teacher prefix and response, never the prompt."""
         return len(self.prefix_ids) + len(self.response_ids)
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """Its fields by name, with lists: what JSON can hold."""
+        return {name: list(value) if name in _CODES else value for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -213,7 +266,7 @@ class TokenBatch:
     ) -> TokenBatch:
         """Pad ``rollouts`` to a common length and shift labels by one; ``uniforms``: see :func:`gate_uniforms`.
         An empty list gives one fully masked row, so that every rank can run the same number of micro-batches."""
-        width = _round_up(max([2, *(len(r.token_ids) for r in rollouts)]), pad_to_multiple)
+        width = _round_up(max([2, *(r.length for r in rollouts)]), pad_to_multiple)
         places = [(b, 0) for b in range(len(rollouts))]
         return cls._filled(rollouts, places, (max(len(rollouts), 1), width), pad_id, seed, step)
 
@@ -223,7 +276,7 @@ class TokenBatch:
     ) -> TokenBatch:
         """Lay ``rollouts`` end to end in one row, [1, S], and shift labels by one within each; else as :meth:`pack`.
         If S must be a multiple, the tail becomes a sequence of its own, none of whose tokens is scored."""
-        ends = list(accumulate((len(r.token_ids) for r in rollouts), initial=0))
+        ends = list(accumulate((r.length for r in rollouts), initial=0))
         width = _round_up(max(ends[-1], 2), pad_to_multiple)
         places = [(0, start) for start in ends[:-1]]
         batch = cls._filled(rollouts, places, (1, width), pad_id, seed, step)
@@ -248,7 +301,7 @@ class TokenBatch:
         uniforms = torch.zeros(shape, dtype=torch.float32)
         behavior = torch.full(shape, float("nan"), dtype=torch.float32)
         for r, (row, begin) in zip(rollouts, places, strict=True):
-            tokens = torch.tensor(r.token_ids)
+            tokens = torch.from_numpy(np.asarray(r.token_ids))
             start = begin + len(r.prompt_ids) - 1  # the output that scores the first token after the prompt
             middle, end = start + len(r.prefix_ids), begin + len(tokens) - 1
             ids[row, begin : end + 1] = tokens
@@ -256,7 +309,7 @@ class TokenBatch:
             mask[row, start:end] = True
             guided[row, start:middle] = True
             uniforms[row, begin:end] = gate_uniforms(seed, step, r.sequence_id, end - begin)
-            behavior[row, middle:end] = torch.tensor(r.response_log_probs, dtype=torch.float32)
+            behavior[row, middle:end] = torch.from_numpy(np.asarray(r.response_log_probs))
         return cls(
             input_ids=ids,
             position_ids=torch.arange(shape[1]).expand(shape).contiguous(),
@@ -265,7 +318,7 @@ class TokenBatch:
             guided=guided,
             uniforms=uniforms,
             behavior_log_probs=behavior,
-            lengths=torch.tensor([len(r.token_ids) for r in rollouts] or [0]),
+            lengths=torch.tensor([r.length for r in rollouts] or [0]),
             sequence_ids=torch.tensor([r.sequence_id for r in rollouts] or [-1]),
             rollouts=tuple(rollouts),
         )

@@ -12,6 +12,7 @@ The way of a request (training/guidance.py plans a step's)
                           vllm/generating.py
       vllm/child.py       process: a child process of rank 0 (vllm/__main__.py), by vllm/remote.py
       vllm/hosts.py       dedicated: hosts of their own, by vllm/remote.py; secret.py is what they must know
+    arrays.py             rollouts as a few arrays, as they travel: from server to client, from rank 0 to all ranks
     vllm/remote.py        the client: deals requests out over the wire (vllm/wire.py) to one server or several, in fixed
                           shares or from one queue (vllm/dealing.py)
     vllm/server.py        the server, in the child process and on every host (engine_host.py is the host's command);

@@ -3,11 +3,11 @@
 It knows no more of one; ``vllm/{child,hosts,in_process}.py`` implement it with vLLM, tests with doubles.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,10 +149,10 @@ def check_rollouts(
             wrong = "another prompt or prefix than was asked for"
         elif not (1 <= count <= most if r.finished else count == most):
             wrong = f"{count} tokens, {'' if r.finished else 'not '}finished, where {most} were asked for"
-        for token, log_prob in zip(r.response_ids, r.response_log_probs, strict=True):
-            if not 0 <= token < vocab_size:
-                wrong = f"token id {token}, outside the vocabulary of {vocab_size}"
-            elif not math.isfinite(log_prob):
-                wrong = f"log-probability {log_prob} for token id {token}"
+        ids, log_probs = np.asarray(r.response_ids), np.asarray(r.response_log_probs)
+        if (outside := np.flatnonzero((ids < 0) | (ids >= vocab_size))).size:
+            wrong = f"token id {ids[outside[0]]}, outside the vocabulary of {vocab_size}"
+        elif (bad := np.flatnonzero(~np.isfinite(log_probs))).size:
+            wrong = f"log-probability {log_probs[bad[0]]} for token id {ids[bad[0]]}"
         if wrong:
             raise EngineError(f"prompt {asked.prompt_index}: the engine generated {wrong}")

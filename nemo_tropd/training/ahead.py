@@ -9,12 +9,13 @@ did.
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.parallel.agreement import on_rank_zero
 from nemo_tropd.rollout.ahead import AheadRollouts
+from nemo_tropd.rollout.arrays import Arrays
 from nemo_tropd.rollout.engine import RolloutRequest
 
 FILE = "rollouts.safetensors"  # in a checkpoint
@@ -76,18 +77,10 @@ def _answer(rollouts: Sequence[Rollout], requests: Sequence[RolloutRequest]) -> 
 
 def save_rollouts(rollouts: Rollouts, folder: Path) -> int:
     """Write them to ``FILE`` in ``folder``; its size."""
-    one = [(step, r) for step, of_step in sorted(rollouts.items()) for r in of_step]
-    ids = [[r.prompt_ids, r.prefix_ids, r.response_ids] for _, r in one]
-    numbers = [
-        [step, r.weight_version, r.sequence_id, r.prompt_index, r.finished, *map(len, parts)]
-        for (step, r), parts in zip(one, ids, strict=True)
-    ]
-    tensors = {
-        "numbers": torch.tensor(numbers, dtype=torch.int64).reshape(-1, 8),
-        "ids": torch.tensor([i for parts in ids for part in parts for i in part], dtype=torch.int32),
-        # As the engine gave them: Python's numbers, which are doubles.
-        "log_probs": torch.tensor([x for _, r in one for x in r.response_log_probs], dtype=torch.float64),
-    }
+    steps = sorted(rollouts)
+    a = Arrays.of([r for step in steps for r in rollouts[step]])
+    of = np.repeat(np.array(steps, dtype=np.int64), [len(rollouts[step]) for step in steps])
+    tensors = {"numbers": np.column_stack([of, a.numbers]), "ids": a.ids, "log_probs": a.log_probs}
     save_file(tensors, folder / FILE)
     return (folder / FILE).stat().st_size
 
@@ -97,19 +90,10 @@ def load_rollouts(folder: Path, versions: Mapping[int, int]) -> dict[int, list[R
     if not versions:
         return {}
     tensors = load_file(folder / FILE)
-    ids, log_probs = tensors["ids"].tolist(), tensors["log_probs"].tolist()
+    of, numbers = tensors["numbers"][:, 0], tensors["numbers"][:, 1:]
     found: dict[int, list[Rollout]] = {}
-    at = scored = 0
-    for step, version, sequence_id, prompt_index, finished, *lengths in tensors["numbers"].tolist():
-        parts: list[list[int]] = []
-        for length in lengths:
-            parts.append(ids[at : at + length])
-            at += length
-        (prompt, prefix, response), own = parts, log_probs[scored : scored + lengths[2]]
-        scored += lengths[2]
-        rollout = Rollout(prompt, prefix, response, own, version, sequence_id, prompt_index, bool(finished))
-        found.setdefault(step, []).append(rollout)
-    of = {step: {r.weight_version for r in some} for step, some in found.items()}
-    if of != {step: {version} for step, version in versions.items()} or (at, scored) != (len(ids), len(log_probs)):
+    for step, r in zip(of.tolist(), Arrays(numbers, tensors["ids"], tensors["log_probs"]).rollouts(), strict=True):
+        found.setdefault(step, []).append(r)
+    if {k: {r.weight_version for r in some} for k, some in found.items()} != {k: {v} for k, v in versions.items()}:
         raise ValueError(f"{FILE} has other rollouts than the checkpoint says")
     return found

@@ -108,7 +108,7 @@ class RolloutFile:
             for sequence in kept:
                 line = {
                     "step": step,
-                    "prompt": self.tokenizer.decode(by_id[sequence["sequence_id"]].prompt_ids),
+                    "prompt": self.tokenizer.decode(list(by_id[sequence["sequence_id"]].prompt_ids)),
                     "tokens": token_texts(self.tokenizer, sequence["token_ids"]),
                     **{name: sequence[name] for name in ("log_ratio", "gate", "guided")},
                 }

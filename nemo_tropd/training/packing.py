@@ -57,10 +57,10 @@ class Packer:
         if row is None:
             size = self.micro_batch_size
             count = math.ceil(math.ceil(len(rollouts) / ranks) / size)
-            owned = [sorted(rollouts[rank::ranks], key=lambda r: -len(r.token_ids)) for rank in range(ranks)]
+            owned = [sorted(rollouts[rank::ranks], key=lambda r: -r.length) for rank in range(ranks)]
             return [[own[i * size : (i + 1) * size] for i in range(count)] for own in owned]
         # As long as the longer of what student and teacher read.
-        lengths = [max(len(r.token_ids), len(read[r.sequence_id].token_ids)) for r in rollouts]
+        lengths = [max(r.length, read[r.sequence_id].length) for r in rollouts]
         bins = even_bins(lengths, row, multiple_of=ranks)
         return [[[rollouts[i] for i in b] for b in bins[rank::ranks]] for rank in range(ranks)]
 
@@ -101,7 +101,7 @@ def _by_teacher(rollouts: Sequence[Rollout], prompts: PromptSet) -> Iterator[tup
 def _told(rollout: Rollout, prompts: PromptSet) -> Rollout:
     """The rollout as its teacher reads it."""
     told = prompts[rollout.prompt_index].told_ids if prompts else ()
-    return replace(rollout, prompt_ids=list(told)) if told else rollout
+    return replace(rollout, prompt_ids=told) if told else rollout
 
 
 def even_bins(lengths: Sequence[int], capacity: int, *, multiple_of: int = 1) -> list[list[int]]:

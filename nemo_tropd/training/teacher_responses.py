@@ -173,7 +173,7 @@ class TeacherResponses:
     def _add_shard(self, keys: Sequence[str], rollouts: Sequence[Rollout]) -> None:
         known = [self._responses.get(key, _NOTHING) for key in keys]
         made = [
-            TeacherResponse(k.response_ids + r.response_ids, k.log_probs + r.response_log_probs, r.finished)
+            TeacherResponse([*k.response_ids, *r.response_ids], [*k.log_probs, *r.response_log_probs], r.finished)
             for k, r in zip(known, rollouts, strict=True)
         ]
         number = 1 + max((int(shard.stem.split("-")[1]) for shard in self._shards()), default=-1)
@@ -208,7 +208,7 @@ def answers(prompts: Iterable[Prompt], responses: Responses) -> list[Rollout]:
     Raises LookupError as ``lookup`` does."""
     return [
         Rollout(
-            prompt_ids=list(p.token_ids),
+            prompt_ids=p.token_ids,
             prefix_ids=responses[p.teacher].lookup(p.teachers_ids).response_ids,
             response_ids=[],
             response_log_probs=[],

@@ -152,10 +152,10 @@ class TropdTrainer:
         self.state = replace(state, skipped_steps=state.skipped_steps + 1, skipped_in_a_row=in_a_row)
         where = self.run_dir / "skipped" / f"step_{step + 1:08d}.json"
         causes, norm = self._not_finite(record), record.result.grad_norm
-        rollouts = [vars(r) for r in record.rollouts]
 
         def keep() -> None:
             where.parent.mkdir(exist_ok=True)
+            rollouts = [r.plain for r in record.rollouts]
             write_json(where, {"not_finite": causes, "grad_norm": str(norm), "rollouts": rollouts})
 
         on_rank_zero(self.topology, keep)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -150,7 +151,7 @@ class ScoringEngine(ReplayEngine):
             with torch.no_grad():
                 logits = self.model(ids).logits[0, -len(r.response_ids) - 1 : -1]
             own = logits.log_softmax(-1).gather(1, ids[0, -len(r.response_ids) :, None])
-            r.response_log_probs[:] = own[:, 0].tolist()
+            r.response_log_probs[:] = array("d", own[:, 0].tolist())
         return rollouts
 
 

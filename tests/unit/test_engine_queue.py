@@ -139,8 +139,8 @@ class Member:
                 self.take(self.wire.receive(w.More, timeout_s=20))
             if self.todo:
                 each(self)
-                self.wire.send(w.Part(self.written()))
-        self.wire.send(w.Generated([]))
+                self.wire.send(w.Part(w.Packed([self.written()])))
+        self.wire.send(w.Generated(w.Packed()))
 
 
 Script = Callable[[Member], None]
@@ -187,10 +187,12 @@ def test_who_is_faster_is_asked_more_and_the_answers_are_the_same(settings: Engi
     assert sorted(told, key=key) == sorted(alone, key=key)
     assert fast.asked + slow.asked == 60 and slow.asked < 20
     shares = Engine(settings)  # without the queue as before
-    threads = connected(shares, lambda m: m.wire.send(w.Generated(ReplayEngine(VOCABULARY).generate(m.todo))), good)
+    threads = connected(
+        shares, lambda m: m.wire.send(w.Generated(w.Packed(ReplayEngine(VOCABULARY).generate(m.todo)))), good
+    )
     assert not shares.queue and threads
     engine = Engine(settings, queue=True)
-    (only,) = connected(engine, lambda m: m.wire.send(w.Generated(ReplayEngine(VOCABULARY).generate(m.todo))))
+    (only,) = connected(engine, lambda m: m.wire.send(w.Generated(w.Packed(ReplayEngine(VOCABULARY).generate(m.todo)))))
     assert engine.generate(wanted) == alone and only.asked == 60 and not only.open  # one member: all at once
 
 
@@ -221,41 +223,43 @@ def test_what_was_seen_decides_what_comes_first(settings: EngineSettings) -> Non
 
 def twice(member: Member) -> None:
     again = member.todo[0]
-    member.wire.send(w.Part(member.written()))
+    member.wire.send(w.Part(w.Packed([member.written()])))
     member.todo.insert(0, again)
     good(member)
 
 
 def of_another(member: Member) -> None:
     stranger = ReplayEngine(VOCABULARY).generate([RolloutRequest([1], [], 5, 0, 0, 5)])[0]  # the first one's first
-    member.wire.send(w.Part(stranger))
+    member.wire.send(w.Part(w.Packed([stranger])))
     good(member)
 
 
 def of_nobody(member: Member) -> None:
-    member.wire.send(w.Part(ReplayEngine(VOCABULARY).generate([RolloutRequest([1], [], 5, 10**6, 0, 5)])[0]))
+    member.wire.send(
+        w.Part(w.Packed([ReplayEngine(VOCABULARY).generate([RolloutRequest([1], [], 5, 10**6, 0, 5)])[0]]))
+    )
     good(member)
 
 
 def too_early(member: Member) -> None:
-    member.wire.send(w.Generated([]))
+    member.wire.send(w.Generated(w.Packed()))
 
 
 def all_at_once(member: Member) -> None:
     every = list(member.todo)
     member.work()
-    member.wire.send(w.Generated(ReplayEngine(VOCABULARY).generate(every)))
+    member.wire.send(w.Generated(w.Packed(ReplayEngine(VOCABULARY).generate(every))))
 
 
 def again_at_the_end(member: Member) -> None:
     one = ReplayEngine(VOCABULARY).generate(member.todo[:1])
     send = member.wire.send
-    member.wire.send = lambda message: send(w.Generated(one) if isinstance(message, w.Generated) else message)  # type: ignore
+    member.wire.send = lambda message: send(w.Generated(w.Packed(one)) if isinstance(message, w.Generated) else message)  # type: ignore
     good(member)
 
 
 def silent(member: Member) -> None:
-    member.wire.send(w.Part(member.written()))
+    member.wire.send(w.Part(w.Packed([member.written()])))
 
 
 def slow(member: Member) -> None:
@@ -263,7 +267,7 @@ def slow(member: Member) -> None:
 
 
 def gone(member: Member) -> None:
-    member.wire.send(w.Part(member.written()))
+    member.wire.send(w.Part(w.Packed([member.written()])))
     member.wire.close()
 
 
@@ -308,7 +312,7 @@ def test_a_member_that_takes_nothing_holds_up_nobody_else(
 
     def deaf(member: Member) -> None:
         while member.todo:
-            member.wire.send(w.Part(member.written()))
+            member.wire.send(w.Part(w.Packed([member.written()])))
         time.sleep(20)
 
     monkeypatch.setattr("nemo_tropd.rollout.vllm.remote.held_by_one", lambda n: 1500)
@@ -405,8 +409,8 @@ def test_requests_come_in_between_two_steps(serve: Any) -> None:
     wire.send(w.More(wanted[4:], last=True))
     double.steps.release(2)
     parts += [wire.receive(w.Answer, timeout_s=20) for _ in range(2)]
-    assert [p.rollout for p in parts] == ReplayEngine(VOCABULARY).generate(wanted)
-    assert wire.receive(w.Answer, timeout_s=20) == w.Generated([])
+    assert [r for p in parts for r in p.rollouts] == ReplayEngine(VOCABULARY).generate(wanted)
+    assert wire.receive(w.Answer, timeout_s=20) == w.Generated(w.Packed())
     # The second ones were there before the first were done.
     assert double.asked[:3] == [[10, 10], [], [11, 11]] and double.asked[-1] == []
     wire.send(w.Generate(wanted[:1]))

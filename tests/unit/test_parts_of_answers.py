@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout.arrays import encode
 from nemo_tropd.rollout.engine import EngineDied, RolloutRequest
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.remote import RemoteEngine
@@ -44,7 +46,7 @@ def requests(count: int) -> list[RolloutRequest]:
 Member = Callable[[w.Wire, list[Rollout]], None]
 
 
-def members(engine: Engine, *scripts: Member) -> list[threading.Thread]:
+def members(engine: Engine, *scripts: Member, in_parts: bool = True) -> list[threading.Thread]:
     """Peers that read what they are asked, and then do as their script says."""
     pairs = [socket.socketpair() for _ in scripts]
     engine.connect([w.Wire(ours, f"member {i}") for i, (ours, _) in enumerate(pairs)])
@@ -52,7 +54,7 @@ def members(engine: Engine, *scripts: Member) -> list[threading.Thread]:
     def live(end: socket.socket, script: Member) -> None:
         wire = w.Wire(end)
         asked = wire.receive(w.Request)
-        assert isinstance(asked, w.Generate) and asked.in_parts
+        assert isinstance(asked, w.Generate) and asked.in_parts == in_parts
         try:
             script(wire, ReplayEngine(VOCABULARY).generate(asked.requests))
             wire.wait_readable(20)  # until the other side has had enough
@@ -69,14 +71,22 @@ def members(engine: Engine, *scripts: Member) -> list[threading.Thread]:
     return threads
 
 
+def part(rollout: Rollout) -> w.Part:
+    return w.Part(w.Packed([rollout]))
+
+
 def good(wire: w.Wire, rollouts: list[Rollout]) -> None:
     for r in reversed(rollouts):
-        wire.send(w.Part(r))
-    wire.send(w.Generated([]))
+        wire.send(part(r))
+    wire.send(w.Generated(w.Packed()))
+
+
+def whole(wire: w.Wire, rollouts: list[Rollout]) -> None:
+    wire.send(w.Generated(w.Packed(rollouts)))
 
 
 def twice(wire: w.Wire, rollouts: list[Rollout]) -> None:
-    wire.send(w.Part(rollouts[0]))
+    wire.send(part(rollouts[0]))
     good(wire, rollouts)
 
 
@@ -91,28 +101,28 @@ def of_another(wire: w.Wire, rollouts: list[Rollout]) -> None:
 
 def all_at_once(wire: w.Wire, rollouts: list[Rollout]) -> None:
     good(wire, rollouts[1:])
-    wire.send(w.Generated(rollouts))
+    wire.send(w.Generated(w.Packed(rollouts)))
 
 
 def again_at_the_end(wire: w.Wire, rollouts: list[Rollout]) -> None:
     for r in rollouts:
-        wire.send(w.Part(r))
-    wire.send(w.Generated(rollouts[:1]))
+        wire.send(part(r))
+    wire.send(w.Generated(w.Packed(rollouts[:1])))
 
 
 def silent(wire: w.Wire, rollouts: list[Rollout]) -> None:
-    wire.send(w.Part(rollouts[0]))
+    wire.send(part(rollouts[0]))
 
 
 def slow(wire: w.Wire, rollouts: list[Rollout]) -> None:
     for r in rollouts:
-        wire.send(w.Part(r))
+        wire.send(part(r))
         time.sleep(0.05)  # always one within a look
-    wire.send(w.Generated([]))
+    wire.send(w.Generated(w.Packed()))
 
 
 def gone(wire: w.Wire, rollouts: list[Rollout]) -> None:
-    wire.send(w.Part(rollouts[0]))
+    wire.send(part(rollouts[0]))
     wire.close()
 
 
@@ -143,11 +153,50 @@ def test_a_member_that_answers_otherwise_is_named(settings: EngineSettings, scri
         assert not thread.is_alive()  # all are let go
 
 
+def says(kind: str, rollouts: Callable[[list[Rollout]], object]) -> Member:
+    """Sends a message whose rollouts are no rollouts."""
+
+    def script(wire: w.Wire, own: list[Rollout]) -> None:
+        wire._connection.send_bytes(w.encode({"type": kind, "rollouts": rollouts(own)}))
+
+    return script
+
+
+def longer_by(data: bytearray) -> bytes:
+    """The first rollout says that its prompt has 2^40 tokens."""
+    return bytes(data[:56]) + struct.pack("<q", 1 << 40) + bytes(data[64:])
+
+
+@pytest.mark.parametrize("in_parts", [True, False])
+@pytest.mark.parametrize(
+    ("rollouts", "reason"),
+    [
+        (lambda own: [{"prompt_ids": [1]}], "rollouts are bytes, not list"),
+        (lambda own: None, "rollouts are bytes, not NoneType"),
+        (lambda own: b"", "0 bytes of rollouts, of which 24 are the header's"),
+        (lambda own: bytes(encode(own))[:-1], "are not 40 rollouts with"),
+        (lambda own: longer_by(encode(own)), "log-probabilities are not of these rollouts"),
+    ],
+    ids=["a list", "nothing", "no bytes", "cut", "too long"],
+)
+def test_a_member_whose_rollouts_are_none_is_named(
+    settings: EngineSettings, rollouts: Callable[[list[Rollout]], object], reason: str, in_parts: bool
+) -> None:
+    engine, bad = Engine(settings, answer_timeout_s=30.0), says("Part" if in_parts else "Generated", rollouts)
+    threads = members(engine, good if in_parts else whole, bad, in_parts=in_parts)
+    with pytest.raises(EngineDied) as died:
+        engine.generate(requests(80), *[lambda r: None] * in_parts)
+    assert str(died.value).startswith("member 1: received a malformed message (") and reason in str(died.value)
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
 def test_a_part_that_nobody_asked_for(settings: EngineSettings) -> None:
     ours, theirs = socket.socketpair()
     engine = Engine(settings, answer_timeout_s=5.0)
     engine.connect([w.Wire(ours, "member 0")])
-    w.Wire(theirs).send(w.Part(ReplayEngine(VOCABULARY).generate(requests(1))[0]))
+    w.Wire(theirs).send(part(ReplayEngine(VOCABULARY).generate(requests(1))[0]))
     with pytest.raises(EngineDied, match="it sent a part of an answer where none was asked for"):
         engine.generate(requests(1))
 
@@ -184,9 +233,10 @@ def test_a_server_sends_parts_and_then_the_end(served: Any) -> None:
     wanted = requests(4)
     wire.send(w.Generate(wanted, in_parts=True))
     answers = [wire.receive(w.Answer, timeout_s=20) for _ in range(5)]
-    assert [a.rollout for a in answers[:4]] == double.generate(wanted) and answers[4] == w.Generated([])
+    assert [r for a in answers[:4] for r in a.rollouts] == double.generate(wanted)
+    assert answers[4] == w.Generated(w.Packed())
     wire.send(w.Generate(wanted))
-    assert wire.receive(w.Answer, timeout_s=20) == w.Generated(double.generate(wanted))
+    assert wire.receive(w.Answer, timeout_s=20) == w.Generated(w.Packed(double.generate(wanted)))
 
 
 def test_an_engine_outlives_a_trainer_that_leaves_between_two_parts(served: Any) -> None:

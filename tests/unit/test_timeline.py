@@ -258,7 +258,7 @@ class Members(RemoteEngine):
             while True:
                 asked = wire.receive(w.Request)
                 script()
-                wire.send(w.Generated(ReplayEngine(131).generate(asked.requests)))
+                wire.send(w.Generated(w.Packed(ReplayEngine(131).generate(asked.requests))))
         wire.close()
 
     def close(self, *, run_over: bool = False) -> None:

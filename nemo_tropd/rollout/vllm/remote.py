@@ -85,7 +85,7 @@ class RemoteEngine:
 
         rollouts: list[Rollout | None] = [None] * len(requests)
         for i, answer in enumerate(self._answers(busy, self.answer_timeout_s, take if finished else None)):
-            own = answer.rollouts if isinstance(answer, w.Generated) else []
+            own = list(answer.rollouts) if isinstance(answer, w.Generated) else []
             if finished is not None and len(parts[i]) == len(asked[i]) and not own:
                 own = [parts[i][key] for key in asked[i]]
             if [(r.sequence_id, r.prompt_index) for r in own] != asked[i]:
@@ -137,7 +137,7 @@ class RemoteEngine:
             for outbox in outboxes:
                 outbox.close()
         for i, answer in enumerate(answers):
-            if answer != w.Generated([]) or not queue.done(i):
+            if answer != w.Generated(w.Packed()) or not queue.done(i):
                 self._died([busy[i]], _OTHERS)
         return [found[place] for place in range(len(queue.requests))]
 
@@ -233,7 +233,8 @@ class RemoteEngine:
                             self._died([member], "it sent a part of an answer where none was asked for")
                         if time.monotonic() > deadline:
                             self._died(waiting, f"no complete answer within {timeout_s:g} s")
-                        take(members.index(member), part.rollout)
+                        for rollout in part.rollouts:
+                            take(members.index(member), rollout)
                         look()
                     case answer:
                         answers[members.index(member)] = answer

@@ -78,11 +78,11 @@ class EngineServer:
             case w.JoinGroup():
                 self._group = WeightGroup.join(request, own_address=wire.own_address)
             case w.Generate(in_parts=False):
-                return w.Generated(self._running().generate(request.requests))
+                return w.Generated(w.Packed(self._running().generate(request.requests)))
             case w.Generate():
                 more = (_Further(wire),) if request.more else ()
                 self._running().generate(request.requests, partial(_send_part, wire), *more)
-                return w.Generated([])
+                return w.Generated(w.Packed())
             case w.Update():
                 self._running().update_weights(self._received(wire), request.version)
             case _:
@@ -120,7 +120,7 @@ class EngineServer:
 def _send_part(wire: w.Wire, rollout: Rollout) -> None:
     """To a trainer that may be gone: then the last answer finds that out, and the engine has ended what it does."""
     with suppress(w.Disconnected):
-        wire.send(w.Part(rollout))
+        wire.send(w.Part(w.Packed([rollout])))
 
 
 class _Further:

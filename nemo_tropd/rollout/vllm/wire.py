@@ -1,8 +1,9 @@
 """The wire between the trainer and an engine's server: typed messages in frames, with a deadline for each.
 
 ``multiprocessing.connection`` frames the bytes and proves the shared secret (HMAC); ``msgspec`` encodes the messages
-as MessagePack and checks the types of what arrives. Nothing is unpickled: only ``send_bytes`` and ``recv_bytes`` are
-used. The wire is authenticated when it is opened, not encrypted.
+as MessagePack and checks the types of what arrives; rollouts are one field of bytes, whose sizes ``rollout.arrays``
+checks. Nothing is unpickled: only ``send_bytes`` and ``recv_bytes`` are used. The wire is authenticated when it is
+opened, not encrypted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import queue
 import select
 import socket
 import threading
+from collections import UserList
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import AuthenticationError
@@ -21,9 +23,10 @@ from typing import Any
 import msgspec
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout import arrays
 from nemo_tropd.rollout.engine import RolloutRequest
 
-PROTOCOL = 5  # of the messages; trainer and hosts must run the same
+PROTOCOL = 6  # of the messages; trainer and hosts must run the same
 GREETING_BYTES = 1 << 16  # of the messages before a host is admitted
 _MOST_BYTES = 1 << 30
 _MESSAGE_TIMEOUT_S = 120.0  # for the rest of a message whose first byte has come, and for sending one
@@ -39,6 +42,10 @@ _TCP_OPTIONS = {
 
 class Disconnected(Exception):
     """The other side is gone, or sent what is no message: the connection is of no use afterwards."""
+
+
+class Packed(UserList[Rollout]):
+    """Rollouts that travel as ``rollout.arrays`` encodes them."""
 
 
 class Message(msgspec.Struct, tag=True):
@@ -76,7 +83,7 @@ class JoinGroup(Message):  # the process group that weights are broadcast over
 
 class Generate(Message):
     requests: list[RolloutRequest]
-    in_parts: bool = False  # each rollout when it is finished, as a Part; Generated then is the end, and empty
+    in_parts: bool = False  # rollouts as they are finished, in Parts; Generated then is the end, and empty
     more: bool = False  # with in_parts: More follow while these are generated
 
 
@@ -109,11 +116,11 @@ class Done(Message):
 
 
 class Part(Message):
-    rollout: Rollout
+    rollouts: Packed
 
 
 class Generated(Message):
-    rollouts: list[Rollout]
+    rollouts: Packed
 
 
 class Failed(Message):
@@ -127,20 +134,32 @@ Answer = Part | Reply
 
 
 def encode(value: Any) -> bytes:
-    """MessagePack of a message or a dataclass; paths become absolute and text."""
-    return msgspec.msgpack.encode(value, enc_hook=lambda path: str(path.absolute()))
+    """MessagePack of a message or a dataclass; paths become absolute and text, rollouts bytes."""
+    return msgspec.msgpack.encode(value, enc_hook=_plain)
 
 
 def decode(data: bytes, kind: Any) -> Any:
     """What ``encode`` encoded. Raises ValueError for anything else."""
     try:
-        return msgspec.msgpack.decode(data, type=kind, dec_hook=lambda path, text: path(text))
+        return msgspec.msgpack.decode(data, type=kind, dec_hook=_of_plain)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
 # msgspec 0.22 looks into a class when it first decodes one, and ends the process if two threads do so at once.
 _SEEN_THROUGH = [msgspec.msgpack.Decoder(kind) for kind in (Request, Answer)]
+
+
+def _plain(value: Any) -> Any:
+    return arrays.encode(value) if isinstance(value, Packed) else str(value.absolute())
+
+
+def _of_plain(kind: Any, plain: Any) -> Any:
+    if kind is not Packed:
+        return kind(plain)
+    if not isinstance(plain, bytes):
+        raise ValueError(f"rollouts are bytes, not {type(plain).__name__}")
+    return Packed(arrays.decode(plain))
 
 
 class Wire:
