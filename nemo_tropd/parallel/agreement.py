@@ -5,9 +5,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from nemo_tropd.parallel.addresses import name_origin
@@ -21,6 +24,27 @@ _POLL_S = 0.25
 
 class RankError(RuntimeError):
     """Another rank's unexpected exception: its class and text."""
+
+
+@dataclass(frozen=True)
+class Codec(Generic[T]):
+    """How results travel: as bytes, which rank 0 makes and the others read."""
+
+    encode: Callable[[T], bytes | bytearray]
+    decode: Callable[[memoryview], T]
+
+
+PICKLED: Codec[Any] = Codec(pickle.dumps, pickle.loads)
+
+
+class _Kind(IntEnum):
+    """What rank 0 says to the ranks that wait for it."""
+
+    WORKING = 0
+    PARTS = 1
+    LAST_PARTS = 2
+    RESULT = 3
+    ERROR = 4
 
 
 class World:
@@ -37,6 +61,24 @@ class World:
         if self._several():
             dist.broadcast_object_list(box, src=src, group=self._group())
         return box[0]
+
+    def broadcast_bytes(self, number: int, data: bytes | bytearray) -> tuple[int, memoryview]:
+        """Rank 0's number and bytes, on every rank; two tensors, or one without bytes. All ranks call it."""
+        if not self._several():
+            return number, memoryview(data)
+        device = "cuda" if dist.get_backend(self._group()) == "nccl" else "cpu"
+        header = torch.tensor([number, len(data)], device=device)
+        dist.broadcast(header, src=0, group=self._group())
+        number, size = header.tolist()
+        if not size:
+            return number, memoryview(b"")
+        if self.is_leader:  # torch takes only memory that may be written
+            own = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+            content = own.to(device)
+        else:
+            content = torch.empty(size, dtype=torch.uint8, device=device)
+        dist.broadcast(content, src=0, group=self._group())
+        return number, content.cpu().numpy().data
 
     def gather_objects(self, obj: T) -> list[T]:
         """Every rank's picklable object, by rank, on every rank. All ranks call it."""
@@ -58,12 +100,13 @@ class Parts(Generic[S]):
     """What rank 0's work puts aside for all ranks while it goes on. ``take`` is given the new ones, in order, and
     whether the work is done by then. It may be collective, so what a rank raises there it raises alone."""
 
-    def __init__(self, take: Callable[[list[S], bool], None]) -> None:
-        self.take, self._waiting, self._news = take, deque[S](), threading.Event()
+    def __init__(self, take: Callable[[list[S], bool], None], codec: Codec[list[S]] = PICKLED) -> None:
+        self.take, self.codec = take, codec
+        self._waiting, self._news = deque[tuple[S, bytes | bytearray]](), threading.Event()
 
     def put(self, part: S) -> None:
-        """In the thread of the work; picklable."""
-        self._waiting.append(part)
+        """In the thread of the work, whose error it is if the part cannot be encoded."""
+        self._waiting.append((part, self.codec.encode([part])))
         self._news.set()
 
     def end(self) -> None:
@@ -80,9 +123,14 @@ class Parts(Generic[S]):
         """Whether there are any that no rank has taken."""
         return bool(self._waiting)
 
-    def drained(self) -> list[S]:
-        """Those that are there."""
-        return [self._waiting.popleft() for _ in range(len(self._waiting))]
+    def drained(self) -> tuple[list[S], bytes]:
+        """Those that are there, and what ``read`` makes of them elsewhere."""
+        some = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        return [part for part, _ in some], pickle.dumps([data for _, data in some])
+
+    def read(self, data: memoryview) -> list[S]:
+        """What rank 0 has drained."""
+        return [part for one in pickle.loads(data) for part in self.codec.decode(memoryview(one))]
 
 
 def on_rank_zero(
@@ -93,25 +141,26 @@ def on_rank_zero(
     heartbeat_s: float = _HEARTBEAT_S,
     may_stop: bool = False,
     parts: Parts[Any] | None = None,
+    codec: Codec[T] = PICKLED,
 ) -> T:
-    """Collective: rank 0 does ``work``; every rank returns its (picklable) result or raises its exception. Rank 0
+    """Collective: rank 0 does ``work``; every rank returns its result, by ``codec``, or raises its exception. Rank 0
     reports every ``heartbeat_s`` seconds that it still works, which may take longer than the process group's timeout.
     An exception whose class is not of this package arrives as an ``unexpected`` that names it. With ``may_stop`` every
     rank raises Stopped if the work, then abandoned, is not done ``FINISH_S`` after a request. What the work has put in
     ``parts`` every rank takes while rank 0 goes on, all of it before the result."""
     if not ranks.is_leader:
-        return cast(T, _heard(ranks, parts))
+        return cast(T, _heard(ranks, parts, codec))
     result: list[T] = []
     cause: list[BaseException] = []
-    message: list[tuple[str, bytes]] = []
+    message: list[tuple[_Kind, bytes | bytearray]] = []
 
     def attempt() -> None:
         try:
             result.append(work())
-            message.append(("result", pickle.dumps(result[0])))  # here, since what cannot be pickled is an error, too
+            message.append((_Kind.RESULT, codec.encode(result[0])))  # here, since what cannot be is an error, too
         except BaseException as error:
             cause.append(error)
-            message.append(("error", pickle.dumps(portable(error, unexpected))))
+            message.append((_Kind.ERROR, pickle.dumps(portable(error, unexpected))))
         finally:
             if parts is not None:
                 parts.end()
@@ -124,35 +173,36 @@ def on_rank_zero(
     while not message or (parts is not None and parts.waiting and not cause):
         if may_stop and STOP.overdue:
             stopped = Stopped("asked to stop")
-            ranks.broadcast_object(("error", pickle.dumps(stopped)))
+            ranks.broadcast_bytes(_Kind.ERROR, pickle.dumps(stopped))
             raise stopped
         if parts is not None and parts.waiting:
-            some = parts.drained(), bool(message)
-            ranks.broadcast_object(("parts", pickle.dumps(some)))
-            parts.take(*some)
+            some, content = parts.drained()
+            last = bool(message)
+            ranks.broadcast_bytes(_Kind.LAST_PARTS if last else _Kind.PARTS, content)
+            parts.take(some, last)
             reported = time.monotonic()
         if time.monotonic() - reported >= heartbeat_s:
-            ranks.broadcast_object(("working", b""))
+            ranks.broadcast_bytes(_Kind.WORKING, b"")
             reported = time.monotonic()
         if not message:
             wait()
-    ranks.broadcast_object(message[0])
+    ranks.broadcast_bytes(*message[0])
     if cause:
         raise portable(cause[0], unexpected) from cause[0]
     return result[0]
 
 
-def _heard(ranks: World, parts: Parts[Any] | None) -> Any:
+def _heard(ranks: World, parts: Parts[Any] | None, codec: Codec[Any]) -> Any:
     """On the other ranks: what rank 0 says, until it is done."""
     while True:
-        outcome, content = ranks.broadcast_object(("", b""))
-        value: Any = pickle.loads(content) if content else None
-        if outcome == "parts" and parts is not None:
-            parts.take(*value)
-        elif outcome == "error":
-            raise value
-        elif outcome == "result":
-            return value
+        kind, content = ranks.broadcast_bytes(_Kind.WORKING, b"")
+        match kind:
+            case _Kind.PARTS | _Kind.LAST_PARTS if parts is not None:
+                parts.take(parts.read(content), kind == _Kind.LAST_PARTS)
+            case _Kind.ERROR:
+                raise pickle.loads(content)
+            case _Kind.RESULT:
+                return codec.decode(content)
 
 
 def on_every_rank(ranks: World, work: Callable[[], T], *, unexpected: type[Exception] = RankError) -> T:

@@ -30,7 +30,7 @@ class Topology(World):
     tensor_group: ProcessGroup
     pipeline_group: ProcessGroup
     data_group: ProcessGroup
-    control_group: ProcessGroup  # every rank, gloo: Python objects and flags, never tensors of the model
+    control_group: ProcessGroup  # every rank, gloo: Python objects, rollouts and flags, never the model
     device: torch.device
     sequence_parallel: bool
     owns_process_group: bool

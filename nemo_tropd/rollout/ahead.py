@@ -22,7 +22,7 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.parallel import agreement
 from nemo_tropd.parallel.signals import Stopped
 from nemo_tropd.rollout import engine as api
-from nemo_tropd.rollout.collective import FinishedTogether, RankZeroRollouts
+from nemo_tropd.rollout.collective import ROLLOUTS, FinishedTogether, RankZeroRollouts
 from nemo_tropd.rollout.restart import RestartRule
 
 Weights = list[tuple[str, Tensor]]
@@ -158,12 +158,8 @@ class AheadRollouts(RankZeroRollouts):
 
     def take(self, number: int) -> list[Rollout]:
         """What was begun under ``number``, on every rank, once (collective). Raises EngineError, or Stopped."""
-
-        def done() -> tuple[list[Rollout], int]:
-            rollouts = self._rollouts[number].result()
-            return rollouts, self._thread.restarts if self._thread else 0
-
-        rollouts, self.restarts = self._agree(done)
+        rollouts = self._agree(lambda: self._rollouts[number].result(), ROLLOUTS)
+        self.restarts = self.ranks.broadcast_object(self._thread.restarts if self._thread else 0)
         self._rollouts.pop(number, None)
         return rollouts
 
@@ -193,7 +189,7 @@ class AheadRollouts(RankZeroRollouts):
                 raise api.EngineError("rank 0 must pass a list of requests")
             return self._running_thread().put(requests, version).result()
 
-        return self._agree(sampled)
+        return self._agree(sampled, ROLLOUTS)
 
     def refresh(self, version: int) -> api.RefreshStats:
         """Copy the trainer's weights to rank 0's host memory; the engine takes them when it needs them. The first time

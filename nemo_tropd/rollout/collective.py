@@ -13,11 +13,15 @@ from torch import Tensor
 from nemo_tropd.batch import Rollout
 from nemo_tropd.parallel import agreement
 from nemo_tropd.parallel.topology import Topology
+from nemo_tropd.rollout import arrays
 from nemo_tropd.rollout import engine as api
 from nemo_tropd.rollout.restart import RestartRule
 
 T = TypeVar("T")
 FinishedTogether = Callable[[list[Rollout], bool], None]
+# All of them to every rank: micro-batches are laid out by everyone's lengths, metrics count them, and what a teacher
+# reads is not what its data rank trains on. As arrays a step's are some tens of MB, next to GBs of gradients.
+ROLLOUTS = agreement.Codec(arrays.encode, arrays.decode)
 
 
 @dataclass(eq=False, repr=False)
@@ -123,7 +127,7 @@ class RankZeroRollouts(Rollouts):
 
         def generate() -> list[Rollout]:
             self._bring_to(version)
-            return self._agree(sampled) if finished is None else self._in_parts(asked, check, finished)
+            return self._agree(sampled, ROLLOUTS) if finished is None else self._in_parts(asked, check, finished)
 
         return self._with_restart(generate, version)
 
@@ -140,7 +144,7 @@ class RankZeroRollouts(Rollouts):
             found.update((r.sequence_id, r) for r in some)
             finished(some, all_done)
 
-        parts = agreement.Parts(take)
+        parts = agreement.Parts(take, ROLLOUTS)
 
         def sampled() -> list[int]:
             by_id = {r.sequence_id: r for r in asked()}
@@ -161,8 +165,8 @@ class RankZeroRollouts(Rollouts):
         refresh = super().refresh
         return self._with_restart(lambda: refresh(version), version)
 
-    def _agree(self, work: Callable[[], T]) -> T:
-        return agreement.on_rank_zero(self.ranks, work, unexpected=api.EngineError, may_stop=True)
+    def _agree(self, work: Callable[[], T], codec: agreement.Codec[T] = agreement.PICKLED) -> T:
+        return agreement.on_rank_zero(self.ranks, work, unexpected=api.EngineError, may_stop=True, codec=codec)
 
     def _stream(self, version: int) -> api.RefreshStats:
         return agreement.on_stream(
@@ -194,12 +198,16 @@ class EveryRankRollouts(Rollouts):
         everything: list[api.RolloutRequest] = self.ranks.broadcast_object(list(requests or []))
         self._bring_to(version)
         groups = self.ranks.data_size
-        own = self._agree(lambda: self._running().generate(everything[self.ranks.data_rank :: groups]))
+
+        def sampled() -> bytearray:
+            return arrays.encode(self._running().generate(everything[self.ranks.data_rank :: groups]))
+
+        own = self._agree(sampled)
         # One tensor rank speaks for its group, whose ranks generated the same.
         parts = self.ranks.gather_objects((self.ranks.data_rank, own) if self.ranks.tensor_rank == 0 else None)
         ordered: list[Rollout | None] = [None] * len(everything)
         for data_rank, part in filter(None, parts):
-            ordered[data_rank::groups] = part
+            ordered[data_rank::groups] = arrays.decode(part)
         rollouts = [r for r in ordered if r is not None]
         api.check_rollouts(rollouts, everything, version=version, vocab_size=self.vocab_size)
         return rollouts

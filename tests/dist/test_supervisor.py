@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.parallel.agreement import on_rank_zero
+from nemo_tropd.parallel.agreement import World, on_rank_zero
 from nemo_tropd.rollout.engine import (
     EngineDied,
     EngineError,
@@ -28,27 +28,6 @@ from tests.dist.run_distributed import run_distributed
 
 
 VOCABULARY = 97
-
-
-@dataclass
-class GlooRanks:
-    """The three methods of a topology that the supervisor asks for."""
-
-    rank: int
-
-    @property
-    def is_leader(self) -> bool:
-        return self.rank == 0
-
-    def broadcast_object(self, obj: object, src: int = 0) -> object:
-        box = [obj]
-        dist.broadcast_object_list(box, src=src)
-        return box[0]
-
-    def gather_objects(self, obj: object) -> list[object]:
-        everyone: list[object] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, obj)
-        return everyone
 
 
 @dataclass
@@ -135,7 +114,7 @@ def supervisor_of(rank: int, fail: dict[str, Exception]) -> tuple[RankZeroRollou
         assert rank == 0, "only the leader owns an engine"
         return ScriptedEngine(script)
 
-    return RankZeroRollouts(GlooRanks(rank), make, model.stream, VOCABULARY), model, script
+    return RankZeroRollouts(World(), make, model.stream, VOCABULARY), model, script
 
 
 def two_steps(rank: int, world_size: int, fail: dict[str, Exception]) -> dict:
@@ -183,7 +162,7 @@ def stale_version(rank: int, world_size: int) -> str:
 
 def slow_work(rank: int, world_size: int) -> tuple[str, float]:
     began = time.monotonic()
-    value = on_rank_zero(GlooRanks(rank), lambda: time.sleep(1.5) or "done", heartbeat_s=0.2)
+    value = on_rank_zero(World(), lambda: time.sleep(1.5) or "done", heartbeat_s=0.2)
     return value, time.monotonic() - began
 
 
@@ -194,7 +173,7 @@ def torn_stream(rank: int, world_size: int) -> str:
             if self.rank == 1:
                 raise RuntimeError("rank 1 has no memory left")
 
-    supervisor = RankZeroRollouts(GlooRanks(rank), lambda: ScriptedEngine(Script()), Torn(rank).stream, VOCABULARY)
+    supervisor = RankZeroRollouts(World(), lambda: ScriptedEngine(Script()), Torn(rank).stream, VOCABULARY)
     with pytest.raises(EngineError) as raised:
         supervisor.generate(requests(rank), 0)
     return str(raised.value)
@@ -320,7 +299,7 @@ class TellingEngine(ScriptedEngine):
 def told_of(rank: int, world_size: int, fail: dict[str, Exception], wrong: str) -> dict[str, Any]:
     """What this rank takes while rank 0's engine generates, and what comes of it."""
     script, model, taken, done = Script(dict(fail)), Model(rank), [], []
-    supervisor = RankZeroRollouts(GlooRanks(rank), lambda: TellingEngine(script, wrong), model.stream, VOCABULARY)
+    supervisor = RankZeroRollouts(World(), lambda: TellingEngine(script, wrong), model.stream, VOCABULARY)
 
     def take(some: list[Rollout], all_done: bool) -> None:
         taken.append([r.sequence_id for r in some])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.parallel.agreement import World
 from nemo_tropd.rollout.collective import EveryRankRollouts, RankZeroRollouts, Rollouts
 from nemo_tropd.rollout.engine import EngineError, RolloutRequest, Sampling
 from nemo_tropd.training.teacher_responses import TeacherResponses
@@ -30,16 +31,10 @@ class WrongEngine(ReplayEngine):
         return [*rollouts, replace(last, **self.changes)]
 
 
-class OneRank:
+class OneRank(World):
     """A world of one."""
 
-    is_leader, data_rank, data_size, tensor_rank = True, 0, 1, 0
-
-    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    def gather_objects(self, obj: Any) -> list[Any]:
-        return [obj]
+    data_rank, data_size, tensor_rank = 0, 1, 0
 
 
 def answer(*ids: int, log_prob: float = -1.0, finished: bool = True) -> dict[str, Any]:
