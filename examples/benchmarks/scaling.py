@@ -180,7 +180,7 @@ def _breaks_first(curves: Mapping[str, Sequence[Point]]) -> list[str]:
         + " They are summed while the backward pass runs, so less than this shows.",
         "3. **One rollout a rank.** With 512 rollouts, 512 data-parallel ranks have one each, and the longest sets the "
         "pace of all; tokens are evenly filled into rows only while a rank has several.",
-        "4. **Rank 0** sends every rollout to every rank over gloo, as Python objects: "
+        "4. **Rank 0** sends every rollout to every rank over gloo, as arrays: "
         f"{ROLLOUT_TOKEN} bytes a token, {rollouts / 1e9:.2f} GB a step at most, whatever the number of ranks. It is "
         "the first thing to shard if the batch grows with the GPUs.",
         "5. **Memory** does not break: what data parallelism divides (optimizer states, micro-batches' scores) falls, "

@@ -24,8 +24,10 @@ from nemo_tropd.planner.memory import (
     teacher_weights,
 )
 from nemo_tropd.planner.verdict import gib, part_lines
+from nemo_tropd.planner.wire import ROLLOUT_TOKEN
 
-ROLLOUT_OBJECTS = 76  # bytes of a rollout's token as every rank keeps it: an int and a float, and where they are
+# Bytes of a rollout's token on every rank: an int32 and a double as it is kept, and the bytes that it comes in.
+ROLLOUT_TOKEN_KEPT = 12 + ROLLOUT_TOKEN
 EXPORT = 2e9  # a file of weights as it is written, and the largest tensor
 
 
@@ -45,7 +47,7 @@ def host_memory(
     m = cfg.model
     resident = {
         "processes": devices * HOST_RANK,
-        "rollouts": devices * positions(cfg) * ROLLOUT_OBJECTS,
+        "rollouts": devices * positions(cfg) * ROLLOUT_TOKEN_KEPT,
     }
     teachers = ((cfg, teacher), *others)
     if served := sum(bool(of.model.teacher.url) for of, _ in teachers):  # scoring early, they are asked together

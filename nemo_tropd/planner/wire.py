@@ -15,8 +15,8 @@ from nemo_tropd.planner.degrees import (
 from nemo_tropd.planner.machine import Machine
 from nemo_tropd.planner.memory import BATCH_POSITION, placement, stage_parameters
 
-# Bytes of a rollout's token as rank 0 sends it to every rank: id and log-probability, pickled.
-ROLLOUT_TOKEN = 13
+# Bytes of a rollout's token as rank 0 sends it to every rank: id and log-probability, see rollout/arrays.py.
+ROLLOUT_TOKEN = 8
 
 
 def ring(size: float, ranks: int, *, reduce: bool = False) -> float:

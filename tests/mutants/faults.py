@@ -205,6 +205,14 @@ def _queue(file: str, what: str, line: str, becomes: str, *tests: str, slow: boo
 
 
 _DEDICATED = "tests/dist/test_dedicated.py::"
+_ARRAYS = "tests/unit/test_rollout_arrays.py::"
+_TRAVEL = "tests/dist/test_rollouts_travel.py::"
+
+
+def _arrays(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
+    return Fault("arrays", what, f"nemo_tropd/{file}.py", line, becomes, (test,), test.startswith(_TRAVEL))
+
+
 _AS_SAID = "test_older_weights_are_used_as_said"
 _RESUMES = "test_a_run_that_ended_anyhow_resumes_to_the_bit"
 
@@ -362,8 +370,8 @@ FAULTS: list[Fault] = [
     _queue(
         "rollout/vllm/remote",
         "a member that ends before its last request is believed",
-        "if answer != w.Generated([]) or not queue.done(i):",
-        "if answer != w.Generated([]):",
+        "if answer != w.Generated(w.Packed()) or not queue.done(i):",
+        "if answer != w.Generated(w.Packed()):",
         "test_a_member_that_does_not_keep_to_it_is_named",
     ),
     _queue(
@@ -452,10 +460,17 @@ FAULTS: list[Fault] = [
         _RESUMES,
     ),
     _ahead(
-        "training/ahead",
+        "rollout/arrays",
         "log-probabilities in single precision",
-        '"log_probs": torch.tensor([x for _, r in one for x in r.response_log_probs], dtype=torch.float64),',
-        '"log_probs": torch.tensor([x for _, r in one for x in r.response_log_probs]),',
+        "return single if np.array_equal(back.view(np.int64), exact.view(np.int64)) else exact",
+        "return single",
+        "test_rollouts_in_a_file_come_back_as_they_were",
+    ),
+    _ahead(
+        "training/ahead",
+        "rollouts of a file are the wrong step's",
+        "of = np.repeat(np.array(steps, dtype=np.int64), [len(rollouts[step]) for step in steps])",
+        "of = np.repeat(np.array(steps[:1], dtype=np.int64), len(a.numbers))",
         "test_rollouts_in_a_file_come_back_as_they_were",
     ),
     _ahead(
@@ -534,6 +549,77 @@ FAULTS: list[Fault] = [
         "while not STOP.overdue:",
         "while True:",
         _DEDICATED + "test_a_host_asked_to_stop_stays_until_the_trainer_has_its_rollouts",
+    ),
+    # rollouts as arrays
+    _arrays(
+        "rollout/arrays",
+        "log-probabilities that compare equal count as the same",
+        "return single if np.array_equal(back.view(np.int64), exact.view(np.int64)) else exact",
+        "return single if np.array_equal(back, exact, equal_nan=True) else exact",
+        _ARRAYS + "test_log_probabilities_come_back_to_the_bit",
+    ),
+    _arrays(
+        "rollout/arrays",
+        "log-probabilities are always doubles",
+        "return single if np.array_equal(back.view(np.int64), exact.view(np.int64)) else exact",
+        "return exact",
+        "tests/unit/test_planner.py::test_a_rollouts_token_takes_as_many_bytes_as_the_plan_says",
+    ),
+    _arrays(
+        "rollout/arrays",
+        "only the sum of the lengths must fit",
+        "fit = bool(((lengths >= 0) & (lengths <= len(self.ids))).all())",
+        "fit = True",
+        _ARRAYS + "test_bytes_that_are_no_rollouts_are_refused",
+    ),
+    _arrays(
+        "rollout/arrays",
+        "any number is finished",
+        "if not np.isin(self.numbers[:, 3], (0, 1)).all():",
+        "if False:",
+        _ARRAYS + "test_bytes_that_are_no_rollouts_are_refused",
+    ),
+    _arrays(
+        "rollout/arrays",
+        "a header is believed",
+        "if width not in _FLOATS or min(count, ids) < 0 or scored_from > ids_from or (ids_from - scored_from) % width:",
+        "if width not in _FLOATS:",
+        _ARRAYS + "test_bytes_that_are_no_rollouts_are_refused",
+    ),
+    _arrays(
+        "rollout/vllm/wire",
+        "a list is as good as bytes",
+        "if not isinstance(plain, bytes):",
+        "if False:",
+        _MEMBERS + "test_a_member_whose_rollouts_are_none_is_named",
+    ),
+    _arrays(
+        "batch",
+        "a rollout's numbers equal no list",
+        "return self.tolist() == other if isinstance(other, list) else super().__eq__(other)",
+        "return super().__eq__(other)",
+        _ARRAYS + "test_a_rollout_holds_its_numbers_in_arrays_that_read_as_lists",
+    ),
+    _arrays(
+        "parallel/agreement",
+        "the last parts are as the others",
+        "parts.take(parts.read(content), kind == _Kind.LAST_PARTS)",
+        "parts.take(parts.read(content), False)",
+        _TRAVEL + "test_an_error_on_the_way_is_every_ranks_and_parts_keep_their_order",
+    ),
+    _arrays(
+        "parallel/agreement",
+        "of several parts the first one arrives",
+        "return [part for one in pickle.loads(data) for part in self.codec.decode(memoryview(one))]",
+        "return [part for one in pickle.loads(data)[:1] for part in self.codec.decode(memoryview(one))]",
+        _TRAVEL + "test_an_error_on_the_way_is_every_ranks_and_parts_keep_their_order",
+    ),
+    _arrays(
+        "rollout/collective",
+        "every group's rollouts are the first ones",
+        "ordered[data_rank::groups] = arrays.decode(part)",
+        "ordered[::groups] = arrays.decode(part)",
+        _TRAVEL + "test_every_rank_gets_the_rollouts_that_were_generated",
     ),
     # rollouts that are scored while others are generated
     _early(
@@ -702,7 +788,7 @@ FAULTS: list[Fault] = [
     _teachers(
         "training/packing",
         "the teacher reads the student's prompt",
-        "return replace(rollout, prompt_ids=list(told)) if told else rollout",
+        "return replace(rollout, prompt_ids=told) if told else rollout",
         "return rollout",
         "test_a_micro_batch_is_one_teachers_and_has_what_it_reads",
         "test_r_is_that_of_the_two_texts",
@@ -710,8 +796,8 @@ FAULTS: list[Fault] = [
     _teachers(
         "training/packing",
         "rows are as long as what the student reads",
-        "lengths = [max(len(r.token_ids), len(read[r.sequence_id].token_ids)) for r in rollouts]",
-        "lengths = [len(r.token_ids) for r in rollouts]",
+        "lengths = [max(r.length, read[r.sequence_id].length) for r in rollouts]",
+        "lengths = [r.length for r in rollouts]",
         "test_rows_have_room_for_what_the_teacher_reads",
     ),
     _teachers(
@@ -1149,8 +1235,8 @@ FAULTS: list[Fault] = [
     # packing: which rank gets what
     _packing(
         "every data-parallel rank takes the same sequences",
-        "owned = [sorted(rollouts[rank::ranks], key=lambda r: -len(r.token_ids)) for rank in range(ranks)]",
-        "owned = [sorted(rollouts[0::ranks], key=lambda r: -len(r.token_ids)) for rank in range(ranks)]",
+        "owned = [sorted(rollouts[rank::ranks], key=lambda r: -r.length) for rank in range(ranks)]",
+        "owned = [sorted(rollouts[0::ranks], key=lambda r: -r.length) for rank in range(ranks)]",
         _PACKING + "test_every_rank_has_as_many_and_together_they_have_all",
     ),
     _packing(

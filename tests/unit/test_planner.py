@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import re
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from examples.benchmarks.recipes import MARK, Recipe, gpu_recipes, plan_recipe
@@ -33,6 +33,7 @@ from nemo_tropd.planner.teacher_engines import TeacherEngines, generation_lines,
 from nemo_tropd.planner.verdict import check_kv_cache, check_memory
 from nemo_tropd.planner.ways import gpus_of
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
+from nemo_tropd.rollout.collective import ROLLOUTS
 from nemo_tropd.rollout.placement import device_groups, teacher_utilization
 from nemo_tropd.training.plan import build_objective, print_plan
 from nemo_tropd.training.plan_models import Teacher
@@ -377,13 +378,11 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
 
 
 def test_a_rollouts_token_takes_as_many_bytes_as_the_plan_says() -> None:
-    draw = random.Random(3)
-    ids, count = [draw.randrange(150_000) for _ in range(4000)], 3000
-    rollouts = [
-        Rollout(ids[count:], [], ids[:count], [-draw.random() for _ in range(count)], 1, i, i, True) for i in range(4)
-    ]
-    a_token = len(pickle.dumps(rollouts)) / (4 * len(ids))
-    assert 0.8 * a_token < ROLLOUT_TOKEN < 1.25 * a_token
+    """Of log-probabilities in single precision, as vLLM's are."""
+    draw = np.random.default_rng(random.getrandbits(32))
+    ids, log_probs = draw.integers(150_000, size=8096).tolist(), draw.standard_normal(8096, np.float32).tolist()
+    rollouts = [Rollout([1], [], ids, log_probs, 1, i, i, True) for i in range(4)]
+    assert len(ROLLOUTS.encode(rollouts)) / (4 * 8096) == pytest.approx(ROLLOUT_TOKEN, rel=0.01)
 
 
 def test_ring_volumes() -> None:

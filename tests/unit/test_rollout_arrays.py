@@ -160,16 +160,21 @@ def test_any_bytes_are_rollouts_or_a_value_error() -> None:
 
 
 def test_a_file_of_doubles_is_read_and_one_whose_arrays_do_not_fit_is_not(tmp_path: Path) -> None:
-    rollouts = {3: some(2, single), 5: [], 4: some(1, single)}
+    counts, versions = {3: 2, 5: 0, 4: 1}, {3: 0, 4: 1}
+    rollouts = {
+        step: [replace(r, weight_version=versions[step]) for r in some(n, single)] for step, n in counts.items()
+    }
     save_rollouts(rollouts, tmp_path)
-    assert load_rollouts(tmp_path) == {step: r for step, r in rollouts.items() if r}
+    assert load_rollouts(tmp_path, versions) == {step: r for step, r in rollouts.items() if r}
     tensors = load_file(tmp_path / FILE)
     assert tensors["numbers"].shape == (3, 8) and tensors["log_probs"].dtype == np.float32
     save_file({**tensors, "log_probs": tensors["log_probs"].astype(np.float64)}, tmp_path / FILE)
-    assert load_rollouts(tmp_path) == {3: rollouts[3], 4: rollouts[4]}
+    assert load_rollouts(tmp_path, versions) == {3: rollouts[3], 4: rollouts[4]}
+    with pytest.raises(ValueError, match="has other rollouts than the checkpoint says"):
+        load_rollouts(tmp_path, {3: 0, 4: 0})
     save_file({**tensors, "ids": tensors["ids"][:-1]}, tmp_path / FILE)
     with pytest.raises(ValueError, match="are not of these rollouts"):
-        load_rollouts(tmp_path)
+        load_rollouts(tmp_path, versions)
 
 
 def test_what_rollouts_hold_is_their_own() -> None:
