@@ -44,6 +44,13 @@ def test_each_objective_that_ran_is_in_the_figure_and_no_family_is_its_baseline_
         assert shown | {"tropd"} >= set(names) and shown <= set(names)  # tropd stands in every row
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generation takes most of a short run."""
+    monkeypatch.setattr("examples.benchmarks.objectives.running_sums.MEASURED", 16)
+    monkeypatch.setattr("examples.benchmarks.objectives.running_sums.BATCH", 16)
+
+
 @pytest.fixture
 def models() -> Models:
     return Models(DigitModel(64).state_dict(), DigitModel(48).state_dict())

@@ -30,6 +30,7 @@ TOP_K = 4
 BATCH = 64
 LEARNING_RATE = 1e-3
 EVERY = 20  # steps between two measurements of accuracy
+MEASURED = 256  # sequences of one
 ANSWER_ROWS = slice(PROMPT - 1, PROMPT - 1 + DIGITS)  # output positions that score the answer
 
 Cache = tuple[Tensor, Tensor]  # keys and values [B, heads, S, H / heads]
@@ -285,7 +286,7 @@ def distill_step(
 
 
 def _measure_accuracy(curve: Curve, step: int, student: DigitModel, teacher: DigitModel) -> None:
-    digits = random_digits(256, torch.Generator().manual_seed(7))
-    answer = generate(student, digits, None, teacher, torch.zeros(256))
+    digits = random_digits(MEASURED, torch.Generator().manual_seed(7))
+    answer = generate(student, digits, None, teacher, torch.zeros(MEASURED))
     curve.accuracy_steps.append(step)
     curve.accuracy.append(float((answer == running_sums(digits)).float().mean()))
