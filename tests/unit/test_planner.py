@@ -404,7 +404,8 @@ def test_a_recipe_fits_its_gpus_and_says_so(path: Path) -> None:
     groups = [ranks.tensor_group(r) for r in range(ranks.world_size)] + list(ranks.teacher_groups())
     groups += engine_groups(recipe.cfg, recipe.machine)
     assert all(nodes_of(group, devices) == 1 for group in groups), "no tensor-parallel group leaves its node"
-    assert dict(roles(recipe.cfg, recipe.machine)).keys() == {"rank 0", "student", "teacher", "rollouts"}
+    hosts = {"requests to hosts"} if recipe.cfg.model.rollout.placement == "dedicated" else set()
+    assert dict(roles(recipe.cfg, recipe.machine)).keys() == {"rank 0", "student", "teacher", "rollouts"} | hosts
     match = re.fullmatch(r".*-from-.*-(\d+)n(\d+)g(-fp8)?(-ahead)?", path.stem)
     if match:
         gpus, _ = gpus_of(recipe.cfg, recipe.machine)
