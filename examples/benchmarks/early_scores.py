@@ -19,16 +19,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
 from examples.benchmarks.loop import OurLoop
 from examples.benchmarks.loop_case import FixedRollouts, LoopCase
+from examples.benchmarks.tables import show
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
-from nemo_tropd.files import write_text
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.quiet import quiet_libraries
 from nemo_tropd.rollout.engine import Finished, RolloutRequest
@@ -115,13 +113,7 @@ def run(
     options = parser.parse_args()
     quiet_libraries()
     found = cells(CASES[options.pair], options.ratios, options.steps)
-    table = Table(*header, title=f"{options.pair}, {torch.get_num_threads()} threads")
-    for row in found:
-        table.add_row(*row)
-    Console(width=110).print(table)
-    if options.out:
-        lines = [header, ["---"] * len(header), *found]
-        write_text(options.out, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    show(f"{options.pair}, {torch.get_num_threads()} threads", header, found, options.out)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
+from examples.benchmarks.tables import show
 from nemo_tropd.batch import Rollout
-from nemo_tropd.files import write_text
 from nemo_tropd.quiet import quiet_libraries
 from nemo_tropd.rollout.engine import Finished, Further, RefreshStats, RolloutRequest
 from nemo_tropd.rollout.vllm import wire as w
@@ -178,13 +175,7 @@ def main() -> None:
             figures = (bound, fixed, queue, *ratios)
             rows.append([str(count), "one a prompt" if known else "none", *(f"{x:.2f}" for x in figures)])
     title = f"{o.prompts} prompts x {SAMPLES}, {o.slots} sequences an engine, steps of {o.step_ms:g} ms"
-    table = Table(*HEADER, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=120).print(table)
-    if o.out:
-        lines = [HEADER, ["---"] * len(HEADER), *rows]
-        write_text(o.out, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    show(title, HEADER, rows, o.out)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
 from examples import demo
+from examples.benchmarks.tables import markdown
 from nemo_tropd.files import complete_file, write_text
 from nemo_tropd.report.charts import COLORS
 from nemo_tropd.report.drawing import style
@@ -101,17 +102,16 @@ def finished(out: Path, variants: Iterable[str], seeds: Sequence[int]) -> dict[s
 def table(runs: Mapping[str, Sequence[RunRecord]], training: Sequence[tuple[str, str]] = ()) -> str:
     """Markdown: before, and after for each variant, means with half the distance between the lowest and the highest;
     of ``training`` each run's mean over its steps."""
-    rows = [["", "seeds", *(heading for _, heading in (*VALIDATION, *training))]]
+    header = ["", "seeds", *(heading for _, heading in (*VALIDATION, *training))]
     every = [run for of in runs.values() for run in of]
     before = [_mean([run.before[name] for run in every]) for name, _ in VALIDATION]
-    rows.append(["before", str(len(every)), *before, *("" for _ in training)])
+    rows = [["before", str(len(every)), *before, *("" for _ in training)]]
     for variant, of in runs.items():
         after = [_mean([run.after[name] for run in of]) for name, _ in VALIDATION]
         means = [_mean([float(np.mean([v for _, v in run.series("train", name)] or np.nan)) for run in of])
                  for name, _ in training]  # fmt: skip
         rows.append([variant, str(len(of)), *after, *means])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(header, rows)
 
 
 def _mean(values: Sequence[float]) -> str:

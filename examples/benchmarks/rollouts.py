@@ -25,14 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run, its siblings are imported
 
 from examples.benchmarks.isolated import isolated, memory_kib
+from examples.benchmarks.tables import show
 from nemo_tropd.batch import Rollout
-from nemo_tropd.files import write_text
 from nemo_tropd.parallel.agreement import PICKLED, World, on_rank_zero
 from nemo_tropd.rollout.collective import ROLLOUTS
 from nemo_tropd.rollout.vllm import wire as w
@@ -214,13 +212,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the table to this Markdown file")
     options = parser.parse_args()
     found = rows((options.rollouts, options.tokens), options.ranks)
-    table = Table(*HEADER, title=f"{options.rollouts} rollouts of {options.tokens} tokens")
-    for row in found:
-        table.add_row(*row)
-    Console(width=110).print(table)
-    if options.out:
-        lines = [HEADER, ["---"] * len(HEADER), *found]
-        write_text(options.out, "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+    show(f"{options.rollouts} rollouts of {options.tokens} tokens", HEADER, found, options.out)
 
 
 if __name__ == "__main__":

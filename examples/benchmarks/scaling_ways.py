@@ -9,7 +9,7 @@ from typing import Any
 from examples.benchmarks.recipes import Recipe
 from nemo_tropd.planner import rates
 from nemo_tropd.planner.seconds import spoken
-from nemo_tropd.planner.ways import Way, best, gpus_of, reason, ways
+from nemo_tropd.planner.ways import WORTH_SAYING, Way, best, gpus_of, reason, ways
 
 KINDS = {"written": "#888888", "in turns": "#0072B2", "ahead": "#D55E00"}
 MINUTES = (1, 2, 4, 8)
@@ -65,7 +65,7 @@ def section(curves: Mapping[str, Sequence[Choice]]) -> list[str]:
         for c in choices:
             written, chosen, least = c.shorter
             numbers = f"{c.best.pace.engines:.0f} | {c.best.pace.trainer:.0f} | {written:.0f} | {chosen:.0f}"
-            mark = "*" if chosen > 1.05 * least else ""
+            mark = "*" if chosen > WORTH_SAYING * least else ""
             who = "as written" if c.best is c.written else c.best.spoken
             first = name if c is choices[0] else ""
             lines.append(

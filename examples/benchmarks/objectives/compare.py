@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run
 
 from examples.benchmarks.objectives.figure import draw
 from examples.benchmarks.objectives.running_sums import OBJECTIVE_NAMES, Curve, Models, distill, prepare
+from examples.benchmarks.tables import markdown
 
 EXAMPLES = Path(__file__).resolve().parents[2]
 HEADER = ("objective", "accuracy", "half way", "gradient norm", "trust, first", "trust, last", "reverse KL")
@@ -59,7 +60,7 @@ def compare(names: Sequence[str], seeds: int, steps: int, out: Path, processes: 
             _save(store, list(done.values()))
     curves = [done[name, seed] for name in names for seed in range(seeds)]
     rows = table_rows(curves)
-    write_text(out / "compare_objectives.md", _markdown(rows))
+    write_text(out / "compare_objectives.md", markdown(HEADER, rows))
     draw(curves, out / "compare_objectives.png")
     table = Table(*HEADER, title=f"{steps} steps, mean of {seeds} seeds")
     for row in rows:
@@ -121,11 +122,6 @@ def _save(store: Path, curves: list[Curve]) -> None:
         {k: [float(f"{x:.5g}") for x in v] if isinstance(v, list) else v for k, v in asdict(c).items()} for c in curves
     ]
     write_text(store, "[\n" + ",\n".join(json.dumps(e) for e in entries) + "\n]\n")
-
-
-def _markdown(rows: list[tuple[str, ...]]) -> str:
-    lines = [HEADER, tuple("---" for _ in HEADER), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def main() -> None:
