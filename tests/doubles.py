@@ -62,7 +62,8 @@ class ReplayEngine:
 
 
 class WeighedEngine(ReplayEngine):
-    """What it generates depends on every byte of the weights that it was given, and on the request."""
+    """What it generates, log-probabilities too, depends on every byte of the weights that it was given, and on the
+    request."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(vocab_size)
@@ -76,20 +77,12 @@ class WeighedEngine(ReplayEngine):
         self.version, self.digest = version, content.digest()
         return RefreshStats(0.0, 1, 1)
 
-    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
-        """Random tokens with random log-probabilities, of unequal lengths."""
+    def _written(self, r: RolloutRequest) -> Rollout:
         assert self.digest, "no weights"
-        found = []
-        for r in requests:
-            draw = random.Random(self.digest + str(r.seed).encode())
-            ids = [draw.randrange(self.vocab_size) for _ in range(draw.randint(1, r.max_new_tokens))]
-            scores = [-draw.random() * 6 for _ in ids]
-            found.append(
-                Rollout(r.prompt_ids, r.prefix_ids, ids, scores, self.version, r.sequence_id, r.prompt_index, True)
-            )
-        for rollout in found if finished is not None else ():
-            finished(rollout)  # type: ignore[misc]
-        return found
+        draw = random.Random(self.digest + str(r.seed).encode())
+        ids = [draw.randrange(self.vocab_size) for _ in range(draw.randint(1, r.max_new_tokens))]
+        scores = [-draw.random() * 6 for _ in ids]
+        return Rollout(r.prompt_ids, r.prefix_ids, ids, scores, self.version, r.sequence_id, r.prompt_index, True)
 
 
 class GivenEngines:

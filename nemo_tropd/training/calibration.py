@@ -1,12 +1,10 @@
 """The tokens on which FP8 teachers are admitted: held-out prompts with the teachers' own answers."""
 
-from nemo_tropd.batch import Rollout, TokenBatch
+from nemo_tropd.batch import TokenBatch
 from nemo_tropd.config import ModelConfig, teacher_named
 from nemo_tropd.data import PromptSet
-from nemo_tropd.parallel.agreement import on_rank_zero
-from nemo_tropd.rollout.collective import ROLLOUTS
 from nemo_tropd.training.packing import Packer
-from nemo_tropd.training.teacher_responses import Responses, answers
+from nemo_tropd.training.teacher_responses import Responses, answers_everywhere
 
 
 def calibration_batches(
@@ -19,9 +17,5 @@ def calibration_batches(
     if not measured or not count:
         return []
     chosen = [p for name in measured for p in [p for p in held_out if p.teacher == name][:count]]
-
-    def write() -> list[Rollout]:
-        return answers(chosen, responses) if responses is not None else []
-
-    written = on_rank_zero(packer.topology, write, codec=ROLLOUTS)
+    written = answers_everywhere(packer.topology, chosen, responses)
     return packer.on_every_rank().pack(written, 0, PromptSet(tuple(chosen)))

@@ -22,6 +22,7 @@ from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.data import Prompt
 from nemo_tropd.files import complete_file, default_cache_dir, remove_stale
 from nemo_tropd.parallel.agreement import World, on_rank_zero
+from nemo_tropd.rollout.collective import ROLLOUTS
 from nemo_tropd.rollout.engine import EngineDied, RolloutEngine, RolloutRequest, Sampling, check_rollouts
 from nemo_tropd.rollout.placement import EngineFactory, sampling_of
 
@@ -219,6 +220,15 @@ def answers(prompts: Iterable[Prompt], responses: Responses) -> list[Rollout]:
         )
         for i, p in enumerate(prompts)
     ]
+
+
+def answers_everywhere(ranks: World, prompts: Iterable[Prompt], responses: Responses | None) -> list[Rollout]:
+    """``answers`` on every rank (collective); ``responses`` count on rank 0, and without them there are none."""
+
+    def made() -> list[Rollout]:
+        return answers(prompts, responses) if responses is not None else []
+
+    return on_rank_zero(ranks, made, codec=ROLLOUTS)
 
 
 def responses_dir(cfg: TropdConfig) -> Path:

@@ -12,12 +12,11 @@ from nemo_tropd.evaluation.answers import exact_match
 from nemo_tropd.files import read_json, write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
-from nemo_tropd.rollout.collective import ROLLOUTS
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.served.teacher import SAMPLED
 from nemo_tropd.training.guidance import request_seed
 from nemo_tropd.training.setup import Setup
-from nemo_tropd.training.teacher_responses import Responses, answers
+from nemo_tropd.training.teacher_responses import Responses, answers_everywhere
 
 # Rollouts of validation draw from a stream of their own, the same at every validation.
 VALIDATION_STREAM = (1 << 62) + 1
@@ -87,7 +86,7 @@ class Validator:
         rollouts = self._infer(self._requests)
         metrics = self._divergences(rollouts, ("reverse_kl", "one_minus_tv", "student_entropy", "teacher_entropy"))
         # The teacher's answers are prefixes: every token of them is scored, none is the student's.
-        if taught := on_rank_zero(self.topology, self._taught, codec=ROLLOUTS):
+        if taught := answers_everywhere(self.topology, self.prompts, self.responses):
             metrics |= self._divergences(taught, ("forward_kl", "top1_agreement"))
         texts = [self.tokenizer.decode(list(r.response_ids), skip_special_tokens=True) for r in rollouts]
         known = on_rank_zero(self.topology, lambda: self._right_answers(rollouts, texts))
@@ -99,9 +98,6 @@ class Validator:
             for r, text in list(zip(rollouts, texts, strict=True))[:8]
         ]
         return metrics, shown
-
-    def _taught(self) -> list[Rollout]:
-        return answers(self.prompts, self.responses) if self.responses is not None else []
 
     def _benchmarks(self) -> dict[str, dict[str, Any]]:
         """Each benchmark's score by name; the teacher's is graded once."""
