@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.rollout.engine import Finished, Further, RefreshStats, RolloutEngine, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutEngine, RolloutRequest
 
 
 class ReplayEngine:
@@ -26,18 +26,12 @@ class ReplayEngine:
     def start(self) -> None:
         """Nothing to start."""
 
-    def generate(
-        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
-    ) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         """Random tokens from each request's own seed, of unequal lengths."""
-        rollouts: list[Rollout] = []
-        more: Sequence[RolloutRequest] | None = requests
-        while more is not None:
-            made = [self._written(r) for r in more]
-            rollouts += made
-            for rollout in made if finished is not None else ():
+        rollouts = [self._written(r) for r in requests]
+        if finished is not None:
+            for rollout in rollouts:
                 finished(rollout)
-            more = further(True) if further is not None else None
         return rollouts
 
     def _written(self, r: RolloutRequest) -> Rollout:

@@ -20,6 +20,8 @@ import torch
 from examples.benchmarks.gpu_check.check import Journal, run
 from examples.benchmarks.gpu_check.rows import CHECKS
 from examples.benchmarks.isolated import followed, isolated
+from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout.engine import Finished, RolloutRequest
 from tests.benchmarks.check_doubles import appends, crashes, dies, double, hangs, nothing, two
 from tests.doubles import GivenEngines, ReplayEngine
 
@@ -144,7 +146,7 @@ class ScoringEngine(ReplayEngine):
             self.model.load_state_dict(weights)
         return super().update_weights(iter(weights.items()), version)
 
-    def generate(self, requests: Sequence[Any]) -> list[Any]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         rollouts = super().generate(requests)
         for r in rollouts:
             ids = torch.tensor([[*r.prompt_ids, *r.prefix_ids, *r.response_ids]])
@@ -152,6 +154,8 @@ class ScoringEngine(ReplayEngine):
                 logits = self.model(ids).logits[0, -len(r.response_ids) - 1 : -1]
             own = logits.log_softmax(-1).gather(1, ids[0, -len(r.response_ids) :, None])
             r.response_log_probs[:] = array("d", own[:, 0].tolist())
+            if finished is not None:
+                finished(r)
         return rollouts
 
 

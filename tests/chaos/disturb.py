@@ -181,7 +181,7 @@ def damage_files(run_dir: Path, draw: random.Random) -> str:
     for pattern in ("validation/*.json", "summary.json", "config.yaml", "*.jsonl"):
         found = sorted(run_dir.glob(pattern))
         if found:
-            choices.append(lambda found=found: _damage(draw.choice(found), draw))  # type: ignore[misc]
+            choices.append(lambda found=found: _damage(draw.choice(found), draw))
     return draw.choice(choices)() if choices else "no file to damage"
 
 

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from nemo_tropd.batch import Rollout
+from nemo_tropd.rollout.engine import Finished, RolloutRequest
 from tests.chaos import disturb
 from tests.chaos.world import Hosts, World
 from tests.e2e.tiny_run import ROOT, TinyRun
@@ -97,7 +99,7 @@ def slow_engine() -> Any:
     from tests.doubles import WeighedEngine
 
     class SlowEngine(WeighedEngine):
-        def generate(self, requests, finished=None):  # type: ignore[no-untyped-def]
+        def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
             time.sleep(0.1)
             return super().generate(requests, finished)
 
@@ -129,10 +131,10 @@ def train_here(overrides: list[str], kind: Kind, clock_s: float) -> None:
         time.time = lambda: true_time() + clock_s
 
     class Doubles(Engines):
-        def student(self, cfg):  # type: ignore[no-untyped-def]
+        def student(self, cfg):
             return super().student(cfg) if kind.hosts else slow_engine()
 
-        def teacher(self, cfg):  # type: ignore[no-untyped-def]
+        def teacher(self, cfg):
             return ReplayEngine(VOCABULARY)
 
     os.environ["NEMO_TROPD_SECRET"] = SECRET

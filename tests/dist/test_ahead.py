@@ -338,7 +338,7 @@ def test_only_the_copies_that_are_still_wanted_are_kept() -> None:
 
     gate, script = threading.Semaphore(0), Script(at={n: lambda engine: gate.acquire() for n in range(1, 9)})
     weights = [("w", torch.zeros(3))]
-    rollouts = AheadRollouts(World(), lambda: ScriptedEngine(script), lambda: iter(weights), VOCABULARY)  # type: ignore
+    rollouts = AheadRollouts(World(), lambda: ScriptedEngine(script), lambda: iter(weights), VOCABULARY)
     asked = [RolloutRequest([1], [], 5, i, i, 4) for i in range(2)]
     for version in range(3):
         weights[0][1].fill_(version)

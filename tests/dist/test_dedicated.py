@@ -70,13 +70,17 @@ class HostDouble(ReplayEngine):
     ) -> list[Rollout]:
         (self.folder / "generating").write_text(str(len(requests)))
         *others, last = super().generate(requests)
-        for r in others if finished else ():
-            finished(r)  # type: ignore[misc]
+        if finished is not None:
+            for r in others:
+                finished(r)
         while (self.folder / "hang").exists():
             time.sleep(0.05)
-        if finished:
+        if finished is not None:
             finished(last)
-        return [*others, last, *(super().generate([], finished, further) if further else ())]
+        rollouts = [*others, last]
+        while further is not None and (more := further(True)) is not None:
+            rollouts += super().generate(more, finished)
+        return rollouts
 
     def update_weights(self, stream: Iterable[tuple[str, Tensor]], version: int) -> RefreshStats:
         # Kept, not copied: what a bucket holds must stay as it is.

@@ -63,7 +63,7 @@ class InPortions(ReplayEngine):
         for r in self.draw.sample(rollouts, len(rollouts)) if finished else ():
             time.sleep(self.draw.choice([0, 0, 0.15]))
             self.told += 1
-            finished(r)  # type: ignore[misc]
+            finished(r)
         return rollouts
 
 
@@ -83,7 +83,7 @@ def train_all(rank: int, world_size: int, root: str, url: str, seed: int) -> lis
     tiny, seen = TinyRun.at(Path(root)), []
     took: list[float] = []
     collect = EarlyScores.all_finished
-    EarlyScores.all_finished = lambda self: (collect(self), took.append(self.fraction))[0]  # type: ignore
+    EarlyScores.all_finished = lambda self: (collect(self), took.append(self.fraction))[0]
     for name, layout in LAYOUTS[world_size].items():
         for run, more in (("off", OFF), ("first", {}), ("second", {})):
             others = {k: v for k, v in taught(tiny.root).items() if name == "taught" or k in HINTED}
@@ -180,7 +180,7 @@ def test_who_scores_early(tmp_path: Path) -> None:
 
     def who(place: str, objective: type = Sampled, used: Sequence[str] = (DEFAULT_TEACHER,), **keys: object) -> tuple:
         cfg = composed(tiny.overrides(tmp_path / "run", **keys))
-        return early_teachers(cfg, used, place, objective())  # type: ignore[arg-type]
+        return early_teachers(cfg, used, place, objective())
 
     served: dict[str, object] = {URL: "http://nowhere:1", "model.teacher.server.give_up_s": 60}
     assert who("dedicated") == (DEFAULT_TEACHER,) and who("process") == who("colocated") == ()

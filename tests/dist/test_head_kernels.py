@@ -258,7 +258,7 @@ def check_exact_kernels(checks: Checks) -> None:
         slope = objective.logit_gradient(wide_p, wide_q, sums.double()) * exact[:, None]
         slope = slope - wide_p.exp() * grad.sum(-1, keepdim=True).double()
         slope.scatter_add_(1, local, torch.where(owned, grad, 0.0).double())
-        kernels_exact.write_gradient(pair, *formula, sums, (grad, exact), (ids, *columns), programs=2)
+        kernels_exact.write_gradient(pair, formula[0], formula[1], sums, (grad, exact), (ids, *columns), programs=2)
         error = relative(student[:, :width].float(), slope)
         checks.true(case + " gradient", error < ROUNDING[dtype], error)
         checks.true(case + " padding", bool((student[:, width:] == 0).all()))
@@ -320,7 +320,7 @@ def _never(tensor: Tensor) -> bool:
 
 def _kernels(serve: object) -> None:
     for module in (inputs, backend, teacher, weight_gradient):
-        module.kernels_serve = serve  # type: ignore[attr-defined]
+        module.kernels_serve = serve
 
 
 def work(rank: int, world_size: int, seed: int) -> tuple[list[str], int, float]:

@@ -147,7 +147,7 @@ def every_rank(rank: int, world_size: int, root: str) -> list[str]:
     os.environ["WORLD_SIZE"] = str(world_size)
     tiny = TinyRun.at(Path(root))
     for name, place in (("one", "process"), ("each", "colocated")):
-        placement.placement_of = lambda cfg, place=place, **_: place  # type: ignore
+        placement.placement_of = lambda cfg, place=place, **_: place
         keys = {**KEYS, "trainer.tropd.max_steps": 2, "model.tropd.guidance.enabled": False}
         keys["+model.tropd.params.importance_cap"] = 0.5
         cfg = compose_config(tiny.overrides(Path(root) / name, data=2, **keys))

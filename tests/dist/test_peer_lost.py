@@ -112,7 +112,7 @@ def together(rank: int, world_size: int) -> list[str]:
     found = []
     with RollCall(60) as call:
         found.append(str(call.together(lambda: rank)))
-        call.announce = lambda error: None  # type: ignore[method-assign]  # which would end the other ranks
+        call.announce = lambda error: None  # which would end the other ranks
         call.stop()
         for i, error in enumerate((PromptError("line 3"), OSError("no such disk"))):
             call._prefix = f"again/{i}"
@@ -145,7 +145,7 @@ def starved(rank: int, world_size: int) -> tuple[float, float, str]:
     Returns when each tells the others, when it has left, and its error; limits that also hold on a busy machine."""
     tells = 0.0
     if rank == 1:
-        RollCall._beat = lambda self: None  # type: ignore[method-assign]
+        RollCall._beat = lambda self: None
     roll_call.FOLLOW_S, roll_call.LINGER_S = 30.0, 40.0
     try:
         with redirect_stderr(io.StringIO()), RollCall(60) as call:

@@ -38,7 +38,7 @@ def _hang(rank: int, world_size: int) -> None:
 
 def _surroundings(rank: int, world_size: int) -> tuple[object, ...]:
     left_by_another = getattr(os, "left_behind", None)
-    os.left_behind = rank  # type: ignore[attr-defined]
+    os.left_behind = rank
     return left_by_another, os.environ.get("GIVEN"), torch.initial_seed(), random.random(), float(np.random.rand())
 
 

@@ -38,7 +38,7 @@ def test_a_run_with_its_teacher_behind_a_server(
     """Losses, validation, resume, and a server that comes back with other weights."""
     tiny = TinyRun.make(tmp_path)
     fake = FakeVllm(of_checkpoint(tiny.teacher), ROWS, tokenizer_of(tiny.teacher), max_model_len=97)
-    fake.name, fake.api_key = str(tiny.teacher), TOKEN  # type: ignore[assignment]
+    fake.name, fake.api_key = str(tiny.teacher), TOKEN
     monkeypatch.setenv(VARIABLE, TOKEN)
     same: dict[str, object] = {"model.tropd.guidance.enabled": False}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_tropd.batch import TeacherScores
+from nemo_tropd.batch import TeacherScores, TeacherStates
 from tests.dist.run_distributed import run_distributed
 
 pytestmark = pytest.mark.random
@@ -108,7 +108,7 @@ def _two_teachers(rank: int, world_size: int, student: str, ids: list[int], seed
     prompts = PromptSet(tuple(Prompt(str(i), "", (), None, tuple(ids[:9]), "", teacher=n) for i, n in enumerate(names)))
     batches = Packer(topology, 0, 1, 64, seed).pack(rollouts, 0, prompts)
 
-    def results(teachers: tuple[str, ...]) -> dict[int, tuple[TeacherScores, float]]:
+    def results(teachers: tuple[str, ...]) -> dict[int, tuple[TeacherScores | TeacherStates | None, float]]:
         model = MegatronTrOPDModel(
             OmegaConf.structured(cfg), None, topology=topology, objective=objectives.build("tropd"),
             student=StudentSource(Path(student), "32", VOCABULARY), teachers=teachers,

@@ -84,6 +84,9 @@ class ScriptedEngine:
         self.script.event("refresh")
         return RefreshStats(0.1, 4 * count, count)
 
+    def sleep(self) -> bool:
+        return False
+
     def close(self, *, run_over: bool = False) -> None:
         self.script.event("close")
 
@@ -154,7 +157,7 @@ def stale_version(rank: int, world_size: int) -> str:
     supervisor, _, _ = supervisor_of(rank, {})
     supervisor.generate(requests(rank), 0)
     if rank == 0:
-        supervisor._engine.version = 5  # type: ignore[union-attr]
+        supervisor._engine.version = 5
     with pytest.raises(EngineError) as raised:
         supervisor.generate(requests(rank), 0)
     return str(raised.value)

@@ -209,7 +209,7 @@ def on_ranks(rank: int, world_size: int, root: str) -> int:
 
     recorded: list[object] = []
     begin = Timeline.begin
-    Timeline.begin = lambda self, *args: (recorded.append(args) if self.enabled else None, begin(self, *args))[1]  # type: ignore
+    Timeline.begin = lambda self, *args: (recorded.append(args) if self.enabled else None, begin(self, *args))[1]
     go(TinyRun.at(Path(root)), Path(root) / "ranks", 0, Script(), tensor=2, **{"trainer.tropd.max_steps": 2})
     return len(recorded)
 

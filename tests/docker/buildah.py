@@ -138,7 +138,7 @@ class Container:
         words: list[str | Path] = ["run", "--isolation", "chroot", "--hostname", "localhost"]
         words += [f"--user={uid}:{uid}"] if uid is not None else []
         words += [f"--volume={source}:{target}" for source, target in (volumes or {}).items()]
-        first: Sequence[str] = self.settings["Entrypoint"] if entrypoint else ()  # type: ignore[assignment]
+        first: Sequence[str] = self.settings["Entrypoint"] if entrypoint else ()
         inside = self.tools.command(*words, self.name, "--", *first, *command)
         script = 'ip link set lo up && exec "$@"'
         process = subprocess.Popen(

@@ -53,8 +53,8 @@ def two_steps(run: Path) -> None:
 def doctor_passes(tools: Buildah, image: str) -> None:
     """The default command, and the health check's."""
     with tools.container(image) as container:
-        expect(container.run(*container.settings["Cmd"]), 0, "no problems found")  # type: ignore[misc]
-        health = container.settings["Healthcheck"]["Test"]  # type: ignore[index]
+        expect(container.run(*container.settings["Cmd"]), 0, "no problems found")
+        health = container.settings["Healthcheck"]["Test"]
         expect(container.run(*health[1:], uid=ANY_UID), 0, "no problems found")
 
 

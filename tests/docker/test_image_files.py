@@ -289,7 +289,7 @@ def test_scripts_find_a_home_that_can_be_written_to(tmp_path: Path, script: str,
 def test_torchs_cpu_wheel_may_come_from_elsewhere() -> None:
     """The Makefile's rule, which tests/docker/build.py relies on: with TORCH_BACKEND empty no index is named."""
     words = instructions("Dockerfile.cpu")
-    (sync,) = (re.search(r"uv pip sync [^&]*", rest)[0] for word, rest in words if "uv pip sync" in rest)  # type: ignore[index]
+    (sync,) = (re.search(r"uv pip sync [^&]*", rest)[0] for word, rest in words if "uv pip sync" in rest)
     assert ("ARG", "TORCH_BACKEND=cpu") in words
     for backend, said in (("cpu", "--torch-backend cpu docker"), ("", "pip sync docker")):
         script = sync.replace("uv ", "echo uv ")

@@ -288,7 +288,7 @@ def test_a_dead_engine_is_restarted_once_and_the_fresh_one_replays_to_the_bit(sh
     def make() -> VllmEngine:
         """The engine that died in the test before, then a new one."""
         if not engines:
-            shared.engine.start = lambda: None  # type: ignore[method-assign]
+            shared.engine.start = lambda: None
             engines.append(shared.engine)
         else:
             engines.append(engine_of(shared.model_dir, shared.exchange))
@@ -377,7 +377,7 @@ def test_in_bfloat16_it_agrees_loosely_and_writes_the_teachers_responses(
     served = all_served["bfloat16"].ready()
     perturb(served.model)
     assert served.engine.update_weights(served.weights(), 1).bytes == served.bytes_in(2)
-    served.engine.start = lambda: None  # type: ignore[method-assign]  # it runs
+    served.engine.start = lambda: None  # it runs
     responses = TeacherResponses(
         tmp_path,
         teacher=checkpoint_fingerprint(served.model_dir),

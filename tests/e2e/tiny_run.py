@@ -119,3 +119,8 @@ def train_lines(run_dir: Path) -> list[dict[str, float]]:
     """The train lines of metrics.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
+
+
+def without_clock(line: dict[str, float]) -> dict[str, float]:
+    """What of a train line the same run gives again: all but what a clock was read for."""
+    return {k: v for k, v in line.items() if "second" not in k and not k.startswith("idle/")}

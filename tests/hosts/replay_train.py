@@ -7,6 +7,7 @@ name a phase of tests.faults that writes this process's id to STOP_MARKER and th
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_tropd.parallel.signals import STOP, die_with_parent
@@ -16,9 +17,11 @@ STOP.install()
 die_with_parent()
 quiet_libraries()
 
+from nemo_tropd.batch import Rollout  # noqa: E402
 from nemo_tropd.command_line import compose_command_line  # noqa: E402
 from nemo_tropd.files import complete_file  # noqa: E402
 from nemo_tropd.launch.__main__ import ROOT  # noqa: E402
+from nemo_tropd.rollout.engine import Finished, RolloutRequest  # noqa: E402
 from nemo_tropd.training import run  # noqa: E402
 from tests.doubles import GivenEngines, ReplayEngine  # noqa: E402
 from tests.faults import plant  # noqa: E402
@@ -29,10 +32,10 @@ VOCABULARY = 131  # of the tiny tokenizer
 class SlowEngine(ReplayEngine):
     """Takes its time."""
 
-    def generate(self, requests):
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         """The double's own, later."""
         time.sleep(float(os.environ.get("REPLAY_SECONDS", "0")))
-        return super().generate(requests)
+        return super().generate(requests, finished)
 
 
 def dawdle() -> None:

@@ -104,7 +104,7 @@ def oracle(variant: str, mb: MicroBatch, scale: float) -> tuple[Tensor, Tensor, 
     if guidance is not None:
         loss, value = (torch.where(t.guided, -guidance * sampled, x) for x in (loss, value))
     grads = torch.autograd.grad(loss.sum() * scale, (h, w), materialize_grads=True)
-    return value.detach().sum() * scale, *grads, value.detach().abs().sum() * scale
+    return value.detach().sum() * scale, grads[0], grads[1], value.detach().abs().sum() * scale
 
 
 def run_beside(

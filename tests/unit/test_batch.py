@@ -16,7 +16,7 @@ pytestmark = pytest.mark.random
 
 def rollout(rng: random.Random, sequence_id: int) -> Rollout:
     ids = [[rng.randrange(5, 90) for _ in range(rng.randint(*span))] for span in ((1, 6), (0, 3), (0, 7))]
-    return Rollout(*ids, [-rng.random() for _ in ids[2]], 3, sequence_id, sequence_id, True)
+    return Rollout(ids[0], ids[1], ids[2], [-rng.random() for _ in ids[2]], 3, sequence_id, sequence_id, True)
 
 
 @pytest.fixture

@@ -234,7 +234,7 @@ def test_asleep_it_writes_nothing_until_it_is_refreshed(tmp_path: Path, monkeypa
     engine.close()
     assert llm.calls[-3:] == [("wake", "weights"), ("wake", "kv_cache"), ("shutdown",)]
     assert ended == []  # the trainer's group stays
-    torch.distributed.destroy_process_group("other")  # type: ignore[arg-type]
+    torch.distributed.destroy_process_group("other")
     assert ended == ["other"]
 
 
@@ -330,12 +330,12 @@ class ForgetfulEngine(ReplayEngine):
         super().__init__(TOKENS)
         self.rank, self.holds, self.asked = rank, False, [0]
 
-    def generate(self, asked: Any) -> Any:
+    def generate(self, requests: Any, finished: Any = None) -> Any:
         assert self.holds
-        self.asked.append(len(asked))
-        if any(r.prompt_ids == [-1] for r in asked):
+        self.asked.append(len(requests))
+        if any(r.prompt_ids == [-1] for r in requests):
             raise RequestError("prompt 3: token id -1")
-        return super().generate(asked)
+        return super().generate(requests, finished)
 
     def update_weights(self, stream: Any, version: int) -> RefreshStats:
         self.holds = True
@@ -407,7 +407,7 @@ def test_placement_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
     tiny = TinyRun.at(tmp_path)
 
     def config(**keys: object) -> Any:
-        return compose_config(tiny.overrides(tmp_path / "run", **keys))  # type: ignore[arg-type]
+        return compose_config(tiny.overrides(tmp_path / "run", **keys))
 
     assert placement_of(config(), on_gpu=False) == "process" and placement_of(config(), on_gpu=True) == "colocated"
     assert placement_of(config(pipeline=2), on_gpu=True) == "process"
@@ -439,7 +439,7 @@ def test_rollouts_are_told_when_they_are_finished_and_are_the_same(tmp_path: Pat
         colocated.llm.request_counter.counter += 2
         return numbered(*args, **more)
 
-    colocated.llm.generate = otherwise  # type: ignore[method-assign]
+    colocated.llm.generate = otherwise
     with pytest.raises(EngineError, match="numbers requests otherwise than as they come"):
         engine.generate(wanted, told.append)
 

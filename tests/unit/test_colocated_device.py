@@ -59,7 +59,7 @@ def test_the_trainers_stream_stays_current(
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
             if not known:
-                torch.cuda.set_stream(Stream())  # type: ignore[arg-type]
+                torch.cuda.set_stream(Stream())
 
     def import_vllm() -> type[RecordingLLM]:
         def patched(stream: Any) -> None:
@@ -168,7 +168,7 @@ def test_a_half_built_engine_leaves_no_memory(tmp_path: Path, device: SimpleName
 
     def broken(**arguments: Any) -> Any:
         model = Model()
-        model.itself = model  # type: ignore[attr-defined]
+        model.itself = model
         built.append(weakref.ref(model))
         try:
             raise ValueError("no memory for the cache")

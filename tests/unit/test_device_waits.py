@@ -120,7 +120,7 @@ def test_the_allocator_knows_who_reads_what_the_side_stream_made(monkeypatch: py
     monkeypatch.setattr(head, "run_chunks", lambda *parts, **options: None)
     work, (loss, metric, log_z) = object.__new__(head._Pass), (Made() for _ in range(3))
     rows = SimpleNamespace(device=torch.device("cuda", 0))
-    work.run, work.chunks, work.slots = SimpleNamespace(tokens=SimpleNamespace(rows=rows)), [], 2  # type: ignore[assignment]
-    work.losses, work.metrics, work.log_z = [loss], [{"trust": metric}], [log_z]  # type: ignore[list-item, dict-item]
+    work.run, work.chunks, work.slots = SimpleNamespace(tokens=SimpleNamespace(rows=rows)), [], 2
+    work.losses, work.metrics, work.log_z = [loss], [{"trust": metric}], [log_z]
     work.compute()
     assert {made.reader for made in (loss, metric, log_z)} == {"the caller's"}

@@ -216,7 +216,7 @@ def test_what_was_seen_decides_what_comes_first(settings: EngineSettings) -> Non
             first.extend(r.prompt_index for r in message.requests if isinstance(message, w.Generate))
             take(message)
 
-        member.take = noted  # type: ignore[method-assign]
+        member.take = noted
     engine.generate(wanted)
     assert sorted(first) == sorted(sorted(range(12), key=lambda i: -lengths[i])[:6])
 
@@ -254,7 +254,7 @@ def all_at_once(member: Member) -> None:
 def again_at_the_end(member: Member) -> None:
     one = ReplayEngine(VOCABULARY).generate(member.todo[:1])
     send = member.wire.send
-    member.wire.send = lambda message: send(w.Generated(w.Packed(one)) if isinstance(message, w.Generated) else message)  # type: ignore
+    member.wire.send = lambda message: send(w.Generated(w.Packed(one)) if isinstance(message, w.Generated) else message)
     good(member)
 
 
@@ -319,7 +319,7 @@ def test_a_member_that_takes_nothing_holds_up_nobody_else(
     connected(engine, good, deaf)
     wire = engine._members[1]
     send = wire.send
-    wire.send = lambda message: send(message, 3.0)  # type: ignore[method-assign, misc, assignment]
+    wire.send = lambda message: send(message, 3.0)
     began = time.monotonic()
     with pytest.raises(EngineDied, match=r"^member 1: it took no message within 3 s"):
         engine.generate(long, lambda r: told.append(time.monotonic() - began))
@@ -330,7 +330,7 @@ def test_what_takes_the_rollouts_may_fail(settings: EngineSettings) -> None:
     engine = Engine(settings, queue=True)
     connected(engine, good, good)
     with pytest.raises(ZeroDivisionError):
-        engine.generate(requests(9), lambda r: 1 / 0)  # type: ignore[arg-type]
+        engine.generate(requests(9), lambda r: 1 / 0)
     before = [t.name for t in threading.enumerate()]
     deadline = time.monotonic() + 10
     engine._let_go()
@@ -483,5 +483,5 @@ def test_a_run_chooses_by_a_key_that_a_resumed_run_may_change(tmp_path: Path, mo
         keys |= {"model.rollout.dedicated.timeout_s": 60}
         cfg = compose_config(tiny.overrides(tmp_path / "run", **keys, **{"model.rollout.dedicated.address": "a:1"}))
         made.append((Engines(VOCABULARY).student(cfg), first_state(cfg, build_objective(cfg), {}, "run")))
-    assert [engine.queue for engine, _ in made] == [False, True]  # type: ignore[attr-defined]
+    assert [engine.queue for engine, _ in made] == [False, True]
     assert check_resumable(made[0][1], made[1][1]) == []

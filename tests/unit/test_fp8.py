@@ -73,7 +73,7 @@ def test_a_machine_without_a_gpu_is_refused_before_anything_is_built() -> None:
 def test_what_megatron_is_told() -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    fields = Fp8Settings.of(TeacherConfig(fp8="blockwise", fp8_first_last_bf16=2)).transformer_fields()  # type: ignore[union-attr]
+    fields = Fp8Settings.of(TeacherConfig(fp8="blockwise", fp8_first_last_bf16=2)).transformer_fields()
     config = TransformerConfig(num_layers=8, hidden_size=64, num_attention_heads=4, **fields)
     assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("e4m3", "blockwise", True)
     assert config.first_last_layers_bf16
@@ -141,7 +141,7 @@ def test_padding_names_the_same_loss_tokens(layout: str, moved: bool, topology: 
         assert torch.equal(before, after), name
     if wide.segments is not None:
         assert int(wide.segments.bounds[-1]) == wide.input_ids.numel()
-        assert torch.equal(wide.segments.bounds[:-1], batch.segments.bounds)  # type: ignore[union-attr]
+        assert torch.equal(wide.segments.bounds[:-1], batch.segments.bounds)
         tail = wide.position_ids[0, batch.input_ids.size(1) :]
         assert torch.equal(tail, torch.arange(tail.numel()))
     assert pad_tokens(wide, 16, topology) is wide

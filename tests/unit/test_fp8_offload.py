@@ -107,7 +107,7 @@ def test_what_comes_back_is_what_left(tiny: Path, topology: Topology) -> None:
 def test_casts_of_the_weights_leave_with_them() -> None:
     """Beside weights that are not kept in FP8 Transformer Engine keeps their casts, neither parameters nor buffers."""
     layer = torch.nn.Linear(2, 2)
-    layer._fp8_workspaces = {"weight": torch.zeros(4)}  # type: ignore[assignment]
+    layer._fp8_workspaces = {"weight": torch.zeros(4)}
     WeightHome(torch.nn.Sequential(layer)).leave()
     assert not layer._fp8_workspaces
 
@@ -120,7 +120,7 @@ class Quantized(Tensor):
 
     @staticmethod
     def __new__(cls, data: Tensor, scale: Tensor) -> Quantized:
-        made = Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.bfloat16)
         made.data_, made.scale = data, scale
         return made
 
@@ -131,7 +131,7 @@ class Quantized(Tensor):
         return torch.UntypedStorage(0)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return Quantized(args[0].data_, args[0].scale)
         plain = tree_map(lambda x: x.data_.float() * x.scale if isinstance(x, Quantized) else x, args)

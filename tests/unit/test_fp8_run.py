@@ -79,7 +79,7 @@ def build(cfg: ModelConfig, student: Path, topology: Topology, calibration: Any)
 
 def calibration(cfg: ModelConfig, topology: Topology) -> list[TokenBatch]:
     packer = Packer(topology, 0, cfg.micro_batch_size, cfg.tokens_per_micro_batch, cfg.seed)
-    return calibration_batches(cfg, held_out(), {"default": Responses()}, packer)  # type: ignore[arg-type]
+    return calibration_batches(cfg, held_out(), {"default": Responses()}, packer)
 
 
 def test_calibration_takes_the_first_held_out_prompts_with_the_teachers_answers(
@@ -99,8 +99,8 @@ def test_calibration_is_laid_out_as_the_run_is(models: tuple[Path, Path], topolo
     cfg.tokens_per_micro_batch = 24
     plan = SimpleNamespace(pad_id=0)
     place = replace(topology, data_rank=1, data_size=2)
-    setup = Setup(TropdConfig(model=cfg), plan, place)  # type: ignore[arg-type]
-    batches = calibration_batches(cfg, held_out(), {"default": Responses()}, setup.packer())  # type: ignore[arg-type]
+    setup = Setup(TropdConfig(model=cfg), plan, place)
+    batches = calibration_batches(cfg, held_out(), {"default": Responses()}, setup.packer())
     assert all(b.segments is not None and b.input_ids.shape[0] == 1 and b.input_ids.size(1) <= 24 for b in batches)
     assert sorted(r.sequence_id for b in batches for r in b.rollouts) == list(range(HELD_OUT))
     assert sum(b.count_loss_tokens for b in batches) == 3 + 4 + 5 + 6 + 7

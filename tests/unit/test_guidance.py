@@ -22,7 +22,7 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ConfigError
 from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.data import Prompt, PromptOrder, PromptSet, PromptSplit
-from nemo_tropd.rollout.engine import EngineDied, EngineError, RolloutRequest, Sampling
+from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, RefreshStats, RolloutRequest, Sampling
 from nemo_tropd.training.guidance import (
     Guidance,
     draw_prefix_length,
@@ -49,7 +49,7 @@ class ScribeEngine:
     def start(self) -> None:
         self.log.append("start")
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
         self.calls += 1
         if self.calls == self.die_at:
             raise EngineDied("gone")
@@ -66,10 +66,13 @@ class ScribeEngine:
         ids = [rnd.randrange(3, 100) for _ in range(length)] + [EOS if finished else 7]
         return Rollout(r.prompt_ids, [], ids, [-rnd.random() for _ in ids], 0, r.sequence_id, r.prompt_index, finished)
 
-    def update_weights(self, stream: object, version: int) -> object:
+    def update_weights(self, stream: object, version: int) -> RefreshStats:
         raise AssertionError("a teacher's weights never change")
 
-    def close(self) -> None:
+    def sleep(self) -> bool:
+        return False
+
+    def close(self, *, run_over: bool = False) -> None:
         self.log.append("close")
 
 
@@ -143,7 +146,7 @@ class Written(TeacherResponses):
     def __init__(self, *responses: TeacherResponse) -> None:
         self.responses = responses
 
-    def lookup(self, prompt_ids: Sequence[int]) -> TeacherResponse:
+    def lookup(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> TeacherResponse:
         return self.responses[prompt_ids[0]]
 
 
@@ -225,7 +228,7 @@ def test_without_guidance_nothing_is_looked_up() -> None:
 
 def test_guidance_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="prefix_draw is 'most'"):
-        Guidance(seed=0, total_steps=1, max_new_tokens=1, prefix_draw="most")  # type: ignore[arg-type]
+        Guidance(seed=0, total_steps=1, max_new_tokens=1, prefix_draw="most")
     with pytest.raises(ValueError, match="at least"):
         Guidance(seed=0, total_steps=0, max_new_tokens=1)
     with pytest.raises(ValueError, match="2 prompts but 1 prompt indices"):
@@ -257,7 +260,7 @@ def test_a_sampling_of_its_own_is_another_response(tmp_path: Path) -> None:
     responses = cache(tmp_path)
 
     class Asked(ScribeEngine):
-        def generate(self, requests):
+        def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
             engines.append([(r.sampling, r.max_new_tokens) for r in requests])
             return super().generate(requests)
 
@@ -281,7 +284,7 @@ def test_a_response_is_as_long_as_needed_and_continued_when_more_is(tmp_path: Pa
     prompts, asked = some_prompts(30), []
 
     class Asked(ScribeEngine):
-        def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
             asked.extend(requests)
             return [replace(self.write(r), prefix_ids=r.prefix_ids) for r in requests]
 
@@ -348,9 +351,9 @@ def prefixes_of_one_run() -> None:
         def __init__(self, cut: bool) -> None:
             self.cut = cut
 
-        def lookup(self, ids: Sequence[int]) -> TeacherResponse:
-            full = complete(ids)
-            length = wanted[tuple(ids)] if self.cut else len(full.response_ids)
+        def lookup(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> TeacherResponse:
+            full = complete(prompt_ids)
+            length = wanted[tuple(prompt_ids)] if self.cut else len(full.response_ids)
             if length >= len(full.response_ids):
                 return full
             return TeacherResponse(full.response_ids[:length], full.log_probs[:length], False)

@@ -328,7 +328,7 @@ def test_teacher_scores(seed: int) -> None:
 def test_main_gradients_add_up_over_micro_batches(seed: int) -> None:
     """Into the buffer that Megatron's DDP gives a weight; autograd gets zeros of it."""
     objective, weight = objectives.build("tropd"), torch.nn.Parameter(make(seed).weight.float())
-    weight.main_grad = torch.full_like(weight, 0.25)  # type: ignore[attr-defined]
+    weight.main_grad = torch.full_like(weight, 0.25)
     want = torch.full_like(weight, 0.25)
     for i in range(3):
         mb = replace(make(seed + i), weight=weight.detach().double())
@@ -338,8 +338,8 @@ def test_main_gradients_add_up_over_micro_batches(seed: int) -> None:
             mb.hidden.float(), weight, mb.tokens, mb.teacher_scores(), objective, layout, scale=SCALE, options=options
         )
         out.loss.backward()
-    assert weight.grad is not None and weight.grad.abs().max() == 0 and weight.grad_added_to_main_grad  # type: ignore[attr-defined]
-    assert relative(weight.main_grad, want) < 1e-5  # type: ignore[attr-defined]
+    assert weight.grad is not None and weight.grad.abs().max() == 0 and weight.grad_added_to_main_grad
+    assert relative(weight.main_grad, want) < 1e-5
 
 
 def test_token_weights_go_with_their_tokens(seed: int) -> None:

@@ -340,7 +340,7 @@ def test_the_quantile_is_torchs(count: int) -> None:
 
 
 def test_reopold_floors() -> None:
-    floors = {floor: objectives.build("reopold", floor=floor).c for floor in ("bound", "logit")}  # type: ignore[attr-defined]
+    floors = {floor: objectives.build("reopold", floor=floor).c for floor in ("bound", "logit")}
     assert abs(floors["bound"] + 1.72) < 0.005 and abs(floors["logit"] + 0.85) < 0.005
 
 

@@ -12,7 +12,7 @@ import pytest
 from nemo_tropd.batch import Rollout
 from nemo_tropd.parallel.agreement import World
 from nemo_tropd.rollout.collective import EveryRankRollouts, RankZeroRollouts, Rollouts
-from nemo_tropd.rollout.engine import EngineError, RolloutRequest, Sampling
+from nemo_tropd.rollout.engine import EngineError, Finished, RolloutRequest, Sampling
 from nemo_tropd.training.teacher_responses import TeacherResponses
 from tests.doubles import ReplayEngine
 
@@ -26,9 +26,13 @@ class WrongEngine(ReplayEngine):
         super().__init__(VOCABULARY)
         self.changes = changes
 
-    def generate(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
-        *rollouts, last = super().generate(requests)
-        return [*rollouts, replace(last, **self.changes)]
+    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+        *others, last = super().generate(requests)
+        rollouts = [*others, replace(last, **self.changes)]
+        if finished is not None:
+            for r in rollouts:
+                finished(r)
+        return rollouts
 
 
 class OneRank(World):

@@ -123,7 +123,7 @@ GARBAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a huge id": (lambda c: c["prompt_logprobs"][2].update({"9" * 30: c["prompt_logprobs"][2].popitem()[1]}), "proper"),
     "a negative id": (lambda c: c["prompt_logprobs"][2].update({"-1": c["prompt_logprobs"][2].popitem()[1]}), "proper"),
     "not a number": (lambda c: _all(c, lambda _: float("nan")), "proper"),
-    "a text": (lambda c: _all(c, lambda _: "x"), "proper"),  # type: ignore[arg-type, return-value]
+    "a text": (lambda c: _all(c, lambda _: "x"), "proper"),  # type: ignore[return-value]
     "no order": (_swap, "not in order"),
     "the same rank": (lambda c: [e.update(rank=1) for e in c["prompt_logprobs"][3].values()], "not the 10 best"),
     "logits": (lambda c: _all(c, lambda x: x + 9), "not log-probabilities.*--logprobs-mode raw_logprobs"),
@@ -198,7 +198,7 @@ def test_a_refusal_is_not_repeated_and_a_token_is_never_shown(
     one = fake()
     url = up(one)
     question = scoring(ids_of(5), 1, TOP, VOCABULARY)
-    one.api_key = "sesame-7f3a"  # type: ignore[assignment]
+    one.api_key = "sesame-7f3a"
     with pytest.raises(ServerError, match=f"answers 401.*{VARIABLE} is not set: set it on every rank.*--api-key"):
         servers(url).ask([question])
     monkeypatch.setenv(VARIABLE, "wrong-token-1")

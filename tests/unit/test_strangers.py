@@ -291,12 +291,12 @@ def test_text_from_data_is_printed_as_it_is_and_obeyed_by_no_terminal(capsys: py
     RunProgress(enabled=True, first=0, total=1).say(HOSTILE)
     live = RunProgress(enabled=False, first=0, total=1)
     live.console = Console(file=io.StringIO(), width=200, markup=live.console._markup, emoji=live.console._emoji)
-    live.live, live._bar = True, type("Bar", (), {"console": live.console})  # type: ignore[assignment]
+    live.live, live._bar = True, type("Bar", (), {"console": live.console})
     live.say(HOSTILE)
     with pytest.raises(SystemExit):
         fail(EngineError(HOSTILE))
     shown = capsys.readouterr()
-    for text in (shown.out, shown.err, live.console.file.getvalue()):  # type: ignore[attr-defined]
+    for text in (shown.out, shown.err, live.console.file.getvalue()):
         assert SHOWN in text and "\x1b" not in text
 
 

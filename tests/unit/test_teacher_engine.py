@@ -56,7 +56,7 @@ def test_the_teacher_has_a_nodes_gpus_to_itself(cfg: TropdConfig, monkeypatch: p
     assert arguments["max_num_seqs"] == 256 and arguments["enforce_eager"] is False
     assert arguments["compilation_config"]["cudagraph_mode"] == "FULL_DECODE_ONLY"
     assert "kv_cache_memory_bytes" not in arguments and not engine.settings.refreshable
-    assert engines_of(cfg, TeacherEngines(8, 1), monkeypatch).teacher(cfg).devices == tuple("01234567")  # type: ignore[attr-defined]
+    assert engines_of(cfg, TeacherEngines(8, 1), monkeypatch).teacher(cfg).devices == tuple("01234567")
 
 
 def test_all_devices_are_asked_at_once(cfg: TropdConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_engines_cache_and_resume_get_the_plans_end_tokens(tiny: TinyRun, monkey
     run.train(settings(tiny))
     (cfg,) = given
     for engine in (Engines(131).student(cfg), Engines(131).teacher(cfg)):
-        assert engine.settings.end_ids == [2, 3]  # type: ignore[attr-defined]
+        assert engine.settings.end_ids == [2, 3]
     was, now = (first_state(c, build("tropd"), {}, "r") for c in (cfg, settings(tiny)))
     with pytest.raises(ConfigError, match=r"^model\.rollout\.end_tokens = \[\]: the run's checkpoint was .* \[2, 3\]"):
         check_resumable(was, now)
@@ -145,7 +145,7 @@ def test_a_run_whose_rollouts_never_end_says_so_once(tmp_path: Path) -> None:
         lines: list[str] = []
         trainer = object.__new__(TropdTrainer)
         trainer.cfg, trainer._unfinished_in_a_row = TropdConfig(), 0
-        trainer.progress = SimpleNamespace(say=lines.append)  # type: ignore[assignment]
+        trainer.progress = SimpleNamespace(say=lines.append)
         for value in fractions:
             trainer._count_unfinished(value)
         records = [{"step": i + 1, "kind": "train", "finished_fraction": v} for i, v in enumerate(fractions)]

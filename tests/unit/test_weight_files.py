@@ -73,8 +73,8 @@ def left_alone(*names: str) -> Callable[[Path], None]:
     return edit
 
 
-def beside(name: str, text: str = "{}") -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+def beside(name: str, text: str = "{}") -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
 
 
 def quantised(held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

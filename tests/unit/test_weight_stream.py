@@ -179,7 +179,7 @@ def test_seeds_differ_in_every_argument() -> None:
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"temperature": float("nan")}])
 def test_sampling_is_checked(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
-        Sampling(**bad)  # type: ignore[arg-type]
+        Sampling(**bad)
 
 
 def test_an_engine_names_what_is_wrong_with_its_model_before_it_starts(tmp_path: Path) -> None:
