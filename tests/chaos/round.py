@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,8 @@ class Rounds:
             self.hosts = None
 
     def expected(self, kind: Kind) -> tuple[dict[int, list[float]], dict[str, torch.Tensor]]:
-        """Figures and weights of an undisturbed run."""
-        if not kind.engine:
-            kind = replace(kind, hosts=False)  # a double's rollouts are the same wherever it is
+        """Figures and weights of an undisturbed run of this kind: what engine hosts generate is scored one by one,
+        which moves last bits of the weights, on which a double's rollouts depend."""
         if kind not in self._expected:
             run_dir = self.folder / f"straight_{kind}".replace(" ", "_") / "run"
             run_dir.parent.mkdir()
