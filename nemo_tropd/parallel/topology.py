@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,8 @@ class Topology(World):
     teacher_control_group: ProcessGroup | None
     from_megatron: bool = True  # False: a teacher's own groups, which Megatron's global state does not know
     timeout_s: float = 600.0  # of a collective
+    # This rank's groups of teachers beside the student, which Megatron does not know either; of every copy.
+    own_groups: list[ProcessGroup] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def is_leader(self) -> bool:
@@ -76,8 +79,7 @@ class Topology(World):
         timeout = datetime.timedelta(seconds=timeout_s)
         if not started:
             _init_process_group(device, timeout)
-        on_gloo = dist.get_backend() == "gloo"
-        control_group = dist.group.WORLD if on_gloo else dist.new_group(backend="gloo", timeout=timeout)
+        control_group = dist.group.WORLD if _on_gloo() else dist.new_group(backend="gloo", timeout=timeout)
         assert control_group is not None
 
         from megatron.core import parallel_state as state
@@ -88,7 +90,9 @@ class Topology(World):
             pipeline_model_parallel_size=pipeline_parallel,
             distributed_timeout_minutes=timeout_s / 60,  # a timedelta takes fractions; Megatron only hands it on
         )
-        teacher_group, teacher_control = _teacher_groups(ranks, state.get_tensor_model_parallel_group(), timeout)
+        own_groups: list[ProcessGroup] = [] if _on_gloo() else [control_group]
+        tensor_group = state.get_tensor_model_parallel_group()
+        teacher_group, teacher_control = _teacher_groups(ranks, tensor_group, timeout, own_groups)
         # Attention forks the tracker even if every dropout is zero.
         model_parallel_cuda_manual_seed(seed)
         return cls(
@@ -100,7 +104,7 @@ class Topology(World):
             pipeline_size=pipeline_parallel,
             data_rank=state.get_data_parallel_rank(),
             data_size=world_size // (tensor_parallel * pipeline_parallel),
-            tensor_group=state.get_tensor_model_parallel_group(),
+            tensor_group=tensor_group,
             pipeline_group=state.get_pipeline_model_parallel_group(),
             data_group=state.get_data_parallel_group(),
             control_group=control_group,
@@ -112,6 +116,7 @@ class Topology(World):
             teacher_group=teacher_group,
             teacher_control_group=teacher_control,
             timeout_s=timeout_s,
+            own_groups=own_groups,
         )
 
     def with_teacher(self, tensor_parallel: int | None) -> Topology:
@@ -119,7 +124,8 @@ class Topology(World):
         ranks = replace(self.ranks, teacher_tensor=tensor_parallel)
         if ranks == self.ranks:
             return self
-        group, control = _teacher_groups(ranks, self.tensor_group, datetime.timedelta(seconds=self.timeout_s))
+        timeout = datetime.timedelta(seconds=self.timeout_s)
+        group, control = _teacher_groups(ranks, self.tensor_group, timeout, self.own_groups)
         return replace(self, ranks=ranks, teacher_group=group, teacher_control_group=control)
 
     def for_teacher(self) -> Topology:
@@ -168,33 +174,52 @@ class Topology(World):
             dist.barrier(group=self.control_group)
 
     def stop(self, *, failed: bool = False) -> None:
-        """Destroy Megatron's groups, and the default process group if ``start`` made it. After a failure no other rank
-        is waited for: it may be gone, or in another collective."""
+        """Destroy every group that was made since ``start``, the default process group among them if ``start`` made it.
+        After a failure no other rank is waited for: it may be gone, or in another collective."""
         from megatron.core import parallel_state as state
 
         if not failed:
             self.barrier()
+        alone = failed and self.world_size > 1
+        if not (alone or self.owns_process_group):
+            # Megatron forgets most of its own. Each has threads, which on gloo look for work a hundred times a second.
+            for group in [*self.own_groups, *_of_megatron()]:
+                dist.destroy_process_group(group)
         state.destroy_model_parallel()
-        if self.owns_process_group and not (failed and self.world_size > 1):
+        if self.owns_process_group and not alone:
             dist.destroy_process_group()
+        self.own_groups.clear()
+
+
+def _of_megatron() -> Iterator[ProcessGroup]:
+    """This rank's groups that Megatron made. Source: megatron-core 0.16, parallel_state.create_group."""
+    from megatron.core import parallel_state as state
+
+    return (group for group in state._global_process_group_list or () if group is not None)
 
 
 def _teacher_groups(
-    ranks: RankLayout, tensor_group: ProcessGroup, timeout: datetime.timedelta
+    ranks: RankLayout, tensor_group: ProcessGroup, timeout: datetime.timedelta, made: list[ProcessGroup]
 ) -> tuple[ProcessGroup, ProcessGroup | None]:
-    """This rank's teacher group, and its gloo twin if data ranks show each other their rollouts (collective)."""
+    """This rank's teacher group, and its gloo twin if data ranks show each other their rollouts (collective); ``made``
+    gets what is new."""
     if ranks.teacher_tensor is None:
         return tensor_group, None
-    rank, on_gloo = dist.get_rank(), dist.get_backend() == "gloo"
+    rank = dist.get_rank()
     mine: tuple[ProcessGroup, ProcessGroup | None] | None = None
     for members in ranks.teacher_groups():
         group = dist.new_group(list(members), timeout=timeout)
         several = ranks.owners > 1
-        twin = dist.new_group(list(members), timeout=timeout, backend="gloo") if several and not on_gloo else group
+        twin = dist.new_group(list(members), timeout=timeout, backend="gloo") if several and not _on_gloo() else group
         if rank in members:
             mine = group, twin if several else None
+            made += [group] if twin is group else [group, twin]
     assert mine is not None
     return mine
+
+
+def _on_gloo() -> bool:
+    return bool(dist.get_backend() == "gloo")
 
 
 def _choose_device() -> torch.device:

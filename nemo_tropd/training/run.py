@@ -1,6 +1,7 @@
 """From a configuration to a finished run: checks first, then the parts, then the loop."""
 
 import copy
+import gc
 import os
 import secrets
 import sys
@@ -117,6 +118,7 @@ def _with_plan(cfg: TropdConfig, plan: Plan, engines: EngineFactory, call: RollC
         call.announce(error)
         topology.stop(failed=True)
         raise
+    gc.collect()  # cycles hold the model: its memory, and its groups' threads, are not for a later run of this process
     topology.stop()
     return outcome
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,6 @@ def _check_shims(rank: int, world_size: int) -> None:
 
 
 def _check_topology(rank: int, world_size: int) -> tuple[int, ...]:
-    from megatron.core import parallel_state
-
     from nemo_tropd.parallel.topology import Topology
 
     with pytest.raises(ValueError, match=r"4 processes .* 3 x pipeline parallel 1 = 3"):
@@ -46,7 +46,7 @@ def _check_topology(rank: int, world_size: int) -> tuple[int, ...]:
     assert topology.broadcast_object({"from": rank}, src=2) == {"from": 2}
     assert topology.any_rank(rank == 3) and not topology.any_rank(False)
     topology.barrier()
-    parallel_state.destroy_model_parallel()
+    topology.stop()
     topology = Topology.start(1, 2, sequence_parallel=True)
     assert not topology.sequence_parallel
     assert topology.is_leader == (rank == 0)
@@ -55,6 +55,28 @@ def _check_topology(rank: int, world_size: int) -> tuple[int, ...]:
 
 def test_topology_ranks_and_objects():
     assert run_distributed(_check_topology, 4) == [(0, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]
+
+
+def _threads_left(rank: int, world_size: int) -> list[int]:
+    from nemo_tropd.parallel.topology import Topology
+
+    found = []
+    for degrees in ((2, 1), (1, 2), (2, 1), (1, 1)):
+        topology = Topology.start(*degrees, teacher_tensor_parallel=2 if degrees == (1, 1) else None)
+        if degrees == (2, 1):
+            topology = topology.with_teacher(1)
+        topology.barrier()
+        topology.stop()
+        del topology
+        gc.collect()
+        dist.barrier()  # the default group is the caller's, and stays
+        found.append(len(os.listdir("/proc/self/task")))
+    return found
+
+
+def test_a_run_leaves_no_groups_and_their_threads_to_the_next():
+    for found in run_distributed(_threads_left, 4):
+        assert max(found) - min(found) <= 4, found
 
 
 def _counted_once(folder: str) -> tuple[int, int]:
