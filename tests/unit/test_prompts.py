@@ -325,7 +325,7 @@ def test_each_source_has_its_weight_of_every_epoch(tmp_path):
     train, n = split.train, 80 - 9
     assert [share.prompts for share in train.shares] == [38, 4, 29]
     order, seed = train.order(7), 7
-    size = random.randint(1, 9)
+    size = random.randint(2, 9)  # eight epochs at least, so that each source is used up more than twice
     flat = [i for step in range(4 * n) for i in order.batch(step, size)]
     for epoch in range(len(flat) // n):
         sources = [train[i].text[0] for i in flat[epoch * n : (epoch + 1) * n]]
