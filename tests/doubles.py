@@ -11,7 +11,15 @@ from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
-from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutEngine, RolloutRequest
+from nemo_tropd.rollout.engine import (
+    Abandoned,
+    Finished,
+    Further,
+    RefreshStats,
+    RolloutEngine,
+    RolloutRequest,
+    Wanted,
+)
 
 
 class ReplayEngine:
@@ -77,6 +85,31 @@ class WeighedEngine(ReplayEngine):
         ids = [draw.randrange(self.vocab_size) for _ in range(draw.randint(1, r.max_new_tokens))]
         scores = [-draw.random() * 6 for _ in ids]
         return Rollout(r.prompt_ids, r.prefix_ids, ids, scores, self.version, r.sequence_id, r.prompt_index, True)
+
+
+class Hosted:
+    """A double on an engine host: each of its calls is one step."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
+        self.start, self.update_weights, self.sleep = engine.start, engine.update_weights, engine.sleep
+        self.close = engine.close
+
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        finished: Finished | None = None,
+        further: Further | None = None,
+        wanted: Wanted | None = None,
+    ) -> list[Rollout]:
+        """The double's own, and those of ``further``."""
+        rollouts, more = list[Rollout](), requests or None
+        while more is not None:
+            if wanted is not None and not wanted():
+                raise Abandoned(f"nobody waits for {len(more)} rollouts")
+            rollouts += self.engine.generate(more, finished)
+            more = further(True) if further is not None else None
+        return rollouts
 
 
 class GivenEngines:

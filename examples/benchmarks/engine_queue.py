@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this file is run
 from examples.benchmarks.tables import show
 from nemo_tropd.batch import Rollout
 from nemo_tropd.quiet import quiet_libraries
-from nemo_tropd.rollout.engine import Finished, Further, RefreshStats, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, Further, RefreshStats, RolloutRequest, Wanted
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.remote import RemoteEngine
 from nemo_tropd.rollout.vllm.server import EngineServer
@@ -57,7 +57,11 @@ class SlottedEngine:
         """Nothing to start."""
 
     def generate(
-        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        finished: Finished | None = None,
+        further: Further | None = None,
+        wanted: Wanted | None = None,
     ) -> list[Rollout]:
         """As vLLM, in time."""
         waiting, running, rollouts = deque(requests), list[tuple[int, RolloutRequest]](), list[Rollout]()

@@ -29,6 +29,10 @@ class RequestError(EngineError, ValueError):
     """A request that can never be served, such as one longer than the context. The engine is unharmed."""
 
 
+class Abandoned(EngineError):
+    """Nobody waits any more for what was being generated. The engine has nothing left to do and is unharmed."""
+
+
 class WeightStreamError(EngineError):
     """The stream of weights does not fit the engine's model: tensors missing, unknown, repeated or of another shape."""
 
@@ -51,6 +55,8 @@ Finished = Callable[[Rollout], None]
 # More requests for a call that goes on: those that have come since it was last asked, with True after a wait for some;
 # None: there are no more.
 Further = Callable[[bool], Sequence[RolloutRequest] | None]
+# Whether anybody waits for the rollouts; asked between two steps.
+Wanted = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,18 @@ class RolloutEngine(Protocol):
 
 
 class MemberEngine(RolloutEngine, Protocol):
-    """One of several engines that share a queue."""
+    """One of several engines that share a queue, or an engine of a trainer that may leave."""
 
     def generate(
-        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        finished: Finished | None = None,
+        further: Further | None = None,
+        wanted: Wanted | None = None,
     ) -> list[Rollout]:
         """As ``RolloutEngine.generate``; in addition the requests of ``further``, which is asked between two steps and
-        whenever nothing is left to do. Their rollouts come behind the others."""
+        whenever nothing is left to do. Their rollouts come behind the others. Raises Abandoned soon after ``wanted``
+        is False."""
 
 
 class RankEngine(RolloutEngine, Protocol):

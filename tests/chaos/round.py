@@ -109,11 +109,12 @@ def slow_engine() -> Any:
 def serve_here(index: int, address: str, engine: bool) -> None:
     """What an engine host does."""
     from nemo_tropd.rollout import engine_host
+    from tests.doubles import Hosted
 
     torch.set_num_threads(1)
     os.environ["NEMO_TROPD_SECRET"] = SECRET
     if not engine:
-        vars(engine_host)["own_engine"] = lambda *_: slow_engine()
+        vars(engine_host)["own_engine"] = lambda *_: Hosted(slow_engine())
     sys.argv = ["engine_host", "--join", address, "--index", str(index), "--wait-s", "600"]
     engine_host.main()
 
@@ -228,6 +229,7 @@ class Rounds:
         clock_s = draw.choice([0.0, 0.0, 86400.0, -86400.0])
         if clock_s:
             report.events.append(f"clock {clock_s / 3600:+.0f} h")
+        done_before = len(lines(run_dir))
         world = self.start(run_dir, report.kind, clock_s)
         what = ""
         if disturbed:
@@ -260,7 +262,9 @@ class Rounds:
             world.wait(5)
         self._check_nobody_left(run_dir, report)
         stopped = what.startswith(tuple(s.name for s in disturb.STOPS)) and "twice" not in what
-        if stopped and code is not None and last_step(run_dir) > max(saved_steps(run_dir), default=0):
+        # Of an attempt that was stopped before its first step the last line is another's, which may have been killed.
+        did_some = len(lines(run_dir)) > done_before
+        if stopped and did_some and code is not None and last_step(run_dir) > max(saved_steps(run_dir), default=0):
             report.faults.append(f"step {last_step(run_dir)} is lost after {what}")
         return code
 

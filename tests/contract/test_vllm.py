@@ -86,6 +86,19 @@ def test_communicators_are_made_before_the_share_is_looked_for(library: Library)
     assert all(f"{part}(" in made_of for part in ("PyNcclCommunicator", "SymmMemCommunicator", "CustomAllreduce"))
 
 
+def test_requests_are_aborted_by_the_numbers_they_were_given(library: Library) -> None:
+    """Those that are finished are passed over, and what the others hold is free before the call returns."""
+    abort = method_source(library, "vllm.v1.engine.llm_engine", "LLMEngine", "abort_request")
+    assert "internal: bool=False" in abort and "self.output_processor.abort_requests(request_ids, internal)" in abort
+    assert "self.engine_core.abort_requests(request_ids)" in abort
+    known = method_source(library, "vllm.v1.engine.output_processor", "OutputProcessor", "abort_requests")
+    assert "self.external_req_ids.pop(request_id, [])" in known
+    own = method_source(library, "vllm.v1.engine.core_client", "InprocClient", "abort_requests")
+    assert "self.engine_core.abort_requests(request_ids)" in own
+    core = method_source(library, "vllm.v1.engine.core", "EngineCore", "abort_requests")
+    assert "self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)" in core
+
+
 def test_the_prefix_cache_says_whether_it_was_emptied(library: Library) -> None:
     """It keeps what unfinished requests hold, and raises nothing."""
     pool = method_source(library, "vllm.v1.core.block_pool", "BlockPool", "reset_prefix_cache")

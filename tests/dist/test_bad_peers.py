@@ -23,7 +23,7 @@ from nemo_tropd.rollout.vllm.hosts import DedicatedEngines
 from nemo_tropd.rollout.vllm.settings import EngineSettings, model_fingerprint
 from nemo_tropd.rollout.vllm.wire import PROTOCOL, Disconnected, Done, Hello, Wire, encode
 from tests.dist.test_dedicated import SECRET, VOCABULARY, requests, weights, written
-from tests.doubles import ReplayEngine
+from tests.doubles import Hosted, ReplayEngine
 from tests.ports import free_port
 from tests.tiny_models import make_tiny
 
@@ -151,7 +151,7 @@ TALKING = [name for name in PEERS if name not in SILENT]
 def honest_host(port: int, settings: EngineSettings, index: int = 0) -> threading.Thread:
     host = threading.Thread(
         target=serve,
-        args=(("127.0.0.1", port), index, lambda *_: ReplayEngine(VOCABULARY)),
+        args=(("127.0.0.1", port), index, lambda *_: Hosted(ReplayEngine(VOCABULARY))),
         kwargs={"secret": SECRET, "wait_s": 30},
         daemon=True,
     )
@@ -212,7 +212,7 @@ def test_the_same_host_twice(settings: EngineSettings, capfd: pytest.CaptureFixt
         time.sleep(0.05)
     assert f"engine host 0 (process {os.getpid()} on " in seen
     with pytest.raises(EngineError, match=r"rank 0 refused this host: --index 0 is taken by engine host 0 \(process"):
-        serve(("127.0.0.1", port), 0, lambda *_: ReplayEngine(VOCABULARY), secret=SECRET, wait_s=5)
+        serve(("127.0.0.1", port), 0, lambda *_: Hosted(ReplayEngine(VOCABULARY)), secret=SECRET, wait_s=5)
     honest_host(port, settings, index=1)
     started.join(60)
     assert not started.is_alive() and "--index 0 is taken by engine host 0" in capfd.readouterr().out
@@ -236,7 +236,7 @@ def test_a_host_with_another_model_is_told_and_exits(settings: EngineSettings, t
         patch.setattr("nemo_tropd.rollout.engine_host.model_fingerprint", lambda path: "f" * 64)
         started.start()
         with pytest.raises(EngineError, match=r"refused this host: --index 0 has another model than the trainer's at /"):
-            serve(("127.0.0.1", port), 0, lambda *_: ReplayEngine(VOCABULARY), secret=SECRET, wait_s=5)
+            serve(("127.0.0.1", port), 0, lambda *_: Hosted(ReplayEngine(VOCABULARY)), secret=SECRET, wait_s=5)
     started.join(60)
     assert "engine host(s) 0 of 1 did not join within 15 s (1 connection(s) were refused, see above)" in outcome[0]
     other = make_tiny(tmp_path / "other", **{**SMALL, "hidden": 128})
@@ -297,7 +297,7 @@ def test_a_host_tells_a_stranger_that_listens_nothing(
     HEARD.clear()
     for port in stranger_listens(behave):
         with pytest.raises(EngineError, match=f"no trainer with this host's secret listened at .*{reason}"):
-            serve(("127.0.0.1", port), 0, lambda *_: ReplayEngine(VOCABULARY), secret=SECRET, wait_s=1.5)
+            serve(("127.0.0.1", port), 0, lambda *_: Hosted(ReplayEngine(VOCABULARY)), secret=SECRET, wait_s=1.5)
     assert HEARD == []
 
 
@@ -312,7 +312,7 @@ def test_a_host_that_is_connected_to_itself_leaves_the_port_to_the_trainer(monke
 
     monkeypatch.setattr(socket, "create_connection", unlucky)
     with pytest.raises(EngineError, match="no trainer with this host's secret listened at .*Connection refused"):
-        serve(("127.0.0.1", port), 0, lambda *_: ReplayEngine(VOCABULARY), secret=SECRET, wait_s=0)
+        serve(("127.0.0.1", port), 0, lambda *_: Hosted(ReplayEngine(VOCABULARY)), secret=SECRET, wait_s=0)
     assert [c.fileno() for c in connected] == [-1] * len(connected) and connected
     socket.create_server(("127.0.0.1", port)).close()
 

@@ -28,6 +28,7 @@ from nemo_tropd.parallel.agreement import World
 from nemo_tropd.rollout import engine_host
 from nemo_tropd.rollout.vllm.hosts import DedicatedEngines
 from nemo_tropd.rollout.engine import (
+    Abandoned,
     EngineDied,
     EngineError,
     Finished,
@@ -35,13 +36,14 @@ from nemo_tropd.rollout.engine import (
     RefreshStats,
     RequestError,
     RolloutRequest,
+    Wanted,
     WeightStreamError,
 )
 from nemo_tropd.rollout.engine_host import serve
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.collective import RankZeroRollouts
 from tests.dist.run_distributed import process_context
-from tests.doubles import ReplayEngine
+from tests.doubles import Hosted, ReplayEngine
 from tests.ports import free_port
 from tests.tiny_models import make_tiny
 
@@ -66,15 +68,21 @@ class HostDouble(ReplayEngine):
             file.write(f"{self.settings.seed} {self.settings.model_dir}\n")
 
     def generate(
-        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        finished: Finished | None = None,
+        further: Further | None = None,
+        wanted: Wanted | None = None,
     ) -> list[Rollout]:
         (self.folder / "generating").write_text(str(len(requests)))
         *others, last = super().generate(requests)
         if finished is not None:
             for r in others:
                 finished(r)
-        while (self.folder / "hang").exists():
+        while (self.folder / "hang").exists():  # in one step
             time.sleep(0.05)
+        if wanted is not None and not wanted():
+            raise Abandoned("nobody waits")
         if finished is not None:
             finished(last)
         rollouts = [*others, last]
@@ -386,7 +394,7 @@ def test_an_address_that_is_not_ours_and_nobody_there(hosts: Hosts) -> None:
     with pytest.raises(EngineError, match=r"cannot listen for engine hosts at 192\.0\.2\.7:29600 .*dedicated\.address"):
         DedicatedEngines(hosts.settings, address=("192.0.2.7", 29600), engines=1, secret=SECRET).start()
     with pytest.raises(EngineError, match=r"secret listened at 127\.0\.0\.1:\d+ for 0\.1 s \(Connection refused\)"):
-        serve(("127.0.0.1", hosts.port), 0, lambda *_: ReplayEngine(VOCABULARY), secret=SECRET, wait_s=0.1)
+        serve(("127.0.0.1", hosts.port), 0, lambda *_: Hosted(ReplayEngine(VOCABULARY)), secret=SECRET, wait_s=0.1)
 
 
 def test_a_host_asked_to_stop_stays_until_the_trainer_has_its_rollouts(hosts: Hosts) -> None:

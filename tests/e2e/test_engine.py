@@ -30,6 +30,7 @@ from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.parallel.agreement import World
 from nemo_tropd.rollout.collective import RankZeroRollouts
 from nemo_tropd.rollout.engine import (
+    Abandoned,
     EngineDied,
     EngineError,
     RequestError,
@@ -337,6 +338,19 @@ def test_requests_may_come_while_others_are_generated(all_served: dict[str, Serv
     assert max(differences(served.model, rollouts, SAMPLED)) < 1e-3
     same = [a.response_ids == b.response_ids for a, b in zip(rollouts, alone, strict=True)]
     assert sum(same) >= len(same) - 2
+
+
+def test_requests_that_nobody_waits_for_are_abandoned(all_served: dict[str, Served]) -> None:
+    """vLLM has nothing left of them: the next call has the bits of a fresh one."""
+    served = all_served["untied"].ready()
+    wanted, told = some_requests(12, new_tokens=40), list[Rollout]()
+    fresh = served.engine.generate(wanted)
+    for until in (1, 4):
+        told.clear()
+        with pytest.raises(Abandoned):
+            served.engine.generate(wanted, told.append, wanted=lambda until=until: len(told) < until)
+        assert until <= len(told) < len(wanted)
+        assert served.engine.generate(wanted) == fresh and all(r in fresh for r in told)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torch import Tensor
 from nemo_tropd.config import ConfigError
 from nemo_tropd.rollout.collective import EveryRankRollouts
 from nemo_tropd.rollout.engine import (
+    Abandoned,
     EngineError,
     RefreshStats,
     RequestError,
@@ -47,6 +49,11 @@ class SteppingEngine:
     def step(self) -> list[Any]:
         some = [self.queue.pop() for _ in range(random.randint(0, len(self.queue)))]
         return [*some, *(SimpleNamespace(request_id=o.request_id, finished=False) for o in self.queue)]
+
+    def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+        """By the numbers that they were given; those that are finished are passed over."""
+        assert not internal and all(isinstance(number, str) for number in request_ids)
+        self.queue = [o for o in self.queue if o.request_id not in request_ids]
 
 
 class RecordingLLM:
@@ -89,8 +96,8 @@ class RecordingLLM:
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         self.calls.append(("forget prefixes",))
-        if self.unfinished:  # what requests hold stays cached, and nothing but the answer tells of it
-            return False
+        if self.unfinished or self.llm_engine.queue:
+            return False  # what requests hold stays cached, and nothing but the answer tells of it
         self.prefixes_of = None
         return True
 
@@ -492,4 +499,45 @@ def test_further_requests_reach_vllm_over_the_wire(tmp_path: Path) -> None:
 
     assert client.generate(wanted[:4], told.append, further) == colocated.engine.generate(wanted)
     assert sorted(told, key=lambda r: r.sequence_id) == colocated.engine.generate(wanted)
+    client._let_go()
+
+
+@pytest.mark.parametrize("queue", [False, True])
+def test_what_nobody_waits_for_is_abandoned_and_the_engine_goes_on(tmp_path: Path, queue: bool) -> None:
+    """Here, and through client and server, of which the client is the engine of a host."""
+    colocated = Colocated(tmp_path / "model", sleeps=False)
+    colocated.engine.start()
+    colocated.engine.update_weights(colocated.stream(), 1)
+    client, (ours, theirs) = Engine(colocated.engine.settings, answer_timeout_s=20.0), socket.socketpair()
+    client.connect([w.Wire(ours, "member 0")])
+    server = EngineServer(lambda *_: colocated.engine, True, colocated.engine)
+    threading.Thread(target=server.serve, args=(w.Wire(theirs),), daemon=True).start()
+    unwanted = threading.Event()
+
+    def one_a_step(self: SteppingEngine) -> list[Any]:
+        if len(self.queue) <= 20:
+            assert unwanted.wait(20)
+            time.sleep(0.05)  # twenty more steps, in which it must be heard
+        return [self.queue.pop()]
+
+    def wanted_so_often(times: int) -> Iterator[bool]:
+        yield from [True] * times
+        unwanted.set()
+        yield False
+
+    for engine in (colocated.engine, client):
+        for times in (0, 1, 5):
+            wanted, told, looks = requests(30), list[Any](), wanted_so_often(times)
+            unwanted.clear()
+            more = (lambda wait: []) if queue else None
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(SteppingEngine, "step", one_a_step)
+                with pytest.raises(Abandoned, match="nobody waits"):
+                    engine.generate(wanted, told.append, more, looks.__next__)
+            assert not colocated.llm.llm_engine.queue and len(told) < 30
+            assert "step" not in vars(colocated.llm.llm_engine)
+            again = engine.generate(wanted)
+            assert [r.sequence_id for r in again] == [r.sequence_id for r in wanted]
+            assert all(r in again for r in told)
+    assert client.members
     client._let_go()

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.engine import EngineDied, EngineError, RequestError, RolloutRequest
+from nemo_tropd.rollout.engine import Abandoned, EngineDied, EngineError, RequestError, RolloutRequest
 from nemo_tropd.rollout.placement import Engines
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.dealing import Lengths, Queue, held_by_one
@@ -349,7 +349,9 @@ class Stepping(ReplayEngine):
         super().__init__(VOCABULARY)
         self.fails, self.steps, self.asked, self.closed = fails, threading.Semaphore(0), list[list[int]](), 0
 
-    def generate(self, requests: Sequence[RolloutRequest], finished: Any = None, further: Any = None) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], finished: Any = None, further: Any = None, wanted: Any = None
+    ) -> list[Rollout]:
         todo, done, over = list(requests), list[Rollout](), further is None
         self.asked.append([r.sequence_id for r in requests])
         while todo or not over:
@@ -360,6 +362,8 @@ class Stepping(ReplayEngine):
                 done += super().generate([todo.pop(0)])
                 if finished is not None:
                     finished(done[-1])
+            if wanted is not None and not wanted():
+                raise Abandoned(f"{len(todo)} are left")
             if not over:
                 some = further(not todo)
                 over = some is None
@@ -411,8 +415,8 @@ def test_requests_come_in_between_two_steps(serve: Any) -> None:
     parts += [wire.receive(w.Answer, timeout_s=20) for _ in range(2)]
     assert [r for p in parts for r in p.rollouts] == ReplayEngine(VOCABULARY).generate(wanted)
     assert wire.receive(w.Answer, timeout_s=20) == w.Generated(w.Packed())
-    # The second ones were there before the first were done.
-    assert double.asked[:3] == [[10, 10], [], [11, 11]] and double.asked[-1] == []
+    # The second ones came after the first or the second step, which are the first ones'.
+    assert double.asked[0] == [10, 10] and [11, 11] in double.asked[1:3] and double.asked[-1] == []
     wire.send(w.Generate(wanted[:1]))
     double.steps.release()
     assert len(wire.receive(w.Answer, timeout_s=20).rollouts) == 1
@@ -440,9 +444,43 @@ def test_an_engine_outlives_a_trainer_that_leaves_while_more_may_come(serve: Any
     for _ in range(2 if idle else 1):
         assert isinstance(wire.receive(w.Answer, timeout_s=20), w.Part)
     wire.close()
-    double.steps.release(2)
+    if not idle:
+        double.steps.release()  # the next step is the last
     thread.join(20)
     assert ended == [False] and double.closed == 0
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_an_engine_does_not_go_on_for_a_trainer_that_has_left(serve: Any, in_parts: bool) -> None:
+    wire, double, thread, ended = serve(Stepping())
+    wire.send(w.Generate(requests(9), in_parts=in_parts))
+    double.steps.release(3)
+    for _ in range(3 if in_parts else 0):
+        assert isinstance(wire.receive(w.Answer, timeout_s=20), w.Part)
+    wire.close()
+    double.steps.release()
+    thread.join(20)
+    assert ended == [False] and double.closed == 0
+
+
+def test_an_engine_that_is_told_that_nobody_waits_has_ended_its_call(serve: Any) -> None:
+    """Told too late, it passes that over."""
+    wire, double, _, _ = serve(Stepping())
+    for more in (False, True):
+        wire.send(w.Generate(requests(9), in_parts=True, more=more))
+        double.steps.release()
+        assert isinstance(wire.receive(w.Answer, timeout_s=20), w.Part)
+        wire.send(w.Abandon())
+        wire.wait_readable(0.2)
+        double.steps.release()
+        answers = [wire.receive(w.Answer, timeout_s=20)]
+        while isinstance(answers[-1], w.Part):
+            answers.append(wire.receive(w.Answer, timeout_s=20))
+        assert answers[-1] == w.Generated(w.Packed()) and len(answers) == 2
+    wire.send(w.Abandon())
+    wire.send(w.Generate(requests(2)))
+    double.steps.release(2)
+    assert len(wire.receive(w.Answer, timeout_s=20).rollouts) == 2
 
 
 def test_an_engine_of_an_engine_passes_requests_on(settings: EngineSettings) -> None:

@@ -18,7 +18,7 @@ from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.remote import RemoteEngine
 from nemo_tropd.rollout.vllm.server import EngineServer
 from nemo_tropd.rollout.vllm.settings import EngineSettings
-from tests.doubles import ReplayEngine
+from tests.doubles import Hosted, ReplayEngine
 from tests.tiny_models import make_tiny
 
 VOCABULARY = 131
@@ -213,10 +213,10 @@ def test_what_takes_the_parts_may_fail(settings: EngineSettings) -> None:
 
 
 @pytest.fixture
-def served(settings: EngineSettings) -> Iterator[tuple[w.Wire, ReplayEngine, threading.Thread, list[bool]]]:
+def served(settings: EngineSettings) -> Iterator[tuple[w.Wire, Hosted, threading.Thread, list[bool]]]:
     """A server whose engine is a double, and the trainer's end of the wire."""
     ours, theirs = socket.socketpair()
-    double, ended = ReplayEngine(VOCABULARY), list[bool]()
+    double, ended = Hosted(ReplayEngine(VOCABULARY)), list[bool]()
     server, wire = EngineServer(lambda *_: double, local=True), w.Wire(ours)
     thread = threading.Thread(target=lambda: ended.append(server.serve(w.Wire(theirs))), daemon=True)
     thread.start()
@@ -240,9 +240,9 @@ def test_a_server_sends_parts_and_then_the_end(served: Any) -> None:
 
 
 def test_an_engine_outlives_a_trainer_that_leaves_between_two_parts(served: Any) -> None:
-    """It ends what it does, so that it can be asked again."""
+    """It ends its step and no more, so that it can be asked again."""
     wire, double, thread, ended = served
-    seen, generate = list[int](), double.generate
+    seen, generate, step = list[int](), double.engine.generate, 2
 
     def watched(asked: Sequence[RolloutRequest], finished: Any = None) -> list[Rollout]:
         def tell(r: Rollout) -> None:
@@ -254,8 +254,10 @@ def test_an_engine_outlives_a_trainer_that_leaves_between_two_parts(served: Any)
 
         return generate(asked, tell)
 
-    double.generate = watched
+    double.engine.generate = watched
     closed, double.close = list[bool](), lambda **_: closed.append(True)
-    wire.send(w.Generate(requests(4), in_parts=True))
+    wanted = requests(4)
+    wire.send(w.Generate(wanted[:step], in_parts=True, more=True))
+    wire.send(w.More(wanted[step:], last=True))
     thread.join(20)
-    assert ended == [False] and seen == [10, 11, 12, 13] and not closed
+    assert ended == [False] and seen == [10, 11] and not closed

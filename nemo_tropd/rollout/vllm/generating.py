@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.engine import EngineError, Finished, Further, RolloutRequest, check_requests
+from nemo_tropd.rollout.engine import Abandoned, EngineError, Finished, Further, RolloutRequest, Wanted, check_requests
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 
 # Added to the logit of a padding row, which then has no share in what is sampled from.
@@ -27,12 +27,13 @@ def generated(
     version: int,
     finished: Finished | None,
     further: Further | None,
+    wanted: Wanted | None,
 ) -> list[Rollout]:
     """One rollout a request, in order, those of ``further`` last; each is sampled with its own seed, and ``requests``
-    are queued before the first step."""
+    are queued before the first step. Raises Abandoned once ``wanted`` says so."""
     # What earlier calls left in the cache would change how this list is scheduled.
     forget_prefixes(llm)
-    if finished is None and further is None:
+    if finished is None and further is None and wanted is None:
         outputs = llm.generate(*_asked(requests, settings), use_tqdm=False)
         return [_rollout(r, output.outputs[0], version) for r, output in zip(requests, outputs, strict=True)]
     everything, rollouts, over = list(requests), dict[int, Rollout](), further is None
@@ -53,6 +54,8 @@ def generated(
         return some or ()
 
     def between() -> None:
+        if wanted is not None and not wanted():
+            raise Abandoned(f"nobody waits for {len(everything) - len(rollouts)} rollouts any more")
         if some := more(False):
             llm.enqueue(*_asked(some, settings), use_tqdm=False)
 
@@ -91,8 +94,9 @@ def _asked(requests: Sequence[RolloutRequest], settings: EngineSettings) -> tupl
 @contextmanager
 def _watched(llm: Any, told: Callable[[int, Any], None], between: Callable[[], None]) -> Iterator[None]:
     """After each step of the engine call ``told`` with place and output of each request that is finished, counted from
-    here on, then ``between``. Source: vllm 0.24.0, entrypoints/offline_utils.py: requests are numbered as they come,
-    and _run_engine calls llm_engine.step() until none is left."""
+    here on, then ``between``; when that raises Abandoned, none is left. Source: vllm 0.24.0,
+    entrypoints/offline_utils.py: requests are numbered as they come, and _run_engine calls llm_engine.step() until none
+    is left."""
     engine, first = llm.llm_engine, llm.request_counter.counter
     step = engine.step
 
@@ -107,6 +111,10 @@ def _watched(llm: Any, told: Callable[[int, Any], None], between: Callable[[], N
     engine.step = watched
     try:
         yield
+    except Abandoned:
+        # Those that are finished are passed over. Source: vllm 0.24.0, v1/engine/output_processor.py.
+        engine.abort_request([str(number) for number in range(first, llm.request_counter.counter)])
+        raise
     finally:
         del engine.step  # the class's own again
 

@@ -31,6 +31,7 @@ from nemo_tropd.rollout.engine import (
     Further,
     RefreshStats,
     RolloutRequest,
+    Wanted,
     WeightStreamError,
     check_requests,
 )
@@ -167,7 +168,11 @@ class ColocatedEngine:
         return RefreshStats(seconds=time.monotonic() - began, bytes=sum(sizes), buckets=1)
 
     def generate(
-        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, further: Further | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        finished: Finished | None = None,
+        further: Further | None = None,
+        wanted: Wanted | None = None,
     ) -> list[Rollout]:
         llm, requests, s = self.llm, list(requests), self.settings
         check_requests(requests, max_model_len=s.max_model_len, vocab_size=s.vocab_size)
@@ -176,7 +181,7 @@ class ColocatedEngine:
         if self._version is None:
             raise EngineError("the engine has no weights (discarded by sleep(), or never loaded): refresh it first")
         self._wake(*_MEMORY)
-        return generated(llm, requests, s, self._version, finished, further)
+        return generated(llm, requests, s, self._version, finished, further, wanted)
 
     def sleep(self) -> bool:
         if self._llm is not None and self.sleeps and self._asleep != set(_MEMORY):

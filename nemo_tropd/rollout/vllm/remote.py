@@ -30,6 +30,10 @@ _POLL_S = 0.1
 _OTHERS = "it answered other requests than its own"
 
 
+def _always() -> bool:
+    return True
+
+
 @dataclass(eq=False, repr=False)
 class RemoteEngine:
     """A ``RolloutEngine`` of members, whose subclasses say where members come from (``start``), how weights travel and
@@ -54,6 +58,7 @@ class RemoteEngine:
         requests: Sequence[api.RolloutRequest],
         finished: api.Finished | None = None,
         further: api.Further | None = None,
+        wanted: api.Wanted | None = None,
     ) -> list[Rollout]:
         """Request I is served by member I modulo their number; of several with ``queue`` by whoever has room for it."""
         requests = list(requests)
@@ -61,13 +66,16 @@ class RemoteEngine:
         if not requests:
             return []
         self._check_running()
+        wanted = wanted or _always
         if not self._ready:
             raise api.EngineError("the engines have not received weights yet: call update_weights() before generate()")
         if further is not None or (self.queue and len(self._members) > 1):
-            return self._from_queue(requests, finished, further)
-        return self._fixed_shares(requests, finished)
+            return self._from_queue(requests, finished, further, wanted)
+        return self._fixed_shares(requests, finished, wanted)
 
-    def _fixed_shares(self, requests: Sequence[api.RolloutRequest], finished: api.Finished | None) -> list[Rollout]:
+    def _fixed_shares(
+        self, requests: Sequence[api.RolloutRequest], finished: api.Finished | None, wanted: api.Wanted
+    ) -> list[Rollout]:
         count = len(self._members)
         busy = self._members[: len(requests)]
         for i, member in enumerate(busy):
@@ -83,8 +91,14 @@ class RemoteEngine:
             if finished is not None:
                 finished(r)
 
+        def look() -> bool:
+            if not (waited_for := wanted()):
+                for member in busy:
+                    self._send(member, w.Abandon())
+            return waited_for
+
         rollouts: list[Rollout | None] = [None] * len(requests)
-        for i, answer in enumerate(self._answers(busy, self.answer_timeout_s, take if finished else None)):
+        for i, answer in enumerate(self._answers(busy, self.answer_timeout_s, take if finished else None, look)):
             own = list(answer.rollouts) if isinstance(answer, w.Generated) else []
             if finished is not None and len(parts[i]) == len(asked[i]) and not own:
                 own = [parts[i][key] for key in asked[i]]
@@ -98,6 +112,7 @@ class RemoteEngine:
         requests: Sequence[api.RolloutRequest],
         finished: api.Finished | None,
         further: api.Further | None,
+        wanted: api.Wanted,
     ) -> list[Rollout]:
         """Members are given more as they finish; on the wire a request's number is its place in the queue."""
         busy = self._members[: len(requests)]
@@ -116,8 +131,12 @@ class RemoteEngine:
             if finished is not None:
                 finished(found[place])
 
-        def look() -> None:
+        def look() -> bool:
             """Hand on what members have room for."""
+            if not wanted():
+                for outbox in outboxes:
+                    outbox.put(w.Abandon())
+                return False
             if further is not None and not queue.closed:
                 some = further(False)
                 queue.closed = some is None
@@ -127,6 +146,7 @@ class RemoteEngine:
             for member, outbox in zip(busy, outboxes, strict=True):
                 if outbox.error is not None:
                     self._died([member], str(outbox.error), outbox.error)
+            return True
 
         for i, places, last in queue.deal():
             self._send(busy[i], w.Generate(given(places), in_parts=True, more=not last))
@@ -211,14 +231,16 @@ class RemoteEngine:
         members: Sequence[w.Wire],
         timeout_s: float,
         take: Callable[[int, Rollout], None] | None = None,
-        look: Callable[[], None] = lambda: None,
+        look: Callable[[], bool] = _always,
     ) -> list[w.Reply]:
         """One answer of each, within ``timeout_s`` for all of them; ``take`` is given the parts of answers, with their
-        member's place, as they come; ``look`` is called after each. Raises EngineDied, or what a member raised."""
-        deadline = time.monotonic() + timeout_s
+        member's place, as they come; ``look`` is called after each, and is False once the members have been told to
+        abandon what they do: their answers are then waited for and passed over. Raises EngineDied, Abandoned, or what a
+        member raised."""
+        deadline, wanted = time.monotonic() + timeout_s, True
         answers: dict[int, w.Reply] = {}
         while waiting := [m for i, m in enumerate(members) if i not in answers]:
-            look()
+            wanted = wanted and look()
             ready = w.readable(waiting, _POLL_S)
             if not ready and (lost := self._lost()):
                 self._died(lost, "the connection was closed")
@@ -233,11 +255,13 @@ class RemoteEngine:
                             self._died([member], "it sent a part of an answer where none was asked for")
                         if time.monotonic() > deadline:
                             self._died(waiting, f"no complete answer within {timeout_s:g} s")
-                        for rollout in part.rollouts:
+                        for rollout in part.rollouts if wanted else ():
                             take(members.index(member), rollout)
-                        look()
+                        wanted = wanted and look()
                     case answer:
                         answers[members.index(member)] = answer
+        if not wanted:
+            raise api.Abandoned("nobody waits for these rollouts any more")
         return [answers[i] for i in range(len(members))]
 
     def _answer(self, member: w.Wire, deadline: float, timeout_s: float) -> w.Answer:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
-from nemo_tropd.rollout.engine import EngineError, MemberEngine, RolloutRequest, WeightStreamError
+from nemo_tropd.rollout.engine import Abandoned, EngineError, MemberEngine, RolloutRequest, WeightStreamError
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.in_process import ColocatedEngine
 from nemo_tropd.rollout.vllm.settings import EngineSettings
@@ -41,7 +41,7 @@ class EngineServer:
         """Do what the trainer asks until it says that the run is over (True) or is gone (False)."""
         try:
             while not isinstance(request := wire.receive(w.Request), w.Close):
-                if not isinstance(request, w.More):  # which came for an engine that has failed meanwhile
+                if not isinstance(request, (w.More, w.Abandon)):  # for a call that has ended meanwhile
                     wire.send(self._reply(wire, request))
             return True
         except (w.Disconnected, TimeoutError) as error:
@@ -77,17 +77,24 @@ class EngineServer:
                 self._open(request)
             case w.JoinGroup():
                 self._group = WeightGroup.join(request, own_address=wire.own_address)
-            case w.Generate(in_parts=False):
-                return w.Generated(w.Packed(self._running().generate(request.requests)))
             case w.Generate():
-                more = (_Further(wire),) if request.more else ()
-                self._running().generate(request.requests, partial(_send_part, wire), *more)
-                return w.Generated(w.Packed())
+                return self._generate(wire, request)
             case w.Update():
                 self._running().update_weights(self._received(wire), request.version)
             case _:
                 raise EngineError(f"rank 0 sent {type(request).__name__} outside of an update of the weights")
         return w.Done()
+
+    def _generate(self, wire: w.Wire, request: w.Generate) -> w.Generated:
+        trainer = _Waiting(wire, request.more)
+        told = partial(_send_part, wire) if request.in_parts else None
+        further = trainer.further if request.more else None
+        try:
+            rollouts = self._running().generate(request.requests, told, further, trainer.wants)
+        except Abandoned as error:
+            print(error, flush=True)
+            return w.Generated(w.Packed())
+        return w.Generated(w.Packed() if request.in_parts else w.Packed(rollouts))
 
     def _open(self, request: w.Open) -> None:
         if self._engine is not None and self._made_of == request:
@@ -118,29 +125,43 @@ class EngineServer:
 
 
 def _send_part(wire: w.Wire, rollout: Rollout) -> None:
-    """To a trainer that may be gone: then the last answer finds that out, and the engine has ended what it does."""
+    """To a trainer that may be gone: which is found out between two steps."""
     with suppress(w.Disconnected):
         wire.send(w.Part(w.Packed([rollout])))
 
 
-class _Further:
-    """The requests that the trainer sends while the engine generates; none from a trainer that is gone."""
+class _Waiting:
+    """The trainer while the engine generates for it: whether it waits, and what it asks for in addition if ``more`` may
+    come."""
 
-    def __init__(self, wire: w.Wire) -> None:
-        self._wire, self._over = wire, False
+    def __init__(self, wire: w.Wire, more: bool) -> None:
+        self._wire, self._over, self._waits = wire, not more, True
+        self._further: list[RolloutRequest] = []
 
-    def __call__(self, wait: bool) -> list[RolloutRequest] | None:
-        if self._over:
-            return None
+    def wants(self) -> bool:
+        """Not once it is gone, or has said so."""
+        while self._waits and self._wire.wait_readable(0.0):
+            self._read()
+        return self._waits
+
+    def further(self, wait: bool) -> list[RolloutRequest] | None:
+        """``engine.Further``; None from a trainer that does not wait."""
+        while self.wants() and wait and not (self._over or self._further):
+            self._read()
+        some, self._further = self._further, []
+        return some if some or (self._waits and not self._over) else None
+
+    def _read(self) -> None:
         try:
-            if not wait and not self._wire.wait_readable(0.0):
-                return []
-            more: w.More = self._wire.receive(w.More)
-        except (w.Disconnected, TimeoutError):  # what is begun is ended, as without anyone to tell
-            self._over = True
-            return None
-        self._over = more.last
-        return more.requests
+            message: w.More | w.Abandon = self._wire.receive(w.More | w.Abandon)
+        except (w.Disconnected, TimeoutError):
+            self._waits = False
+            return
+        if isinstance(message, w.Abandon):
+            self._waits = False
+        else:
+            self._further += message.requests
+            self._over = message.last
 
 
 def serve_owner(fd: int) -> None:

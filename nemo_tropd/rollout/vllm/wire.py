@@ -26,7 +26,7 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout import arrays
 from nemo_tropd.rollout.engine import RolloutRequest
 
-PROTOCOL = 6  # of the messages; trainer and hosts must run the same
+PROTOCOL = 7  # of the messages; trainer and hosts must run the same
 GREETING_BYTES = 1 << 16  # of the messages before a host is admitted
 _MOST_BYTES = 1 << 30
 _MESSAGE_TIMEOUT_S = 120.0  # for the rest of a message whose first byte has come, and for sending one
@@ -92,6 +92,10 @@ class More(Message):  # further requests of a Generate
     last: bool  # no More follows
 
 
+class Abandon(Message):  # nobody waits for the rest of a Generate
+    """The answer may end early."""
+
+
 class Update(Message):  # weights follow: buckets, then Finish
     version: int
 
@@ -128,7 +132,7 @@ class Failed(Message):
     error: str
 
 
-Request = Open | JoinGroup | Generate | More | Update | Bucket | Finish | Close
+Request = Open | JoinGroup | Generate | More | Abandon | Update | Bucket | Finish | Close
 Reply = Done | Generated | Failed
 Answer = Part | Reply
 
