@@ -26,6 +26,7 @@ from nemo_tropd.rollout.collective import ROLLOUTS, FinishedTogether, RankZeroRo
 from nemo_tropd.rollout.restart import RestartRule
 
 Weights = list[tuple[str, Tensor]]
+Name = int | str  # of what was begun: a step, or something that is no step
 _END_S = 20.0
 
 
@@ -144,24 +145,27 @@ class AheadRollouts(RankZeroRollouts):
     """As ``RankZeroRollouts``; in addition ``begin`` and ``take`` are the two halves of ``generate``."""
 
     _thread: EngineThread | None = field(default=None, init=False)  # on rank 0, from the first use on
-    _rollouts: dict[int, Future[list[Rollout]]] = field(default_factory=dict, init=False)  # on rank 0, by number
+    _rollouts: dict[Name, Future[list[Rollout]]] = field(default_factory=dict, init=False)  # on rank 0
 
-    def begin(self, number: int, requests: Sequence[api.RolloutRequest], version: int) -> None:
+    def begin(self, name: Name, requests: Sequence[api.RolloutRequest], version: int) -> None:
         """Rank 0 alone: generate ``requests`` by the weights ``version``, which ``refresh`` has had and none that was
         begun before is behind."""
-        self._rollouts[number] = self._running_thread().put(requests, version)
+        self._rollouts[name] = self._running_thread().put(requests, version)
 
-    def preload(self, number: int, rollouts: list[Rollout]) -> None:
+    def preload(self, name: Name, rollouts: list[Rollout]) -> None:
         """Rank 0 alone: rollouts that were generated before the run was resumed."""
-        self._rollouts[number] = Future()
-        self._rollouts[number].set_result(rollouts)
+        self._rollouts[name] = Future()
+        self._rollouts[name].set_result(rollouts)
 
-    def take(self, number: int) -> list[Rollout]:
-        """What was begun under ``number``, on every rank, once (collective). Raises EngineError, or Stopped."""
-        rollouts = self._agree(lambda: self._rollouts[number].result(), ROLLOUTS)
+    def take(self, name: Name) -> list[Rollout]:
+        """What was begun under ``name``, on every rank (collective); it stays. Raises EngineError, or Stopped."""
+        rollouts = self._agree(lambda: self._rollouts[name].result(), ROLLOUTS)
         self.restarts = self.ranks.broadcast_object(self._thread.restarts if self._thread else 0)
-        self._rollouts.pop(number, None)
         return rollouts
+
+    def forget(self, name: Name) -> None:
+        """What was begun under ``name`` is not needed any more."""
+        self._rollouts.pop(name, None)
 
     def finished(self, numbers: Sequence[int]) -> dict[int, list[Rollout]] | None:
         """What was begun under ``numbers`` once all of it is there, on rank 0 (collective). None on every rank if it

@@ -51,9 +51,10 @@ class Ahead:
                 self.rollouts.preload(step, list(rollouts[step]))
         return sorted(due.keys() - fit)
 
-    def begin(self, step: int) -> None:
-        """Before step number ``step``, whose weights the engine has: begin what is due."""
-        for later in range(step, min(step + self._steps + 1, self._last)):
+    def begin(self, step: int, *, own: bool = False) -> None:
+        """Before step number ``step``, whose weights the engine has: begin what is due; with ``own`` nothing but the
+        step's own rollouts, which are due at the run's start alone."""
+        for later in range(step, min(step + (0 if own else self._steps) + 1, self._last)):
             if later not in self._begun:
                 self._begun[later] = step
                 if self.rollouts.ranks.is_leader:
@@ -61,8 +62,12 @@ class Ahead:
 
     def take(self, step: int) -> tuple[list[Rollout], int]:
         """The step's rollouts on every rank, and how many steps older than the student they are (collective)."""
-        rollouts = self.rollouts.take(step)
-        return rollouts, step - self._begun.pop(step)
+        return self.rollouts.take(step), step - self._begun[step]
+
+    def done(self, step: int) -> None:
+        """The step is: until then a checkpoint without it, as after a stop, keeps its rollouts."""
+        self.rollouts.forget(step)
+        del self._begun[step]
 
     def pending(self, step: int) -> dict[int, int]:
         """Begun by weights that a run resumed at ``step`` does not have: their versions by step."""

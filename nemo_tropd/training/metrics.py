@@ -45,6 +45,13 @@ class PhaseTimer:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time spent inside counts for nothing."""
+        began = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - began
+
     def total(self) -> float:
         """Seconds since the timer was made."""
         return time.perf_counter() - self.start

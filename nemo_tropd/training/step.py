@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
-from nemo_tropd.batch import Rollout
+from nemo_tropd.batch import Rollout, TeacherScores, TeacherStates, TokenBatch
 from nemo_tropd.data import PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
@@ -61,9 +61,19 @@ class TrainStep:
         self.ahead = ahead(self._requests) if ahead is not None else None
         self.timeline = timeline
 
-    def run(self, step: int, *, keep_tokens: bool, shown: Callable[[str], None] = lambda phase: None) -> StepRecord:
+    def run(
+        self,
+        step: int,
+        *,
+        keep_tokens: bool,
+        shown: Callable[[str], None] = lambda phase: None,
+        before_update: Callable[[], None] = lambda: None,
+        begin: Callable[[int], None] | None = None,
+    ) -> StepRecord:
         """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1`` after;
-        ``shown`` is called with the name of every phase as it begins. Raises EngineError on every rank."""
+        ``shown`` is called with the name of every phase as it begins. ``before_update`` is called while the weights are
+        still ``step``, with everything else done; its time is none of the step's. ``begin``, of what works ahead, is
+        called in the place of ``Ahead.begin``. Raises EngineError on every rank."""
         model, topology, lag = self.model, self.model.topology, 0
         timer = PhaseTimer(topology.synchronize, self.timeline)
 
@@ -92,29 +102,43 @@ class TrainStep:
                 batches = self.packer.pack(rollouts, step, self.prompts)
                 scores = early.scores(rollouts, batches) if early else model.score(batches)
         with phase("student"):
-            self.optimizer.zero_grad()
-            model.prepare_for_training_step()
-            _, own = model.get_loss_and_metrics(
-                batches,
-                scores,
-                step=step,
-                loss_tokens=sum(r.loss_tokens for r in rollouts),
-                sequences=sum(r.loss_tokens > 0 for r in rollouts),
-                keep_tokens=keep_tokens,
-            )
-            sums = own.gather()
+            sums = self._passes(step, rollouts, batches, scores, keep_tokens)
+        with timer.paused():
+            before_update()
         with phase("optimizer"):
             result = self.optimizer.step(step)
         with phase("refresh"):
             model.finish_training_step(step + 1)
             if self.ahead is not None:
-                self.ahead.begin(step + 1)
+                self.ahead.done(step)
+                (begin or self.ahead.begin)(step + 1)
         values = _train_metrics(sums, result, rollouts, timer) | _by_group(sums, rollouts, self.prompts)
         if early is not None:
             values["scored_early_fraction"] = early.fraction
         if self.ahead is not None:
             values["weights_lag"] = float(lag)
         return StepRecord(values, rollouts, sums, result)
+
+    def _passes(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        batches: Sequence[TokenBatch],
+        scores: Sequence[TeacherScores | TeacherStates | None],
+        keep_tokens: bool,
+    ) -> MetricSums:
+        """The gradient of the step, and what is summed up on the way (collective)."""
+        self.optimizer.zero_grad()
+        self.model.prepare_for_training_step()
+        _, own = self.model.get_loss_and_metrics(
+            batches,
+            scores,
+            step=step,
+            loss_tokens=sum(r.loss_tokens for r in rollouts),
+            sequences=sum(r.loss_tokens > 0 for r in rollouts),
+            keep_tokens=keep_tokens,
+        )
+        return own.gather()
 
     def _requests(self, step: int) -> list[RolloutRequest]:
         m = self.model.settings

@@ -1,9 +1,10 @@
 """The loop around ``step.TrainStep``: resume, validate, save, log, stop."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nemo_tropd.files import write_json
 from nemo_tropd.parallel.agreement import on_rank_zero
@@ -16,7 +17,7 @@ from nemo_tropd.training.progress import RunProgress
 from nemo_tropd.training.resume import RunState
 from nemo_tropd.training.setup import Setup
 from nemo_tropd.training.step import StepRecord, TrainStep
-from nemo_tropd.training.validation import Validation, Validator
+from nemo_tropd.training.validation import BENCHMARKS, HELD_OUT, Validation, Validator
 
 TEACHER_REMEDY = (
     "check the files of model.teacher.path, or set model.teacher.precision=32 model.teacher.fp8=null "
@@ -97,38 +98,71 @@ class TropdTrainer:
         self.progress.phase("starting engine")
         self.model.send_weights(self.state.step)
         first = self.state.step
-        if first == 0 or self.validator.read(first) is None:  # else a stop prevented what was due
-            self._validate_if_due(last)
+        # Else a stop prevented what was due.
+        parts = self._parts_due(first) if first == 0 or self.validator.read(first) is None else []
+        self._begin(parts, first)
+        self._validate(parts)
         while self.state.step < last:
             stop_point(self.topology)
-            self._step(self.state.step)
+            parts = self._parts_due(self.state.step + 1)
+            self._step(self.state.step, parts)
             # First save, then validate: a request to stop does not wait for the validation.
             if self._due(self.state.step, self.settings.save_interval) or self.state.step == last:
                 self._save()
-            self._validate_if_due(last)
+            self._validate(parts)
 
-    def _validate_if_due(self, last: int) -> None:
-        step, often, v = self.state.step, self.settings.val_check_interval, self.cfg.model.validation
-        rarely = often if v.benchmark_interval is None else v.benchmark_interval
-        held_out, benchmarks = (step in (0, last) or self._due(step, every) for every in (often, rarely))
-        if not held_out and not (benchmarks and v.benchmarks):
+    def _parts_due(self, step: int) -> list[str]:
+        """Of a validation after ``step`` steps."""
+        often, rare = self.settings.val_check_interval, self.cfg.model.validation.benchmark_interval
+        every = {HELD_OUT: often, BENCHMARKS: often if rare is None else rare}
+        ends = step in (0, self.settings.max_steps)
+        return [part for part in self.validator.parts if ends or self._due(step, every[part])]
+
+    def _begin(self, parts: Sequence[str], step: int) -> None:
+        """What an engine that works ahead of the trainer does by the weights ``step``, in the order in which that one
+        waits for it: held-out answers at once, the step's own rollouts (at the run's start), answers to benchmarks
+        before the weights change, and other rollouts in later steps."""
+        if (ahead := self.one_step.ahead) is None:
+            return
+        if HELD_OUT in parts:
+            self.validator.begin(HELD_OUT, step)
+        ahead.begin(step, own=True)
+        if BENCHMARKS in parts:
+            self.validator.begin(BENCHMARKS, step)
+        ahead.begin(step)
+
+    def _validate(self, parts: Sequence[str]) -> None:
+        """Validate the student as it is now. What an engine ahead of the trainer answers to benchmarks is waited for in
+        the next step, before the weights change: a checkpoint of later steps has this validation behind it."""
+        if not parts:
             return
         stop_point(self.topology)
         self.progress.phase("validating")
-        validation = self.validator.run(step, held_out=held_out, benchmarks=benchmarks)
-        if validation.metrics or validation.dropped:
+        self.validator.start(self.state.step, parts)
+        if self.one_step.ahead is None or BENCHMARKS not in parts or self.state.step == self.settings.max_steps:
+            self._finish_validation()
+
+    def _finish_validation(self) -> None:
+        validation = self.validator.finish()
+        if validation is not None and (validation.metrics or validation.dropped):
             if self.log is not None:
-                self.log.write(step, "validation", validation.metrics)
+                self.log.write(validation.step, "validation", validation.metrics)
             if line := validation.line():
-                self.progress.say(f"validation after step {step}: {line}")
+                self.progress.say(f"validation after step {validation.step}: {line}")
             for score in validation.benchmarks.values():
                 self.progress.say(score["line"])
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int, parts_after: Sequence[str]) -> None:
         done = step + 1
         keeps = done in (1, self.settings.max_steps) or self._due(done, self.settings.val_check_interval)
         began = time.monotonic()
-        record = self.one_step.run(step, keep_tokens=keeps, shown=self.progress.phase)
+        record = self.one_step.run(
+            step,
+            keep_tokens=keeps,
+            shown=self.progress.phase,
+            before_update=self._finish_validation,
+            begin=partial(self._begin, parts_after),
+        )
         self.state = replace(self.state, step=done)
         if self.log is not None and self.timeline_file is not None:
             times = self.one_step.timeline.step_done(done, began)

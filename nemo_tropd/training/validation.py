@@ -1,7 +1,7 @@
 """Held-out prompts, before, during and after: exact divergences over the full vocabulary, and right answers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from nemo_tropd.evaluation.answers import exact_match
 from nemo_tropd.files import read_json, write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.agreement import on_rank_zero
+from nemo_tropd.rollout.ahead import AheadRollouts
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.served.teacher import SAMPLED
 from nemo_tropd.training.guidance import request_seed
@@ -20,6 +21,7 @@ from nemo_tropd.training.teacher_responses import Responses, answers_everywhere
 
 # Rollouts of validation draw from a stream of their own, the same at every validation.
 VALIDATION_STREAM = (1 << 62) + 1
+HELD_OUT, BENCHMARKS = "held-out", "benchmarks"  # the parts of a validation
 EVERYWHERE = ("student_entropy", "top1_agreement")  # exact with teachers behind servers, too
 
 
@@ -52,17 +54,38 @@ class Validator:
         self.topology, self.packer = setup.topology, setup.packer()
         self.dir = setup.run_dir / "validation"
         self.benchmarks, self._of_teacher = setup.plan.benchmarks, dict[str, dict[str, Any]]()
+        self._begun: set[str] = set()  # parts that an engine ahead of the trainer answers; the same on every rank
+        self._open: tuple[int, dict[str, float], list[dict[str, str]], bool] | None = None  # started, not finished
 
-    def run(self, step: int, *, held_out: bool = True, benchmarks: bool = True) -> Validation:
-        """Validate the student as it is (collective); the same result on every rank. ``reverse_kl``, ``one_minus_tv``
-        and the entropies are means over the tokens of the student's own answers, ``forward_kl`` and ``top1_agreement``
-        over the tokens of the teacher's; ``exact_match`` over prompts with a known answer; ``benchmark/NAME`` is the
-        share of right answers. Divergences from a teacher behind servers are estimates, whose names end in SAMPLED.
-        Without held-out prompts or benchmarks that part is left out."""
-        held_out, benchmarks = held_out and bool(self.prompts), benchmarks and bool(self.cfg.validation.benchmarks)
-        if not (held_out or benchmarks):
-            return Validation(step, {})
-        metrics, shown = self._held_out() if held_out else ({}, [])
+    def begin(self, part: str, step: int) -> None:
+        """Have an engine that works ahead of the trainer answer ``part`` by the weights ``step``, behind what was begun
+        before."""
+        self._begun.add(part)
+        if self.topology.is_leader:
+            self._ahead().begin(part, self._asked(part), step)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What there is to validate on: of HELD_OUT and BENCHMARKS."""
+        # The same on every rank: the benchmarks themselves are on rank 0 alone.
+        there = {HELD_OUT: bool(self.prompts), BENCHMARKS: bool(self.cfg.validation.benchmarks)}
+        return tuple(part for part, is_there in there.items() if is_there)
+
+    def start(self, step: int, parts: Collection[str]) -> None:
+        """Validate the student as it is, as far as that needs its weights (collective); ``finish`` does the rest.
+        ``reverse_kl``, ``one_minus_tv`` and the entropies are means over the tokens of the student's own answers,
+        ``forward_kl`` and ``top1_agreement`` over the tokens of the teacher's; ``exact_match`` over prompts with a
+        known answer; ``benchmark/NAME`` is the share of right answers. Divergences from a teacher behind servers are
+        estimates, whose names end in SAMPLED."""
+        metrics, shown = self._held_out() if HELD_OUT in parts else ({}, [])
+        self._open = step, metrics, shown, BENCHMARKS in parts
+
+    def finish(self) -> Validation | None:
+        """Grade the answers to benchmarks and keep the validation that was started (collective), the same on every
+        rank; None if none was. Raises Stopped if the answers take too long after a request to stop: nothing is kept."""
+        if self._open is None:
+            return None
+        step, metrics, shown, benchmarks = self._open
         scores = self._benchmarks() if benchmarks else {}
         for name, score in scores.items():
             shares = {"": score["right"], "/truncated": score["truncated"], "/unparsed": score["unparsed"]}
@@ -73,17 +96,30 @@ class Validator:
         if self.topology.is_leader:
             self.dir.mkdir(exist_ok=True)
             write_json(self._path(step), asdict(result))
+        self._open = None
         return result
 
-    def _infer(self, requests: Callable[[], list[RolloutRequest]]) -> list[Rollout]:
-        """Rollouts of what rank 0 asks (collective)."""
+    def _infer(self, part: str) -> list[Rollout]:
+        """The student's answers of ``part`` (collective)."""
+        if part in self._begun:
+            rollouts = self._ahead().take(part)
+            self._ahead().forget(part)
+            self._begun.remove(part)
+            return rollouts
         self.model.prepare_for_inference()
-        rollouts = self.model.infer(requests() if self.topology.is_leader else None)
+        rollouts = self.model.infer(self._asked(part) if self.topology.is_leader else None)
         self.model.finish_inference()
         return rollouts
 
+    def _ahead(self) -> AheadRollouts:
+        assert isinstance(self.model.rollouts, AheadRollouts)  # with steps_ahead it is, see placement.rollouts_of
+        return self.model.rollouts
+
+    def _asked(self, part: str) -> list[RolloutRequest]:
+        return self._requests() if part == HELD_OUT else [r for b in self.benchmarks for r in b.requests()]
+
     def _held_out(self) -> tuple[dict[str, float], list[dict[str, str]]]:
-        rollouts = self._infer(self._requests)
+        rollouts = self._infer(HELD_OUT)
         metrics = self._divergences(rollouts, ("reverse_kl", "one_minus_tv", "student_entropy", "teacher_entropy"))
         # The teacher's answers are prefixes: every token of them is scored, none is the student's.
         if taught := answers_everywhere(self.topology, self.prompts, self.responses):
@@ -101,7 +137,7 @@ class Validator:
 
     def _benchmarks(self) -> dict[str, dict[str, Any]]:
         """Each benchmark's score by name; the teacher's is graded once."""
-        rollouts = self._infer(lambda: [r for b in self.benchmarks for r in b.requests()])
+        rollouts = self._infer(BENCHMARKS)
 
         def grade() -> dict[str, dict[str, Any]]:
             found: dict[str, dict[str, Any]] = {}

@@ -215,6 +215,7 @@ def _arrays(file: str, what: str, line: str, becomes: str, test: str) -> Fault:
 
 _AS_SAID = "test_older_weights_are_used_as_said"
 _RESUMES = "test_a_run_that_ended_anyhow_resumes_to_the_bit"
+_VALIDATED = "tests/dist/test_ahead_validation.py::"
 
 
 def _timeline(file: str, what: str, line: str, becomes: str, *tests: str) -> Fault:
@@ -430,6 +431,42 @@ FAULTS: list[Fault] = [
         'options |= {"engines": r.dedicated.engines, "timeout_s": r.dedicated.timeout_s}',
         "test_a_run_chooses_by_a_key_that_a_resumed_run_may_change",
     ),
+    # validation, with an engine that works ahead
+    _ahead(
+        "training/trainer",
+        "the trainer waits for rollouts of later steps before benchmarks",
+        "ahead.begin(step, own=True)",
+        "ahead.begin(step)",
+        _VALIDATED + "test_what_the_trainer_waits_for_comes_first",
+    ),
+    _ahead(
+        "training/trainer",
+        "the step waits for the answers to benchmarks",
+        "if self.one_step.ahead is None or BENCHMARKS not in parts or self.state.step == self.settings.max_steps:",
+        "if True:",
+        _VALIDATED + "test_the_step_goes_on_while_benchmarks_are_answered",
+    ),
+    _ahead(
+        "training/step",
+        "a validation is finished when the weights are others",
+        "before_update()",
+        "pass",
+        _VALIDATED + "test_what_the_trainer_waits_for_comes_first",
+    ),
+    _ahead(
+        "training/validation",
+        "ranks differ in what there is to validate on",
+        "there = {HELD_OUT: bool(self.prompts), BENCHMARKS: bool(self.cfg.validation.benchmarks)}",
+        "there = {HELD_OUT: bool(self.prompts), BENCHMARKS: bool(self.benchmarks)}",
+        _VALIDATED + "test_on_several_ranks",
+    ),
+    _ahead(
+        "rollout/ahead",
+        "rollouts that were taken are lost at a stop",
+        "rollouts = self._agree(lambda: self._rollouts[name].result(), ROLLOUTS)",
+        "rollouts = self._agree(lambda: self._rollouts.pop(name).result(), ROLLOUTS)",
+        _VALIDATED + "test_a_stop_that_does_not_wait_for_answers_loses_neither_them_nor_the_rollouts",
+    ),
     # rollouts ahead of the weights
     _ahead(
         "rollout/ahead",
@@ -462,15 +499,15 @@ FAULTS: list[Fault] = [
     _ahead(
         "training/ahead",
         "a step less ahead",
-        "for later in range(step, min(step + self._steps + 1, self._last)):",
-        "for later in range(step, min(step + self._steps, self._last)):",
+        "for later in range(step, min(step + (0 if own else self._steps) + 1, self._last)):",
+        "for later in range(step, min(step + (0 if own else self._steps - 1) + 1, self._last)):",
         _AS_SAID,
     ),
     _ahead(
         "training/ahead",
         "rollouts past the last step",
-        "for later in range(step, min(step + self._steps + 1, self._last)):",
-        "for later in range(step, step + self._steps + 1):",
+        "for later in range(step, min(step + (0 if own else self._steps) + 1, self._last)):",
+        "for later in range(step, step + (0 if own else self._steps) + 1):",
         _AS_SAID,
     ),
     _ahead(
@@ -2945,8 +2982,8 @@ FAULTS: list[Fault] = [
     _several(
         "training/trainer",
         "benchmarks come with every validation alone",
-        "rarely = often if v.benchmark_interval is None else v.benchmark_interval",
-        "rarely = often",
+        "every = {HELD_OUT: often, BENCHMARKS: often if rare is None else rare}",
+        "every = {HELD_OUT: often, BENCHMARKS: often}",
         _BENCHMARKS,
     ),
     _several(
