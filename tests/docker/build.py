@@ -4,7 +4,7 @@
     python -m tests.docker.build cpu               one of them
     python -m tests.docker.build --storage DIR     keep bases, layers and images there, for the next time
 
-Needs root, Debian's packages buildah, mmdebstrap and iproute2, about 20 GB of disk for the CPU image and 45 GB for the
+Needs root, Debian's packages buildah, mmdebstrap and iproute2, about 20 GB of disk for the CPU image and 55 GB for the
 GPU image. ``bases.py`` makes what takes the public bases' places, and lists what is changed in docker/Dockerfile: all
 but the steps that need CUDA's compilers is built. Where PIP_FIND_LINKS names a folder of wheels, torch's CPU build
 comes from there, as in the Makefile. Exit code 1 if a build or a check fails.
