@@ -14,6 +14,7 @@ SHOWN = (
     ("trust_fraction", "trust", "{:.2f}"),
     ("grad_norm", "grad norm", "{:.2f}"),
     ("mismatch_max_abs", "mismatch", "{:.1e}"),
+    ("effective_fraction", "effective", "{:.2f}"),
     ("seconds/step", "s", "{:.1f}"),
 )
 
@@ -55,7 +56,9 @@ class RunProgress:
 
     def step_done(self, step: int, values: Mapping[str, float]) -> None:
         """Advance past step number ``step`` (from 0) and show its figures."""
-        shown = [row for row in SHOWN if math.isfinite(values.get(row[0], math.nan))]
+        # Against older weights the log-probabilities differ by what was learned since, not by a fault of the engine's.
+        left_out = "mismatch_max_abs" if values.get("weights_lag", 0) > 0 else "effective_fraction"
+        shown = [row for row in SHOWN if row[0] != left_out and math.isfinite(values.get(row[0], math.nan))]
         figures = "  ".join(f"{label} {form.format(values[name])}" for name, label, form in shown)
         if self.live:
             self._bar.update(self._task, completed=step + 1, figures=figures)
