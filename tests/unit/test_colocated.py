@@ -517,7 +517,7 @@ def test_what_nobody_waits_for_is_abandoned_and_the_engine_goes_on(tmp_path: Pat
     def one_a_step(self: SteppingEngine) -> list[Any]:
         if len(self.queue) <= 20:
             assert unwanted.wait(20)
-            time.sleep(0.05)  # twenty more steps, in which it must be heard
+            time.sleep(0.2)  # twenty more steps, in which it must be heard
         steps.append(len(self.queue))
         return [self.queue.pop()]
 

@@ -287,7 +287,7 @@ def gone(member: Member) -> None:
 )
 def test_a_member_that_does_not_keep_to_it_is_named(settings: EngineSettings, script: Script, reason: str) -> None:
     told: list[Rollout] = []
-    engine = Engine(settings, queue=True, answer_timeout_s=1.0)
+    engine = Engine(settings, queue=True, answer_timeout_s=1.0 if script in (silent, slow) else 20.0)
     first, _ = connected(engine, slow if script is slow else good, script)
     began = time.monotonic()
     with pytest.raises(EngineDied) as died:
@@ -296,7 +296,7 @@ def test_a_member_that_does_not_keep_to_it_is_named(settings: EngineSettings, sc
     others = {gone: "the connection broke (Broken pipe)", slow: "no answer within 1 s"}  # noticed between parts
     reasons = [reason, others.get(script, reason)]
     assert str(died.value) in [f"{name}: {why}" for name in names for why in reasons]
-    assert time.monotonic() - began < 10 and len({(r.sequence_id, r.prompt_index) for r in told}) == len(told)
+    assert time.monotonic() - began < 15 and len({(r.sequence_id, r.prompt_index) for r in told}) == len(told)
     deadline = time.monotonic() + 10
     while not first.wire.lost():  # all are let go
         assert time.monotonic() < deadline
@@ -468,6 +468,7 @@ def test_an_engine_that_is_told_that_nobody_waits_has_ended_its_call(serve: Any)
     """Told too late, it passes that over."""
     wire, double, _, _ = serve(Stepping())
     for more in (False, True):
+        double.steps = threading.Semaphore(0)  # nine steps are needed, and two may be taken
         wire.send(w.Generate(requests(9), in_parts=True, more=more))
         double.steps.release()
         assert isinstance(wire.receive(w.Answer, timeout_s=20), w.Part)
@@ -477,7 +478,8 @@ def test_an_engine_that_is_told_that_nobody_waits_has_ended_its_call(serve: Any)
         answers = [wire.receive(w.Answer, timeout_s=20)]
         while isinstance(answers[-1], w.Part):
             answers.append(wire.receive(w.Answer, timeout_s=20))
-        assert answers[-1] == w.Generated(w.Packed()) and len(answers) == 2
+        assert answers[-1] == w.Generated(w.Packed()) and len(answers) <= 2
+    double.steps = threading.Semaphore(0)
     wire.send(w.Abandon())
     wire.send(w.Generate(requests(2)))
     double.steps.release(2)
