@@ -36,29 +36,24 @@ def _timed(step: Callable[[int], dict[str, float]], numbers: Iterator[int], step
 
 
 def measure(case: LoopCase, ratios: Sequence[float], steps: int) -> list[tuple[float, float, float, float]]:
-    """For each ratio the seconds of generating, of training, and of a step with rollouts 0 and 1 steps ahead. Responses
-    are of unequal lengths, so each is measured on the same steps."""
+    """For each ratio the seconds of generating, of training, and of a step with rollouts 0 and 1 steps ahead."""
     topology = Topology.start(seed=1)
-    last = 2 + len(ratios) * (steps + 1)
+    found: dict[int, list[float]] = {0: [], 1: []}
+    training, all_steps = 0.0, 2 + (len(ratios) + 1) * (steps + 1)
     with tempfile.TemporaryDirectory() as folder:
         loop = OurLoop(case, Path(folder), topology)
-
-        def medians(ahead: int, generating: Sequence[float]) -> list[float]:
+        for ahead, medians in found.items():
             engine = PacedRollouts(unequal(case))
-            step, numbers = loop.train_step(partial(_same, engine), (), ahead=ahead, last=last), count()
+            step = loop.train_step(partial(_same, engine), (), ahead=ahead, last=all_steps)
+            numbers = count()
             _timed(step, numbers, 1)
-            found = []
-            for seconds in generating:
-                engine.seconds = seconds
-                found.append(_timed(step, numbers, steps))
+            training = training or _timed(step, numbers, steps)
+            for ratio in ratios:
+                engine.seconds = ratio * training
+                medians.append(_timed(step, numbers, steps))
             loop.model.rollouts.close()
-            return found
-
-        training = medians(0, [0.0 for _ in ratios])
-        generating = [ratio * median(training) for ratio in ratios]
-        turns, ahead = (medians(k, generating) for k in (0, 1))
     topology.stop()
-    return list(zip(generating, training, turns, ahead, strict=True))
+    return [(r * training, training, turns, one) for r, turns, one in zip(ratios, found[0], found[1], strict=True)]
 
 
 def rows(measured: Sequence[tuple[float, float, float, float]]) -> list[list[str]]:
