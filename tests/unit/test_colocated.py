@@ -481,8 +481,8 @@ def test_further_requests_come_in_between_two_steps(tmp_path: Path) -> None:
         engine.generate(wanted[:1], None, lambda wait: next(bad))
 
 
-def test_further_requests_reach_vllm_over_the_wire(tmp_path: Path) -> None:
-    """Client, server and engine, as on a host: what the client is given while it waits."""
+def over_the_wire(tmp_path: Path) -> tuple[Colocated, Engine]:
+    """An engine with weights, and a client of its server."""
     colocated = Colocated(tmp_path / "model", sleeps=False)
     colocated.engine.start()
     colocated.engine.update_weights(colocated.stream(), 1)
@@ -490,6 +490,12 @@ def test_further_requests_reach_vllm_over_the_wire(tmp_path: Path) -> None:
     client.connect([w.Wire(ours, "member 0")])
     server = EngineServer(lambda *_: colocated.engine, True, colocated.engine)
     threading.Thread(target=server.serve, args=(w.Wire(theirs),), daemon=True).start()
+    return colocated, client
+
+
+def test_further_requests_reach_vllm_over_the_wire(tmp_path: Path) -> None:
+    """Client, server and engine, as on a host: what the client is given while it waits."""
+    colocated, client = over_the_wire(tmp_path)
     wanted, told = requests(12), list[Any]()
     left = wanted[4:]
 
@@ -505,13 +511,7 @@ def test_further_requests_reach_vllm_over_the_wire(tmp_path: Path) -> None:
 @pytest.mark.parametrize("queue", [False, True])
 def test_what_nobody_waits_for_is_abandoned_and_the_engine_goes_on(tmp_path: Path, queue: bool) -> None:
     """Here, and through client and server, of which the client is the engine of a host."""
-    colocated = Colocated(tmp_path / "model", sleeps=False)
-    colocated.engine.start()
-    colocated.engine.update_weights(colocated.stream(), 1)
-    client, (ours, theirs) = Engine(colocated.engine.settings, answer_timeout_s=20.0), socket.socketpair()
-    client.connect([w.Wire(ours, "member 0")])
-    server = EngineServer(lambda *_: colocated.engine, True, colocated.engine)
-    threading.Thread(target=server.serve, args=(w.Wire(theirs),), daemon=True).start()
+    colocated, client = over_the_wire(tmp_path)
     unwanted, steps = threading.Event(), list[int]()
 
     def one_a_step(self: SteppingEngine) -> list[Any]:

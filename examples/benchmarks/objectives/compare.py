@@ -23,7 +23,6 @@ from statistics import fmean, median, pstdev
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from nemo_tropd.files import write_text
 
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # this file is run
 
 from examples.benchmarks.objectives.figure import draw
 from examples.benchmarks.objectives.running_sums import OBJECTIVE_NAMES, Curve, Models, distill, prepare
-from examples.benchmarks.tables import markdown
+from examples.benchmarks.tables import show
 
 EXAMPLES = Path(__file__).resolve().parents[2]
 HEADER = ("objective", "accuracy", "half way", "gradient norm", "trust, first", "trust, last", "reverse KL")
@@ -60,12 +59,8 @@ def compare(names: Sequence[str], seeds: int, steps: int, out: Path, processes: 
             _save(store, list(done.values()))
     curves = [done[name, seed] for name in names for seed in range(seeds)]
     rows = table_rows(curves)
-    write_text(out / "compare_objectives.md", markdown(HEADER, rows))
     draw(curves, out / "compare_objectives.png")
-    table = Table(*HEADER, title=f"{steps} steps, mean of {seeds} seeds")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    show(f"{steps} steps, mean of {seeds} seeds", HEADER, rows, out / "compare_objectives.md")
     console.print(f"written: {out / 'compare_objectives.png'}, .md and .json")
     return curves
 
