@@ -145,7 +145,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", nargs="+", choices=names, metavar="CHECK", help="run these, also if they have ended")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all; what does not fit is listed as not run")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all; what does not fit is listed as not run")
     parser.add_argument("--out", type=Path, help="a folder for the rows (default: runs/gpu-check/TIME)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="run what has not ended in this folder")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny models, those that can")

@@ -67,5 +67,12 @@ CHECKS = (
         _HERE + "student:student",
         seconds=45,
     ),
+    Check(
+        "ahead",
+        "do engines in processes of their own have the present weights, also a step ahead and across a resume",
+        _HERE + "runs:ahead",
+        seconds=120,
+        rehearses=True,
+    ),
     Check("resume", "does a run with teacher prefixes resume", _HERE + "runs:resume", seconds=150),
 )

@@ -1,16 +1,23 @@
-"""Complete runs of a small random pair on one GPU: with the engine in the trainer's process, and one that resumes."""
+"""Complete runs of a small random pair on one GPU: with the engine in the trainer's process, with engines in processes of
+their own that work ahead, and one that resumes."""
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.gpu_check.rows import Row
 from examples.benchmarks.isolated import followed
+from nemo_tropd.rollout.secret import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 # Nats, mean over a step's tokens. Of this student two attentions of Transformers in bf16 on a CPU differ by 0.044; one
@@ -56,6 +63,43 @@ def resume() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for steps in (1, 2):
             yield from _run(Path(folder), steps, False, _GUIDED)
+
+
+def ahead(*, rehearsal: bool = False) -> Iterator[Row]:
+    """Two steps with an engine in a process of its own, whose rollouts are scored as they come; the same run resumed
+    with an engine host, one step ahead. Its learning rate is so small that only an engine without the present weights,
+    which the first two steps have moved, differs from the trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        turns = _UNGUIDED | {"model.rollout.placement": "process", "model.optim.lr": 1e-3}
+        yield from _run(Path(folder), 2, rehearsal, turns)
+        with _engine_host(Path(folder) / "host.log") as address:
+            own = {"model.rollout.placement": "dedicated", "model.rollout.dedicated.engines": 1}
+            own |= {"model.rollout.dedicated.address": address, "model.rollout.steps_ahead": 1, "model.optim.lr": 1e-7}
+            changed = "[model.rollout.steps_ahead,model.tropd.params.importance_cap,model.optim.lr]"
+            yield from _run(Path(folder), 6, rehearsal, _UNGUIDED | own | {"trainer.tropd.accept_changes": changed})
+
+
+@contextmanager
+def _engine_host(log: Path) -> Iterator[str]:
+    """An engine host on this GPU, for one run; the address at which it looks for the trainer. Its log is printed."""
+    from tests.ports import free_port
+
+    os.environ[VARIABLE] = secrets.token_hex(32)
+    # NCCL refuses two ranks on one GPU of one host: to it these are two hosts.
+    env = os.environ | {"NCCL_HOSTID": "engine-host"}
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "nemo_tropd.rollout.engine_host", "--join", address, "--index", "0"]
+    with log.open("wb") as file:
+        host = subprocess.Popen([*command, "--wait-s", "300"], cwd=ROOT, env=env, stdout=file, stderr=file)
+        try:
+            yield address
+            code = host.wait(60)
+            if code:
+                raise RuntimeError(f"the engine host left with code {code}")
+        finally:
+            host.kill()
+            host.wait()
+            print(log.read_text(errors="replace"), flush=True)
 
 
 def _run(folder: Path, steps: int, rehearsal: bool, keys: dict[str, Any]) -> Iterator[Row]:
