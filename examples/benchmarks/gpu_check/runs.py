@@ -1,5 +1,5 @@
-"""Complete runs of a small random pair on one GPU: with the engine in the trainer's process, with engines in processes of
-their own that work ahead, and one that resumes."""
+"""Complete runs of a small random pair on one GPU: with the engine in the trainer's process, with engines in processes
+of their own that work ahead, and one that resumes."""
 
 from __future__ import annotations
 
