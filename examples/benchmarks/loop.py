@@ -120,7 +120,7 @@ class OurLoop:
 
         kind = AheadRollouts if ahead else RankZeroRollouts
         if self._kind is not kind:
-            own = kind(self.topology, make_engine, self.model.export_stream, self.model.vocab_size)
+            own = kind(self.topology, make_engine, self.model.leader_stream, self.model.vocab_size)
             self.model.attach_rollouts(own)
             self.model.send_weights(0)
             self._kind = kind

@@ -18,10 +18,17 @@ from nemo_tropd.parallel.topology import Topology
 
 
 def hf_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[tuple[str, Tensor]]:
-    """The model as (HF name, full CPU tensor) pairs, in the order of the forward pass, on rank 0.
+    """As ``leader_stream``, on the CPU: tensors are contiguous and belong to the caller."""
+    for name, tensor in leader_stream(model, shape, topology):
+        yield name, torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def leader_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[tuple[str, Tensor]]:
+    """The model as (HF name, full tensor) pairs on its device, in the order of the forward pass, on rank 0.
 
     **Every rank must exhaust it**: collective over the model's data rank 0. One parameter is in flight at a time;
-    tensors have the model's dtype and the true vocabulary, and belong to the caller. A tied head is not repeated.
+    tensors have the model's dtype and the true vocabulary. One may be a view of a parameter, or of what others are
+    views of: read it before the next optimizer step, and never write to it. A tied head is not repeated.
     """
     if topology.data_rank != 0:
         return
@@ -36,8 +43,7 @@ def hf_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[
             full = _send_to_first_stage(full, row, shape, topology, owner, dtype)
         if topology.is_leader:
             assert full is not None
-            for name, tensor in split(row, full, shape):
-                yield name, tensor.cpu().clone(memory_format=torch.contiguous_format)
+            yield from split(row, full, shape)
 
 
 def device_stream(model: Module, shape: ModelShape, topology: Topology) -> Iterator[tuple[str, Tensor]]:

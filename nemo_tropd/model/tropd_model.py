@@ -17,7 +17,7 @@ from nemo_tropd.batch import Rollout, Sampling, TeacherScores, TeacherStates, To
 from nemo_tropd.config import ModelConfig, about_teacher, loaded_as, teacher_named
 from nemo_tropd.config_teacher import DEFAULT_TEACHER, TeacherConfig
 from nemo_tropd.convert.families import read_shape
-from nemo_tropd.convert.hf_export import device_stream, hf_stream
+from nemo_tropd.convert.hf_export import device_stream, hf_stream, leader_stream
 from nemo_tropd.convert.hf_import import load_hf
 from nemo_tropd.gpt.build import build_gpt, head_weight
 from nemo_tropd.gpt.ddp import data_parallel, recompute_fields
@@ -226,6 +226,10 @@ class MegatronTrOPDModel(ModelPT):
     def export_stream(self) -> Iterator[tuple[str, Tensor]]:
         """The student's weights under Hugging Face names; every rank must exhaust it, rank 0 gets the tensors."""
         return hf_stream(self.student, self.shape, self.topology)
+
+    def leader_stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The student's weights, left on their device, on rank 0, for engines elsewhere; every rank must exhaust it."""
+        return leader_stream(self.student, self.shape, self.topology)
 
     def device_stream(self) -> Iterator[tuple[str, Tensor]]:
         """The student's weights, left on their device, on every rank, for an engine in this process (see convert)."""

@@ -90,12 +90,14 @@ def _weights(
     size = student.parameters() * BYTES[r.dtype]
     tensors = _tensors(student) * rates.TENSOR_S
     taken = 2 * size / load.tensor / rates.BYTES + tensors
+    if where == "process":  # to a file in memory and from there
+        taken += 2 * size / rates.HOST_COPY
     if r.steps_ahead:
         broadcast = size if where == "dedicated" else 0.0
-        copied = student.parameters() * BYTES[cfg.trainer.precision] / rates.HOST_COPY
+        copied = student.parameters() * BYTES[cfg.trainer.precision] / rates.HOST_LINK
         return {
             "weights to the host": (wire - broadcast) / rates.LINK + copied + tensors,
-            "weights to the engine": taken + copied + broadcast / rates.NETWORK,
+            "weights to the engine": taken + (copied + broadcast / rates.NETWORK if broadcast else 0.0),
         }
     taken += wire / (rates.NETWORK if where == "dedicated" else rates.LINK)
     return {"weights to the engine": taken + (rates.WAKE_S if where == "colocated" and r.sleep else 0.0)}

@@ -24,8 +24,8 @@ from nemo_tropd.parallel.signals import Stopped
 from nemo_tropd.rollout import engine as api
 from nemo_tropd.rollout.collective import ROLLOUTS, FinishedTogether, RankZeroRollouts
 from nemo_tropd.rollout.restart import RestartRule
+from nemo_tropd.rollout.weights.copies import HostCopy
 
-Weights = list[tuple[str, Tensor]]
 Name = int | str  # of what was begun: a step, or something that is no step
 _END_S = 20.0
 
@@ -47,7 +47,8 @@ class EngineThread:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._engine: api.RolloutEngine | None = None
         self._has: int | None = None  # the version of the engine's weights
-        self._kept: dict[int, Weights] = {}
+        self._kept: dict[int, HostCopy] = {}
+        self._free: list[HostCopy] = []  # of versions that nobody wants: the next ones are copied there
         self._wanted: dict[int, int] = {}  # how many times, by version, in the queue
         self._newest = -1
         self._lock = threading.Lock()
@@ -55,11 +56,15 @@ class EngineThread:
         self._thread = threading.Thread(target=self._live, name="rollouts-ahead", daemon=True)
         self._thread.start()
 
-    def keep(self, version: int, weights: Weights) -> None:
-        """What version ``version`` is: later ones than all before."""
+    def keep(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> int:
+        """Copy what version ``version`` is, a later one than all before. Returns its bytes."""
         with self._lock:
-            self._kept[version], self._newest = weights, version
+            copy = self._free.pop() if self._free else HostCopy()
+        size = copy.take(weights)
+        with self._lock:
+            self._kept[version], self._newest = copy, version
             self._drop()
+        return size
 
     def put(self, requests: Sequence[api.RolloutRequest], version: int) -> Future[list[Rollout]]:
         """Generate by ``version``, after all that was put before, which wanted no later version. Without requests the
@@ -105,7 +110,7 @@ class EngineThread:
 
     def _drop(self) -> None:
         for version in [v for v in self._kept if v != self._newest and not self._wanted.get(v)]:
-            del self._kept[version]
+            self._free.append(self._kept.pop(version))
 
     def _generated(self, work: _Work) -> list[Rollout]:
         engine = self._with_weights(work.version)
@@ -126,7 +131,7 @@ class EngineThread:
             self._has = None
             with self._lock:
                 weights = self._kept[version]
-            self.last_refresh = self._engine.update_weights(iter(weights), version)
+            self.last_refresh = self._engine.update_weights(iter(weights.tensors.items()), version)
             self._has = version
         return self._engine
 
@@ -217,9 +222,7 @@ class AheadRollouts(RankZeroRollouts):
     def _copied(self, version: int) -> Callable[[Iterator[tuple[str, Tensor]]], api.RefreshStats]:
         def copy(stream: Iterator[tuple[str, Tensor]]) -> api.RefreshStats:
             began = time.monotonic()
-            weights = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in stream]
-            self._running_thread().keep(version, weights)
-            size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights)
+            size = self._running_thread().keep(version, stream)
             return api.RefreshStats(time.monotonic() - began, size, 1)
 
         return copy

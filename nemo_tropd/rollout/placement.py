@@ -185,7 +185,7 @@ class Student(Protocol):
 
     vocab_size: int
 
-    def export_stream(self) -> Iterator[tuple[str, Tensor]]: ...
+    def leader_stream(self) -> Iterator[tuple[str, Tensor]]: ...
 
     def device_stream(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -201,7 +201,7 @@ def rollouts_of(
     from nemo_tropd.rollout.timed import TimedEngine
 
     kind: type[Rollouts] = AheadRollouts if cfg.model.rollout.steps_ahead else RankZeroRollouts
-    weights = model.export_stream
+    weights = model.leader_stream
     if placement_of(cfg) == "colocated":
         kind, weights = EveryRankRollouts, model.device_stream
 

@@ -1,11 +1,12 @@
 """Keeps a frozen model's weights in host memory while it is idle."""
 
-import weakref
 from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from nemo_tropd.pinned import pin
 
 ALIGNMENT = 256  # bytes, of each weight in the host's buffer
 
@@ -55,7 +56,7 @@ class WeightHome:
         starts = list(accumulate((-(-s.nbytes() // ALIGNMENT) * ALIGNMENT for s in found), initial=0))
         buffer = torch.empty(starts[-1], dtype=torch.uint8)
         if any(storage.device.type == "cuda" for storage in found):
-            _pin(buffer, self)
+            pin(buffer, self)
         copies = [buffer[at : at + s.nbytes()] for at, s in zip(starts, found, strict=False)]
         for storage, copy in zip(found, copies, strict=True):
             copy.copy_(_bytes(storage))
@@ -105,13 +106,6 @@ def parts(tensor: Tensor) -> list[Tensor]:
     if metadata is None:
         return [tensor.detach()]
     return [part for part in metadata().values() if isinstance(part, Tensor)]
-
-
-def _pin(buffer: Tensor, owner: object) -> None:
-    """Page-lock the buffer until ``owner`` is gone. torch's own pinned memory comes in powers of two: up to double."""
-    runtime = torch.cuda.cudart()
-    torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
-    weakref.finalize(owner, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), buffer)
 
 
 def _sum(storage: torch.UntypedStorage) -> Tensor:

@@ -346,7 +346,9 @@ def test_only_the_copies_that_are_still_wanted_are_kept() -> None:
         rollouts.begin(version, asked, version)
     thread = rollouts._thread
     assert thread is not None and sorted(thread._kept) == [0, 1, 2]
-    assert [float(thread._kept[v][0][1][0]) for v in range(3)] == [0, 1, 2]  # copies: the trainer's own go on
+    assert [float(thread._kept[v].tensors["w"][0]) for v in range(3)] == [0, 1, 2]  # copies: the trainer's own go on
+    used = {copy.tensors["w"].data_ptr() for copy in thread._kept.values()}
+    assert len(used) == 3  # none is overwritten while it is wanted
     for version in range(3):
         gate.release()
         assert {r.weight_version for r in rollouts.take(version)} == {version}
@@ -354,7 +356,11 @@ def test_only_the_copies_that_are_still_wanted_are_kept() -> None:
     gate.release()
     rollouts.generate(asked, 2)
     assert sorted(thread._kept) == [2]
-    rollouts.begin(9, asked, 2)
+    weights[0][1].fill_(3)
+    rollouts.refresh(3)
+    assert [float(copy.tensors["w"][0]) for copy in thread._kept.values()] == [3]
+    assert thread._kept[3].tensors["w"].data_ptr() in used  # no memory is taken for it
+    rollouts.begin(9, asked, 3)
     rollouts.close()  # while it generates
     gate.release()
     assert not thread._thread.is_alive() or thread._thread.join(5) is None
@@ -369,7 +375,7 @@ def test_an_engine_that_is_closed_while_it_starts_does_not_stay() -> None:
             goes_on.wait(20)
 
     thread = EngineThread(lambda: Slow(script), VOCABULARY)
-    thread.keep(0, [])
+    thread.keep(0, iter([]))
     begun = thread.put([], 0)
     assert starts.wait(20)
     closes = threading.Thread(target=lambda: thread.close(run_over=False))

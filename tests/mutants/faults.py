@@ -469,10 +469,10 @@ FAULTS: list[Fault] = [
     ),
     # rollouts ahead of the weights
     _ahead(
-        "rollout/ahead",
+        "rollout/weights/copies",
         "the trainer's own weights instead of a copy",
-        'weights = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in stream]',
-        'weights = [(name, tensor.detach().to("cpu")) for name, tensor in stream]',
+        "self.tensors[name] = held",
+        "self.tensors[name] = tensor.detach()",
         "test_only_the_copies_that_are_still_wanted_are_kept",
     ),
     _ahead(
@@ -492,7 +492,7 @@ FAULTS: list[Fault] = [
     _ahead(
         "rollout/ahead",
         "copies are kept for ever",
-        "del self._kept[version]",
+        "self._free.append(self._kept.pop(version))",
         "pass",
         "test_only_the_copies_that_are_still_wanted_are_kept",
     ),
@@ -2197,9 +2197,17 @@ FAULTS: list[Fault] = [
     ),
     _weights(
         "weights keep the trainer's dtype",
-        'held[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()',
-        'held[name] = tensor.detach().to(device="cpu").contiguous()',
+        "held[name] = tensor.detach().to(dtype)",
+        "held[name] = tensor.detach()",
         _STREAM + "test_buckets_hold_everything_once_cast_and_within_their_size",
+    ),
+    Fault(
+        "weights",
+        "parts of one tensor are saved as one",
+        "nemo_tropd/rollout/weights/senders.py",
+        "return there if there.untyped_storage().nbytes() == there.nbytes else there.clone()",
+        "return there",
+        (_STREAM + "test_parts_of_one_parameter_and_turned_ones_arrive",),
     ),
     _weights(
         "a bucket outgrows its size",

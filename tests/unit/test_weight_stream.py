@@ -30,6 +30,7 @@ from nemo_tropd.rollout.vllm import child
 from nemo_tropd.rollout.vllm.child import VllmEngine, session_members
 from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.rollout.vllm.wire import Bucket
+from nemo_tropd.rollout.weights.copies import HostCopy
 from nemo_tropd.rollout.weights.senders import SharedMemory
 from nemo_tropd.rollout.weights.stream import buckets, checked_stream, checkpoint_shapes
 from nemo_tropd.training.guidance import request_seed
@@ -124,6 +125,34 @@ def test_a_bucket_file_lives_as_long_as_it_is_received(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(EngineError, match="MiB free but a bucket of weights takes"):
         files.send({"w": torch.zeros(1).expand(1 << 50)}, told.append, receive)
+
+
+def test_parts_of_one_parameter_and_turned_ones_arrive(tmp_path: Path) -> None:
+    """A student's stream has views: of rows, which share their memory, and transposed ones."""
+    fused = torch.randn(9, 4)
+    tensors = {"q": fused[:4], "k": fused[4:], "t": fused.T, "own": torch.randn(3)}
+    seen: list[dict[str, torch.Tensor]] = []
+    told: list[Bucket] = []
+    files = SharedMemory(tmp_path)
+    files.send(tensors, told.append, lambda: seen.append(load_file(str(told[-1].path))))
+    assert {n: t.tolist() for n, t in seen[0].items()} == {n: t.tolist() for n, t in tensors.items()}
+
+
+def test_a_copy_of_the_weights_is_taken_anew_in_the_same_memory() -> None:
+    copy, fused = HostCopy(), torch.randn(9, 4)
+    stream = {"q": fused[:4], "t": fused.T}
+    assert copy.take(iter(stream.items())) == 4 * (16 + 36)
+    kept, at = dict(copy.tensors), {name: tensor.data_ptr() for name, tensor in copy.tensors.items()}
+    first = {name: tensor.clone() for name, tensor in stream.items()}
+    fused += 1
+    assert all(torch.equal(kept[name], first[name]) for name in stream)
+    copy.take(iter(stream.items()))
+    assert {name: tensor.data_ptr() for name, tensor in copy.tensors.items()} == at
+    assert all(torch.equal(copy.tensors[name], stream[name]) for name in stream)
+    copy.take(iter({"q": torch.ones(2), "new": torch.ones(3, dtype=torch.bfloat16)}.items()))
+    assert {n: (tuple(t.shape), t.dtype) for n, t in copy.tensors.items()} == {
+        "q": ((2,), torch.float32), "new": ((3,), torch.bfloat16),
+    }  # fmt: skip
 
 
 def test_bucket_files_of_gone_processes_are_removed_and_others_kept(tmp_path: Path) -> None:

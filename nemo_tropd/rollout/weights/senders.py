@@ -78,7 +78,7 @@ class SharedMemory:
         handle, name = tempfile.mkstemp(prefix=f"{_FILE_PREFIX}{os.getpid()}-", suffix=".safetensors", dir=self.folder)
         try:
             os.close(handle)
-            save_file(dict(tensors), name)
+            save_file({key: _own(tensor) for key, tensor in tensors.items()}, name)
             tell(describe(tensors, path=name))
             confirm()
         finally:
@@ -86,6 +86,12 @@ class SharedMemory:
 
     def close(self) -> None:
         """Nothing is left between two buckets."""
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and in memory of its own: safetensors saves no two views of one."""
+    there = tensor.cpu().contiguous()
+    return there if there.untyped_storage().nbytes() == there.nbytes else there.clone()
 
 
 def open_store(address: str, timeout_s: float) -> dist.TCPStore:
@@ -134,7 +140,11 @@ class WeightGroup:
         """Rank 0: broadcast one bucket. ``confirm`` waits for every host's answer: waiting for the broadcast would
         neither see a host's end nor know whose it was. Raises RuntimeError if the broadcast fails."""
         tell(describe(tensors))
-        flat = torch.cat([t.reshape(-1).view(torch.uint8) for t in tensors.values()]).to(self.device)
+        flat, at = torch.empty(sum(t.nbytes for t in tensors.values()), dtype=torch.uint8, device=self.device), 0
+        for tensor in tensors.values():  # from where it is, without another copy of it
+            part = flat[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            part.copy_(tensor, non_blocking=self.device.type == "cuda")
+            at += tensor.nbytes
         self._start(flat)
         confirm()
         self._finish()

@@ -65,7 +65,8 @@ def buckets(
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
     """Group tensors, cast to ``dtype``, into buckets of at most ``bucket_bytes`` (or one tensor, if it is larger).
 
-    Yields (tensors by name, bytes). A tensor of the stream must stay as it is until its bucket has been consumed.
+    Yields (tensors by name, bytes); they stay on their device. A tensor of the stream, which may be a view, must stay
+    as it is until its bucket has been consumed.
     """
     held: dict[str, Tensor] = {}
     held_bytes = 0
@@ -74,7 +75,7 @@ def buckets(
         if held and held_bytes + size > bucket_bytes:
             yield held, held_bytes
             held, held_bytes = {}, 0
-        held[name] = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+        held[name] = tensor.detach().to(dtype)
         held_bytes += size
     if held:
         yield held, held_bytes
