@@ -20,6 +20,8 @@ PHASES = {
     "student": ("nemo_tropd.model.tropd_model", "MegatronTrOPDModel", "get_loss_and_metrics"),
     "optimizer": ("nemo_tropd.training.optimizer", "StudentOptimizer", "step"),
     "refresh": ("tests.doubles", "ReplayEngine", "update_weights"),
+    "vllm rollout": ("nemo_tropd.rollout.vllm.remote", "RemoteEngine", "generate"),
+    "vllm refresh": ("nemo_tropd.rollout.vllm.remote", "RemoteEngine", "update_weights"),
     "log": ("nemo_tropd.training.metrics", "MetricsLog", "write"),
     "validation": ("nemo_tropd.training.validation", "Validator", "_divergences"),
     "save": ("megatron.core.dist_checkpointing", "", "save"),

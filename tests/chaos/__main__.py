@@ -4,6 +4,7 @@
     make chaos ARGS="--rounds 12 --engine-share 0 --seed 7"
     make chaos ARGS="--hours 1"
     make chaos ARGS="--rounds 6 --engine-share 1 --kind 2h"   steps_ahead 2, two engine hosts; of 0 0h 1 1h 2 2h
+    make chaos ARGS="--rounds 2 --engine-share 1 --kind 1 --kill engine"   that alone; or "rank 0", "rank 1", host
 
 Rollouts are 0, 1 or 2 steps ahead, by an engine beside rank 0 or by two engine hosts. Faults: signals to the agent or a
 rank, SIGKILL to any process, stalled and frozen ranks, cut connections, a full disk (needs the right to mount a small
@@ -26,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.chaos.disturb import VICTIMS
 from tests.default_signals import default_signals
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,7 +49,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the first round; each next one is one more")
     parser.add_argument("--engine-share", type=float, default=0.2, help="share of the rounds with vLLM as the engine")
     parser.add_argument("--kind", default=None, help="of all rounds, instead of one drawn for each")
+    parser.add_argument("--kill", default=None, help="that this is killed between two steps is all that happens")
     options = parser.parse_args()
+    if options.kill not in (None, *VICTIMS):
+        parser.error(f"--kill {options.kill}: one of {', '.join(VICTIMS)}")
     first = random.SystemRandom().randrange(1 << 20) if options.seed is None else options.seed
     default_signals()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # to see who outlives an agent
@@ -69,7 +74,7 @@ def main() -> int:
         del disturb.RUNNING["full disk"]
     bad, began = 0, time.monotonic()
     try:
-        rounds = Rounds(folder)
+        rounds = Rounds(folder, options.kill)
         print("| seed | kind | attempts | seconds | what happened | outcome |\n|---|---|---|---|---|---|", flush=True)
         number = 0
         while time.monotonic() - began < options.hours * 3600 if options.hours else number < options.rounds:

@@ -164,6 +164,22 @@ WITH_HOSTS: dict[str, Callable[[World, Hosts, random.Random], str]] = {
 }
 
 
+VICTIMS = ("rank 0", "rank 1", "engine", "host")
+
+
+def kill_named(world: World, hosts: Hosts | None, victim: str, draw: random.Random) -> str:
+    """SIGKILL to one of ``VICTIMS``, which lives."""
+    if victim == "host":
+        assert hosts is not None
+        return kill_host(world, hosts, draw)
+    if victim == "engine":
+        found = [p for p in world.processes() if "nemo_tropd.rollout.vllm" in p.cmdline()]
+    else:
+        found = sorted(world.ranks(), key=lambda p: p.pid)[int(victim[-1]) :]
+    found[0].kill()
+    return f"SIGKILL to {victim}"
+
+
 def recover(run_dir: Path, hosts: Hosts | None) -> None:
     """What an operator does between two attempts."""
     (run_dir.parent / "ballast").unlink(missing_ok=True)

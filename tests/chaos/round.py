@@ -145,8 +145,9 @@ def train_here(overrides: list[str], kind: Kind, clock_s: float) -> None:
 class Rounds:
     """Rounds over the same models; ``folder`` is one file system of small size, if it could be mounted."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, kill: str | None = None) -> None:
+        """``kill``: what happens in each round is that this one of ``disturb.VICTIMS`` is killed, between two steps."""
+        self.folder, self._kill = folder, kill
         self.tiny = TinyRun.make(folder / "models")
         self._expected: dict[Kind, tuple[dict[int, list[float]], dict[str, torch.Tensor]]] = {}
         self.hosts: Hosts | None = None  # of the round
@@ -207,10 +208,10 @@ class Rounds:
         return report
 
     def _attempts(self, run_dir: Path, report: Report, draw: random.Random) -> None:
-        for _ in range(draw.randint(1, 3)):
+        for _ in range(1 if self._kill else draw.randint(1, 3)):
             self._attempt(run_dir, report, draw, disturbed=True)
             disturb.recover(run_dir, self.hosts)
-            if draw.random() < 0.4:
+            if not self._kill and draw.random() < 0.4:
                 report.events.append(disturb.damage_files(run_dir, draw))
         for _ in range(3):
             before = written(run_dir / "summary.json")
@@ -226,13 +227,19 @@ class Rounds:
 
     def _attempt(self, run_dir: Path, report: Report, draw: random.Random, *, disturbed: bool) -> int | None:
         report.attempts += 1
-        clock_s = draw.choice([0.0, 0.0, 86400.0, -86400.0])
+        clock_s = 0.0 if self._kill else draw.choice([0.0, 0.0, 86400.0, -86400.0])
         if clock_s:
             report.events.append(f"clock {clock_s / 3600:+.0f} h")
         done_before = len(lines(run_dir))
         world = self.start(run_dir, report.kind, clock_s)
         what = ""
-        if disturbed:
+        if disturbed and self._kill:
+            step = draw.randrange(1, STEPS - 1)
+            while len(lines(run_dir)) < step and world.wait(0.05) is None:
+                pass
+            what = disturb.kill_named(world, self.hosts, self._kill, draw)
+            report.events.append(f"{what} after step {step}")
+        elif disturbed:
             with_hosts = self.hosts is not None and draw.random() < 0.5
             name = draw.choice(sorted(disturb.WITH_HOSTS if with_hosts else disturb.RUNNING))
             world.wait(draw.uniform(0.0, 12.0 if report.kind.engine else 4.0))

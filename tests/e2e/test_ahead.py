@@ -14,8 +14,9 @@ import pytest
 
 from nemo_tropd.training.run import train
 from tests import faults
+from tests.chaos.disturb import VICTIMS
 from tests.e2e.compose import compose_config
-from tests.e2e.tiny_run import TinyRun, environment, train_lines
+from tests.e2e.tiny_run import ROOT, TinyRun, environment, train_lines
 from tests.ports import free_port
 
 AHEAD, LAST = "model.rollout.steps_ahead", 5
@@ -26,7 +27,8 @@ KEYS: dict[str, object] = {
     "trainer.tropd.max_steps": LAST,
     "trainer.tropd.save_interval": 2,
 }
-PHASES = ("teacher", "student", "optimizer", "save")
+PHASES = ("vllm rollout", "teacher", "student", "optimizer", "vllm refresh", "validation", "save")
+VALIDATED: dict[str, object] = {"model.data.held_out": 4, "trainer.tropd.val_check_interval": 2}
 
 
 def figures(run_dir: Path) -> dict[int, list[float]]:
@@ -42,20 +44,38 @@ def ask_to_stop() -> None:
 @pytest.mark.random
 def test_vllm_ahead_gives_the_same_steps_through_stops(tiny: TinyRun, engines, tmp_path: Path) -> None:
     for k in (1, 2):
-        train(compose_config(tiny.overrides(tmp_path / f"straight_{k}", **KEYS, **{AHEAD: k})), engines)
+        keys = KEYS | VALIDATED | {AHEAD: k}
+        train(compose_config(tiny.overrides(tmp_path / f"straight_{k}", **keys)), engines)
         wanted = figures(tmp_path / f"straight_{k}")
         assert [line[-1] for line in wanted.values()] == [min(n, k) for n in range(LAST)]
-        run_dir, cfg = tmp_path / f"stopped_{k}", tiny.overrides(tmp_path / f"stopped_{k}", **KEYS, **{AHEAD: k})
+        run_dir, cfg = tmp_path / f"stopped_{k}", tiny.overrides(tmp_path / f"stopped_{k}", **keys)
         done = 0
         for phase in random.sample(PHASES, 2):
             with faults.planted(phase, ask_to_stop, rank=0, occurrence=1):
                 outcome = train(compose_config(cfg), engines)
-            assert outcome is not None and outcome.stopped_by_signal and done < outcome.step < LAST, phase
+            assert outcome is not None and outcome.stopped_by_signal and done <= outcome.step < LAST, phase
             done = outcome.step
         train(compose_config(cfg), engines)
         assert figures(run_dir) == wanted
     first, second = (figures(tmp_path / f"straight_{k}") for k in (1, 2))
     assert first[2] == second[2] and first[3] != second[3]  # by the first weights; by the second, and the first
+
+
+@pytest.mark.random
+@pytest.mark.timeout(900)
+def test_a_killed_process_changes_no_step() -> None:
+    """Two ranks, and a victim, between two steps, that is another one in every run; rank 0 and 1, engine and host take
+    turns with one step ahead and two."""
+    victim, k = random.choice(VICTIMS), random.choice((1, 2))
+    kind = f"{k}h" if victim == "host" or (victim != "engine" and random.random() < 0.5) else str(k)
+    command = [sys.executable, "-m", "tests.chaos", "--rounds", "1", "--engine-share", "1", "--kind", kind]
+    command += ["--kill", victim]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=880, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert f"SIGKILL to {victim}" in done.stdout or "an engine host gets SIGKILL" in done.stdout
+    assert done.stdout.count("equal to the bit") == 1, done.stdout
 
 
 class TwoHosts:
