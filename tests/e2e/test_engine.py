@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -28,6 +29,7 @@ from nemo_tropd.batch import PLAIN, Rollout, Sampling, TokenBatch
 from nemo_tropd.loss.head import score_tokens, teacher_scores
 from nemo_tropd.loss.inputs import HeadLayout
 from nemo_tropd.parallel.agreement import World
+from nemo_tropd.rollout.arrays import Arrays
 from nemo_tropd.rollout.collective import RankZeroRollouts
 from nemo_tropd.rollout.engine import (
     Abandoned,
@@ -196,6 +198,7 @@ def test_rollouts_come_in_order_with_the_log_probabilities_of_the_softmax(shared
         assert rollout.finished == (rollout.response_ids[-1] == EOS)
         assert rollout.finished or len(rollout.response_ids) == request.max_new_tokens
     assert max(differences(shared.model, rollouts)) < 1e-3
+    assert Arrays.of(rollouts).log_probs.dtype == np.float32  # 8 bytes a token, as is said of what travels and is saved
     assert shared.engine.generate([]) == []
 
 
