@@ -24,6 +24,7 @@ ALLOWED = {
     "doctor": {"parallel"},  # addresses, which imports no framework
     "batch": set(),
     "files": set(),
+    "pinned": set(),
     "quiet": set(),
     "timeline": set(),
     "data": {"config", "config_data", "config_teacher"},
@@ -31,14 +32,14 @@ ALLOWED = {
     "objectives": {"batch", "fields"},
     "loss": {"batch", "parallel"},
     "convert": {"files", "parallel"},
-    "rollout": {"batch", "config", "convert", "files", "parallel", "timeline"},
+    "rollout": {"batch", "config", "convert", "files", "parallel", "pinned", "timeline"},
     "report": {"files", "timeline"},
     "evaluation": {
         *("batch", "command_line", "config", "config_data", "convert", "data", "fields", "files", "parallel"),
         *("report", "rollout"),
     },
     "gpt": {"batch", "config", "parallel", "convert"},
-    "teacher": {"batch", "config", "config_teacher", "parallel", "objectives", "loss", "convert", "gpt"},
+    "teacher": {"batch", "config", "config_teacher", "parallel", "objectives", "loss", "convert", "gpt", "pinned"},
     "model": {
         *("batch", "config", "config_teacher", "parallel", "objectives", "loss", "convert", "gpt", "teacher"),
         *("rollout", "served"),
