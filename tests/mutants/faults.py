@@ -471,8 +471,8 @@ FAULTS: list[Fault] = [
     _ahead(
         "rollout/weights/copies",
         "the trainer's own weights instead of a copy",
-        "self.tensors[name] = held",
-        "self.tensors[name] = tensor.detach()",
+        "self.tensors[name] = held = self._place(before.get(name), tensor)",
+        "self.tensors[name], held = tensor.detach(), self._place(before.get(name), tensor)",
         "test_only_the_copies_that_are_still_wanted_are_kept",
     ),
     _ahead(
@@ -2200,6 +2200,22 @@ FAULTS: list[Fault] = [
         "held[name] = tensor.detach().to(dtype)",
         "held[name] = tensor.detach()",
         _STREAM + "test_buckets_hold_everything_once_cast_and_within_their_size",
+    ),
+    Fault(
+        "weights",
+        "a copy of the weights is rounded to what was there before",
+        "nemo_tropd/rollout/weights/copies.py",
+        "if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):",
+        "if held is None or held.shape != tensor.shape:",
+        (_STREAM + "test_a_copy_of_the_weights_is_taken_anew_in_the_same_memory",),
+    ),
+    Fault(
+        "weights",
+        "every copy of the weights takes fresh memory",
+        "nemo_tropd/rollout/weights/copies.py",
+        "if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):",
+        "if True:",
+        (_STREAM + "test_a_copy_of_the_weights_is_taken_anew_in_the_same_memory",),
     ),
     Fault(
         "weights",

@@ -149,6 +149,8 @@ def test_a_copy_of_the_weights_is_taken_anew_in_the_same_memory() -> None:
     copy.take(iter(stream.items()))
     assert {name: tensor.data_ptr() for name, tensor in copy.tensors.items()} == at
     assert all(torch.equal(copy.tensors[name], stream[name]) for name in stream)
+    copy.take(iter({"q": torch.ones(4, 4, dtype=torch.bfloat16)}.items()))
+    assert copy.tensors["q"].dtype == torch.bfloat16 and list(copy.tensors) == ["q"]
     copy.take(iter({"q": torch.ones(2), "new": torch.ones(3, dtype=torch.bfloat16)}.items()))
     assert {n: (tuple(t.shape), t.dtype) for n, t in copy.tensors.items()} == {
         "q": ((2,), torch.float32), "new": ((3,), torch.bfloat16),

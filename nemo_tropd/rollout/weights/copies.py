@@ -21,17 +21,21 @@ class HostCopy:
 
     def take(self, stream: Iterable[tuple[str, Tensor]]) -> int:
         """Hold what ``stream`` has, and nothing else; it is there when this returns. Returns its bytes."""
-        before, self.tensors, size, device = self.tensors, {}, 0, None
-        for name, tensor in stream:
-            held = before.get(name)
-            if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-                held = torch.empty(tensor.shape, dtype=tensor.dtype)
-                if tensor.is_cuda and held.nbytes >= _PINNED_FROM:
-                    pin(held, self)
-            held.copy_(tensor.detach(), non_blocking=True)
-            self.tensors[name] = held
-            size += held.nbytes
-            device = tensor.device if tensor.is_cuda else device
-        if device is not None:
-            torch.cuda.current_stream(device).synchronize()
-        return size
+        before, self.tensors, on_gpu = self.tensors, {}, False
+        try:
+            for name, tensor in stream:
+                on_gpu = on_gpu or tensor.is_cuda
+                self.tensors[name] = held = self._place(before.get(name), tensor)
+                held.copy_(tensor.detach(), non_blocking=True)
+        finally:
+            if on_gpu:  # also where the stream fails: nothing is written to memory that is given back
+                torch.cuda.current_stream().synchronize()
+        return sum(held.nbytes for held in self.tensors.values())
+
+    def _place(self, held: Tensor | None, tensor: Tensor) -> Tensor:
+        """Memory for ``tensor``: what was ``held``, if it fits."""
+        if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
+            held = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if tensor.is_cuda and held.nbytes >= _PINNED_FROM:
+                pin(held, self)
+        return held
