@@ -7,8 +7,10 @@ otherwise).
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -145,6 +147,35 @@ def streams_are_synchronous() -> None:
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, return-value]
 
 
+def groups_share_a_device() -> None:
+    """distributed_c10d.py:2169 (torch 2.13) gives every gloo group a device of its own, whose thread looks for work a
+    hundred times a second: over thirty threads a rank, with Megatron's groups."""
+    import torch.distributed.distributed_c10d as c10d
+
+    gloo = c10d.ProcessGroupGloo
+    devices: dict[tuple[int, str], list[Any]] = {}  # of a process, which may be a fork, and the interfaces asked for
+
+    class Shared(type):
+        def __call__(cls, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+            interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+            key = os.getpid(), interfaces
+            if key not in devices:
+                named = [gloo.create_device(interface=name) for name in interfaces.split(",") if name]
+                devices[key] = named or [gloo.create_default_device()]
+            options = gloo._Options()  # type: ignore[attr-defined]
+            options._timeout, options._devices = timeout, devices[key]
+            options._threads = 2 * len(devices[key])  # as torch has it
+            return gloo(store, rank, size, options)
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, gloo)
+
+    class ProcessGroupGloo(metaclass=Shared):
+        """Stands for gloo's, of which its instances are."""
+
+    c10d.ProcessGroupGloo = ProcessGroupGloo  # type: ignore[assignment, misc]
+
+
 CPU_SHIMS: tuple[Callable[[], None], ...] = (
     synchronize_is_a_no_op,
     current_device_is_the_cpu,
@@ -153,6 +184,7 @@ CPU_SHIMS: tuple[Callable[[], None], ...] = (
     move_to_cuda_returns_self,
     type_names_for_megatron,
     streams_are_synchronous,
+    groups_share_a_device,
 )
 
 

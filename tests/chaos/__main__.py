@@ -61,6 +61,9 @@ def main() -> int:
     quiet_libraries()
     for name in PRELOADED:
         importlib.import_module(name)
+    from tests.empty_charts import empty_charts
+
+    empty_charts()
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page that it looks at
     from tests.chaos.round import Kind, Rounds, mount_small, unmount

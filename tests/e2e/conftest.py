@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 
 import pytest
 from torch import Tensor
@@ -14,6 +15,7 @@ from nemo_tropd.quiet import quiet_libraries
 from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutEngine, RolloutRequest
 from nemo_tropd.rollout.placement import Engines
 from tests.e2e.tiny_run import TinyRun
+from tests.empty_charts import with_empty_charts
 
 TINY_VOCABULARY = 131  # of tests.tiny_models
 
@@ -76,6 +78,13 @@ def collected() -> Iterator[None]:
     """A run's process groups hang in reference cycles, each with sockets and threads of its own."""
     yield
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def charts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Real ones in the tests of the whole path."""
+    with nullcontext() if request.path.name == "test_training.py" else with_empty_charts():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,13 @@ from nemo_tropd.launch.__main__ import ROOT  # noqa: E402
 from nemo_tropd.rollout.engine import Finished, RolloutRequest  # noqa: E402
 from nemo_tropd.training import run  # noqa: E402
 from tests.doubles import GivenEngines, ReplayEngine  # noqa: E402
+from tests.empty_charts import empty_charts  # noqa: E402
 from tests.faults import plant  # noqa: E402
 
 VOCABULARY = 131  # of the tiny tokenizer
+
+
+empty_charts()
 
 
 class SlowEngine(ReplayEngine):
