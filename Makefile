@@ -29,11 +29,11 @@ $(READY): $(PINS) pyproject.toml
 demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# Four tests at a time, each with up to four processes of its own: those of hosts and stops wait more than they
+# Three tests at a time, each with up to four processes of its own: those of hosts and stops wait more than they
 # compute. ARGS="-n 0 -s" for one after the other, with output.
 # Every run draws other random inputs; ARGS="-m random --draws 30" repeats the tests that draw any, 30 times.
 test: setup
-	$(BIN)/python -m pytest -n 4 $(ARGS)
+	$(BIN)/python -m pytest -n 3 $(ARGS)
 
 # Plants single faults in copies, two at a time, each of which a test must notice; ARGS="--only loss" for one room.
 mutants: setup
