@@ -79,6 +79,28 @@ def test_a_run_leaves_no_groups_and_their_threads_to_the_next():
         assert max(found) - min(found) <= 4, found
 
 
+def _gloo_loops(rank: int, world_size: int) -> list[int]:
+    """Threads that look for what has come, with Megatron's groups: after a sum over a group, and without them."""
+    from nemo_tropd.parallel.topology import Topology
+
+    def loops() -> int:
+        names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+        return names.count("gloo_tcp_loop")
+
+    before, topology = loops(), Topology.start(2, 1)
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total, group=topology.data_group)
+    assert total.item() == 2 * (rank % 2) + 2
+    found = loops()
+    topology.stop()
+    return [before, found]
+
+
+def test_the_groups_of_a_rank_have_one_thread_that_looks_for_work():
+    for before, found in run_distributed(_gloo_loops, 4):
+        assert before == 1 and found == 2, "the caller's group has its own"
+
+
 def _counted_once(folder: str) -> tuple[int, int]:
     """Numbers of the whole model: as the gradient norm counts them over ranks, and as they are."""
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate

@@ -2269,6 +2269,13 @@ FAULTS: list[Fault] = [
     ),
     # training: several processes, or whole runs
     _several(
+        "parallel/cpu",
+        "every group has a device of its own, whose thread looks for work",
+        "if key not in devices:",
+        "if True:",
+        "tests/dist/test_cpu_megatron.py::test_the_groups_of_a_rank_have_one_thread_that_looks_for_work",
+    ),
+    _several(
         "gpt/build",
         "gradients are averaged over data-parallel ranks",
         '"calculate_per_token_loss": True,',
