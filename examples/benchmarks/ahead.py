@@ -1,6 +1,6 @@
 """Seconds a step with rollouts in turns with training, and with rollouts one step ahead of it.
 
-    python examples/benchmarks/ahead.py [--pair "SmolLM2 pair"] [--ratios 0.25 0.5 1 2 4] [--out FILE]
+    python examples/benchmarks/ahead.py [--pair "SmolLM2 pair"] [--ratios 0.25 0.5 1 2 4] [--steps 3] [--out FILE]
 
 Real training, and an engine of given speed: for each ratio of its time to the trainer's, the median step beside the sum
 of both (model.rollout.steps_ahead 0) and beside the longer of both (1).
