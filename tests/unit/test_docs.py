@@ -123,7 +123,7 @@ def _source(parts: list[str]) -> Path | None:
 
 
 def options(page: Path, text: str) -> Iterator[str]:
-    """Options of our own commands occur in the file that is run (or in the package around it)."""
+    """Options of our own commands occur in the file that is run, or in a sibling that it imports."""
     for piece in code(text):
         run = re.search(r"python3? (?:-m ([\w.]+)|([\w/]+\.py))(.*)", piece)
         if not run:
@@ -132,6 +132,8 @@ def options(page: Path, text: str) -> Iterator[str]:
         if source is None or not source.is_file() or ROOT not in source.parents:
             continue
         code_text = source.read_text()
+        for sibling in re.findall(r"^from examples\.benchmarks\.(\w+) import", code_text, re.M):
+            code_text += (ROOT / "examples" / "benchmarks" / f"{sibling}.py").read_text()
         for option in re.findall(r"(?<!\S)\[?(--[a-z-]+)", run[3]):
             if f'"{option}"' not in code_text and option != "--config-name":
                 yield f"{option}: not an option of {source.relative_to(ROOT)}"
