@@ -16,8 +16,8 @@ from tests.random_inputs import start_generators
 
 # What these folders start is shared by all their files.
 TOGETHER = ("hosts", "e2e")
-# First those that take longest: hosts, which wait much, beside dist, whose several processes then have both cores.
-FIRST = ("hosts", "dist", "e2e", "benchmarks")
+# First those that take longest: hosts, which wait much, and e2e, each in one process to the end, beside dist.
+FIRST = ("hosts", "e2e", "dist", "benchmarks")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
