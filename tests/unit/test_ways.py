@@ -325,7 +325,7 @@ def test_a_recipe_for_two_nodes_is_the_best_way_on_them() -> None:
     turns = min(way.seconds for way in found if way.place == "colocated")
     assert turns > WORTH_SAYING * chosen.seconds
     said = dict(time_lines(recipe.cfg, recipe.student, chosen.pace))["time of a step"]
-    assert said.startswith("at most 92 s") and "rollouts and weights to the engine beside the rest" in said
+    assert said.startswith("at most 91 s") and "rollouts and weights to the engine beside the rest" in said
     assert reason(chosen, found).startswith(
         "generation takes 71% of 1.7 min where all GPUs do both; on GPUs of its own"
     )
