@@ -155,8 +155,11 @@ class Rounds:
 
     def overrides(self, run_dir: Path, kind: Kind) -> list[str]:
         """The run's command line."""
-        cache = {"model.teacher.cache_dir": run_dir.parent / "responses"}
-        return self.tiny.overrides(run_dir, data=RANKS, **{**KEYS, **kind.keys(self._address), **cache})
+        keys: dict[str, object] = {**KEYS, **kind.keys(self._address)}
+        keys["model.teacher.cache_dir"] = run_dir.parent / "responses"
+        if self._kill:  # what happens is before or after the teacher's engine, which takes half the time to start
+            keys["model.tropd.guidance.enabled"] = False
+        return self.tiny.overrides(run_dir, data=RANKS, **keys)
 
     def start(self, run_dir: Path, kind: Kind, clock_s: float = 0.0) -> World:
         """One attempt."""

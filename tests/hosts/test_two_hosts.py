@@ -97,7 +97,7 @@ def test_two_hosts_take_the_steps_of_one_to_the_bit_though_one_of_them_is_killed
 
 def test_a_cut_link_is_named_by_both_ends_in_time_and_nothing_is_lost(pair: Pair) -> None:
     run_dir = pair.root / "cut"
-    timeout_s = 60
+    timeout_s = 40
     keys = {"trainer.max_restarts": 0, "trainer.distributed_timeout_s": timeout_s}
     processes = pair.start(run_dir, env={"REPLAY_SECONDS": "3"}, **keys)
     until(has_step(run_dir, SAVE_EVERY), "the first checkpoint")
