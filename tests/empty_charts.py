@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from xml.sax.saxutils import quoteattr
 
 from nemo_tropd.report import drawing
 
 
-def _svg(draw: object, title: str, in_words: str, size: tuple[int, int], margins: object) -> str:
+def empty(draw: object, title: str, in_words: str, size: tuple[int, int], margins: object) -> str:
+    """For ``drawing._svg``: what the page says of a chart, and nothing in it."""
     return f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label={quoteattr(f"{title}. {in_words}")}></svg>'
 
 
 def empty_charts() -> None:
     """From now on in this process and its forks."""
-    vars(drawing)["_svg"] = _svg
-
-
-@contextmanager
-def with_empty_charts() -> Iterator[None]:
-    """For the time of the context."""
-    real = drawing._svg
-    empty_charts()
-    try:
-        yield
-    finally:
-        vars(drawing)["_svg"] = real
+    vars(drawing)["_svg"] = empty

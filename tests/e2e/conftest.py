@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 
 import pytest
 from torch import Tensor
@@ -12,10 +11,11 @@ from torch import Tensor
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.quiet import quiet_libraries
+from nemo_tropd.report import drawing
 from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutEngine, RolloutRequest
 from nemo_tropd.rollout.placement import Engines
 from tests.e2e.tiny_run import TinyRun
-from tests.empty_charts import with_empty_charts
+from tests.empty_charts import empty
 
 TINY_VOCABULARY = 131  # of tests.tiny_models
 
@@ -81,10 +81,10 @@ def collected() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def charts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Real ones in the tests of the whole path."""
-    with nullcontext() if request.path.name == "test_training.py" else with_empty_charts():
-        yield
+def charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real ones in the tests of the complete path alone."""
+    if request.path.name != "test_training.py":
+        monkeypatch.setattr(drawing, "_svg", empty)
 
 
 @pytest.fixture(scope="session")

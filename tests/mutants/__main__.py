@@ -1,4 +1,4 @@
-"""Plant every fault of ``faults.py`` in a copy of the repository and see that its tests fail.
+"""Plant every fault of ``faults/`` in a copy of the repository and see that its tests fail.
 
     make mutants                                    all of them
     make mutants ARGS="--only loss --only batch"    the rooms named
@@ -34,7 +34,7 @@ from typing import Any
 
 import pytest
 
-from tests.mutants.faults import FAULTS, Fault
+from tests.mutants.fault import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "build", "*.egg-info", "shared")

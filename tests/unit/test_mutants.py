@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from tests.mutants.__main__ import ROOT
-from tests.mutants.faults import FAULTS
+from tests.mutants.fault import FAULTS
 
 
 @cache
