@@ -54,8 +54,10 @@ def _train(topology: Any, folder: Path, *, dtype: torch.dtype, distributed: bool
     start = {name: p.detach().float().flatten().clone() for name, p in model.named_parameters()}
     student = data_parallel(model, topology, distributed_optimizer=distributed)
     assert student.ddp_config.overlap_grad_reduce == (topology.data_size > 1)
+    # Of a rate at which a step that moves each weight by its gradient's sign changes the loss little: at 1e-2 the signs
+    # of the smallest ones, which are roundings, moved the next norm by 19% in one draw of a hundred.
     optimizer = StudentOptimizer(
-        OptimConfig(lr=1e-2, distributed=distributed), student, dtype=dtype, clip=1.0, max_steps=STEPS
+        OptimConfig(lr=2e-3, distributed=distributed), student, dtype=dtype, clip=1.0, max_steps=STEPS
     )
     teacher = TeacherScorer(folder.with_name("teacher"), topology, dtype=dtype, vocab_size=VOCABULARY)
     found: dict[str, Any] = {"norms": [], "losses": []}
@@ -146,7 +148,7 @@ def test_bf16_takes_the_same_steps_on_data_parallel_ranks(tmp_path: Path) -> Non
     for folder, single, first, second in zip(folders, one, *two, strict=True):
         where, exact, reference = (seed, folder), single["fp32"], single["plain"]
         assert reference["dtypes"] == {(torch.bfloat16, torch.float32)}
-        assert reference["norms"] == pytest.approx(exact["norms"], rel=0.1), where
+        assert reference["norms"] == pytest.approx(exact["norms"], rel=0.05), where
         assert _relative(reference["moved"], exact["moved"]) < 0.5, where
         for case in (reference, first["plain"]):
             # They differ by roundings to bf16 alone: none where the head took one chunk and nothing shares its weight.

@@ -242,11 +242,12 @@ def test_a_server_sends_parts_and_then_the_end(served: Any) -> None:
 def test_an_engine_outlives_a_trainer_that_leaves_between_two_parts(served: Any) -> None:
     """It ends its step and no more, so that it can be asked again."""
     wire, double, thread, ended = served
-    seen, generate, step = list[int](), double.engine.generate, 2
+    seen, generate, step, all_sent = list[int](), double.engine.generate, 2, threading.Event()
 
     def watched(asked: Sequence[RolloutRequest], finished: Any = None) -> list[Rollout]:
         def tell(r: Rollout) -> None:
             if len(seen) == 1:
+                all_sent.wait(20)
                 wire.close()
                 time.sleep(0.1)
             seen.append(r.sequence_id)
@@ -259,5 +260,6 @@ def test_an_engine_outlives_a_trainer_that_leaves_between_two_parts(served: Any)
     wanted = requests(4)
     wire.send(w.Generate(wanted[:step], in_parts=True, more=True))
     wire.send(w.More(wanted[step:], last=True))
+    all_sent.set()
     thread.join(20)
     assert ended == [False] and seen == [10, 11] and not closed
