@@ -22,6 +22,7 @@ if __name__ == "__main__":
     from nemo_tropd.config import ConfigError
     from nemo_tropd.config_checks import resolve
     from nemo_tropd.files import name_compiler_cache
+    from nemo_tropd.imports import without_collections
     from nemo_tropd.quiet import quiet_libraries
 
     try:
@@ -30,7 +31,8 @@ if __name__ == "__main__":
     except ConfigError as error:
         fail(error)
     name_compiler_cache()
-    quiet_libraries()  # before the libraries are imported: most of their warnings come with the import
-    from nemo_tropd.training.run import main  # seconds of imports, after the settings are known to be good
+    with without_collections():
+        quiet_libraries()  # before the libraries are imported: most of their warnings come with the import
+        from nemo_tropd.training.run import main  # seconds of imports, after the settings are known to be good
 
     main(cfg)

@@ -5,12 +5,13 @@ Also which tests stay together when several processes share them (pytest-xdist, 
 
 from __future__ import annotations
 
-import gc
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from nemo_tropd.imports import without_collections
 from tests.default_signals import default_signals
 from tests.random_inputs import start_generators
 
@@ -89,10 +90,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: _place(_folder(item.nodeid)))
 
 
-def pytest_collection_finish() -> None:
-    """What all test files have imported stays: a collection that looks at it takes a second, and e2e asks for many."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What all test files import stays: a collection that looks at it takes a second, and e2e asks for many."""
+    with without_collections():
+        return (yield)
 
 
 def _place(folder: str) -> int:

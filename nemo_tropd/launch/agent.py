@@ -13,6 +13,7 @@ save and exit; torchrun would end them, and itself with an error.
 import signal
 import sys
 
+from nemo_tropd.imports import without_collections
 from nemo_tropd.parallel.signals import SIGNALS, die_with_parent
 
 RENDEZVOUS_LOST = 75
@@ -22,12 +23,13 @@ SHUTDOWN_S = 120
 
 def main(arguments: list[str]) -> int:
     """Run torchrun's ``main`` with ``arguments``; returns the exit code."""
-    from torch.distributed import DistNetworkError, DistStoreError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.run import get_args_parser
-    from torch.distributed.run import main as torchrun
+    with without_collections():
+        from torch.distributed import DistNetworkError, DistStoreError
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
+        from torch.distributed.run import get_args_parser
+        from torch.distributed.run import main as torchrun
 
     known = {option for action in get_args_parser()._actions for option in action.option_strings}
     wanted = {"--shutdown-timeout": SHUTDOWN_S, "--signals-to-handle": "SIGQUIT"}

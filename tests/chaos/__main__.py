@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import importlib
 import os
 import random
@@ -27,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from nemo_tropd.imports import without_collections
+from nemo_tropd.quiet import quiet_libraries
 from tests.chaos.disturb import VICTIMS
 from tests.default_signals import default_signals
 
@@ -56,17 +57,14 @@ def main() -> int:
     first = random.SystemRandom().randrange(1 << 20) if options.seed is None else options.seed
     default_signals()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # to see who outlives an agent
-    from nemo_tropd.quiet import quiet_libraries
-
-    quiet_libraries()
-    for name in PRELOADED:
-        importlib.import_module(name)
-    from tests.empty_charts import empty_charts
+    with without_collections():  # a collection in a fork would copy every page that it looks at
+        quiet_libraries()
+        for name in PRELOADED:
+            importlib.import_module(name)
+        from tests.chaos.round import Kind, Rounds, mount_small, unmount
+        from tests.empty_charts import empty_charts
 
     empty_charts()
-    gc.collect()
-    gc.freeze()  # a collection in a fork would copy every page that it looks at
-    from tests.chaos.round import Kind, Rounds, mount_small, unmount
 
     folder = Path(tempfile.mkdtemp(prefix="chaos_"))
     mounted = mount_small(folder)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import Finished, RolloutRequest
+from nemo_tropd.rollout.weights import senders
 from tests.chaos import disturb
 from tests.chaos.world import Hosts, World
 from tests.e2e.tiny_run import ROOT, TinyRun
@@ -197,14 +200,14 @@ class Rounds:
         base = self.folder / f"round_{seed}"
         base.mkdir()
         run_dir = base / "run"
-        shared_before = set(os.listdir("/dev/shm"))
-        with self._with_hosts(kind, base):
-            self._attempts(run_dir, report, draw)
+        with shared_folder() as shared:
+            with self._with_hosts(kind, base):
+                self._attempts(run_dir, report, draw)
+            left = sorted(os.listdir(shared))
         if not report.faults:
             report.faults += differences(run_dir, expected)
-        left = {name for name in set(os.listdir("/dev/shm")) - shared_before if "nemo_tropd" in name}
         if left:
-            report.faults.append(f"left in /dev/shm: {sorted(left)}")
+            report.faults.append(f"left in shared memory: {left}")
         report.seconds = time.monotonic() - began
         if not report.faults:
             disturb.remove(base)
@@ -289,6 +292,14 @@ class Rounds:
                     process.kill()
                 return
             time.sleep(0.1)
+
+
+@contextmanager
+def shared_folder() -> Iterator[str]:
+    """Weights pass through a folder of the round's own: other runs of this machine have their files in /dev/shm."""
+    with tempfile.TemporaryDirectory(prefix="chaos_", dir="/dev/shm") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(senders, "_SHARED", Path(folder))
+        yield folder
 
 
 def descendants_of_dead(pid: int, ours: set[int]) -> list[psutil.Process]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.e2e.tiny_run import ROOT, TinyRun, train_lines
 
 STEPS, SAVE_EVERY = 4, 2
+VOCABULARY = 131  # of the tiny tokenizer
 EXACT = ("loss", "grad_norm", "trust_fraction", "log_ratio_mean", "outlier_forward_kl")
 
 
@@ -20,6 +21,13 @@ def figures(run_dir: Path) -> list[tuple[float, ...]]:
 
 def launch_command(tiny: TinyRun, run_dir: Path, ranks: int = 4, **keys: object) -> list[str]:
     """What each host runs; 4 ``ranks`` are TP 2 x DP 2."""
+    script = ROOT / "tests" / "hosts" / "replay_train.py"
+    words = [str(ROOT / "docker" / "launch.sh"), "--script", str(script)]
+    return [*words, *launch_overrides(tiny, run_dir, ranks, **keys)]
+
+
+def launch_overrides(tiny: TinyRun, run_dir: Path, ranks: int = 4, **keys: object) -> list[str]:
+    """The settings of ``launch_command``."""
     settings = {
         "trainer.tropd.max_steps": STEPS,
         "trainer.tropd.save_interval": SAVE_EVERY,
@@ -29,9 +37,7 @@ def launch_command(tiny: TinyRun, run_dir: Path, ranks: int = 4, **keys: object)
         **keys,
     }
     tensor = 2 if ranks == 4 else 1
-    overrides = tiny.overrides(run_dir, tensor=tensor, data=ranks // tensor, **settings)
-    script = ROOT / "tests" / "hosts" / "replay_train.py"
-    return [str(ROOT / "docker" / "launch.sh"), "--script", str(script), *overrides]
+    return tiny.overrides(run_dir, tensor=tensor, data=ranks // tensor, **settings)
 
 
 def until(condition: Callable[[], bool], what: str, within_s: float = 300) -> None:

@@ -10,25 +10,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_tropd.imports import without_collections
 from nemo_tropd.parallel.signals import STOP, die_with_parent
 from nemo_tropd.quiet import quiet_libraries
 
 STOP.install()
 die_with_parent()
-quiet_libraries()
 
-from nemo_tropd.batch import Rollout  # noqa: E402
-from nemo_tropd.command_line import compose_command_line  # noqa: E402
-from nemo_tropd.files import complete_file  # noqa: E402
-from nemo_tropd.launch.__main__ import ROOT  # noqa: E402
-from nemo_tropd.rollout.engine import Finished, RolloutRequest  # noqa: E402
-from nemo_tropd.training import run  # noqa: E402
-from tests.doubles import GivenEngines, ReplayEngine  # noqa: E402
-from tests.empty_charts import empty_charts  # noqa: E402
-from tests.faults import plant  # noqa: E402
-
-VOCABULARY = 131  # of the tiny tokenizer
-
+with without_collections():
+    quiet_libraries()
+    from nemo_tropd.batch import Rollout
+    from nemo_tropd.command_line import compose_command_line
+    from nemo_tropd.files import complete_file
+    from nemo_tropd.launch.__main__ import ROOT
+    from nemo_tropd.rollout.engine import Finished, RolloutRequest
+    from nemo_tropd.training import run
+    from tests.doubles import GivenEngines, ReplayEngine
+    from tests.empty_charts import empty_charts
+    from tests.faults import plant
+    from tests.hosts.launching import VOCABULARY
 
 empty_charts()
 

@@ -74,10 +74,11 @@ def main() -> int:
     if not chosen:
         parser.error("no fault is left: " + parser.format_usage())
     warnings.simplefilter("ignore")
+    gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)
-    gc.collect()
     gc.freeze()  # a collection in a fork would copy every page that it looks at
+    gc.enable()
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(options.jobs) as pool:
         copies: SimpleQueue[Path] = SimpleQueue()

@@ -20,10 +20,11 @@ ALLOWED = {
     "config_checks": {"config", "config_keys", "config_teacher", "fields"},
     "command_line": {"config", "config_keys", "fields", "parallel"},  # signals, which imports nothing
     "planner": {"config", "config_keys", "convert", "parallel", "rollout"},
-    "launch": {"command_line", "config", "config_checks", "parallel", "rollout"},
+    "launch": {"command_line", "config", "config_checks", "imports", "parallel", "rollout"},
     "doctor": {"parallel"},  # addresses, which imports no framework
     "batch": set(),
     "files": set(),
+    "imports": set(),
     "pinned": set(),
     "quiet": set(),
     "timeline": set(),
@@ -32,7 +33,7 @@ ALLOWED = {
     "objectives": {"batch", "fields"},
     "loss": {"batch", "parallel"},
     "convert": {"files", "parallel"},
-    "rollout": {"batch", "config", "convert", "files", "parallel", "pinned", "timeline"},
+    "rollout": {"batch", "config", "convert", "files", "imports", "parallel", "pinned", "timeline"},
     "report": {"files", "timeline"},
     "evaluation": {
         *("batch", "command_line", "config", "config_data", "convert", "data", "fields", "files", "parallel"),

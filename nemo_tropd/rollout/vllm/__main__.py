@@ -12,7 +12,8 @@ import sys
 import threading
 import traceback
 
-from nemo_tropd.parallel.signals import SIGNALS  # which needs the standard library alone
+from nemo_tropd.imports import without_collections
+from nemo_tropd.parallel.signals import SIGNALS  # as the other, it needs the standard library alone
 
 _CHECK_EVERY_S = 0.5
 
@@ -40,7 +41,8 @@ def main() -> None:
     os.set_inheritable(fd, False)
     threading.Thread(target=watch, args=(fd, owner), daemon=True).start()
     try:
-        from nemo_tropd.rollout.vllm.server import serve_owner
+        with without_collections():
+            from nemo_tropd.rollout.vllm.server import serve_owner
 
         serve_owner(fd)
     except BaseException:

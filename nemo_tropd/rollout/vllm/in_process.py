@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.imports import without_collections
 from nemo_tropd.rollout.engine import (
     EngineError,
     Finished,
@@ -51,7 +52,8 @@ _COMMUNICATORS = 1 << 29
 
 
 def _vllm() -> Any:
-    from vllm import LLM
+    with without_collections():
+        from vllm import LLM
 
     keep_sampled_log_probs()
     return LLM

@@ -35,6 +35,7 @@ from nemo_tropd.rollout.vllm.wire import Bucket, JoinGroup
 
 _FILE_PREFIX = "nemo_tropd-weights-"
 _STALE_AFTER_S = 60.0
+_SHARED = Path("/dev/shm")
 _CLOSE_TIMEOUT_S = 2.0
 _POLL_S = 0.001
 Tensors = Mapping[str, Tensor]
@@ -53,7 +54,7 @@ class SharedMemory:
     def __init__(self, folder: Path | None = None) -> None:
         """``folder`` is /dev/shm unless given; what processes that are gone have left there is removed. Raises
         EngineError when it is no folder that can be written to."""
-        self.folder = folder or Path("/dev/shm")
+        self.folder = folder or _SHARED
         if not (self.folder.is_dir() and os.access(self.folder, os.W_OK)):
             raise EngineError(f"weights are handed over in {self.folder}, which cannot be written to; name another one")
         for file in self.folder.glob(f"{_FILE_PREFIX}*.safetensors"):
