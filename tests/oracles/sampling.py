@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -36,8 +37,8 @@ def kept(logits: Sequence[float], cut: Cut) -> list[int]:
     mass, and at least one."""
     order = sorted(range(len(logits)), key=lambda v: (-logits[v], v))[: cut.top_k or None]
     weights = [math.exp((logits[v] - max(logits)) / cut.temperature) for v in order]
-    count, mass = 0, 0.0
-    while count < len(order) and (count == 0 or cut.top_p == 1 or mass < cut.top_p * math.fsum(weights)):
+    count, mass, total = 0, 0.0, math.fsum(weights)
+    while count < len(order) and (count == 0 or cut.top_p == 1 or mass < cut.top_p * total):
         mass += weights[count]
         count += 1
     return order[:count]
@@ -49,10 +50,11 @@ def near_a_cut(logits: Tensor, cut: Cut, margin: float) -> bool:
         order = sorted(row, reverse=True)
         if 0 < cut.top_k < len(row) and order[cut.top_k - 1] - order[cut.top_k] < margin:
             return True
-        weights = [math.exp((z - order[0]) / cut.temperature) for z in order[: cut.top_k or None]]
-        shares = [math.fsum(weights[:n]) / math.fsum(weights) for n in range(1, len(weights))]
-        if cut.top_p < 1 and any(abs(share - cut.top_p) < margin for share in shares):
-            return True
+        if cut.top_p < 1:
+            weights = [math.exp((z - order[0]) / cut.temperature) for z in order[: cut.top_k or None]]
+            total = math.fsum(weights)
+            if any(abs(mass / total - cut.top_p) < margin for mass in accumulate(weights[:-1])):
+                return True
     return False
 
 
