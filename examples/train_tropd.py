@@ -31,7 +31,7 @@ if __name__ == "__main__":
     except ConfigError as error:
         fail(error)
     name_compiler_cache()
-    with without_collections():
+    with without_collections(freeze=True):
         quiet_libraries()  # before the libraries are imported: most of their warnings come with the import
         from nemo_tropd.training.run import main  # seconds of imports, after the settings are known to be good
 

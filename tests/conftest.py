@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """What all test files import stays: a collection that looks at it takes a second, and e2e asks for many."""
-    with without_collections():
+    with without_collections(freeze=True):
         return (yield)
 
 

@@ -23,7 +23,7 @@ SHUTDOWN_S = 120
 
 def main(arguments: list[str]) -> int:
     """Run torchrun's ``main`` with ``arguments``; returns the exit code."""
-    with without_collections():
+    with without_collections(freeze=True):
         from torch.distributed import DistNetworkError, DistStoreError
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -57,7 +57,7 @@ def main() -> int:
     first = random.SystemRandom().randrange(1 << 20) if options.seed is None else options.seed
     default_signals()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # to see who outlives an agent
-    with without_collections():  # a collection in a fork would copy every page that it looks at
+    with without_collections(freeze=True):  # a collection in a fork would copy every page that it looks at
         quiet_libraries()
         for name in PRELOADED:
             importlib.import_module(name)

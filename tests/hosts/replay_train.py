@@ -17,7 +17,7 @@ from nemo_tropd.quiet import quiet_libraries
 STOP.install()
 die_with_parent()
 
-with without_collections():
+with without_collections(freeze=True):
     quiet_libraries()
     from nemo_tropd.batch import Rollout
     from nemo_tropd.command_line import compose_command_line

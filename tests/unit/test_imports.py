@@ -27,7 +27,18 @@ def test_collections_are_as_before(enabled: bool, fails: bool) -> None:
 
 
 def test_what_there_is_then_is_looked_at_no_more() -> None:
+    """With ``freeze`` alone: of a process that has begun long ago, garbage would stay for ever."""
+    gc.collect()  # what other tests have left is not to stay
+    frozen = gc.get_freeze_count()
     with without_collections():
-        kept = [[] for _ in range(10)]
-    assert gc.get_freeze_count() >= len(kept)
-    assert not any(a is b for a in gc.get_objects() for b in kept)
+        kept = [[i] for i in range(10)]
+    assert gc.get_freeze_count() == frozen and held(kept) == len(kept)
+    with without_collections(freeze=True):
+        pass
+    assert gc.get_freeze_count() >= frozen + len(kept) and held(kept) == 0
+
+
+def held(objects: list[list[int]]) -> int:
+    """How many a collection would look at."""
+    looked_at = {id(o) for o in gc.get_objects()}
+    return sum(id(o) in looked_at for o in objects)

@@ -41,7 +41,7 @@ def main() -> None:
     os.set_inheritable(fd, False)
     threading.Thread(target=watch, args=(fd, owner), daemon=True).start()
     try:
-        with without_collections():
+        with without_collections(freeze=True):
             from nemo_tropd.rollout.vllm.server import serve_owner
 
         serve_owner(fd)
