@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside other tests: a second thread would mostly spin, at twice the time
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 from nemo_tropd.imports import without_collections
 from tests.default_signals import default_signals
 from tests.random_inputs import start_generators
