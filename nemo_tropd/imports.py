@@ -1,5 +1,6 @@
 """Imports of large libraries."""
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,5 +21,6 @@ def without_collections(*, freeze: bool = False) -> Iterator[None]:
     finally:
         if freeze:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # or extensions (nanobind's, as Triton) take what stays for leaks, and say so
         if enabled:
             gc.enable()

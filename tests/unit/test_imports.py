@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -42,3 +44,12 @@ def held(objects: list[list[int]]) -> int:
     """How many a collection would look at."""
     looked_at = {id(o) for o in gc.get_objects()}
     return sum(id(o) in looked_at for o in objects)
+
+
+def test_nothing_is_frozen_at_the_end() -> None:
+    """Extensions would take what is still there for leaks, and say so to the user, after a run's last words."""
+    words = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count()))\n"
+    words += "from nemo_tropd.imports import without_collections\nwith without_collections(freeze=True): pass\n"
+    words += "print(gc.get_freeze_count() > 0)\n"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["True", "0"] and not done.stderr
