@@ -13,7 +13,6 @@ Exit code 1 if a fault survives, cannot be planted, or the tests fail without it
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
 import os
@@ -34,6 +33,7 @@ from typing import Any
 
 import pytest
 
+from nemo_tropd.imports import without_collections
 from tests.mutants.fault import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,11 +74,9 @@ def main() -> int:
     if not chosen:
         parser.error("no fault is left: " + parser.format_usage())
     warnings.simplefilter("ignore")
-    gc.disable()
-    for name in PRELOADED:
-        importlib.import_module(name)
-    gc.freeze()  # a collection in a fork would copy every page that it looks at
-    gc.enable()
+    with without_collections(freeze=True):  # a collection in a fork would copy every page that it looks at
+        for name in PRELOADED:
+            importlib.import_module(name)
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(options.jobs) as pool:
         copies: SimpleQueue[Path] = SimpleQueue()
