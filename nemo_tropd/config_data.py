@@ -40,7 +40,7 @@ class DataConfig:
     prompt_key: str = text("prompt")
     """Key of a string or a list of messages; dotted for nested records, as are the other two."""
     messages_key: str = text("messages")
-    """Key of a list of messages (role, content, tool_calls, ...; or from, value), read where there is no prompt. A last
+    """Key of a list of messages (role, content, tool_calls, ...; or from, value), read if there is no prompt. A last
     answer of the assistant is left out."""
     answer_key: str = text("answer")
     """Key of the known answer of a held-out prompt: a number or expression, words, or a list of which each is right."""

@@ -18,7 +18,7 @@ from typing import Any
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.data.sources import PromptError
 
-_CONVERSATIONS = ("conversations", "conversation")  # other names of messages, where neither key is there
+_CONVERSATIONS = ("conversations", "conversation")  # other names of messages, if neither key is there
 # Names of roles, in lower case, and those that templates know
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -149,7 +149,7 @@ def _teacher(record: Mapping[str, Any], where: str, key: str | None) -> str:
 
 
 def _told(record: Mapping[str, Any], where: str, key: str) -> tuple[Mapping[str, Any], ...]:
-    """The turns that the teacher reads; none where nothing is there."""
+    """The turns that the teacher reads; none if there is nothing."""
     if _is_gap(given := _lookup(record, key)) or given == []:
         return ()
     told = checked({key: given, "system": record.get("system")}, where, PromptKeys(key, key))

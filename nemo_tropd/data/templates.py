@@ -28,7 +28,7 @@ _ANSWER = "an answer"
 @dataclass(frozen=True)
 class Template:
     """How a conversation becomes text. ``text``: True is the tokenizer's own template, False none: the prompt's text
-    alone; else Jinja. ``kwargs`` are handed to the template, ``system_prompt`` is put first where there is none, and
+    alone; else Jinja. ``kwargs`` are handed to the template, ``system_prompt`` is put first if there is none, and
     ``day`` is what the template takes for today."""
 
     text: str | bool = True

@@ -50,13 +50,13 @@ class Outcome(NamedTuple):
 def run(program: str, stdin: str = "", limits: Limits | None = None, namespaces: bool | None = None) -> Outcome:
     """Runs a Python program to its end or over a limit; when it returns, no process of it is left. Thread-safe.
 
-    ``namespaces`` False does without them, as where the kernel refuses them. Raises SandboxError.
+    ``namespaces`` False does without them, as if the kernel refused them. Raises SandboxError.
     """
     return _run(program, stdin, limits or Limits(), _probed()[0] if namespaces is None else namespaces)[0]
 
 
 def missing() -> tuple[str, ...]:
-    """The guards that this machine refuses; stderr is told once. Raises SandboxError where no program runs at all."""
+    """The guards that this machine refuses; stderr is told once. Raises SandboxError if no program runs at all."""
     return _probed()[1]
 
 

@@ -1,7 +1,7 @@
 """The process behind sandbox.py: sets up what a program may see and use, runs it, and reports how it ended.
 
 Three processes: this one, which owns the control group and sweeps up; the supervisor, process 1 of the program's own
-process namespace where one can be made, whose end ends all others in it; and the program. Nothing but the standard
+process namespace if one can be made, whose end ends all others in it; and the program. Nothing but the standard
 library, and not even its site: it starts for every program.
 """
 
@@ -198,7 +198,7 @@ def supervise(task, report, isolated, groups):
         (folder / "cgroup.procs").write_text("0")
     folder, user = task["folder"], None
     if os.geteuid() == 0 and (isolated or task["reachable"]):
-        # one to itself, so that its processes are counted alone; where there is none, the one called nobody
+        # one to itself, so that its processes are counted alone; if there is none, the one called nobody
         user = next(filter(mapped, (200_000 + task["id"], 65534)), None)
     if isolated:
         change_root(folder, task["readable"], task["file_bytes"])

@@ -67,7 +67,7 @@ class Difference(NamedTuple):
 
 def score(correct: ArrayLike, answers: Sequence[Sequence[str | None]], finished: ArrayLike) -> Score:
     """All of them of (problems, samples), each problem with as many samples; pass@k for k of powers of 2, and for n.
-    Raises ValueError where shapes differ or there is nothing."""
+    Raises ValueError if shapes differ or are empty."""
     right, ended, most = _array(correct), _array(finished), majority(answers, correct)
     if right.shape != ended.shape:
         raise ValueError(f"verdicts are {right.shape}, and whether samples finished is {ended.shape}")
@@ -80,7 +80,7 @@ def score(correct: ArrayLike, answers: Sequence[Sequence[str | None]], finished:
 
 def mean(correct: ArrayLike) -> Mean:
     """Of (problems, samples) or (problems,) values: the mean over all, and its standard error over problems. Raises
-    ValueError where there is nothing."""
+    ValueError if there is nothing."""
     means = _means(correct)
     error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
     return Mean(float(means.mean()), error)
@@ -134,7 +134,7 @@ def difference(
 ) -> Difference:
     """Of two models on the same problems in the same order; their numbers of samples may differ. The interval is of
     percentiles over ``resamples`` of the problems; where neither model has problems that differ (0 of 30 each), and so
-    no resample does, Newcombe's of two proportions. Raises ValueError where problems do not match."""
+    no resample does, Newcombe's of two proportions. Raises ValueError if problems do not match."""
     ours, theirs = _means(first), _means(second)
     if ours.shape != theirs.shape:
         raise ValueError(f"the models answered {len(ours)} and {len(theirs)} problems: compare the same ones")

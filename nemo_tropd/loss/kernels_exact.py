@@ -38,7 +38,7 @@ class Pair:
 
 @triton.jit
 def _weights(lp, lq, p, log_share, log_rest, FORMULA: tl.constexpr):
-    """w, 1 - a and log M of each column; the last two only where the formula has them."""
+    """w, 1 - a and log M of each column; the last two only if the formula has them."""
     r = lq - lp
     distrust = r
     mixture = r

@@ -47,7 +47,7 @@ class Rollouts(ABC):
 
         ``finished`` is given them on every rank as they are finished, in the same portions, while others are generated,
         and with them whether the last one is; once more, perhaps in other words, where an engine died meanwhile and is
-        replaced. What a rank raises there it raises alone. ValueError where engines do not tell."""
+        replaced. What a rank raises there it raises alone. ValueError if engines do not tell."""
 
     def refresh(self, version: int) -> api.RefreshStats:
         """Hand the trainer's weights to the engines as ``version``."""

@@ -159,7 +159,7 @@ def check_rollouts(
         elif (r.prompt_ids, r.prefix_ids) != (asked.prompt_ids, asked.prefix_ids):
             wrong = "another prompt or prefix than was asked for"
         elif not (1 <= count <= most if r.finished else count == most):
-            wrong = f"{count} tokens, {'' if r.finished else 'not '}finished, where {most} were asked for"
+            wrong = f"{count} tokens, {'' if r.finished else 'not '}finished; {most} were asked for"
         ids, log_probs = np.asarray(r.response_ids), np.asarray(r.response_log_probs)
         if (outside := np.flatnonzero((ids < 0) | (ids >= vocab_size))).size:
             wrong = f"token id {ids[outside[0]]}, outside the vocabulary of {vocab_size}"

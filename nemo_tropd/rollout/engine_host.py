@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--wait-s", type=float, default=3600.0, help=wait)
     given = parser.parse_args()
     name_compiler_cache()
-    # vLLM's own NCCL group would end this process where the trainer is lost during a broadcast; it is to wait for it.
+    # vLLM's own NCCL group would end this process if the trainer is lost during a broadcast; it is to wait for it.
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     threading.Thread(target=_leave_when_overdue, name="stop", daemon=True).start()
     try:

@@ -24,7 +24,7 @@ class RestartRule:
 
     def __call__(self, work: Callable[[], T], version: int, given_up: Callable[[], bool] = lambda: False) -> T:
         """``work``, which needs the weights ``version``; once more, from its beginning, if the engine dies meanwhile.
-        Raises EngineError if that happens twice, and the EngineDied itself where by then the run has ``given_up``."""
+        Raises EngineError if that happens twice, and the EngineDied itself if by then the run has ``given_up``."""
         while True:
             try:
                 return work()

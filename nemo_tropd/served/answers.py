@@ -56,7 +56,7 @@ def _read(choice: Choice, ids: list[int], start: int, top_k: int, vocabulary: Vo
     if choice.prompt_token_ids != ids:
         raise BadAnswer("it is about other tokens than were sent")
     if len(found) != len(ids):
-        raise BadAnswer(f"log-probabilities of {len(found)} tokens where {len(ids)} were sent")
+        raise BadAnswer(f"log-probabilities of {len(found)} tokens; {len(ids)} were sent")
     count, own = len(ids) - start, np.empty(len(ids) - start)
     table = np.zeros((3, count, asked + 1))  # id, log-probability, rank; ids below 2^31 are exact in fp64
     table[1], table[2] = -math.inf, math.inf
@@ -64,7 +64,7 @@ def _read(choice: Choice, ids: list[int], start: int, top_k: int, vocabulary: Vo
         if not entry or token not in entry:
             raise BadAnswer(f"token {start + row} (id {token}) has no log-probability")
         if not asked <= len(entry) <= asked + 1:
-            raise BadAnswer(f"token {start + row} has {len(entry)} candidates where {asked} were asked for")
+            raise BadAnswer(f"token {start + row} has {len(entry)} candidates; {asked} were asked for")
         own[row] = entry[token].logprob
         table[:, row, : len(entry)] = list(entry), *_columns(list(entry.values()))
     order = np.argsort(table[2], axis=1, kind="stable")[:, :asked]

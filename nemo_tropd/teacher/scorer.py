@@ -88,7 +88,7 @@ class TeacherScorer:
         with self.rewriting() as own:
             for (name, mine), (other, weight) in zip(own.named_parameters(), model.named_parameters(), strict=True):
                 if name != other or mine.shape != weight.shape:
-                    raise ValueError(f"the teacher has {name} {tuple(mine.shape)} where the other has {other}")
+                    raise ValueError(f"the teacher has {name} {tuple(mine.shape)}, the other {other}")
                 mine.copy_(weight)
 
     @contextmanager

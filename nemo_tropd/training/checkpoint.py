@@ -292,7 +292,7 @@ def _fill(model: GPTModel, loaded: dict[str, Any], prefix: str) -> None:
 
 
 def _load_error(path: Path, error: BaseException) -> CheckpointError:
-    """Damage where files are missing, cut or changed; else what the machine, not the checkpoint, is to blame for."""
+    """Damage if files are missing, cut or changed; else what the machine, not the checkpoint, is to blame for."""
     causes = list(_causes(error))
     if all(isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT) for cause in causes):
         return CheckpointError(f"{path} cannot be read ({_cause(error)}); rerun the command when the file system works")
@@ -304,7 +304,7 @@ def _load_error(path: Path, error: BaseException) -> CheckpointError:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The errors of all ranks that failed, where torch collects them; else ``error``."""
+    """The errors of all ranks that failed, if torch collects them; else ``error``."""
     failures: dict[int, Any] = getattr(error, "failures", {})
     yield from (failure[0] for failure in failures.values()) if failures else (error,)
 

@@ -92,7 +92,7 @@ class StudentOptimizer:
         return next((name for name, grad in named if not bool(grad.isfinite().all())), None)
 
     def make_states(self) -> None:
-        """States as before a first step where there are none yet: Megatron saves and loads only what is there."""
+        """States as before a first step if there are none yet: Megatron saves and loads only what is there."""
         for part in self.parts:
             part.init_state_fn(part.optimizer, part.config)
             if isinstance(part.optimizer, torch.optim.Adam):  # AdamW among them; others count in the group

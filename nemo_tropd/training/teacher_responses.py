@@ -59,7 +59,7 @@ class Wanted:
 
 
 class TeacherResponses:
-    """One response a prompt, read from disk at the start and generated where it is missing."""
+    """One response a prompt, read from disk at the start and generated if it is missing."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ _NEVER = -100.0
 
 
 def forget_prefixes(llm: Any) -> None:
-    """Empty the prefix cache; EngineError where vLLM keeps it, since requests are unfinished: other weights made it."""
+    """Empty the prefix cache; EngineError if vLLM keeps it, since requests are unfinished: other weights made it."""
     if not llm.reset_prefix_cache():
         raise EngineError("vLLM keeps cached prefixes, since requests of an earlier call are unfinished")
 

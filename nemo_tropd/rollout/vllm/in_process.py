@@ -218,7 +218,7 @@ class ColocatedEngine:
         values = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, which the external launcher demands, too
             # Of a child's tensor-parallel workers: torch counts this process's devices as a use of CUDA, after which
-            # forked processes have none, and vLLM forks where CUDA is merely not initialized.
+            # forked processes have none, and vLLM forks if CUDA is merely not initialized.
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "VLLM_PLUGINS": "",  # NeMo registers one, which costs 20 s and tracebacks
             "VLLM_NO_USAGE_STATS": "1",

@@ -49,7 +49,7 @@ class RemoteEngine:
     queue: bool = False  # several members share one queue instead of having fixed shares
     _members: list[w.Wire] = field(default_factory=list, init=False)  # by index, all of them, or none
     _weights: SharedMemory | WeightGroup | None = field(default=None, init=False)
-    _errors_are_deaths: ClassVar[bool] = False  # whether a new engine may succeed where one says that it failed
+    _errors_are_deaths: ClassVar[bool] = False  # whether a new engine may succeed after one says that it failed
     _ready: bool = field(default=False, init=False)  # whether the members have weights to generate with
     _lengths: Lengths = field(default_factory=Lengths, init=False)
 

@@ -23,7 +23,7 @@ _FIXED_ARGUMENTS: dict[str, Any] = {
     # Of what was sampled from: after temperature, top-k, top-p and the bias that takes padding rows out.
     "logprobs_mode": "processed_logprobs",
     "load_format": "safetensors",
-    "config_format": "hf",  # else params.json, where a folder has the weights in Mistral's own format as well
+    "config_format": "hf",  # else params.json, if a folder has the weights in Mistral's own format as well
     "worker_extension_cls": "nemo_tropd.rollout.weights.vllm_worker.WorkerExtension",
 }
 # Written by tools that copy a checkpoint, and of no meaning for its shape.

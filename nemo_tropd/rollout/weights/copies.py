@@ -28,7 +28,7 @@ class HostCopy:
                 self.tensors[name] = held = self._place(before.get(name), tensor)
                 held.copy_(tensor.detach(), non_blocking=True)
         finally:
-            if on_gpu:  # also where the stream fails: nothing is written to memory that is given back
+            if on_gpu:  # also if the stream fails: nothing is written to memory that is given back
                 torch.cuda.current_stream().synchronize()
         return sum(held.nbytes for held in self.tensors.values())
 
