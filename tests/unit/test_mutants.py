@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +29,18 @@ def test_every_fault_can_be_planted_and_has_a_test_that_may_notice() -> None:
         for test in fault.tests:
             file, _, name = test.partition("::")
             assert name.partition("[")[0] in functions(file), f"{fault.what}: {test} does not exist"
+
+
+def test_a_planted_fault_names_only_what_is_there(tmp_path: Path) -> None:
+    """Else its tests break on the name, and nobody knows whether they would notice the fault."""
+    for i, fault in enumerate(FAULTS):
+        if fault.file.endswith(".py"):
+            (tmp_path / f"{fault.room.replace(' ', '_')}_{i}.py").write_text(
+                fault.planted((ROOT / fault.file).read_text())
+            )
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F821,F823"]
+    found = subprocess.run([*ruff, "--output-format", "concise", tmp_path], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_faults_are_many_and_told_apart() -> None:
