@@ -79,7 +79,8 @@ class SharedMemory:
         handle, name = tempfile.mkstemp(prefix=f"{_FILE_PREFIX}{os.getpid()}-", suffix=".safetensors", dir=self.folder)
         try:
             os.close(handle)
-            save_file({key: _own(tensor) for key, tensor in tensors.items()}, name)
+            # Rows of one tensor may share its memory: safetensors saves of each what is its own.
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, name)
             tell(describe(tensors, path=name))
             confirm()
         finally:
@@ -87,12 +88,6 @@ class SharedMemory:
 
     def close(self) -> None:
         """Nothing is left between two buckets."""
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and in memory of its own: safetensors saves no two views of one."""
-    there = tensor.cpu().contiguous()
-    return there if there.untyped_storage().nbytes() == there.nbytes else there.clone()
 
 
 def open_store(address: str, timeout_s: float) -> dist.TCPStore:
