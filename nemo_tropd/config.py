@@ -40,6 +40,7 @@ ENGINE_TOKENS = 2048  # what the engine computes at a time at least, and so the 
 SCHEMA_NAME = "tropd_schema"
 RECOMPUTE = (None, "selective", "full")
 RENDEZVOUS_PORT = 29400  # torchrun's own default
+IMITATING = ("tropd", "tropd_exact", "tropd_aopd")  # objectives with a loss on teacher prefixes by themselves
 LONGEST_S = 10**6  # in milliseconds, waits of the operating system take 32 bits
 
 
@@ -147,7 +148,9 @@ class OptimConfig:
 class GuidanceConfig:
     """Off-policy guidance: the student continues teacher-generated prefixes (method, section 3.3)."""
 
-    enabled: bool = flag(True)
+    enabled: bool | None = flag(None)
+    """null: if the objective has a loss on them, that is a guidance_weight, as tropd, tropd_exact and tropd_aopd have
+    by themselves; the others are then trained as published, without prefixes."""
     max_prefix_tokens: int = integer(256, at_least=0)
     """L of L_max(step) = L (1 + cos(pi step / total)) / 2."""
     prefix_draw: str = choice("uniform", "cap")
@@ -170,7 +173,8 @@ class ObjectiveConfig:
     tail: str | None = choice(None, "none", "ghost")
     """none or ghost; null: the objective's own default."""
     guidance_weight: float | None = number(None, at_least=0)
-    """beta_g, the weight of imitation on teacher prefixes; null: the objective's own default (0.001)."""
+    """beta_g, the weight of imitation on teacher prefixes; null: the objective's own (0.001 of tropd, tropd_exact and
+    tropd_aopd; the others have none)."""
     params: dict[str, Any] = field(default_factory=dict, metadata=FREE_FORM)
     """Further parameters of the objective by name, e.g. {tau: -3.0}. Every objective knows importance_cap: each student
     token's loss times min(exp(trainer's - engine's log-probability), cap), detached; unset: no weights."""
@@ -355,6 +359,13 @@ def about_teacher(name: str) -> Iterator[None]:
             raise
         remedy = re.sub(rf"model\.teacher\.({'|'.join(TEACHER_KEYS)})\b", rf"model.teachers.{name}.\1", error.remedy)
         raise ConfigError(f"model.teachers.{name}.{own}", error.value, remedy) from error
+
+
+def guided(cfg: TropdConfig) -> bool:
+    """Whether rollouts begin with teacher prefixes."""
+    t = cfg.model.tropd
+    imitated = t.guidance_weight is not None or "guidance_weight" in t.params or t.objective in IMITATING
+    return t.guidance.max_prefix_tokens > 0 and (imitated if t.guidance.enabled is None else t.guidance.enabled)
 
 
 def anneal_steps(cfg: TropdConfig) -> int:

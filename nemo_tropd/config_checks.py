@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig, about_teacher, schema_keys, with_teacher
+from nemo_tropd.config import ENGINE_TOKENS, ConfigError, TropdConfig, about_teacher, guided, schema_keys, with_teacher
 from nemo_tropd.config_keys import bad_value, typed, unknown_key, value_at
 from nemo_tropd.config_teacher import DEFAULT_TEACHER, TEACHER_KEYS, TeacherConfig
 from nemo_tropd.fields import refused, refused_entries
@@ -281,7 +281,7 @@ def _check_lengths(cfg: TropdConfig) -> None:
     _require(cfg, prompt + response <= longest, limit, f"{parts}{response} need {prompt + response}")
     written, guidance = m.teacher.response_tokens or response, m.tropd.guidance
     most = f"the teacher generates at most {written} tokens; raise model.teacher.response_tokens or lower this"
-    enough = not guidance.enabled or guidance.max_prefix_tokens <= written
+    enough = not guided(cfg) or guidance.max_prefix_tokens <= written
     _require(cfg, enough, "model.tropd.guidance.max_prefix_tokens", most)
     exceeds = (
         f"with model.data.max_prompt_tokens = {prompt} it exceeds {limit} = {longest}: lower it to {longest - prompt}"

@@ -66,7 +66,7 @@ def integer(default: int | None, *, at_least: int, at_most: int = INT_MAX) -> An
     return _field(default, check)
 
 
-def flag(default: bool) -> Any:
+def flag(default: bool | None) -> Any:
     """True or false."""
     return _field(default, lambda value: None if isinstance(value, bool) else "give true or false")
 

@@ -64,8 +64,8 @@ class OurLoop:
 
     def __init__(self, case: LoopCase, folder: Path, topology: Any) -> None:
         from nemo_tropd.model.tropd_model import MegatronTrOPDModel, StudentSource
+        from nemo_tropd.training.objective import build_objective
         from nemo_tropd.training.optimizer import StudentOptimizer
-        from nemo_tropd.training.plan import build_objective
 
         self.case, self.cfg, self.topology = case, config_of(case, folder), topology
         self.student_dir = folder / "student"

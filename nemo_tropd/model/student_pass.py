@@ -35,7 +35,7 @@ class StudentPass:
     loss_tokens: int  # of the global batch
     sequences: int  # of the global batch
     layout: HeadLayout
-    keep_tokens: bool = False  # keep each token's log-ratio and gate, for the report
+    most_kept: int = 0  # sequences whose tokens' log-ratios and gates are kept, for the report
     # With TeacherStates: the head of each teacher that they go through, split as the student's.
     teacher_heads: Mapping[str, Tensor] = field(default_factory=dict)
     top_k: int = 1  # and the candidates to take there
@@ -48,7 +48,7 @@ class StudentPass:
     ) -> MetricSums:
         """Gradients into DDP's buffers; returns this rank's sums (empty except on the last stage's tensor rank 0).
         ``batches`` are the same number on every rank. Waits for the device once, at the end."""
-        sums = DeviceSums()
+        sums = DeviceSums(self.most_kept)
 
         def forward_step(data: Iterator[Any], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             batch, teacher, ref = next(data)
@@ -99,7 +99,7 @@ class StudentPass:
             if result.bad is not None:
                 sequence = int(batch.sequence_ids[tokens.sequence[result.bad[1]]])
                 sums.bad.append((result.bad[0], self.topology.rank, sequence))
-            elif self.keep_tokens:
+            elif self.most_kept:
                 sums.keep(batch, result.per_token)
         # The schedule divides what it is given in place; the count is unused, see gpt.ddp.data_parallel.
         return result.loss, torch.ones((), dtype=torch.int, device=hidden.device), {}

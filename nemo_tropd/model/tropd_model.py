@@ -315,11 +315,12 @@ class MegatronTrOPDModel(ModelPT):
         objective = self.objective.at_step(step)
         reference = self._reference_scores(batches)
         if objective.needs_first_pass:
-            objective = objective.bind(self._statistics(objective, batches, scores, reference))
+            objective = objective.bind(self._statistics(objective, batches, scores, reference), loss_tokens)
         layout = self._layout()
         top_k = self.settings.tropd.top_k if getattr(objective, "needs_top_k", False) else 1
+        kept = self.settings.validation.kept_rollouts if keep_tokens else 0
         step_pass = StudentPass(
-            self.ddp, self.topology, objective, loss_tokens, sequences, layout, keep_tokens, self.teacher_heads, top_k
+            self.ddp, self.topology, objective, loss_tokens, sequences, layout, kept, self.teacher_heads, top_k
         )
         sums = step_pass.run(batches, scores, reference)
         return sums.sums.get("loss", 0.0), sums
@@ -345,12 +346,11 @@ class MegatronTrOPDModel(ModelPT):
         scores: Sequence[TeacherScores | TeacherStates | None],
         reference: Sequence[Tensor | None],
     ) -> Tensor:
-        """The objective's statistic of every loss token of the global batch, the same on every rank."""
+        """The objective's statistic of the global batch's loss tokens to which it applies, the same on every rank."""
         seen = self._student_scores(batches, scores, reference, entropy=objective.needs_student_entropy)
-        own = [objective.statistic(s).cpu() for s in seen if s is not None]
-        mine = torch.cat(own).tolist() if own and self.topology.tensor_rank == 0 else []
-        everyone = self.topology.gather_objects(mine)
-        return torch.tensor([x for part in everyone for x in part], device=self.topology.device)
+        own = [objective.statistic(s)[objective.applies(s)].cpu() for s in seen if s is not None]
+        mine = torch.cat(own) if own and self.topology.tensor_rank == 0 else torch.empty(0)
+        return torch.cat(self.topology.gather_objects(mine)).to(self.topology.device)
 
     def prepare_for_validation_step(self) -> None:
         """Before :meth:`get_divergences`."""

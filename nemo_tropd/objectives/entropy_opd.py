@@ -30,7 +30,7 @@ class EntropyOPD(Objective):
         assert scores.student_entropy is not None
         return scores.student_entropy
 
-    def bind(self, statistics: Tensor) -> Objective:
+    def bind(self, statistics: Tensor, loss_tokens: int | None = None) -> Objective:
         return self._bound(tau=quantile(statistics, self.quantile))
 
     def token_loss(self, scores: TokenScores) -> tuple[Tensor, Metrics]:

@@ -71,8 +71,13 @@ class Objective:
         """[T]: what the first pass collects from every loss token of the global batch."""
         raise ValueError(f"objective {self.name!r} needs no first pass")
 
-    def bind(self, statistics: Tensor) -> Objective:
-        """The objective with its thresholds taken from ``statistics`` [N], every loss token of the global batch."""
+    def applies(self, scores: TokenScores) -> Tensor:
+        """[T], bool: the tokens that have the objective's own loss; with a ``guidance_weight`` not the teacher's."""
+        return torch.ones_like(scores.guided) if self.guidance_weight is None else ~scores.guided
+
+    def bind(self, statistics: Tensor, loss_tokens: int | None = None) -> Objective:
+        """The objective with its thresholds taken from ``statistics`` [N], those of the global batch's tokens that it
+        ``applies`` to, of ``loss_tokens`` in all (default N), by which the caller divides the sum of losses."""
         raise ValueError(f"objective {self.name!r} needs no first pass")
 
     def token_loss(self, scores: TokenScores) -> tuple[Tensor, Metrics]:
@@ -85,7 +90,7 @@ class Objective:
         ratio = log_ratio(scores)
         metrics = {"trust": trust_probability(ratio), "log_ratio": ratio, **own}
         if self.importance_cap is not None:
-            weight = importance_ratio(scores, what=self.name).clamp(max=self.importance_cap)
+            weight = importance_ratio(scores, what=f"{self.name!r} with importance_cap").clamp(max=self.importance_cap)
             loss, metrics["importance_weight"] = weight * loss, weight
         if self.guidance_weight is not None:
             loss = torch.where(scores.guided, -self.guidance_weight * scores.student_log_probs, loss)
@@ -114,6 +119,6 @@ def trust_probability(ratio: Tensor) -> Tensor:
 def importance_ratio(scores: TokenScores, *, what: str) -> Tensor:
     """Detached pi_S(x) / behavior(x), [T]; 1 where the behavior is NaN."""
     if scores.behavior_log_probs is None:
-        raise ValueError(f"objective {what!r}: importance_cap needs TokenScores.behavior_log_probs, which is None")
+        raise ValueError(f"objective {what} needs TokenScores.behavior_log_probs, which is None")
     gap = scores.student_log_probs.detach() - scores.behavior_log_probs.detach()
     return gap.nan_to_num(nan=0.0).exp()

@@ -19,8 +19,8 @@ class REOPOLDTwoStage(REOPOLD):
 
     Before ``switch_step`` mask = 1[R >= c]; from it on mask = 1[H_S >= tau_beta], tau_beta the (1 - beta) quantile of
     H_S over the global batch. Call ``at_step``, then ``bind`` with a first pass's statistic: R in stage 1, H_S in
-    stage 2; it keeps the factor N / sum(mask) for losses scaled by 1 / N. ``switch_step`` 100 (half of the paper's 200
-    steps) and ``beta`` 0.2 are this project's.
+    stage 2; it keeps the factor N / sum(mask) for losses scaled by 1 / N, the number of all loss tokens.
+    ``switch_step`` 100 (half of the paper's 200 steps) and ``beta`` 0.2 are this project's.
     """
 
     name = "reopold_2stage"
@@ -46,10 +46,10 @@ class REOPOLDTwoStage(REOPOLD):
         assert scores.student_entropy is not None
         return scores.student_entropy.detach()
 
-    def bind(self, statistics: Tensor) -> Objective:
+    def bind(self, statistics: Tensor, loss_tokens: int | None = None) -> Objective:
         threshold = self.c if self._first_stage() else quantile(statistics, 1 - self.beta)
-        kept = int((statistics >= threshold).sum())
-        return self._bound(threshold=threshold, factor=statistics.numel() / kept if kept else 0.0)
+        kept, tokens = int((statistics >= threshold).sum()), statistics.numel() if loss_tokens is None else loss_tokens
+        return self._bound(threshold=threshold, factor=tokens / kept if kept else 0.0)
 
     def token_loss(self, scores: TokenScores) -> tuple[Tensor, Metrics]:
         if self.threshold is None or self.factor is None:

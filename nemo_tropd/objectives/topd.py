@@ -35,7 +35,7 @@ class TOPD(Objective):
         moved = log_ratio(scores) + math.log(self.alpha)
         return torch.logaddexp(moved, torch.full_like(moved, stay))
 
-    def bind(self, statistics: Tensor) -> Objective:
+    def bind(self, statistics: Tensor, loss_tokens: int | None = None) -> Objective:
         return self._bound(baseline_value=float(statistics.double().mean()) if statistics.numel() else 0.0)
 
     def token_loss(self, scores: TokenScores) -> tuple[Tensor, Metrics]:

@@ -29,20 +29,6 @@ class MetricSums:
         for name, value in (minima or {}).items():
             self.minima[name] = min(self.minima.get(name, math.inf), float(value))
 
-    def keep(self, batch: TokenBatch, per_token: Mapping[str, Tensor]) -> None:
-        """Keep each sequence's loss tokens with the per-token metrics ``log_ratio`` and ``trust`` [T]."""
-        tokens = batch.loss_tokens()
-        for b, sequence_id in enumerate(batch.sequence_ids.tolist()):
-            rows = (tokens.sequence == b).nonzero(as_tuple=True)[0]
-            if rows.numel():
-                columns = {
-                    "token_ids": tokens.token_ids,
-                    "log_ratio": per_token["log_ratio"],
-                    "gate": per_token["trust"],
-                    "guided": tokens.guided,
-                }
-                self.kept.append({"sequence_id": sequence_id, **{k: v[rows].tolist() for k, v in columns.items()}})
-
     def gather(self) -> MetricSums:
         """The total over all ranks, on every rank (collective)."""
         total = MetricSums()
@@ -61,7 +47,8 @@ class MetricSums:
 class DeviceSums:
     """Sums and minima that stay on the device while micro-batches run: the host waits for them once, in ``collect``."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_kept: int = 0) -> None:
+        self.most_kept = most_kept  # sequences whose tokens are kept: of all ranks that many remain, the first ones
         self.bad: list[tuple[str, int, int]] = []  # see MetricSums
         self._sums: dict[str, Tensor] = {}
         self._minima: dict[str, Tensor] = {}
@@ -78,7 +65,8 @@ class DeviceSums:
             self._minima[name] = torch.minimum(self._minima[name], value) if name in self._minima else value
 
     def keep(self, batch: TokenBatch, per_token: Mapping[str, Tensor]) -> None:
-        """See :meth:`MetricSums.keep`."""
+        """The loss tokens of the first ``most_kept`` sequences, by their ids, are kept with the per-token metrics
+        ``log_ratio`` and ``trust`` [T]."""
         self._kept.append((batch, per_token))
 
     def by_group(self, batch: TokenBatch, values: Mapping[str, Tensor]) -> None:
@@ -105,6 +93,22 @@ class DeviceSums:
             for name in names:
                 for of, value in zip(groups, found, strict=False):  # as many as there are sequences
                     total.add({f"{group}/{name}": value for group in of})
-        for batch, per_token in self._kept:
-            total.keep(batch, per_token)
+        total.kept = self._first_sequences()
         return total
+
+    def _first_sequences(self) -> list[dict[str, Any]]:
+        found = []
+        for batch, per_token in self._kept:
+            ids, tokens = batch.sequence_ids.tolist(), batch.loss_tokens()
+            found += [(ids[b], b, tokens, per_token) for b in tokens.sequence.unique().tolist()]
+        kept = []
+        for sequence_id, b, tokens, per_token in sorted(found, key=lambda one: one[0])[: self.most_kept]:
+            columns = {
+                "token_ids": tokens.token_ids,
+                "log_ratio": per_token["log_ratio"],
+                "gate": per_token["trust"],
+                "guided": tokens.guided,
+            }
+            rows = tokens.sequence == b
+            kept.append({"sequence_id": sequence_id, **{k: v[rows].tolist() for k, v in columns.items()}})
+        return kept

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from nemo_tropd.config import TropdConfig, host_and_port
+from nemo_tropd.config import TropdConfig, guided, host_and_port
 from nemo_tropd.parallel.ranks import RankLayout
 
 BYTES = {"32": 4, "bf16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -47,8 +47,7 @@ def teacher_answers_benchmarks(cfg: TropdConfig) -> bool:
 
 def teacher_generates(cfg: TropdConfig) -> bool:
     """Whether the teacher has engines before the first step: for held-out prompts, prefixes or benchmarks."""
-    guided = cfg.model.tropd.guidance.enabled
-    return bool(cfg.model.data.held_out) or guided or teacher_answers_benchmarks(cfg)
+    return bool(cfg.model.data.held_out) or guided(cfg) or teacher_answers_benchmarks(cfg)
 
 
 def row_tokens(cfg: TropdConfig) -> int:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from nemo_tropd.config import TropdConfig, anneal_steps, teacher_named
+from nemo_tropd.config import TropdConfig, anneal_steps, guided, teacher_named
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.data import Prompt, PromptSplit
 from nemo_tropd.rollout.engine import RolloutRequest
@@ -119,7 +119,7 @@ def make_guidance(cfg: TropdConfig, responses: Responses | None) -> Guidance:
         total_steps=anneal_steps(cfg),
         max_new_tokens=cfg.model.rollout.max_new_tokens,
         samples_per_prompt=cfg.model.rollout.samples_per_prompt,
-        longest=guidance.max_prefix_tokens if guidance.enabled else 0,
+        longest=guidance.max_prefix_tokens if guided(cfg) else 0,
         prefix_draw=guidance.prefix_draw,  # type: ignore[arg-type]
         responses=responses,
     )
@@ -134,7 +134,7 @@ def wanted_responses(
     guidance, m = cfg.model.tropd.guidance, cfg.model
     full = teacher_named(m, teacher).response_tokens or m.rollout.max_new_tokens
     wanted = dict.fromkeys((p.teachers_ids for p in prompts.held_out if p.teacher == teacher), full)
-    if not guidance.enabled or guidance.max_prefix_tokens == 0:
+    if not guided(cfg):
         return wanted
     order, total = prompts.train.order(m.seed), anneal_steps(cfg)
     every = len({p.teachers_ids for p in prompts.train if p.teacher == teacher} | wanted.keys())

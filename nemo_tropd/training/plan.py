@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_tropd.command_line import printable
-from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, run_dir, teacher_named
+from nemo_tropd.config import ConfigError, TropdConfig, about_teacher, guided, run_dir
 from nemo_tropd.config_data import SourceConfig
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.convert.families import ModelShape
@@ -30,7 +30,7 @@ from nemo_tropd.data.tokenizer import STUDENT, TEACHER
 from nemo_tropd.evaluation.answers import AnswerError, judged_as
 from nemo_tropd.files import refusal
 from nemo_tropd.loss.inputs import CHUNK_BYTES
-from nemo_tropd.objectives import Objective, ParameterError, build, parameters
+from nemo_tropd.objectives import Objective
 from nemo_tropd.parallel.cpu import fast_bf16
 from nemo_tropd.planner.degrees import loss_tokens
 from nemo_tropd.planner.engine import engine_load
@@ -44,6 +44,7 @@ from nemo_tropd.planner.verdict import check_memory, gib, memory_lines
 from nemo_tropd.planner.ways import Work, way_lines
 from nemo_tropd.planner.wire import estimate_wire
 from nemo_tropd.rollout.placement import checked_place, sampling_of
+from nemo_tropd.training.objective import build_objective, prefix_line
 from nemo_tropd.training.plan_models import (
     Teacher,
     all_end_tokens,
@@ -59,9 +60,6 @@ from nemo_tropd.training.plan_models import (
     vocabularies_of,
 )
 from nemo_tropd.training.teacher_responses import responses_dir
-
-IMPORTANCE_CAP = 2.0  # with steps_ahead, unless it is set
-OWN_KEYS = ("gate", "outlier", "tail", "guidance_weight")  # parameters of the objective with keys beside params
 
 
 @dataclass(frozen=True)
@@ -224,36 +222,6 @@ def _answer_notes(prompts: PromptSplit) -> list[tuple[str, str]]:
     return [("answers", f"of {len(prompts.held_out)} held-out prompts: {line}")]
 
 
-def build_objective(cfg: TropdConfig) -> Objective:
-    """The objective that ``model.tropd`` names; ConfigError for a name, a parameter or a value that there is not."""
-    t = cfg.model.tropd
-    given = {**t.params, **{name: value for name in OWN_KEYS if (value := getattr(t, name)) is not None}}
-    try:
-        objective = build(t.objective, **given)
-        if cfg.model.rollout.steps_ahead and not objective.needs_distributions and "importance_cap" not in given:
-            objective = replace(objective, importance_cap=IMPORTANCE_CAP)  # rollouts are older weights'
-    except ParameterError as error:
-        key = "model.tropd" if getattr(t, error.parameter, None) is not None else "model.tropd.params"
-        raise ConfigError(f"{key}.{error.parameter}", error.value, f"{t.objective}: {error.wanted}") from error
-    except (ValueError, TypeError) as error:
-        known = ""
-        if "unknown objective" not in str(error):
-            known = f"; parameters of {t.objective}: {', '.join(parameters(t.objective))}"
-        raise ConfigError("model.tropd.objective", t.objective, f"{error}{known}") from error
-    if objective.needs_distributions and cfg.model.rollout.top_k:
-        cut = (
-            f"{t.objective} compares the complete distributions of student and teacher, and top-k cuts what is sampled"
-        )
-        remedy = f"{cut}: set it to 0 (and model.rollout.top_p to 1), or choose a sampled objective"
-        raise ConfigError("model.rollout.top_k", cfg.model.rollout.top_k, remedy)
-    served = any(teacher_named(cfg.model, name).url for name in (DEFAULT_TEACHER, *cfg.model.teachers))
-    if served and (objective.needs_distributions or objective.needs_teacher_entropy):
-        needs = "the teacher's complete distributions" if objective.needs_distributions else "the teacher's entropy"
-        why = f"it needs {needs}, and servers give candidates alone: choose a sampled objective such as tropd"
-        raise ConfigError("model.tropd.objective", t.objective, f"{why}, or set url of all teachers to null")
-    return objective
-
-
 def _check_folders(cfg: TropdConfig, directory: Path) -> None:
     """What the run writes can be written, and not over its models. Creates nothing."""
     _check_run_dir(directory, cfg)
@@ -265,8 +233,7 @@ def _check_folders(cfg: TropdConfig, directory: Path) -> None:
         if Path(path).resolve().is_relative_to(directory.resolve()):
             where = f"lies in the run directory {directory}, where the run writes its own"
             raise ConfigError(key, path, f"{where}: set exp_manager.explicit_log_dir to another")
-    guidance = cfg.model.tropd.guidance
-    if cfg.model.data.held_out or (guidance.enabled and guidance.max_prefix_tokens):
+    if cfg.model.data.held_out or guided(cfg):
         _check_writable("model.teacher.cache_dir", responses_dir(cfg))
 
 
@@ -334,6 +301,7 @@ def print_plan(cfg: TropdConfig, plan: Plan) -> None:
         *([("scored early", f"each finished rollout, by {', '.join(plan.early)}")] if plan.early else ()),
         ("a step", f"{m.global_batch_size} rollouts, at most {loss_tokens(cfg)} tokens in the loss"),
         ("a run", f"{t.tropd.max_steps} steps in {plan.run_dir}"),
+        ("teacher prefixes", prefix_line(cfg)),
         *_generation(plan),
         *plan.notes,
         *_slow_bf16(cfg, plan),

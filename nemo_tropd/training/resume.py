@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import nemo_tropd
-from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, schema_fields
+from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, guided, schema_fields
 from nemo_tropd.config_checks import check_decay
 from nemo_tropd.config_keys import value_at
 from nemo_tropd.objectives import Objective
@@ -91,6 +91,7 @@ def first_state(cfg: TropdConfig, objective: Objective, contents: dict[str, Any]
     for key, value in (
         ("model.teacher.precision", m.teacher.precision or cfg.trainer.precision),
         ("model.teacher.response_tokens", m.teacher.response_tokens or m.rollout.max_new_tokens),
+        ("model.tropd.guidance.enabled", guided(cfg)),
     ):
         settings.pop(key)
         settings[key] = value

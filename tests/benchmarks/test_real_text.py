@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from examples.benchmarks.real_text import COMPARISONS, TRAINING, VALIDATION, directory, draw, finished, table
-from nemo_tropd.training.plan import build_objective
+from nemo_tropd.config import guided
+from nemo_tropd.training.objective import build_objective
 from tests.e2e.compose import compose_config
 
 
@@ -42,7 +43,7 @@ def test_each_variant_adds_one_thing() -> None:
     }
     objectives = {name: build_objective(cfg) for name, cfg in cfgs.items()}
     assert objectives["gate, outliers"] == objectives["tropd"] != objectives["gate alone"]
-    assert [name for name, cfg in cfgs.items() if cfg.model.tropd.guidance.enabled] == ["tropd", "tropd exact"]
+    assert [name for name, cfg in cfgs.items() if guided(cfg)] == ["tropd", "tropd exact"]
     exact = [name for name, objective in objectives.items() if objective.needs_distributions]
     assert exact == ["tropd exact", "opd exact"]
 

@@ -21,7 +21,8 @@ from nemo_tropd.parallel.signals import STOP
 from nemo_tropd.rollout.ahead import AheadRollouts, EngineThread
 from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, RolloutRequest
 from nemo_tropd.training.ahead import FILE, load_rollouts, save_rollouts
-from nemo_tropd.training.plan import build_objective, make_plan
+from nemo_tropd.training.objective import build_objective
+from nemo_tropd.training.plan import make_plan
 from nemo_tropd.training.run import train
 from nemo_tropd.training.step import _effective
 from tests.dist.run_distributed import run_distributed

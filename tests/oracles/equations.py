@@ -123,8 +123,9 @@ def tropd(
     return torch.where(w.guided, -guidance_weight * w.likelihood, loss)
 
 
-def eopd(w: World, tau: float = 0.8, alpha: float = 1.0, eps: float = 0.2) -> Tensor:
-    old = torch.where(w.behavior.isnan(), w.likelihood.detach(), w.behavior)
+def eopd(w: World, tau: float = 0.8, alpha: float = 1.0, eps: float = 0.2, old_policy: str = "student") -> Tensor:
+    fresh = w.behavior.isnan() if old_policy == "behavior" else torch.ones_like(w.guided)
+    old = torch.where(fresh, w.likelihood.detach(), w.behavior)
     r = (w.likelihood - old).exp()
     clipped = torch.minimum(torch.maximum(r, torch.tensor(1 - eps).double()), torch.tensor(1 + eps).double())
     reverse = -torch.minimum(r * w.ratio, clipped * w.ratio)

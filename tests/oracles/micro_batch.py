@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "topd:global": {"alpha": 0.4},
     "gopd:two": {"lambda_": 2.0},
     "tropd_aopd:half": {"aopd_coef": 0.5},
-    "eopd:tight": {"tau": 1.5, "alpha": 0.3, "eps": 0.05},
+    "eopd:tight": {"tau": 1.5, "alpha": 0.3, "eps": 0.05, "old_policy": "behavior"},
     "reopold_2stage:1": {"beta": 0.23},
     "reopold_2stage:2": {"beta": 0.23},
 }

@@ -32,7 +32,7 @@ OPTIONAL = (
     "model.rollout.dedicated.address model.rollout.dedicated.engines model.validation.max_new_tokens "
     "model.tokens_per_micro_batch model.recompute model.optim.sched.decay_steps model.tropd.guidance.anneal_steps "
     "model.data.system_prompt model.validation.benchmark_interval model.data.teacher_key model.data.teacher_prompt_key "
-    "model.teacher.follow_steps model.teacher.url model.teacher.server.model"
+    "model.teacher.follow_steps model.teacher.url model.teacher.server.model model.tropd.guidance.enabled"
 )
 ZERO = (
     "trainer.max_restarts trainer.tropd.val_check_interval trainer.tropd.gradient_clip_val model.data.held_out "

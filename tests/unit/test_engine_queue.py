@@ -20,7 +20,7 @@ from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.dealing import Lengths, Queue, held_by_one
 from nemo_tropd.rollout.vllm.server import EngineServer
 from nemo_tropd.rollout.vllm.settings import EngineSettings
-from nemo_tropd.training.plan import build_objective
+from nemo_tropd.training.objective import build_objective
 from nemo_tropd.training.resume import check_resumable, first_state
 from tests.doubles import ReplayEngine
 from tests.e2e.compose import compose_config

@@ -17,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nemo_tropd import files
+from nemo_tropd import files, objectives
 from nemo_tropd.batch import Rollout
-from nemo_tropd.config import ConfigError
+from nemo_tropd.config import IMITATING, ConfigError, guided
 from nemo_tropd.convert.fingerprint import checkpoint_fingerprint
 from nemo_tropd.data import Prompt, PromptOrder, PromptSet, PromptSplit
+from nemo_tropd.planner.degrees import teacher_generates
 from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, RefreshStats, RolloutRequest, Sampling
 from nemo_tropd.training.guidance import (
     Guidance,
@@ -31,6 +32,7 @@ from nemo_tropd.training.guidance import (
     request_seed,
     wanted_responses,
 )
+from nemo_tropd.training.objective import build_objective, prefix_line
 from nemo_tropd.training.teacher_responses import TeacherResponse, TeacherResponses, Wanted, prompt_key
 from tests.e2e.compose import compose_config
 from tests.oracles import philox
@@ -317,6 +319,41 @@ def test_prefixes_from_responses_of_the_needed_length_are_those_of_complete_ones
     for _ in range(3):  # a single run may use no prompt twice with prefixes of other lengths
         for training in range(4, 10):  # of 5 and of 9 a step of 4 prompts leaves just one that no step has used yet
             prefixes_of_one_run(training)
+
+
+PATHS = ["pretrained_checkpoint.restore_from_path=s", "model.teacher.path=t", "model.data.path=d"]
+
+
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_a_run_has_prefixes_if_its_objective_has_a_loss_on_them(name: str) -> None:
+    """Others would learn from the teacher's tokens as if the student had sampled them."""
+    own = objectives.build(name).guidance_weight
+    assert (name in IMITATING) == (own is not None)
+
+    def prefixes(*keys: str) -> tuple[float | None, str, set[int]]:
+        cfg = compose_config([*PATHS, f"model.tropd.objective={name}", "model.tropd.guidance.prefix_draw=cap", *keys])
+        prompts = asked(some_prompts(3))
+        response = TeacherResponse([7] * 300, [-1.0] * 300, True)
+        known = type("Known", (), {"lookup": lambda self, ids, sampling=None: response})()
+        lengths = {len(r.prefix_ids) for r in make_guidance(cfg, {"default": known}).plan(prompts, 0)}
+        split = PromptSplit(PromptSet(tuple(prompts)), PromptSet(()), 0)
+        cfg.model.data.held_out = 0
+        assert guided(cfg) == bool(lengths - {0}) == bool(wanted_responses(cfg, split)) == teacher_generates(cfg)
+        return build_objective(cfg).guidance_weight, prefix_line(cfg), lengths
+
+    none = f"none: {name} has no loss on them (model.tropd.guidance_weight)"
+    some = "at most 256 tokens at step 1, none after step 200"
+    assert prefixes() == ((own, none, {0}) if own is None else (own, some, {256}))
+    weight = random.uniform(0, 0.1)
+    assert prefixes(f"model.tropd.guidance_weight={weight}") == (weight, some, {256})
+    assert prefixes(f"+model.tropd.params.guidance_weight={weight}") == (weight, some, {256})
+    assert prefixes("model.tropd.guidance.enabled=false") == (own, "none", {0})
+    assert prefixes("model.tropd.guidance.max_prefix_tokens=0") == (own, "none", {0})
+    if own is None:
+        with pytest.raises(ConfigError, match=f"guidance.enabled = True: {name} has no loss on teacher prefixes"):
+            prefixes("model.tropd.guidance.enabled=true")
+    else:
+        assert prefixes("model.tropd.guidance.enabled=true") == (own, some, {256})
 
 
 def prefixes_of_one_run(training: int) -> None:

@@ -265,10 +265,15 @@ def test_importance_weights_are_truncated_and_detached(name: str, state: State) 
 
 def test_eopd_clips_the_ratio() -> None:
     state = State(3)
-    objective = objectives.build("eopd", alpha=0.0)
-    same(state.gradient((state.s * objective(state.scores())[0]).sum()), state.expected("opd"))
+    plain, objective = (objectives.build("eopd", alpha=0.0, old_policy=old) for old in ("student", "behavior"))
     # pi_S is twice the behavior: where R > 0 the clip holds, and the gradient stops.
     behavior = state.log_s.detach() - math.log(2)
+    for scores in (state.scores(), state.scores(behavior_log_probs=behavior)):  # one update a batch: the ratio is 1
+        same(state.gradient((state.s * plain(scores)[0]).sum()), state.expected("opd"))
+    with pytest.raises(ValueError, match=r"old_policy 'behavior' needs TokenScores\.behavior_log_probs"):
+        objective(state.scores())
+    with pytest.raises(ValueError, match="correct for the same"):
+        objectives.build("eopd", old_policy="behavior", importance_cap=2.0)
     loss, _ = objective(state.scores(behavior_log_probs=behavior))
     reward = state.rho.log()
     same(loss.detach(), -torch.where(reward > 0, 1.2 * reward, 2.0 * reward))
@@ -296,6 +301,8 @@ def test_two_stages() -> None:
     same(second.statistic(state.scores()), state.scores().student_entropy)
     assert first.needs_first_pass and not first.bind(state.rho.log()).needs_first_pass
     kept = state.rho.log() >= math.log(0.3) / 0.7
+    doubled = first.bind(state.rho.log(), 2 * V)(state.scores())[0]  # half of all loss tokens are the teacher's
+    same(doubled, 2 * first.bind(state.rho.log())(state.scores())[0])
     loss = first.bind(state.rho.log())(state.scores())[0]
     want = torch.where(kept, -state.rho.log() * state.log_s, 0.0) * V / kept.sum()
     same(loss, want)  # a mean over N tokens is then the sum over the mask divided by the mask

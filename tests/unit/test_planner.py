@@ -35,7 +35,8 @@ from nemo_tropd.planner.ways import gpus_of
 from nemo_tropd.planner.wire import ROLLOUT_TOKEN, estimate_wire, ring
 from nemo_tropd.rollout.collective import ROLLOUTS
 from nemo_tropd.rollout.placement import device_groups, teacher_utilization
-from nemo_tropd.training.plan import build_objective, print_plan
+from nemo_tropd.training.objective import build_objective
+from nemo_tropd.training.plan import print_plan
 from nemo_tropd.training.plan_models import Teacher
 from tests.e2e.compose import CONF, compose_config
 

@@ -302,9 +302,10 @@ def test_metrics_are_summed_by_source_and_teacher() -> None:
 
 
 def model(
-    topology: Topology, tiny: TinyRun, names: tuple[str, ...], objective: str, **teacher: Any
+    topology: Topology, tiny: TinyRun, names: tuple[str, ...], objective: str, kept: int = 4, **teacher: Any
 ) -> MegatronTrOPDModel:
     cfg = ModelConfig(micro_batch_size=2)
+    cfg.validation.kept_rollouts = kept
     cfg.teacher.path, cfg.data.path, cfg.tropd.top_k = str(tiny.teacher), "unused", 8
     for key, value in teacher.items():
         setattr(cfg.teacher, key, value)
@@ -357,14 +358,17 @@ def test_two_teachers_are_two_runs_with_one_each(
 def test_r_is_that_of_the_two_texts(tiny: TinyRun, topology: Topology, tokens: int | None) -> None:
     """log pi_T is transformers' after what the teacher reads, log pi_S after what the student reads."""
     rollouts, prompts = some(5)
-    one = model(topology, tiny, ("default",), "tropd")
+    one, first = (model(topology, tiny, ("default",), "tropd", kept) for kept in (5, 2))
     batches = Packer(topology, 0, 2, tokens, 5).pack(rollouts, 0, prompts)
     scores = one.score(batches)
     _, sums = one.get_loss_and_metrics(batches, scores, step=0, loss_tokens=1, sequences=1, keep_tokens=True)
     theirs, mine = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny.teacher, tiny.student))
     by_id = {r.sequence_id: r for r in rollouts}
-    assert len(sums.kept) == len([r for r in rollouts if r.loss_tokens])
-    for kept in sums.kept:
+    some_kept = sorted(sums.kept, key=lambda kept: kept["sequence_id"])
+    assert [kept["sequence_id"] for kept in some_kept] == [r.sequence_id for r in rollouts if r.loss_tokens]
+    _, sums = first.get_loss_and_metrics(batches, scores, step=0, loss_tokens=1, sequences=1, keep_tokens=True)
+    assert sums.kept == some_kept[:2]
+    for kept in some_kept:
         r = by_id[kept["sequence_id"]]
         said, read = r.prefix_ids + r.response_ids, prompts[r.prompt_index].teachers_ids
         assert kept["token_ids"] == said
@@ -380,6 +384,30 @@ def log_probs(reference: Any, prompt: list[int], said: list[int]) -> torch.Tenso
     """Of each token of ``said`` after ``prompt``."""
     logits = reference(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return logits.gather(1, torch.tensor(said)[:, None])[:, 0]
+
+
+@pytest.mark.random
+def test_a_first_pass_leaves_out_what_the_teacher_generated(tiny: TinyRun, topology: Topology) -> None:
+    """REOPOLD's first stage: a mean over the student's tokens that the mask keeps; prefix tokens are imitated."""
+    theirs, mine = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny.teacher, tiny.student))
+    weight, one = random.uniform(0.1, 1), model(topology, tiny, ("default",), "reopold_2stage")
+    one.objective = objectives.build("reopold_2stage", guidance_weight=weight)
+    floor, sure = one.objective.c, False
+    while not sure:
+        rollouts, prompts = some(9)
+        said = [(r, r.prefix_ids + r.response_ids) for r in rollouts]
+        log_s = torch.cat([log_probs(mine, r.prompt_ids, ids) for r, ids in said])
+        log_t = torch.cat([log_probs(theirs, list(prompts[r.prompt_index].teachers_ids), ids) for r, ids in said])
+        guided = torch.cat([torch.arange(len(ids)) < len(r.prefix_ids) for r, ids in said])
+        ratio = (log_t - log_s).double()
+        keep = ~guided & (ratio >= floor)
+        # None so near to the floor that rounding decides, and some of each kind.
+        sure = bool((ratio - floor).abs().min() > 1e-3 and keep.any() and guided.any())
+    batches = Packer(topology, 0, 2, None, 5).pack(rollouts, 0, prompts)
+    counts = {"step": 0, "loss_tokens": len(ratio), "sequences": len(rollouts)}
+    loss, _ = one.get_loss_and_metrics(batches, one.score(batches), **counts)
+    own = -(ratio.clamp(min=floor) * log_s)[keep].mean()
+    assert loss == pytest.approx(float(own - weight * log_s[guided].sum() / len(ratio)), rel=1e-3, abs=1e-4)
 
 
 @torch.no_grad()
