@@ -48,15 +48,17 @@ def hf_to_megatron(
 
     ``tensor_parallel`` x ``pipeline_parallel`` is the intended layout: checked against the architecture, and the blocks
     on disk are cut for it. ``dtype`` defaults to the embedding's. One block is in memory at a time. Raises
-    ConversionError before anything is written if the source is incomplete, ``out_dir`` exists or the disk is too small.
+    ConversionError before anything is written if the source is incomplete, the disk is too small, or
+    ``out_dir`` exists without ``overwrite``, is the source, lies in it or holds it.
     """
     hf_dir, out_dir = Path(hf_dir), Path(out_dir)
+    check_free_to_write(out_dir, overwrite, 0, hf_dir)
     shape = read_shape(hf_dir)
     shape.check_layout(tensor_parallel, pipeline_parallel)
     source = HfSource(hf_dir, shape)
     dtype = dtype or source.checkpoint.dtype(next(shape.hf_tensors())[0])
     total = shape.parameters() * dtype.itemsize
-    with new_folder(out_dir, overwrite, total) as folder:
+    with new_folder(out_dir, overwrite, total, source=hf_dir) as folder:
         write_checkpoint(
             folder, source, shape, dtype, tensor_parallel=tensor_parallel, progress=_counter(progress, total)
         )
@@ -78,10 +80,11 @@ def megatron_to_hf(
 
     Config and tokenizer come from the checkpoint's ``hf`` folder. ``dtype`` defaults to the stored one. One file of at
     most ``max_shard_bytes`` is in memory at a time. Raises ConversionError before anything is written if the checkpoint
-    is incomplete, ``out_dir`` exists or the disk is too small.
+    is incomplete, the disk is too small, or ``out_dir`` exists without ``overwrite``, is the source, lies in it or
+    holds it.
     """
     checkpoint_dir, out_dir = Path(checkpoint_dir), Path(out_dir)
-    check_free_to_write(out_dir, overwrite, 0)
+    check_free_to_write(out_dir, overwrite, 0, checkpoint_dir)
     source = MegatronSource(checkpoint_dir)
     shape = source.shape
     dtype = dtype or source.dtype
@@ -94,7 +97,7 @@ def megatron_to_hf(
                 yield name, tensor
                 count(tensor.numel() * dtype.itemsize)
 
-    with new_folder(out_dir, overwrite, total) as folder:
+    with new_folder(out_dir, overwrite, total, source=checkpoint_dir) as folder:
         write_weights(folder, stream(), dict(shape.hf_tensors()), dtype, max_shard_bytes)
         copy_sidecar(checkpoint_dir / SIDECAR, folder, dtype)
         _write_manifest(folder, "megatron-to-hf", checkpoint_dir, dtype, {})
@@ -136,23 +139,27 @@ def _hashes(folder: Path) -> dict[str, dict[str, int | str]]:
 
 def main() -> int:
     args = parse_arguments()
+    try:
+        _convert(args)
+    except (ConversionError, OSError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
     with Progress("{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(args.direction, total=None)
         options = {"dtype": DTYPES.get(args.dtype), "overwrite": args.overwrite}
         options["progress"] = lambda done, total: bar.update(task, completed=done, total=total)
-        try:
-            if "hf" in args:
-                hf_to_megatron(args.hf, args.out, tensor_parallel=args.tp, pipeline_parallel=args.pp, **options)
-            else:
-                megatron_to_hf(args.checkpoint, args.out, **options)
-        except ConversionError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-            return 1
+        if "hf" in args:
+            hf_to_megatron(args.hf, args.out, tensor_parallel=args.tp, pipeline_parallel=args.pp, **options)
+        else:
+            megatron_to_hf(args.checkpoint, args.out, **options)
     hf_dir, checkpoint_dir = (args.hf, args.out) if "hf" in args else (args.out, args.checkpoint)
     print(f"{args.out}: {read_shape(hf_dir).describe()}")
     if args.verify:
         print(f"largest logit difference: {largest_logit_difference(checkpoint_dir, hf_dir):.2e}")
-    return 0
 
 
 @torch.no_grad()

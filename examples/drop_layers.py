@@ -1,6 +1,6 @@
 """A student by dropping layers of its teacher, of any Hugging Face checkpoint whose tensors are named ``*.layers.N.*``.
 
-python examples/drop_layers.py TEACHER STUDENT --drop 12 14 16
+python examples/drop_layers.py TEACHER STUDENT --drop 12 14 16 [--overwrite]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nemo_tropd.command_line import printable
 from nemo_tropd.convert.families import ConversionError
 from nemo_tropd.convert.folders import copy_sidecar, new_folder
 from nemo_tropd.convert.hf_files import open_safetensors, save_weights
@@ -26,14 +27,17 @@ def drop_layers(
     source_dir: str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     layers_to_drop: Sequence[int],
+    *,
+    overwrite: bool = False,
 ) -> Path:
     """Copy a Hugging Face checkpoint without some of its layers and renumber the others. Deterministic.
 
     Weights are copied one safetensors file at a time, so at most one is in memory. ``config.json`` gets the new
-    ``num_hidden_layers`` (and ``layer_types`` if present); other files are copied. ``out_dir`` is replaced once the new
-    folder is complete. Returns ``out_dir``.
+    ``num_hidden_layers`` (and ``layer_types`` if present); other files are copied. With ``overwrite`` an existing
+    ``out_dir`` is replaced once the new folder is complete. Returns ``out_dir``.
 
-    Raises ConversionError if the source is not a checkpoint, or the layers are out of range, repeated, or all of them.
+    Raises ConversionError if the source is not a checkpoint, the layers are out of range, repeated, or all of them, or
+    ``out_dir`` exists without ``overwrite``, is the source, lies in it or holds it.
     """
     source, target = Path(source_dir), Path(out_dir)
     config = read_config(source)
@@ -50,7 +54,7 @@ def drop_layers(
     config["num_hidden_layers"] = len(kept)
     files = weight_files(source)
     size = sum(f.stat().st_size for f in files)
-    with new_folder(target, overwrite=True, needed_bytes=size) as part:
+    with new_folder(target, overwrite, size, source=source) as part:
         copy_sidecar(source, part)
         weight_map: dict[str, str] = {}
         total = 0
@@ -97,13 +101,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", help="Hugging Face folder")
-    parser.add_argument("student", help="folder to write; replaced if it exists")
+    parser.add_argument("student", help="folder to write")
     parser.add_argument("--drop", type=int, nargs="+", required=True, help="layers to drop, counted from 0")
+    parser.add_argument("--overwrite", action="store_true", help="replace STUDENT if it exists")
     options = parser.parse_args()
     try:
-        print(drop_layers(options.teacher, options.student, options.drop))
-    except ConversionError as error:
-        sys.exit(f"error: {error}")
+        print(drop_layers(options.teacher, options.student, options.drop, overwrite=options.overwrite))
+    except (ConversionError, OSError) as error:
+        sys.exit(f"error: {printable(str(error))}")
 
 
 if __name__ == "__main__":

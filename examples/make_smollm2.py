@@ -102,7 +102,7 @@ def build_student(
     layers = read_config(teacher)["num_hidden_layers"] - len(dropped)
     target = teacher.parent / f"smollm2-student-{layers}l"
     record = {"recipe": _RECIPE, "source": TEACHER_NAME, "layers_dropped": dropped}
-    return _build_once(target, record, lambda path: drop_layers(teacher, path, dropped))
+    return _build_once(target, record, lambda path: drop_layers(teacher, path, dropped, overwrite=True))
 
 
 def _build_once(target: Path, record: dict[str, Any], build: Callable[[Path], object]) -> Path:

@@ -69,8 +69,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 @contextmanager
 def complete_folder(path: str | Path) -> Iterator[Path]:
     """A temporary folder beside ``path``, renamed to ``path`` if the block ends without an exception, else removed. An
-    existing folder at ``path`` stays until the new one is complete."""
-    path = Path(path)
+    existing folder at ``path`` stays until the new one is complete; a link stays, and what it leads to is replaced."""
+    path = Path(os.path.realpath(path))
     missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
@@ -114,7 +114,9 @@ def sync(path: Path) -> None:
 @contextmanager
 def _temporary(path: Path, kind: str = "tmp") -> Iterator[Path]:
     """An unused name beside ``path`` for a file or folder, which is removed afterwards if it still exists."""
-    mark = (os.getpid(), path.parent.absolute())
+    path = path.absolute()  # "." has no name
+    path = Path(os.path.realpath(path.parent), path.name)  # one name for each that is in use
+    mark = (os.getpid(), path.parent)
     if mark not in _cleaned:
         _cleaned.add(mark)
         remove_stale(path.parent)
@@ -132,6 +134,7 @@ def remove_stale(folder: Path, *, ours: bool = False) -> None:
     ``ours``: no other process writes to the folder, so every one is stale. A folder moved aside by a process that died
     before the new one was in its place is moved back. Names from another machine, whose processes are not visible here,
     are removed once they are a day old."""
+    folder = Path(os.path.realpath(folder))
     for left_over in list(folder.iterdir()) if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(left_over.name)
         if match is None or left_over in _in_use:

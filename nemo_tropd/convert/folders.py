@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,24 +21,60 @@ SIDECAR = "hf"
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path, overwrite: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+def new_folder(
+    path: str | Path, overwrite: bool = False, needed_bytes: int = 0, *, source: Path | None = None
+) -> Iterator[Path]:
     """:func:`nemo_tropd.files.complete_folder` after :func:`check_free_to_write`; an old folder stays until then."""
-    check_free_to_write(Path(path), overwrite, needed_bytes)
+    check_free_to_write(Path(path), overwrite, needed_bytes, source)
     with complete_folder(path) as folder:
         yield folder
 
 
-def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int) -> None:
-    """Raise ConversionError if ``path`` exists and ``overwrite`` is off, or its disk lacks ``needed_bytes``."""
+def check_free_to_write(path: Path, overwrite: bool, needed_bytes: int, source: Path | None = None) -> None:
+    """Raise ConversionError if ``path`` exists and ``overwrite`` is off, if no folder can be made or replaced there, if
+    that would touch ``source``, or the disk lacks ``needed_bytes``. A link stands for what it leads to."""
     if why := refusal(path):
         raise ConversionError(f"{path}: {why}")
+    if source is not None:
+        check_apart(path, source)
     if path.exists() and not overwrite:
         raise ConversionError(f"{path} exists: choose another folder, or pass --overwrite (overwrite=True)")
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise ConversionError(f"{path} is a file, not a folder: choose another folder")
+    if target.is_mount():
+        raise ConversionError(f"{path} is where a disk is mounted, which cannot be replaced: name a folder inside it")
+    existing = next(parent for parent in target.parents if parent.exists())
+    if not existing.is_dir():
+        raise ConversionError(f"{path}: {existing} is a file, not a folder: choose another folder")
     free = shutil.disk_usage(existing).free
     if free < needed_bytes + _SPARE_BYTES * bool(needed_bytes):
         sizes = f"{free / 1e9:.2f} GB free, but {needed_bytes / 1e9:.2f} GB are needed"
         raise ConversionError(f"{existing} has {sizes}: free disk space or choose another disk")
+
+
+def check_apart(path: Path, source: Path, *, inside: bool = False) -> None:
+    """Raise ConversionError if a folder at ``path`` would replace the folder ``source``, what is in it (unless
+    ``inside``), or what its links lead to."""
+    if refusal(source):
+        return  # there is nothing to protect, and reading it says what is wrong
+    links = [entry for entry in source.iterdir() if entry.is_symlink()] if source.is_dir() else []
+    for kept in (source, *links):
+        if _lies_in(kept, path):
+            what = (
+                "is the source itself" if _lies_in(path, kept) else f"has {os.path.realpath(kept)} in it, which is read"
+            )
+            raise ConversionError(f"cannot write to {path}: it {what}; choose another folder")
+    if not inside and _lies_in(path, source):
+        raise ConversionError(f"cannot write to {path}: it lies in the source {source}; choose another folder")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or below it, whatever the links and mounts by which they are named."""
+    real = Path(os.path.realpath(path))
+    if not folder.exists():
+        return Path(os.path.realpath(folder)) in (real, *real.parents)
+    return any(parent.exists() and parent.samefile(folder) for parent in (real, *real.parents))
 
 
 def copy_sidecar(source_dir: Path, target: Path, dtype: torch.dtype | None = None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nemo_tropd.convert.families import ConversionError, ModelShape, Row, read_shape
-from nemo_tropd.convert.folders import copy_sidecar, new_folder
+from nemo_tropd.convert.folders import check_apart, copy_sidecar, new_folder
 from nemo_tropd.convert.hf_files import MAX_SHARD_BYTES, write_weights
 from nemo_tropd.convert.hf_import import local_rows, unwrap
 from nemo_tropd.convert.layouts import full_shape, split, unshard
@@ -104,12 +104,13 @@ def save_hf(
 
     Weights are sharded safetensors in ``dtype``, one shard in memory at a time; config, tokenizer and the like are
     ``source_dir``'s (``folders.copy_sidecar``). Raises ConversionError, on every rank, if the folder exists and
-    ``overwrite`` is off, the disk is too small, or rank 0 fails to write.
+    ``overwrite`` is off, it is or holds ``source_dir``, the disk is too small, or rank 0 fails to write.
     """
     out_dir = Path(out_dir)
 
     def write(stream: Iterator[tuple[str, Tensor]]) -> None:
         try:
+            check_apart(out_dir, Path(source_dir), inside=True)
             shape = read_shape(source_dir)
             with new_folder(out_dir, overwrite, shape.parameters() * dtype.itemsize) as folder:
                 write_weights(folder, stream, dict(shape.hf_tensors()), dtype, max_shard_bytes)

@@ -142,9 +142,11 @@ def _export(rank: int, world_size: int, folder: str, out: str) -> list[str]:
     load_hf(model, folder, shape, topology)
     save_hf(hf_stream(model, shape, topology), out, source_dir=folder, dtype=torch.bfloat16, max_shard_bytes=50_000)
     said = []
-    for target in (out, "/proc/nowhere/out"):  # one exists, the other cannot be written
+    # One exists, another cannot be written, the last is where the tokenizer comes from.
+    for target, overwrite in ((out, False), ("/proc/nowhere/out", False), (folder, True)):
+        stream = hf_stream(model, shape, topology)
         try:
-            save_hf(hf_stream(model, shape, topology), target, source_dir=folder, dtype=torch.bfloat16)
+            save_hf(stream, target, source_dir=folder, dtype=torch.bfloat16, overwrite=overwrite)
         except (ConversionError, OSError) as error:
             said.append(str(error))
     dist.barrier()
@@ -157,7 +159,7 @@ def test_several_ranks_write_one_folder_and_fail_together(tmp_path: Path):
     folder = make_tiny(tmp_path / "hf", "qwen2", True, seed=int(torch.randint(0, 2**31, ())), **SHAPE)
     out = tmp_path / "out"
     for said in run_distributed(_export, 4, str(folder), str(out)):
-        assert len(said) == 2 and "exists" in said[0]
+        assert len(said) == 3 and "exists" in said[0] and "is the source itself" in said[2]
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16) for path in (folder, out)]
     states = [model.state_dict() for model in models]
     assert states[0].keys() == states[1].keys()

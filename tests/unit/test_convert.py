@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from examples import convert_checkpoint
 from examples.convert_checkpoint import MANIFEST, hf_to_megatron, megatron_to_hf
 from nemo_tropd.convert import folders
 from nemo_tropd.convert.families import ConversionError, read_shape, shape_of_config
@@ -315,6 +316,112 @@ def test_refuses_a_folder_that_exists_and_replaces_it_on_demand(tiny: Path):
     hf_to_megatron(tiny, out, overwrite=True)
     assert not (out / "kept.txt").exists()
     assert not _changed(out)
+
+
+@pytest.fixture
+def both(tiny: Path) -> dict[str, Path]:
+    """A model in both formats, in a folder with something else, and links to them."""
+    models = tiny.parent / "models"
+    models.mkdir()
+    tiny.rename(models / "hf")
+    (models / "notes.txt").write_text("mine")
+    hf_to_megatron(models / "hf", models / "megatron")
+    (tiny.parent / "link").symlink_to("models")
+    (models / "to_hf").symlink_to("hf")
+    return {"models": models, "hf": models / "hf", "megatron": models / "megatron", "link": tiny.parent / "link"}
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("models/{kind}", "it is the source itself"),
+        ("link/{kind}", "it is the source itself"),
+        ("models/../models/{kind}", "it is the source itself"),
+        ("models/to_hf", "it is the source itself"),
+        ("models", "it has .*, which is read"),
+        ("link", "it has .*, which is read"),
+        (".", "it has .*, which is read"),
+        ("/", "it has .*, which is read"),
+        ("models/{kind}/out", "it lies in the source"),
+        ("link/{kind}/hf", "it lies in the source"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_the_source_is_never_replaced(
+    both: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, out: str, said: str
+):
+    monkeypatch.chdir(both["models"].parent)
+    if "to_hf" in out:
+        (both["models"] / "to_hf").unlink()
+        (both["models"] / "to_hf").symlink_to(kind)
+    before = {path: path.read_bytes() for path in both["models"].rglob("*") if path.is_file()}
+    convert = {"hf": hf_to_megatron, "megatron": megatron_to_hf}[kind]
+    for named in (both[kind], both["link"] / kind, Path("models", kind)):
+        with pytest.raises(ConversionError, match=said):
+            convert(named, out.format(kind=kind), overwrite=True)
+        assert {path: path.read_bytes() for path in both["models"].rglob("*") if path.is_file()} == before
+
+
+def test_the_files_that_a_sources_links_lead_to_are_never_replaced(tiny: Path):
+    """As in a hub's cache: snapshots/REVISION has links to ../../blobs/HASH."""
+    blobs = tiny.parent / "model" / "blobs"
+    blobs.mkdir(parents=True)
+    for file in list(tiny.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    for out in (blobs, blobs.parent):
+        with pytest.raises(ConversionError, match=r"it has .*blobs/.* in it, which is read"):
+            hf_to_megatron(tiny, out, overwrite=True)
+    hf_to_megatron(tiny, tiny.parent / "out")
+    assert read_shape(tiny).layers == 2
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tiny: Path):
+    out, disk = tiny.parent / "out", tiny.parent / "disk"
+    disk.mkdir()
+    out.symlink_to(disk / "there")
+    hf_to_megatron(tiny, out)
+    (disk / "there" / "old").write_text("old")
+    with pytest.raises(ConversionError, match="exists"):
+        hf_to_megatron(tiny, out)
+    hf_to_megatron(tiny, out, overwrite=True)
+    assert out.is_symlink() and not _changed(disk / "there")
+    assert sorted(path.name for path in disk.iterdir()) == ["there"]
+
+
+def test_room_is_looked_for_on_the_disk_that_a_link_leads_to(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    disk, usage = tiny.parent / "disk", shutil.disk_usage(tiny)
+    disk.mkdir()
+    (tiny.parent / "out").symlink_to(disk / "there")
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=10 if path == disk else 10**12))
+    with pytest.raises(ConversionError, match="GB free"):
+        hf_to_megatron(tiny, tiny.parent / "out")
+
+
+def test_a_folder_below_a_file_or_in_place_of_one_is_refused(tiny: Path):
+    file = tiny.parent / "file"
+    file.write_text("mine")
+    for out in (file, file / "x", file / "x" / "y"):
+        with pytest.raises(ConversionError, match="is a file, not a folder"):
+            hf_to_megatron(tiny, out, overwrite=True)
+    with pytest.raises(ConversionError, match="a disk is mounted"):
+        hf_to_megatron(tiny, "/proc", overwrite=True)
+    assert file.read_text() == "mine"
+
+
+def test_the_working_directory_can_be_replaced_by_its_short_name(tiny: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tiny.parent / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    hf_to_megatron(tiny, ".", overwrite=True)
+    assert not _changed(out)
+
+
+def test_the_command_says_in_a_line_what_the_system_refuses(tiny: Path):
+    command = (Path(convert_checkpoint.__file__), "hf-to-megatron", "--hf", tiny)
+    for out in (tiny, "/proc/none/out"):
+        done = run_command(*command, "--out", out, "--overwrite", cwd=tiny.parent)
+        assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_refuses_a_disk_that_is_too_small(tiny: Path, monkeypatch: pytest.MonkeyPatch):

@@ -133,6 +133,21 @@ def test_temporary_names_in_use_are_left_alone(tmp_path: Path):
     assert _names(tmp_path) == [living.name, "another", "target"]
 
 
+@pytest.mark.parametrize("names", [("real", "link"), ("link", "real"), ("real", "."), (".", "link")])
+def test_temporary_names_in_use_are_known_by_every_name_of_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    first, second = (Path(name) if name == "." else tmp_path / name for name in names)
+    with complete_folder(first / "target") as new, complete_file(first / "file") as file:
+        file.write_text("file")
+        write_text(second / "another", "text")
+        assert new.is_dir() and file.is_file()
+    assert _names(tmp_path / "real") == ["another", "file", "target"]
+
+
 def test_a_full_disk_keeps_the_old_content(tmp_path: Path):
     path = tmp_path / "target"
     write_text(path, "old")

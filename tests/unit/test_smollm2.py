@@ -288,6 +288,29 @@ def test_impossible_layers_are_refused(tmp_path, layers):
     assert not (tmp_path / "student").exists()
 
 
+def test_a_student_replaces_a_folder_only_if_asked_and_never_its_teacher(tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    write_sharded(models / "teacher", 3)
+    (models / "student").mkdir()
+    (models / "student" / "mine.txt").write_text("mine")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    command = (EXAMPLES / "drop_layers.py", "teacher")
+    for target, said in (
+        (("student",), "student exists"),
+        (("teacher", "--overwrite"), "it is the source itself"),
+        (("..", "--overwrite"), "it has"),
+        ((".", "--overwrite"), "it has"),
+        (("teacher/student",), "it lies in the source"),
+        (("student/mine.txt/student",), "mine.txt is a file"),
+    ):
+        done = run_command(*command, *target, "--drop", "1", cwd=models)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+        assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert run_command(*command, "student", "--overwrite", "--drop", "1", cwd=models).returncode == 0
+    assert not (models / "student" / "mine.txt").exists() and (models / "student" / "config.json").is_file()
+
+
 def test_a_bad_teacher_is_refused_and_an_earlier_student_kept(tmp_path):
     write_sharded(tmp_path / "teacher", 3)
     student = drop_layers(tmp_path / "teacher", tmp_path / "student", (1,))
@@ -295,12 +318,12 @@ def test_a_bad_teacher_is_refused_and_an_earlier_student_kept(tmp_path):
     shard = tmp_path / "teacher" / "model-00001-of-00002.safetensors"
     os.truncate(shard, shard.stat().st_size - 4)
     with pytest.raises(ConversionError, match="damaged or truncated"):
-        drop_layers(tmp_path / "teacher", student, (2,))
+        drop_layers(tmp_path / "teacher", student, (2,), overwrite=True)
     assert {f.name: f.read_bytes() for f in student.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["student", "teacher"]
     (tmp_path / "teacher" / "config.json").unlink()
     with pytest.raises(ConversionError, match=r"no config\.json"):
-        drop_layers(tmp_path / "teacher", student, (2,))
+        drop_layers(tmp_path / "teacher", student, (2,), overwrite=True)
 
 
 def test_the_real_student_lacks_four_layers_and_the_teacher_stops_by_itself():
