@@ -12,7 +12,7 @@ from nemo_tropd.files import write_text
 from nemo_tropd.report import drawing
 from nemo_tropd.report.charts import COLORS, Chart, charts_of
 from nemo_tropd.report.records import RunRecord, read_run
-from nemo_tropd.report.text import benchmarks, change, change_in_points, headline
+from nemo_tropd.report.text import answers_counted, benchmarks, change, change_in_points, headline
 from nemo_tropd.report.timeline import Picture, picture_of
 from nemo_tropd.report.tokens import shown_rollouts, swatches
 
@@ -108,8 +108,8 @@ def _rows(record: RunRecord) -> list[_Row]:
         is_share = key in ("exact_match", "top1_agreement") or key.startswith("benchmark/")
         if (goal := record.after.get(f"{key}/teacher")) is not None:
             meaning += f"; the teacher: {goal:.0%}"
-        if is_share and (count := record.after.get("exact_match_of")):
-            meaning += f" ({count:.0f} questions)"
+        if is_share:
+            meaning += answers_counted(record.before, record.after, key)
         before, after = ("" if v is None else f"{v:.0%}" if is_share else f"{v:.3f}" for v in (old, new))
         moved = verdict = tone = ""
         if old is not None and new is not None:

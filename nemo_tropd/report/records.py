@@ -173,11 +173,15 @@ def _forget_from(by_step: dict[int, Any], step: int) -> None:
 
 def _read_rollouts(path: Path, notes: list[str]) -> list[TokenTrace]:
     kept: list[TokenTrace] = []
-    broken = 0
+    broken, last, part = 0, 0, None
     for entry in _json_lines(path, notes):
         step = entry["step"]
-        if kept and step < kept[-1].step:
+        if step < last:
             kept = [r for r in kept if r.step < step]
+        if entry.get("part") != part:  # in files of earlier versions there are none
+            part, began_after = entry.get("part"), _finite(entry.get("began_after"))
+            kept = [r for r in kept if r.step < step and (began_after is None or r.step <= began_after)]
+        last = step
         columns = [entry.get(k) for k in ("tokens", "log_ratio", "gate", "guided")]
         if not all(isinstance(c, list) and len(c) == len(entry["tokens"]) for c in columns):
             broken += 1

@@ -51,6 +51,17 @@ def headline(before: Mapping[str, float], after: Mapping[str, float]) -> Iterato
             yield f"{key.partition('/')[2]}: {was:.0%} right before, {now:.0%} after{teacher}."
 
 
+def answers_counted(before: Mapping[str, float], after: Mapping[str, float], share: str) -> str:
+    """Of how many answers a metric is the share of right ones, in parentheses; "" if nothing says it. Each sample of a
+    prompt is one."""
+    key = f"{share}/of" if share.startswith("benchmark/") else f"{share}_of"
+    was, now = before.get(key), after.get(key)
+    if was is not None and now is not None and was != now:
+        return f" ({was:.0f} answers before, {now:.0f} after)"
+    count = was if now is None else now
+    return "" if count is None else f" ({count:.0f} answers)"
+
+
 def benchmarks(metrics: Mapping[str, float]) -> list[str]:
     """The metrics that are a benchmark's share of right answers: benchmark/NAME."""
     return [key for key in metrics if key.startswith("benchmark/") and key.count("/") == 1]

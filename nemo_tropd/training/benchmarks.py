@@ -59,19 +59,21 @@ class Put:
         ]
 
     def graded(self, given: Sequence[Rollout | TeacherResponse], model: str, dtype: str) -> dict[str, Any]:
-        """The share of right answers with its interval, ``line``, which says how it came about, and some ``answers``;
-        of one given answer to each question, or to each problem alone. ``model`` is what the line calls the model."""
+        """The share of right answers with its interval, ``of`` how many, ``line``, which says how it came about, and
+        some ``answers``; of one given answer to each question, or to each problem alone. ``model`` is what the line
+        calls the model."""
         questions, own = self.task.questions[: len(given)], replace(self.model, label=model)
         answers = [_answer(own, q, r) for q, r in zip(questions, given, strict=True)]
         verdicts, score = scored(self.task, own, answers)
         return {
             "right": score.mean,
+            "of": len(answers),
             "interval": [score.low, score.high],
             "truncated": score.truncated,
             "unparsed": score.unparsed,
             "line": result_line(self.task, own, answers, score, dtype),
             "answers": [
-                {"prompt": q.text, "answer": a.text, "right": v.correct}
+                {"problem": q.problem, "sample": q.sample, "prompt": q.text, "answer": a.text, "right": v.correct}
                 for q, a, v in list(zip(questions, answers, verdicts, strict=True))[:_SHOWN]
             ],
         }

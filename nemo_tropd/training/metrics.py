@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -103,18 +104,22 @@ class TimelineFile:
 
 
 class RolloutFile:
-    """Appends rollouts, token by token, to RUN/rollouts.jsonl."""
+    """Appends rollouts, token by token, to RUN/rollouts.jsonl. Not every step's are there, so each line says which part
+    of the run it is of, and after which step that began: what earlier parts wrote of later steps is void."""
 
-    def __init__(self, run_dir: Path, tokenizer: Any) -> None:
+    def __init__(self, run_dir: Path, tokenizer: Any, began_after: int) -> None:
+        """``began_after``: the steps that this process does not do itself."""
         self.path, self.tokenizer = run_dir / "rollouts.jsonl", tokenizer
+        self._of = {"part": secrets.token_hex(4), "began_after": began_after}
 
     def write(self, step: int, rollouts: Sequence[Rollout], kept: Sequence[dict[str, Any]]) -> None:
         """``kept``: sequences as MetricSums.keep left them."""
         by_id = {r.sequence_id: r for r in rollouts}
-        with self.path.open("a", encoding="utf-8") as file:
+        with _appended(self.path) as file:
             for sequence in kept:
                 line = {
                     "step": step,
+                    **self._of,
                     "prompt": self.tokenizer.decode(list(by_id[sequence["sequence_id"]].prompt_ids)),
                     "tokens": token_texts(self.tokenizer, sequence["token_ids"]),
                     **{name: sequence[name] for name in ("log_ratio", "gate", "guided")},

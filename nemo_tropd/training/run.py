@@ -181,6 +181,7 @@ def _trainer(
     setup: Setup, model: MegatronTrOPDModel, responses: Responses | None, lightning: Any, timeline: Timeline
 ) -> TropdTrainer:
     cfg, settings, leads = setup.cfg, setup.cfg.trainer.tropd, setup.topology.is_leader
+    began = setup.start.state.step if setup.start else 0
     optimizer = StudentOptimizer(
         cfg.model.optim,
         model.ddp,
@@ -214,7 +215,7 @@ def _trainer(
             following=model.following,
         ),
         log=MetricsLog(setup.run_dir, list(lightning.loggers)) if leads else None,
-        rollout_file=RolloutFile(setup.run_dir, setup.plan.tokenizer) if leads else None,
+        rollout_file=RolloutFile(setup.run_dir, setup.plan.tokenizer, began) if leads else None,
         timeline_file=TimelineFile(setup.run_dir, placement_of(cfg), steps) if leads else None,
     )
 

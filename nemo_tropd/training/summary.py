@@ -1,6 +1,7 @@
 """Before and after: summary.json for the report, and a table on the terminal."""
 
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -32,8 +33,8 @@ def summary_of(cfg: TropdConfig, outcome: Outcome, run_id: str) -> dict[str, Any
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
     if before and after:
         for name in filter(after.benchmarks.get, before.benchmarks):
-            pairs += zip(before.benchmarks[name]["answers"], after.benchmarks[name]["answers"], strict=False)
-        pairs += zip(before.answers, after.answers, strict=False)
+            pairs += _paired(before.benchmarks[name]["answers"], after.benchmarks[name]["answers"])
+        pairs += _paired(before.answers, after.answers)
     return {
         "name": cfg.name,
         "run_id": run_id,
@@ -47,6 +48,23 @@ def summary_of(cfg: TropdConfig, outcome: Outcome, run_id: str) -> dict[str, Any
     }
 
 
+def _paired(
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The answers to the same sample of the same prompt: how many samples there are may change when a run resumes.
+    Files of earlier versions do not say which they are of; then all prompts must be the same, place by place."""
+    if all("sample" in answer for answer in (*before, *after)):
+        found = {_asked(answer): answer for answer in after}
+        return [(b, found[_asked(b)]) for b in before if _asked(b) in found]
+    same = [b["prompt"] for b in before] == [a["prompt"] for a in after]
+    return list(zip(before, after, strict=True)) if same else []
+
+
+def _asked(answer: dict[str, Any]) -> tuple[Any, ...]:
+    """What an answer is one of: of a benchmark by the problem's number, of held-out prompts by the digest."""
+    return answer["prompt"], answer.get("digest"), answer.get("problem"), answer["sample"]
+
+
 def versions() -> dict[str, str]:
     """Versions of the installed packages that a run uses."""
     found = {"python": platform.python_version()}
@@ -58,7 +76,7 @@ def versions() -> dict[str, str]:
 
 def print_summary(content: dict[str, Any]) -> None:
     """Before and after in words and as a table, and one answer of each."""
-    from nemo_tropd.report.text import headline  # its room imports matplotlib
+    from nemo_tropd.report.text import answers_counted, headline  # its room imports matplotlib
 
     before, after = content["before"], content["after"]
     table = Table(title=f"{content['name']}: held-out prompts, before and after {content['steps']} steps")
@@ -67,7 +85,7 @@ def print_summary(content: dict[str, Any]) -> None:
     for name, label in ROWS:
         if name in before and name in after:
             if name == "exact_match":
-                label += f" ({before.get('exact_match_of', 0):.0f} prompts)"
+                label += answers_counted(before, after, name)
             was, by = before[name], after[name] - before[name]
             table.add_row(label, f"{was:.3f}", f"{after[name]:.3f}", f"{by / abs(was):+.0%}" if was else f"{by:+.3f}")
     console = Console(width=110, markup=False, emoji=False)

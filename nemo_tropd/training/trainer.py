@@ -275,6 +275,9 @@ class TropdTrainer:
             anew = ahead.resume(saved.ahead, self.checkpoints.rollouts_ahead(path, saved))
         if self.topology.is_leader:
             print(f"resuming from {path} (step {saved.step})", flush=True)
+        for line in self.validator.changes():
+            if self.topology.is_leader:
+                print(line, flush=True)
         if anew and self.topology.is_leader:
             what = f"the checkpoint's rollouts of step {anew[0] + 1} answer other requests than this run's"
             print(f"{what}: they are generated anew by its weights", flush=True)

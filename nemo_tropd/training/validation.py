@@ -1,5 +1,6 @@
 """Held-out prompts, before, during and after: exact divergences over the full vocabulary, and right answers."""
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
+from nemo_tropd.data.conversations import digest
 from nemo_tropd.evaluation.answers import exact_match
 from nemo_tropd.files import read_json, write_json
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
@@ -22,6 +24,8 @@ from nemo_tropd.training.teacher_responses import Responses, answers_everywhere
 # Rollouts of validation draw from a stream of their own, the same at every validation.
 VALIDATION_STREAM = (1 << 62) + 1
 HELD_OUT, BENCHMARKS = "held-out", "benchmarks"  # the parts of a validation
+# Keys of model.validation that alter none of the student's numbers.
+_ALIKE = ("kept_rollouts", "benchmark_interval", "score_teacher")
 EVERYWHERE = ("student_entropy", "top1_agreement")  # exact with teachers behind servers, too
 
 
@@ -31,9 +35,10 @@ class Validation:
 
     step: int
     metrics: dict[str, float]
-    answers: list[dict[str, str]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)  # "prompt", "answer"; what both are of
     dropped: list[str] = field(default_factory=list)  # metrics that were not finite
     benchmarks: dict[str, dict[str, Any]] = field(default_factory=dict)  # benchmarks.Put.graded, "teacher" of it too
+    settings: dict[str, Any] = field(default_factory=dict)  # of model.validation, what alters the numbers
 
     def line(self) -> str:
         """One human-readable line."""
@@ -55,7 +60,7 @@ class Validator:
         self.dir = setup.run_dir / "validation"
         self.benchmarks, self._of_teacher = setup.plan.benchmarks, dict[str, dict[str, Any]]()
         self._begun: set[str] = set()  # parts that an engine ahead of the trainer answers; the same on every rank
-        self._open: tuple[int, dict[str, float], list[dict[str, str]], bool] | None = None  # started, not finished
+        self._open: tuple[int, dict[str, float], list[dict[str, Any]], bool] | None = None  # started, not finished
 
     def begin(self, part: str, step: int) -> None:
         """Have an engine that works ahead of the trainer answer ``part`` by the weights ``step``, behind what was begun
@@ -74,9 +79,10 @@ class Validator:
     def start(self, step: int, parts: Collection[str]) -> None:
         """Validate the student as it is, as far as that needs its weights (collective); ``finish`` does the rest.
         ``reverse_kl``, ``one_minus_tv`` and the entropies are means over the tokens of the student's own answers,
-        ``forward_kl`` and ``top1_agreement`` over the tokens of the teacher's; ``exact_match`` over prompts with a
-        known answer; ``benchmark/NAME`` is the share of right answers. Divergences from a teacher behind servers are
-        estimates, whose names end in SAMPLED."""
+        ``forward_kl`` and ``top1_agreement`` over the tokens of the teacher's; ``exact_match`` over
+        ``exact_match_of`` answers, to prompts for which one is known; ``benchmark/NAME`` is the share of right ones of
+        ``benchmark/NAME/of`` answers. Divergences from a teacher behind servers are estimates, whose names end in
+        SAMPLED."""
         metrics, shown = self._held_out() if HELD_OUT in parts else ({}, [])
         self._open = step, metrics, shown, BENCHMARKS in parts
 
@@ -89,10 +95,11 @@ class Validator:
         scores = self._benchmarks() if benchmarks else {}
         for name, score in scores.items():
             shares = {"": score["right"], "/truncated": score["truncated"], "/unparsed": score["unparsed"]}
+            shares |= {"/of": float(score["of"])}
             shares |= {"/teacher": score["teacher"]["right"]} if score["teacher"] else {}
             metrics |= {f"benchmark/{name}{part}": value for part, value in shares.items()}
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        result = Validation(step, finite, shown, [k for k in metrics if k not in finite], scores)
+        result = Validation(step, finite, shown, [k for k in metrics if k not in finite], scores, self._settings())
         if self.topology.is_leader:
             self.dir.mkdir(exist_ok=True)
             write_json(self._path(step), asdict(result))
@@ -118,7 +125,7 @@ class Validator:
     def _asked(self, part: str) -> list[RolloutRequest]:
         return self._requests() if part == HELD_OUT else [r for b in self.benchmarks for r in b.requests()]
 
-    def _held_out(self) -> tuple[dict[str, float], list[dict[str, str]]]:
+    def _held_out(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         rollouts = self._infer(HELD_OUT)
         metrics = self._divergences(rollouts, ("reverse_kl", "one_minus_tv", "student_entropy", "teacher_entropy"))
         # The teacher's answers are prefixes: every token of them is scored, none is the student's.
@@ -129,11 +136,13 @@ class Validator:
         if known:
             metrics["exact_match"] = sum(known) / len(known)
             metrics["exact_match_of"] = float(len(known))
-        shown = [
-            {"prompt": self.prompts[r.prompt_index].text, "answer": text}
-            for r, text in list(zip(rollouts, texts, strict=True))[:8]
-        ]
-        return metrics, shown
+        return metrics, [self._shown(r, text) for r, text in list(zip(rollouts, texts, strict=True))[:8]]
+
+    def _shown(self, r: Rollout, text: str) -> dict[str, Any]:
+        """An answer with what it is of: the prompt is known by its digest, since its number may change."""
+        prompt, sample = self.prompts[r.prompt_index], r.sequence_id % self.cfg.validation.samples_per_prompt
+        of = {"digest": digest(prompt.messages, prompt.tools).hex(), "sample": sample}
+        return {**of, "prompt": prompt.text, "answer": text}
 
     def _benchmarks(self) -> dict[str, dict[str, Any]]:
         """Each benchmark's score by name; the teacher's is graded once."""
@@ -159,11 +168,32 @@ class Validator:
         content = on_rank_zero(self.topology, lambda: read_json(self._path(step)))
         return Validation(**content) if content else None
 
+    def changes(self) -> list[str]:
+        """A line for each setting that is not the first validation's (collective): before and after are then not
+        measured alike."""
+        first, now = self.read(0), self._settings()
+        was = first.settings if first else {}
+        return [
+            f"model.validation.{name}: {was[name]} at the first validation, {value} from here on: before and after are "
+            "not measured alike"
+            for name, value in now.items()
+            if name in was and was[name] != value
+        ]
+
+    def _settings(self) -> dict[str, Any]:
+        """Of model.validation, as JSON has it, what alters what a validation measures."""
+        found = {name: value for name, value in asdict(self.cfg.validation).items() if name not in _ALIKE}
+        found["max_new_tokens"] = self._limit
+        return dict(json.loads(json.dumps(found)))
+
+    @property
+    def _limit(self) -> int:
+        return self.cfg.validation.max_new_tokens or self.cfg.rollout.max_new_tokens
+
     def _path(self, step: int) -> Path:
         return self.dir / f"step_{step:08d}.json"
 
     def _requests(self) -> list[RolloutRequest]:
-        limit = self.cfg.validation.max_new_tokens or self.cfg.rollout.max_new_tokens
         samples = self.cfg.validation.samples_per_prompt
         return [
             RolloutRequest(
@@ -172,7 +202,7 @@ class Validator:
                 seed=request_seed(self.cfg.seed, VALIDATION_STREAM, i, sample),
                 sequence_id=i * samples + sample,
                 prompt_index=i,
-                max_new_tokens=limit,
+                max_new_tokens=self._limit,
             )
             for i, prompt in enumerate(self.prompts)
             for sample in range(samples)

@@ -91,6 +91,7 @@ def test_benchmarks_during_training(tmp_path: Path) -> None:
     found = {line["step"]: line for line in lines if line["kind"] == "validation"}
     assert {step: line["benchmark/sums"] for step, line in found.items()} == {0: 0.0, 2: 0.5, 3: 0.75}
     assert {line["benchmark/sums/teacher"] for line in found.values()} == {0.75}
+    assert {line["benchmark/sums/of"] for line in found.values()} == {PROBLEMS}
     # its own interval: the held-out prompts were validated before and after alone
     assert [step for step, line in found.items() if "forward_kl" in line] == [0, 3]
     exact = ("loss", "grad_norm", "trust_fraction", "log_ratio_mean", "mismatch_mean_abs")

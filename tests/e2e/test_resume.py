@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_tropd.config import ConfigError
+from nemo_tropd.report.records import read_run
 from nemo_tropd.training.checkpoint import CheckpointError
 from nemo_tropd.training.run import train
 from nemo_tropd.training.trainer import Outcome
@@ -201,6 +202,32 @@ def test_a_new_learning_rate_is_used_and_said(go: Go, copy: Path, capsys: pytest
     )
     assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
     assert "lr: 1.0e-05" in (copy / "config.yaml").read_text()
+
+
+def test_answers_before_and_after_are_to_the_same_questions(
+    go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though a resumed run takes another number of samples; and the rollouts of a killed one take none of its own."""
+    keys = {"model.data.held_out": 4, "model.validation.kept_rollouts": 2, "trainer.tropd.val_check_interval": 0}
+    go(tmp_path, 1, **keys)
+    log = tmp_path / "rollouts.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])  # killed while it wrote
+    assert "not measured alike" not in capsys.readouterr().out
+    go(tmp_path, 2, **keys, **{"model.validation.samples_per_prompt": 2})
+    line = "model.validation.samples_per_prompt: 1 at the first validation, 2 from here on: before and after are not"
+    out = capsys.readouterr().out
+    assert line in out and out.count("at the first validation") == 1
+    answers = json.loads((tmp_path / "summary.json").read_text())["answers"]
+    before, after = (
+        json.loads((tmp_path / "validation" / f"step_0000000{step}.json").read_text())["answers"] for step in (0, 2)
+    )
+    assert len(answers) == 4 == len({a["digest"] for a in before}) and len(after) == 8
+    for found, was in zip(answers, before, strict=True):
+        (now,) = (a for a in after if (a["digest"], a["sample"]) == (was["digest"], 0))
+        assert found == {"prompt": was["prompt"], "before": was["answer"], "after": now["answer"]}
+    assert "exact match with known answers (4 answers before, 8 after)" in " ".join(out.split())
+    shown = read_run(tmp_path).rollouts
+    assert [(r.step, len(log.read_text().splitlines())) for r in shown] == [(1, 4), (2, 4), (2, 4)]
 
 
 REFUSED = [

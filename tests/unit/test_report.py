@@ -125,7 +125,7 @@ def test_the_page_shows_before_and_after_and_stands_alone(run):
     assert "1.500" in cells["Reverse KL"] and "1.200" in cells["Reverse KL"] and "better" in cells["Reverse KL"]
     assert "−25%" in cells["1 − TV"] and "worse" in cells["1 − TV"]
     assert (
-        "+12 points" in cells["Exact match"] and "8 questions" in cells["Exact match"] and "25%" in cells["Exact match"]
+        "+12 points" in cells["Exact match"] and "(8 answers)" in cells["Exact match"] and "25%" in cells["Exact match"]
     )
     assert "Student entropy" not in cells
     assert "q&a <1>" in page.text and "<script>alert(1)</script>" in page.text
@@ -243,6 +243,38 @@ def test_rollouts_of_steps_done_again_are_shown_once(tmp_path):
     assert [(r.step, r.tokens) for r in read_run(tmp_path).rollouts] == [(1, ["a"]), (2, ["a"]), (4, ["new"])]
     lines(tmp_path / "rollouts.jsonl", [rollout(1), same, same])
     assert [r.step for r in read_run(tmp_path).rollouts] == [1, 2]
+
+
+def test_rollouts_of_an_abandoned_part_are_not_shown_beside_those_of_the_next(tmp_path):
+    def by(part: str, began_after: int, *steps: int) -> list[dict]:
+        return [rollout(step, (part, f"{i}"), part=part, began_after=began_after) for step in steps for i in (0, 1)]
+
+    def shown(*entries: dict) -> list[tuple[int, str]]:
+        lines(tmp_path / "rollouts.jsonl", entries)
+        return [(r.step, r.tokens[0]) for r in read_run(tmp_path).rollouts if r.tokens[1:] != ["1"]]
+
+    lines(tmp_path / "metrics.jsonl", [train(1, loss=1.0)])
+    # killed before its first checkpoint, begun anew; then back to the checkpoint of step 4, with another interval
+    parts = [*by("a", 0, 1), *by("b", 0, 1, 5), *by("c", 4, 8)]
+    assert shown(*parts) == [(1, "b"), (8, "c")]
+    assert shown(*parts[:4]) == [(1, "b")] and shown(*parts[:6]) == [(1, "b"), (5, "b")]
+    assert len(read_run(tmp_path).rollouts) == 4, "both rollouts of a step"
+    old = [rollout(1, ("old", "0")), rollout(5, ("old", "0"))]  # of an earlier version, which marks nothing
+    assert shown(*old, *by("c", 4, 8)) == [(1, "old"), (8, "c")]
+    assert shown(*old, *by("c", 4, 5)) == [(1, "old"), (5, "c")]
+
+
+def test_shares_are_of_their_own_number_of_answers(tmp_path):
+    lines(tmp_path / "metrics.jsonl", [train(1, loss=1.0)])
+    shares = dict.fromkeys(("exact_match", "top1_agreement", "benchmark/sums", "benchmark/old"), 0.5)
+    before = {**shares, "exact_match_of": 4.0, "benchmark/sums/of": 24.0}
+    after = {**shares, "exact_match_of": 8.0, "benchmark/sums/of": 24.0}
+    write_report(tmp_path, {"before": before, "after": after})
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "right answers, where one is known (4 answers before, 8 after) 50%" in text
+    assert "sumsbenchmark, right answers (24 answers) 50%" in text
+    assert "oldbenchmark, right answers 50%" in text and "on the teacher's answers 50%" in text
+    assert "questions" not in text
 
 
 def test_a_cut_last_line_is_left_out_and_a_broken_line_is_noted(tmp_path):
