@@ -18,7 +18,6 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from nemo_tropd.parallel.addresses import addresses_of
+from nemo_tropd.parallel.addresses import UnreachableName, addresses_of, for_others, is_loopback
 
 GIB = 2**30
 OK, NOTICE, WRONG = "ok", "notice", "wrong"
@@ -60,11 +59,13 @@ def _verdict(what: str, found: str, good: bool, remedy: str, otherwise: str = WR
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--role", choices=("cpu", "gpu"), default=os.environ.get("NEMO_TROPD_ROLE"))
+    parser.add_argument("--role", choices=("cpu", "gpu"), default=os.environ.get("NEMO_TROPD_ROLE") or None)
     parser.add_argument("--brief", action="store_true", help="print only what is wrong")
-    parser.add_argument("--port", type=int, default=29400, help="the port of trainer.rendezvous")
+    parser.add_argument("--port", type=_port, default=29400, help="the port of trainer.rendezvous")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="the directory runs are written to")
     options = parser.parse_args(argv)
+    if options.role not in (None, *_MINIMUM):
+        parser.error(f"NEMO_TROPD_ROLE = {options.role!r}: choose one of {', '.join(_MINIMUM)}, or unset it")
     role = options.role or ("gpu" if read_gpus().devices else "cpu")
     findings = list(examine(role, options.port, options.runs))
     wrong = [f for f in findings if f.state == WRONG]
@@ -76,6 +77,12 @@ def main(argv: list[str] | None = None) -> int:
         console.print(table)
     console.print(f"role {role}: {len(wrong)} problem(s)" if wrong else f"role {role}: no problems found")
     return 1 if wrong else 0
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 1 to 65535")
+    return int(text)
 
 
 def examine(role: str, port: int, runs: Path) -> Iterator[Finding]:
@@ -295,14 +302,20 @@ def free_port(port: int) -> Finding:
 
 
 def own_name() -> Finding:
-    """Whether other nodes can reach this one by its name: it must not resolve to the loopback."""
+    """Whether other nodes can reach this one by its name: it must not resolve to the loopback, unless this machine has
+    one address, which the launcher then takes."""
     name = socket.gethostname()
-    addresses: list[str] = []
-    with suppress(OSError):
-        addresses = sorted(addresses_of(name))
-    found = f"{name} resolves to {', '.join(addresses)}" if addresses else f"{name} does not resolve"
-    outside = any(not a.startswith("127.") and a != "::1" for a in addresses)
-    return _verdict("host name", found, outside, "for multi-node runs, give an address in trainer.rendezvous", NOTICE)
+    try:
+        found, meant = sorted(addresses_of(name)), for_others(name)
+    except OSError:
+        remedy = "for multi-node runs, give an address in trainer.rendezvous"
+        return Finding("host name", f"{name} does not resolve", NOTICE, remedy)
+    except UnreachableName as error:
+        return Finding("host name", f"{name} resolves to the loopback", NOTICE, f"for multi-node runs: {error}")
+    text = f"{name} resolves to {', '.join(found)}"
+    if meant == name and all(is_loopback(a) for a in found):
+        return Finding("host name", text, NOTICE, "for multi-node runs, connect this machine to a network")
+    return Finding("host name", text if meant == name else f"{text}; {meant} is taken instead")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,15 @@ def split_endpoint(value: object, default_port: int | None = None) -> tuple[str,
     given = value if isinstance(value, str) else ""
     found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]\s]+)(?::([0-9]{1,5}))?", given)
     port = int(found.group(2)) if found and found.group(2) else default_port
-    return (found.group(1).strip("[]"), port) if found and port and port < 65536 else None
+    return (found.group(1).strip("[]"), port) if found and port and port < 65536 and _is_host(found.group(1)) else None
+
+
+def _is_host(name: str) -> bool:
+    try:
+        name.strip("[]").encode("idna")
+    except UnicodeError:  # an empty part, one of more than 63 characters, or letters that no host name has
+        return False
+    return name.isprintable()  # that encoding drops characters that nobody sees
 
 
 def sections(of: type[Any]) -> dict[str, Check]:

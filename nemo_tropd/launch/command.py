@@ -1,6 +1,5 @@
 """Builds this node's torchrun command from a configuration and the scheduler's allocation."""
 
-import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ import psutil
 
 from nemo_tropd.config import RENDEZVOUS_PORT, ConfigError, TropdConfig, host_and_port
 from nemo_tropd.launch.scheduler import CONSUMED, Allocation
-from nemo_tropd.parallel.addresses import addresses_of, own_addresses
+from nemo_tropd.parallel.addresses import addresses_of, is_loopback, own_addresses
+from nemo_tropd.rollout.meeting import meeting_point
 
 # A node whose launcher misses this many keep-alives counts as gone from the rendezvous.
 _KEEP_ALIVE_ATTEMPTS = 3
@@ -56,7 +56,8 @@ def plan_launch(
         if endpoint is None:
             why = f"a run on {nodes} nodes needs a rendezvous endpoint: host:port on one of them"
             raise ConfigError("trainer.rendezvous", None, why)
-        host, port = host_and_port("trainer.rendezvous", endpoint, RENDEZVOUS_PORT)
+        meets = meeting_point if nodes > 1 else host_and_port
+        host, port = meets("trainer.rendezvous", endpoint, RENDEZVOUS_PORT)
         local, interface = local_address(host, port)
         rendezvous = [
             f"--rdzv-endpoint={host}:{port}",
@@ -123,6 +124,6 @@ def _is_host(host: str) -> bool | None:
     """Whether this machine hosts the rendezvous store, judged by its addresses. None on the loopback, where several
     nodes may share one machine: torchrun then lets the first to arrive host it."""
     found = addresses_of(host)
-    if any(ipaddress.ip_address(a).is_loopback for a in found):
+    if any(is_loopback(a) for a in found):
         return None
     return bool(found & own_addresses())

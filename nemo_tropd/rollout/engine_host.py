@@ -13,6 +13,7 @@ process of the job: until the trainer has left, or ten seconds. A second signal 
 
 import argparse
 import errno
+import math
 import os
 import socket
 import struct
@@ -23,10 +24,11 @@ from pathlib import Path
 
 import torch
 
-from nemo_tropd.config import ConfigError, host_and_port
+from nemo_tropd.config import ConfigError
 from nemo_tropd.files import name_compiler_cache
 from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.rollout.engine import EngineError, MemberEngine
+from nemo_tropd.rollout.meeting import meeting_point
 from nemo_tropd.rollout.secret import read_secret
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.child import VllmEngine
@@ -115,29 +117,55 @@ def _leave_when_overdue() -> None:
     os._exit(128 + STOP.signal)
 
 
-def main() -> None:
-    STOP.install()
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number from 0 to engines - 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of seconds, of at least 0")
+    return seconds
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line; ``join`` is host and port. Raises ConfigError for an address that there cannot be."""
     parser = argparse.ArgumentParser(prog="python -m nemo_tropd.rollout.engine_host", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--join", required=True, metavar="HOST:PORT", help="model.rollout.dedicated.address")
-    parser.add_argument("--index", required=True, type=int, metavar="I", help="from 0 to engines - 1, each once")
+    parser.add_argument("--index", required=True, type=_index, metavar="I", help="from 0 to engines - 1, each once")
     parser.add_argument("--secret-file", metavar="FILE", help="has the secret that the trainer has, too")
     wait = "seconds to wait for the trainer to listen (default %(default)g)"
-    parser.add_argument("--wait-s", type=float, default=3600.0, help=wait)
-    given = parser.parse_args()
-    name_compiler_cache()
-    # vLLM's own NCCL group would end this process if the trainer is lost during a broadcast; it is to wait for it.
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-    threading.Thread(target=_leave_when_overdue, name="stop", daemon=True).start()
+    parser.add_argument("--wait-s", type=_seconds, default=3600.0, help=wait)
+    given = parser.parse_args(arguments)
+    given.join = meeting_point("--join", given.join)
+    return given
+
+
+def main() -> None:
+    STOP.install()
     try:
-        secret = read_secret(given.secret_file)
-        serve(host_and_port("--join", given.join), given.index, own_engine, secret=secret, wait_s=given.wait_s)
+        _host(parse(sys.argv[1:]))
     except Stopped:
         assert STOP.signal is not None
         raise SystemExit(128 + STOP.signal) from None
     except (ConfigError, EngineError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _host(given: argparse.Namespace) -> None:
+    name_compiler_cache()
+    # vLLM's own NCCL group would end this process if the trainer is lost during a broadcast; it is to wait for it.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    threading.Thread(target=_leave_when_overdue, name="stop", daemon=True).start()
+    secret = read_secret(given.secret_file)
+    serve(given.join, given.index, own_engine, secret=secret, wait_s=given.wait_s)
 
 
 if __name__ == "__main__":

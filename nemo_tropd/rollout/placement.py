@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nemo_tropd.config import ConfigError, TropdConfig, host_and_port
+from nemo_tropd.config import ConfigError, TropdConfig
+from nemo_tropd.rollout.meeting import meeting_point
 from nemo_tropd.rollout.secret import read_secret
 from nemo_tropd.timeline import OFF, Timeline
 
@@ -118,7 +119,7 @@ class Engines:
         if place == "process":
             return VllmEngine(settings, **options)
         assert r.dedicated.address is not None and r.dedicated.engines is not None  # config_checks has seen to it
-        address = host_and_port("model.rollout.dedicated.address", r.dedicated.address)
+        address = meeting_point("model.rollout.dedicated.address", r.dedicated.address)
         options |= {"engines": r.dedicated.engines, "timeout_s": r.dedicated.timeout_s, "queue": r.dedicated.queue}
         return DedicatedEngines(settings, address=address, secret=read_secret(), **options)
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
+from nemo_tropd.config import ConfigError
 from nemo_tropd.parallel import signals
 from nemo_tropd.parallel.agreement import World
 from nemo_tropd.rollout import engine_host
@@ -152,6 +153,32 @@ class Hosts:
     def engines(self, **changes: Any) -> DedicatedEngines:
         more = {"timeout_s": 120.0, "answer_timeout_s": 40.0, "bucket_mib": 1, "secret": SECRET} | changes
         return DedicatedEngines(self.settings, address=("127.0.0.1", self.port), engines=self.count, **more)
+
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--join", "127.0.0.1:1", "--index", "-1"], "'-1': give a number from 0 to engines - 1"),
+        (["--join", "127.0.0.1:1", "--index", "0", "--wait-s", "nan"], "'nan': give a number of seconds"),
+        (["--join", "127.0.0.1:1", "--index", "0", "--wait-s=-1"], "'-1': give a number of seconds"),
+        (["--join", "127.0.0.1:1", "--index", "0", "--wait-s", "inf"], "'inf': give a number of seconds"),
+    ],
+)
+def test_a_host_refuses_numbers_that_mean_nothing(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        engine_host.parse(arguments)
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_host_joins_only_where_there_can_be_one() -> None:
+    for bad in ("a..b:29600", "node1", "node1:99999"):
+        with pytest.raises(ConfigError, match=r"^--join = .*must be host:port"):
+            engine_host.parse(["--join", bad, "--index", "0"])
+    given = engine_host.parse(["--join", "[::1]:29600", "--index", "3", "--wait-s", "0"])
+    assert (given.join, given.index, given.wait_s) == (("::1", 29600), 3, 0.0)
 
 
 @pytest.fixture

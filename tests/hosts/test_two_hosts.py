@@ -73,6 +73,22 @@ def pair(both_hosts: list[Host], reference: Reference) -> Pair:
     return Pair(both_hosts, reference.tiny, reference.root, reference.expected)
 
 
+def test_a_host_whose_name_leads_to_the_loopback_meets_the_others_at_its_address(
+    both_hosts: list[Host], tmp_path: Path
+) -> None:
+    """As Debian's /etc/hosts has it, which only this host's processes see here."""
+    names, log = tmp_path / "hosts", tmp_path / "log"
+    names.write_text("127.0.0.1 localhost\n127.0.1.1 nodeone.lan nodeone\n")
+    keys = "--config-name smollm2_cpu trainer.num_nodes=2 trainer.devices=1 trainer.rendezvous=nodeone:29400"
+    shown = f"mount --bind {names} /etc/hosts && exec docker/launch.sh --print {keys}"
+    with log.open("w"):
+        process = both_hosts[0].start(["unshare", "-m", "bash", "-c", shown], log, environment(), ROOT)
+    assert process.wait(120) == 0, log.read_text()
+    told = log.read_text()
+    for word in ("rdzv-endpoint={}:29400", "is_host=true", "local-addr={}", "\nGLOO_SOCKET_IFNAME=eth0"):
+        assert word.format(both_hosts[0].address) in told, told
+
+
 def test_two_hosts_take_the_steps_of_one_to_the_bit_though_one_of_them_is_killed(pair: Pair) -> None:
     """torchrun and all ranks of the second host die at once, as when it runs out of memory, and come back."""
     run_dir = pair.root / "killed"

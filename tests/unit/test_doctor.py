@@ -13,6 +13,7 @@ import pytest
 
 from nemo_tropd import doctor
 from nemo_tropd.doctor import NOTICE, OK, WRONG, Gpu, Gpus
+from nemo_tropd.parallel import addresses
 from tests.e2e.tiny_run import ROOT, environment
 
 pytestmark = pytest.mark.random
@@ -119,3 +120,45 @@ def test_a_port_in_use_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monke
     found = {f.what: f for f in doctor.machine("gpu", tmp_path)}
     assert found["shared memory"].state == WRONG and "--ipc host" in found["shared memory"].remedy
     assert found["disk for runs"].state == NOTICE
+
+
+@pytest.mark.parametrize(
+    ("found", "ours", "state", "words"),
+    [
+        (["10.0.0.5"], ["10.0.0.5"], OK, "resolves to 10.0.0.5"),
+        (["127.0.1.1"], ["10.0.0.5"], OK, "10.0.0.5 is taken instead"),
+        (["127.0.1.1"], ["10.0.0.5", "10.9.0.5"], NOTICE, "or correct /etc/hosts"),
+        (["127.0.1.1"], [], NOTICE, "connect this machine to a network"),
+        (None, [], NOTICE, "does not resolve"),
+    ],
+)
+def test_the_name_by_which_other_nodes_know_this_one(
+    monkeypatch: pytest.MonkeyPatch, found: list[str] | None, ours: list[str], state: str, words: str
+) -> None:
+    def resolve(host: str) -> list[str]:
+        if found is None:
+            raise OSError("Name or service not known")
+        return found
+
+    monkeypatch.setattr(addresses, "_resolved", resolve)
+    monkeypatch.setattr(addresses, "outside_addresses", lambda: ours)
+    monkeypatch.setattr(doctor.socket, "gethostname", lambda: "node1")
+    row = doctor.own_name()
+    assert row.state == state and words in f"{row.found} {row.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "role", "words"),
+    [
+        (["--port", "99999"], "cpu", "'99999': give a number from 1 to 65535"),
+        (["--port", "-1"], "cpu", "give a number from 1 to 65535"),
+        ([], "tpu", "NEMO_TROPD_ROLE = 'tpu': choose one of cpu, gpu"),
+    ],
+)
+def test_a_port_or_a_role_that_there_is_not_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], role: str, words: str
+) -> None:
+    monkeypatch.setenv("NEMO_TROPD_ROLE", role)
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(arguments)
+    assert ended.value.code == 2 and words in capsys.readouterr().err

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import random
 import shutil
+import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from nemo_tropd.config import RENDEZVOUS_PORT, ConfigError, TropdConfig, host_and_port
+from nemo_tropd.launch import command
 from nemo_tropd.launch.command import Launch, local_address, plan_launch
 from nemo_tropd.launch.scheduler import first_host, read_allocation
+from nemo_tropd.parallel.addresses import for_others
+from nemo_tropd.rollout.meeting import meeting_point
 from tests.e2e.tiny_run import ROOT, TinyRun, environment
 
 pytestmark = pytest.mark.random
@@ -138,10 +144,82 @@ def test_endpoints() -> None:
     key = "trainer.rendezvous"
     assert host_and_port(key, "node1", RENDEZVOUS_PORT) == ("node1", 29400)
     assert host_and_port(key, "[::1]:5", RENDEZVOUS_PORT) == ("::1", 5)
-    for bad in ("", ":1", "a:b", "a:0", "a b:1"):
+    for bad in ("", ":1", "a:b", "a:0", "a b:1", "a..b:1", f"{'a' * 64}:1", "a\u200b:1"):
         with pytest.raises(ConfigError, match=r"trainer\.rendezvous"):
             host_and_port(key, bad, RENDEZVOUS_PORT)
     assert local_address("127.0.0.1", 1) == ("127.0.0.1", "lo")
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, names: dict[str, list[str]], interfaces: dict[str, list[str]]) -> None:
+    """A machine whose names and interfaces are these; interfaces named down* are not up."""
+
+    def resolve(host: str, *rest: object, **more: object) -> list[tuple[object, ...]]:
+        if host not in names:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in names[host]]
+
+    of = {"lo": ["127.0.0.1"], **interfaces}
+    family = {True: socket.AF_INET6, False: socket.AF_INET}
+    addresses = {name: [SimpleNamespace(family=family[":" in a], address=a) for a in own] for name, own in of.items()}
+    states = {name: SimpleNamespace(isup=not name.startswith("down")) for name in of}
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: states)
+
+
+DEBIAN = {"node1": ["127.0.1.1"], "six": ["::1"], "both": ["127.0.1.1", "10.0.0.7", "10.0.0.8"], "other": ["10.0.0.9"]}
+ONE = {"eth0": ["10.0.0.5", "fd00::5", "fe80::5%eth0"], "down0": ["172.17.0.1"], "usb0": ["169.254.3.4"]}
+
+
+@pytest.mark.parametrize(
+    ("host", "meant"),
+    [
+        ("node1", "10.0.0.5"),
+        ("six", "10.0.0.5"),
+        ("both", "10.0.0.7"),
+        ("other", "other"),
+        ("localhost", "localhost"),
+        ("ip6-localhost", "ip6-localhost"),
+        ("localhost.localdomain", "localhost.localdomain"),
+        ("127.0.1.1", "127.0.1.1"),
+        ("::1", "::1"),
+        ("10.1.1.1", "10.1.1.1"),
+    ],
+)
+def test_a_name_that_leads_to_the_loopback_is_this_machines_address(
+    monkeypatch: pytest.MonkeyPatch, host: str, meant: str
+) -> None:
+    """Debian gives a machine's own name the address 127.0.1.1, at which no other machine finds it."""
+    machine(monkeypatch, DEBIAN, ONE)
+    assert for_others(host) == meant
+    shown = f"[{host}]:29600" if ":" in host else f"{host}:29600"
+    assert meeting_point("key", shown) == (meant, 29600)
+
+
+def test_a_name_that_leads_to_the_loopback_of_a_machine_with_several_addresses_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, DEBIAN, {**ONE, "ib0": ["10.9.0.5"]})
+    for key, call in (
+        ("trainer.rendezvous", lambda: plan({}, config(rendezvous="node1:29400"))),
+        ("trainer.rendezvous", lambda: plan({**SLURM, "SLURM_STEP_NODELIST": "node[1-2]"}, config())),
+        ("--join", lambda: meeting_point("--join", "node1:29600")),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"^{key} = 'node1:.*resolves to 127.0.1.1 here.*10.0.0.5, 10.9.0.5\), or"
+        ):
+            call()
+    assert for_others("both") == "10.0.0.7" and for_others("other") == "other"
+    machine(monkeypatch, DEBIAN, {})
+    assert for_others("node1") == "node1"  # without a network all are on this machine
+
+
+def test_one_node_may_meet_itself_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert endpoint(plan({}, config(nodes=1, rendezvous="localhost:29400"))) == "localhost:29400"
+    monkeypatch.setattr(command, "meeting_point", None)
+    monkeypatch.setattr(command, "local_address", lambda host, port: ("127.0.0.1", "lo"))
+    monkeypatch.setattr(command, "addresses_of", lambda host: {"127.0.1.1"})
+    assert endpoint(plan({}, config(nodes=1, rendezvous="node1:29400"))) == "node1:29400"
 
 
 def entrypoint(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
