@@ -18,6 +18,9 @@ from nemo_tropd.launch.command import Launch, local_address, plan_launch
 from nemo_tropd.launch.scheduler import first_host, read_allocation
 from nemo_tropd.parallel.addresses import for_others
 from nemo_tropd.rollout.meeting import meeting_point
+from nemo_tropd.rollout.placement import Engines
+from nemo_tropd.rollout.secret import VARIABLE
+from tests.e2e.compose import compose_config
 from tests.e2e.tiny_run import ROOT, TinyRun, environment
 
 pytestmark = pytest.mark.random
@@ -212,6 +215,23 @@ def test_a_name_that_leads_to_the_loopback_of_a_machine_with_several_addresses_i
     assert for_others("both") == "10.0.0.7" and for_others("other") == "other"
     machine(monkeypatch, DEBIAN, {})
     assert for_others("node1") == "node1"  # without a network all are on this machine
+
+
+def test_engine_hosts_are_awaited_where_they_can_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, "0123456789abcdef")
+    keys = {
+        "placement": "dedicated",
+        "dedicated.address": "node1:29600",
+        "dedicated.engines": 1,
+        "dedicated.timeout_s": 99,
+    }
+    given = {f"model.rollout.{key}": value for key, value in keys.items()}
+    cfg = compose_config(TinyRun.make(tmp_path).overrides(tmp_path / "run", **given))
+    machine(monkeypatch, DEBIAN, ONE)
+    assert vars(Engines(131).student(cfg))["address"] == ("10.0.0.5", 29600)
+    machine(monkeypatch, DEBIAN, {**ONE, "ib0": ["10.9.0.5"]})
+    with pytest.raises(ConfigError, match=r"^model\.rollout\.dedicated\.address = 'node1:29600': node1 resolves to"):
+        Engines(131).student(cfg)
 
 
 def test_one_node_may_meet_itself_on_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
