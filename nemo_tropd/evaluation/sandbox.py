@@ -112,10 +112,10 @@ def _run(program: str, stdin: str, limits: Limits, namespaces: bool) -> tuple[Ou
     return _outcome(texts, over)
 
 
-def _read(process: "subprocess.Popen[bytes]", report: int, limits: Limits) -> tuple[list[bytes], bool]:
+def _read(process: "subprocess.Popen[bytes]", report: int, limits: Limits) -> tuple[list[bytearray], bool]:
     """What came of output, error output and report, and whether output was over its limit."""
     assert process.stdout is not None and process.stderr is not None
-    texts, over, end = [b"", b"", b""], False, time.monotonic() + limits.seconds + _START_S
+    texts, over, end = [bytearray(), bytearray(), bytearray()], False, time.monotonic() + limits.seconds + _START_S
     with selectors.DefaultSelector() as selector:
         for i, stream in enumerate((process.stdout.fileno(), process.stderr.fileno(), report)):
             selector.register(stream, selectors.EVENT_READ, i)
@@ -144,7 +144,7 @@ def _end(process: "subprocess.Popen[bytes]", limits: Limits) -> None:
         process.wait()
 
 
-def _outcome(texts: list[bytes], over: bool) -> tuple[Outcome, list[str]]:
+def _outcome(texts: list[bytearray], over: bool) -> tuple[Outcome, list[str]]:
     stdout, stderr = (text.decode(errors="replace") for text in texts[:2])
     told: dict[str, Any] = json.loads(texts[2].splitlines()[0]) if texts[2] else {"status": "killed", "code": None}
     if "error" in told:
