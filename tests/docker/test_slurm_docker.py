@@ -15,7 +15,14 @@ printf '%s\\n' "$@"
 while [[ $1 != --env-file ]]; do shift; done
 cat "$2"
 """
-SRUN = '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"\n'
+# Runs the command, but for the one that only pyxis' container has: then what it is told itself, and the variables.
+SRUN = """#!/bin/bash
+told=("$@")
+while [[ $1 == -* ]]; do shift; done
+[[ $1 == /opt/* ]] || exec "$@"
+printf '%s\\n' "${told[@]}"
+env
+"""
 
 
 def container(folder: Path, **variables: str) -> list[str]:
@@ -60,8 +67,34 @@ def test_what_nccl_gloo_torch_and_vllm_read_reaches_the_container(tmp_path: Path
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "SLURM_NODEID": "1",
+        "WANDB_API_KEY": "key",
         "NEMO_TROPD_SECRET": "sixteen characters",
+        "NEMO_TROPD_TEACHER_TOKEN": "token",
+        "NEMO_TROPD_VERBOSE": "1",
     }
-    told = container(tmp_path, HOME="/home/someone", **passed)
+    others = {"HOME": "/home/someone", "NEMO_TROPD_CACHE": "/scratch/someone", "NEMO_TROPD_PYTHON": "/usr/bin/python3"}
+    told = container(tmp_path, **others, **passed)
     assert {f"{name}={value}" for name, value in passed.items()} <= set(told)
-    assert not any(line.startswith(("HOME=", "PATH=")) for line in told)
+    # Paths of the host, which the container has not.
+    assert not any(line.startswith(("PATH=", *(f"{name}=" for name in others))) for line in told)
+
+
+def test_the_file_with_the_secret_is_where_its_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever name, also a relative one; a path that is the container's own is left as it is."""
+    secret = tmp_path / "keys" / "a secret"
+    secret.parent.mkdir()
+    secret.write_text("sixteen characters")
+    (tmp_path / "link").symlink_to(secret)
+    monkeypatch.chdir(tmp_path)
+    for named in (str(secret), "link", "keys/a secret"):
+        told = container(tmp_path, NEMO_TROPD_SECRET_FILE=named)
+        assert told[told.index("--mount") + 1] == f"type=bind,source={secret},target={secret},readonly"
+        assert told.index("--mount") < told.index("image") and f"NEMO_TROPD_SECRET_FILE={secret}" in told
+        told = container(
+            tmp_path, NEMO_TROPD_SECRET_FILE=named, NEMO_TROPD_CONTAINER="pyxis", NEMO_TROPD_MOUNTS="/a:/b"
+        )
+        assert f"--container-mounts=/a:/b,{secret}:{secret}:ro" in told
+        assert f"NEMO_TROPD_SECRET_FILE={secret}" in told
+    told = container(tmp_path, NEMO_TROPD_SECRET_FILE="/workspace/runs/secret")
+    assert "--mount" not in told and "NEMO_TROPD_SECRET_FILE=/workspace/runs/secret" in told
+    assert "--mount" not in container(tmp_path)
