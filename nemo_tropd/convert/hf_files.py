@@ -1,5 +1,6 @@
 """The safetensors files of a Hugging Face checkpoint: checked, read by ranges of a tensor, written file by file."""
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,9 +98,10 @@ class HfCheckpoint:
         with open_safetensors(self._files[name]) as file:
             return file.get_slice(name)[ranges] if ranges else file.get_tensor(name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype of a tensor."""
-        return self._dtypes[name]
+    @property
+    def widest_dtype(self) -> torch.dtype:
+        """The dtype that holds every stored tensor exactly."""
+        return functools.reduce(torch.promote_types, self._dtypes.values())
 
 
 @contextmanager

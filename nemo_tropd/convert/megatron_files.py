@@ -9,6 +9,7 @@ A folder, converted or saved by training at any degrees, has:
     hf/                         config, tokenizer and so on (``folders.write_hf_sidecar``)
 """
 
+import functools
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -82,9 +83,10 @@ class MegatronSource:
             self._find(row)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embedding."""
-        return self._find(next(self.shape.rows()))[1].properties.dtype
+    def widest_dtype(self) -> torch.dtype:
+        """The dtype that holds every stored parameter exactly."""
+        stored = (self._find(row)[1].properties.dtype for row in self.shape.rows())
+        return functools.reduce(torch.promote_types, stored)
 
     def read(self, row: Row, region: Region) -> Tensor:
         """The block, in the dtype it is stored in."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from nemo_tropd.convert import folders
 from nemo_tropd.convert.families import ConversionError, read_shape, shape_of_config
 from nemo_tropd.convert.hf_files import INDEX, SINGLE, write_weights
 from tests.commands import run_command
+from tests.dist.run_distributed import run_distributed
 from tests.tiny_models import FAMILIES, make_tiny
 
 pytestmark = pytest.mark.random
@@ -108,6 +112,64 @@ def test_dtype_changes_the_weights_and_the_config(tmp_path: Path):
     expected = {name: tensor.bfloat16() for name, tensor in _tensors(source).items()}
     assert _same_bytes(expected, _tensors(tmp_path / "back"))
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("embedding", "norms", "widest"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),  # neither holds the other
+        (torch.float16, torch.float16, torch.float16),
+    ],
+)
+def test_of_mixed_dtypes_the_one_that_holds_all_is_written(
+    tmp_path: Path, embedding: torch.dtype, norms: torch.dtype, widest: torch.dtype
+):
+    source = make_tiny(tmp_path / "hf", "llama", seed=_seed())
+    stored = {name: t.to(norms if "norm" in name else embedding) for name, t in _tensors(source).items()}
+    save_file(stored, source / SINGLE)
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert _same_bytes({name: tensor.to(widest) for name, tensor in stored.items()}, _tensors(tmp_path / "back"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == str(widest).removeprefix("torch.")
+
+
+def _verified(rank: int, world_size: int, hf: str, out: str, spoiled: str, *flags: str) -> tuple[int, str]:
+    """The command's exit code and output, if it had made the tensor ``spoiled`` by a hundredth too large."""
+
+    def convert(hf_dir: str, *rest: str, **options: Any) -> None:
+        hf_to_megatron(hf_dir, *rest, **options)
+        if spoiled:
+            tensors = _tensors(Path(hf_dir))
+            tensors[spoiled] *= 1.01
+            save_file(tensors, Path(hf_dir) / SINGLE)
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.setattr(convert_checkpoint, "hf_to_megatron", convert)
+        words = ["convert_checkpoint.py", "hf-to-megatron", "--hf", hf, "--out", out, "--verify", *flags]
+        patch.setattr(sys, "argv", words)
+        return convert_checkpoint.main(), said.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spoiled", ["", "model.norm.weight", "model.layers.1.self_attn.v_proj.weight"])
+def test_verify_finds_a_tensor_that_is_off_by_a_hundredth(tmp_path: Path, spoiled: str, dtype: torch.dtype):
+    source = make_tiny(tmp_path / "hf", "qwen3", seed=_seed(), dtype=dtype)
+    ((code, said),) = run_distributed(_verified, 1, str(source), str(tmp_path / "out"), spoiled, init_gloo=False)
+    assert code == bool(spoiled) and ("not the same model" in said) == bool(spoiled), said
+    assert f", in {str(dtype).removeprefix('torch.')}" in said
+
+
+@pytest.mark.parametrize("flags", [(), ("--dtype", "bf16")])
+@pytest.mark.parametrize("changes", [{"sliding_window": 16}, {"max_position_embeddings": 24}])
+def test_verify_compares_as_many_tokens_as_both_models_attend_to(
+    tmp_path: Path, changes: dict[str, int], flags: tuple[str, ...]
+):
+    source = make_tiny(tmp_path / "hf", "mistral", seed=_seed(), changes=changes)
+    ((code, said),) = run_distributed(_verified, 1, str(source), str(tmp_path / "out"), "", *flags, init_gloo=False)
+    assert code == 0 and "largest logit difference" in said, said
 
 
 def test_transformers_loads_the_export_with_its_tokenizer(tmp_path: Path):
@@ -540,7 +602,7 @@ def test_the_commands_convert_verify_and_refuse(tiny: Path):
     assert made.returncode == 0, made.stderr
     verified = run("megatron-to-hf", "--checkpoint", out, "--out", back, "--verify")
     assert verified.returncode == 0, verified.stderr
-    assert float(verified.stdout.split("largest logit difference:")[1]) < 1e-4
+    assert float(verified.stdout.split("largest logit difference:")[1].split(",")[0]) < 1e-4
     assert _same_bytes(_tensors(tiny), _tensors(back))
     again = run("hf-to-megatron", "--hf", tiny, "--out", out)
     assert again.returncode == 1 and "exists" in again.stderr and "Traceback" not in again.stderr
