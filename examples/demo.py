@@ -34,7 +34,8 @@ def main(overrides: list[str]) -> int:
     os.chdir(HERE.parent)
     env = {"OMP_NUM_THREADS": str(min(MOST_THREADS, len(os.sched_getaffinity(0)))), **os.environ}
     overrides = [f"model.rollout.omp_threads={env['OMP_NUM_THREADS']}", *overrides]
-    return Supervisor([*command, "--config-name", "smollm2_cpu", *overrides], env, restarts=0, patience_s=600).run()
+    command += ["--config-name", "smollm2_cpu", *overrides]
+    return Supervisor(command, env, restarts=0, patience_s=600, stop_timeout_s=150).run()
 
 
 if __name__ == "__main__":

@@ -92,6 +92,9 @@ class TrainerConfig:
     max_restarts: int = integer(3, at_least=0)
     """Times docker/launch.sh restarts a run's processes after one of them died; the run resumes from its last complete
     checkpoint."""
+    stop_timeout_s: int = integer(150, at_least=1, at_most=LONGEST_S)
+    """Seconds after a signal in which a run under docker/launch.sh must have saved and ended; then it is killed, and
+    resumes from its last checkpoint. A scheduler's notice must be longer (docker/README.md)."""
     rendezvous: str | None = endpoint(None, default_port=RENDEZVOUS_PORT)
     """Rendezvous endpoint of a multi-node run: host:port on one of its nodes (port 29400 if only a host is given);
     null: from the scheduler's variables."""

@@ -1,8 +1,8 @@
 """Start this node's part of a run: ``python -m nemo_tropd.launch [--script FILE] [--print] ARGUMENTS OF THE SCRIPT``.
 
 docker/launch.sh calls it. The arguments are those of examples/train_tropd.py: ``--config-name RECIPE key=value ...``,
-among them trainer.num_nodes, trainer.devices, trainer.max_restarts and trainer.rendezvous. ``--print`` prints the
-torchrun command and exits.
+among them trainer.num_nodes, trainer.devices, trainer.max_restarts, trainer.stop_timeout_s and trainer.rendezvous.
+``--print`` prints the torchrun command and exits.
 """
 
 import os
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         child[FILE_VARIABLE] = str(secret)
     print(f"launch: {launch.summary}", flush=True)
     command = [sys.executable, "-m", "nemo_tropd.launch.agent", *launch.arguments]
-    return Supervisor(command, child, launch.restarts, launch.patience_s).run()
+    return Supervisor(command, child, launch.restarts, launch.patience_s, launch.stop_timeout_s).run()
 
 
 def make_secret_file(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from nemo_tropd.imports import without_collections
 from nemo_tropd.parallel.signals import SIGNALS, die_with_parent
 
 RENDEZVOUS_LOST = 75
-# Seconds the ranks get after SIGTERM to finish the step and write a checkpoint; torch's own default is 30.
+# Seconds that torchrun leaves the ranks which it asks to end since another one failed; its own default is 30.
 SHUTDOWN_S = 120
 
 

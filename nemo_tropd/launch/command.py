@@ -26,6 +26,7 @@ class Launch:
     drop: tuple[str, ...]  # variables to remove
     restarts: int
     patience_s: float  # how long torchrun may have no live rank
+    stop_timeout_s: float  # how long ranks may take to end after a signal
     summary: str
 
 
@@ -77,6 +78,7 @@ def plan_launch(
         drop=tuple(k for k in env if k in CONSUMED or k.startswith("PET_")),
         restarts=cfg.trainer.max_restarts,
         patience_s=_join_timeout_s(cfg) + _GRACE_S,
+        stop_timeout_s=cfg.trainer.stop_timeout_s,
         summary=f"{allocation.scheduler}: {nodes} node(s) x {ranks} rank(s), {where}",
     )
 

@@ -16,7 +16,7 @@ from types import FrameType
 
 import psutil
 
-from nemo_tropd.launch.agent import RENDEZVOUS_LOST, SHUTDOWN_S
+from nemo_tropd.launch.agent import RENDEZVOUS_LOST
 from nemo_tropd.parallel.signals import SIGNALS
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -27,11 +27,14 @@ _PAUSE_S = 2.0  # before a restart: the other nodes need a moment to notice
 class Supervisor:
     """Runs one agent at a time, passes signals on, and kills the orphans it leaves behind. SIGTERM, SIGINT and SIGHUP
     go to the ranks, not to torchrun, which would end with an error although they have saved and exited normally. Ranks
-    that have not exited ``SHUTDOWN_S`` later are killed with their torchrun."""
+    that have not exited ``stop_timeout_s`` later are killed with their torchrun."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str], restarts: int, patience_s: float) -> None:
+    def __init__(
+        self, command: list[str], env: Mapping[str, str], restarts: int, patience_s: float, stop_timeout_s: float
+    ) -> None:
         """``patience_s``: seconds torchrun may have no live rank; must exceed the time it may wait for other nodes."""
         self.command, self.env, self.restarts, self.patience_s = command, dict(env), restarts, patience_s
+        self.stop_timeout_s = stop_timeout_s
         self._signals: list[int] = []  # received; the last one is not passed on yet if _pending
         self._pending = False
         self._stop_by = 0.0
@@ -83,7 +86,8 @@ class Supervisor:
                         with suppress(psutil.NoSuchProcess):
                             rank.send_signal(self._signals[-1])
                 if time.monotonic() > self._stop_by:
-                    print(f"ranks still run after {SHUTDOWN_S} s; killing them", file=sys.stderr, flush=True)
+                    why = f"ranks still run after {self.stop_timeout_s:g} s (trainer.stop_timeout_s)"
+                    print(f"{why}; killing them: what was not saved is lost", file=sys.stderr, flush=True)
                     agent.kill()
                     return agent.wait()
             if time.monotonic() - alive > self.patience_s:
@@ -94,7 +98,7 @@ class Supervisor:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if not self._signals:
-            self._stop_by = time.monotonic() + SHUTDOWN_S
+            self._stop_by = time.monotonic() + self.stop_timeout_s
             print("stopping; rerun the same command to resume", file=sys.stderr, flush=True)
         self._signals.append(number)
         self._pending = True

@@ -14,17 +14,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nemo_tropd.launch import __main__ as launch
 from nemo_tropd.launch.agent import RENDEZVOUS_LOST
+from nemo_tropd.launch.scheduler import CONSUMED
 from nemo_tropd.launch.supervise import Supervisor
 from tests.dist.run_distributed import run_distributed
-from tests.e2e.tiny_run import ROOT
+from tests.e2e.tiny_run import ROOT, TinyRun
 
 KILL_SELF = "import os, signal, pathlib; p = pathlib.Path({path!r}); first = not p.exists(); p.touch();"
 
 
 def supervised(rank: int, world_size: int, code: str, restarts: int, patience_s: float) -> tuple[int, int]:
     """In a process of its own, since it handles signals and adopts orphans: exit code, and children left."""
-    exit_code = Supervisor([sys.executable, "-c", code], {}, restarts, patience_s).run()
+    exit_code = Supervisor([sys.executable, "-c", code], {}, restarts, patience_s, 120).run()
     return exit_code, len(psutil.Process().children(recursive=True))
 
 
@@ -70,7 +72,7 @@ time.sleep(60)
 AGENT = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {RANK!r}]))"
 SUPERVISE = (
     "import sys; from nemo_tropd.launch.supervise import Supervisor; "
-    "sys.exit(Supervisor([sys.executable, '-c', {code!r}], {{}}, {restarts}, 60).run())"
+    "sys.exit(Supervisor([sys.executable, '-c', {code!r}], {{}}, {restarts}, 60, 120).run())"
 )
 
 
@@ -137,14 +139,32 @@ def test_a_signal_that_finds_no_rank_is_not_lost(when: str) -> None:
 def test_ranks_that_do_not_stop_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     deaf = AGENT.replace("signal.signal(number, leave)", "signal.signal(number, signal.SIG_IGN)")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    quick = SUPERVISE.replace("Supervisor; ", "Supervisor; import nemo_tropd.launch.supervise as s; s.SHUTDOWN_S = 1; ")
+    quick = SUPERVISE.replace("60, 120)", "60, 1)")
     command = [sys.executable, "-c", quick.format(code=deaf, restarts=0)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert "rank is up" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
-    assert "ranks still run after 1 s" in output and process.returncode == 128 + 9
+    assert "ranks still run after 1 s (trainer.stop_timeout_s)" in output and process.returncode == 128 + 9
+
+
+def test_the_configuration_says_how_long_ranks_may_take_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    class Recorder(Supervisor):
+        def run(self) -> int:
+            waits.append(self.stop_timeout_s)
+            return 0
+
+    monkeypatch.setattr(launch, "Supervisor", Recorder)
+    for name in [*CONSUMED, "TORCHELASTIC_RUN_ID"]:
+        monkeypatch.delenv(name, raising=False)
+    overrides = TinyRun.at(tmp_path).overrides(tmp_path / "run")
+    assert launch.main(overrides) == launch.main([*overrides, "trainer.stop_timeout_s=900"]) == 0
+    assert waits == [150, 900]
 
 
 @pytest.mark.parametrize(
