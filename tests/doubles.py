@@ -112,6 +112,13 @@ class Hosted:
         return rollouts
 
 
+class OnEveryRank(Hosted):
+    """A double in the trainer's own process."""
+
+    def check_room(self) -> None:
+        """It needs none."""
+
+
 class GivenEngines:
     """An engine factory for nemo_tropd.training.run.train: ``make`` makes every engine."""
 

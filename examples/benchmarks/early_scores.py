@@ -29,7 +29,7 @@ from nemo_tropd.batch import Rollout
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.quiet import quiet_libraries
-from nemo_tropd.rollout.engine import Finished, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RolloutRequest, Wanted
 
 CASES = {
     "SmolLM2 pair": LoopCase("smollm2-24l", "smollm2-135m", 8, 32, 96, 256),
@@ -45,7 +45,9 @@ class PacedRollouts(FixedRollouts):
         super().__init__(completions)
         self.seconds = 0.0
 
-    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, *, wanted: Wanted | None = None
+    ) -> list[Rollout]:
         """As the other's, in time."""
         rollouts = [replace(r, finished=True) for r in super().generate(requests)]
         longest, began = max(len(r.response_ids) for r in rollouts), time.monotonic()

@@ -16,7 +16,7 @@ from examples.benchmarks.shapes import SHAPES as planner_shapes
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import TropdConfig
 from nemo_tropd.convert.families import ModelShape
-from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutRequest
+from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutRequest, Wanted
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PHASES = ("rollout", "teacher", "student", "optimizer", "refresh")
@@ -132,7 +132,7 @@ def config_of(case: LoopCase, folder: Path) -> TropdConfig:
 
 
 class FixedRollouts:
-    """A ``RolloutEngine`` that returns rollouts made beforehand, so that the rest of a step can be compared."""
+    """A ``RankEngine`` that returns rollouts made beforehand, so that the rest of a step can be compared."""
 
     def __init__(self, completions: Sequence[Sequence[int]]) -> None:
         self.completions, self.version = completions, 0
@@ -143,7 +143,9 @@ class FixedRollouts:
     def start(self) -> None:
         """Nothing to start."""
 
-    def generate(self, requests: Sequence[RolloutRequest], finished: Finished | None = None) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, *, wanted: Wanted | None = None
+    ) -> list[Rollout]:
         """The completion of each request's prompt; log-probabilities of a uniform guess."""
         rollouts = [
             Rollout(

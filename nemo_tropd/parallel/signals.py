@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST_S = 3.0  # launchers forward one request more than once
-FINISH_S = 10.0  # rollouts that take longer than this after a request are given up
+FINISH_S = 10.0  # after a request: rollouts that take longer are given up, and steps whose gradient begins later
 _PR_SET_PDEATHSIG = 1
 
 

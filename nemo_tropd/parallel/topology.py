@@ -42,6 +42,7 @@ class Topology(World):
     teacher_control_group: ProcessGroup | None
     from_megatron: bool = True  # False: a teacher's own groups, which Megatron's global state does not know
     timeout_s: float = 600.0  # of a collective
+    tensor_control_group: ProcessGroup | None = None  # the student's tensor group on gloo; None: it has one rank
     # This rank's groups of teachers beside the student, which Megatron does not know either; of every copy.
     own_groups: list[ProcessGroup] = field(default_factory=list, compare=False, repr=False)
 
@@ -93,8 +94,7 @@ class Topology(World):
         own_groups: list[ProcessGroup] = [] if _on_gloo() else [control_group]
         tensor_group = state.get_tensor_model_parallel_group()
         teacher_group, teacher_control = _teacher_groups(ranks, tensor_group, timeout, own_groups)
-        # Attention forks the tracker even if every dropout is zero.
-        model_parallel_cuda_manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)  # attention forks the tracker even if every dropout is zero
         return cls(
             rank=dist.get_rank(),
             world_size=world_size,
@@ -116,6 +116,7 @@ class Topology(World):
             teacher_group=teacher_group,
             teacher_control_group=teacher_control,
             timeout_s=timeout_s,
+            tensor_control_group=_tensor_control_group(ranks, tensor_group, timeout, own_groups),
             own_groups=own_groups,
         )
 
@@ -157,11 +158,11 @@ class Topology(World):
 
     def any_rank(self, flag: bool) -> bool:
         """True if ``flag`` is True on any rank. All ranks call it."""
-        if self.world_size == 1:
-            return bool(flag)
-        votes = torch.tensor([int(flag)])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control_group)
-        return bool(votes.item())
+        return _any(flag, self.control_group if self.world_size > 1 else None)
+
+    def any_tensor_rank(self, flag: bool) -> bool:
+        """True if ``flag`` is True on any rank of the student's tensor group. All of these call it."""
+        return _any(flag, self.tensor_control_group)
 
     def synchronize(self) -> None:
         """Wait until this rank's device has finished all queued work; a CPU always has."""
@@ -191,6 +192,14 @@ class Topology(World):
         self.own_groups.clear()
 
 
+def _any(flag: bool, group: ProcessGroup | None) -> bool:
+    if group is None:
+        return bool(flag)
+    votes = torch.tensor([int(flag)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+    return bool(votes.item())
+
+
 def _of_megatron() -> Iterator[ProcessGroup]:
     """This rank's groups that Megatron made. Source: megatron-core 0.16, parallel_state.create_group."""
     from megatron.core import parallel_state as state
@@ -215,6 +224,23 @@ def _teacher_groups(
             mine = group, twin if several else None
             made += [group] if twin is group else [group, twin]
     assert mine is not None
+    return mine
+
+
+def _tensor_control_group(
+    ranks: RankLayout, tensor_group: ProcessGroup, timeout: datetime.timedelta, made: list[ProcessGroup]
+) -> ProcessGroup | None:
+    """See ``Topology``; ``made`` gets it if it is new (collective)."""
+    if ranks.tensor == 1:
+        return None
+    if _on_gloo():
+        return tensor_group
+    mine: ProcessGroup | None = None
+    for members in sorted({ranks.tensor_group(rank) for rank in range(ranks.world_size)}):
+        group = dist.new_group(list(members), timeout=timeout, backend="gloo")
+        if dist.get_rank() in members:
+            mine = group
+            made.append(group)
     return mine
 
 

@@ -6,12 +6,14 @@ Whatever goes wrong on one rank is raised on every rank, so that none is left wa
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import count
+from typing import TypeVar, cast
 
 from torch import Tensor
 
 from nemo_tropd.batch import Rollout
 from nemo_tropd.parallel import agreement
+from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.rollout import arrays
 from nemo_tropd.rollout import engine as api
@@ -22,6 +24,8 @@ FinishedTogether = Callable[[list[Rollout], bool], None]
 # All of them to every rank: micro-batches are laid out by everyone's lengths, metrics count them, and what a teacher
 # reads is not what its data rank trains on. As arrays a step's are some tens of MB, next to GBs of gradients.
 ROLLOUTS = agreement.Codec(arrays.encode, arrays.decode)
+# Steps of an engine between two votes of its ranks: of 5 to 300 ms each, beside which a vote is nothing.
+VOTE_STEPS = 8
 
 
 @dataclass(eq=False, repr=False)
@@ -43,7 +47,9 @@ class Rollouts(ABC):
         self, requests: Sequence[api.RolloutRequest] | None, version: int, finished: FinishedTogether | None = None
     ) -> list[Rollout]:
         """One rollout a request, in order, on every rank; all generated with the weights ``version``, which an engine
-        is given first if it has others. ``requests`` counts on rank 0. Raises EngineError on all ranks.
+        is given first if it has others. ``requests`` counts on rank 0. Raises EngineError on all ranks; Stopped, if the
+        rollouts take longer than ``FINISH_S`` after a request to stop: they are given up, and the engines with them or
+        put to sleep.
 
         ``finished`` is given them on every rank as they are finished, in the same portions, while others are generated,
         and with them whether the last one is; once more, perhaps in other words, where an engine died meanwhile and is
@@ -185,7 +191,8 @@ class RankZeroRollouts(Rollouts):
 
 class EveryRankRollouts(Rollouts):
     """An engine on every rank; data-parallel groups share the requests. A failed engine is not restarted: it shares the
-    trainer's process, and a CUDA error in it is the trainer's own."""
+    trainer's process, and a CUDA error in it is the trainer's own. One that is stopped in the middle of its rollouts
+    sleeps, as after any others: a checkpoint is saved next, with the memory that it always has."""
 
     ranks: Topology  # no pipeline
     make_engine: Callable[[], api.RankEngine]
@@ -200,9 +207,17 @@ class EveryRankRollouts(Rollouts):
         groups = self.ranks.data_size
 
         def sampled() -> bytearray:
-            return arrays.encode(self._running().generate(everything[self.ranks.data_rank :: groups]))
+            try:
+                part = everything[self.ranks.data_rank :: groups]
+                return arrays.encode(self._running().generate(part, wanted=self._vote()))
+            except api.Abandoned as error:
+                raise Stopped("asked to stop") from error
 
-        own = self._agree(sampled)
+        try:
+            own = self._agree(sampled)
+        except Stopped:
+            self.sleep()
+            raise
         # One tensor rank speaks for its group, whose ranks generated the same.
         parts = self.ranks.gather_objects((self.ranks.data_rank, own) if self.ranks.tensor_rank == 0 else None)
         ordered: list[Rollout | None] = [None] * len(everything)
@@ -211,6 +226,16 @@ class EveryRankRollouts(Rollouts):
         rollouts = [r for r in ordered if r is not None]
         api.check_rollouts(rollouts, everything, version=version, vocab_size=self.vocab_size)
         return rollouts
+
+    def _vote(self) -> api.Wanted:
+        """Whether rollouts are still wanted, by the engine's own count of steps: all ranks of a tensor group give up
+        behind the same one, for each step has collectives of its own. The request may have reached one of them alone,
+        or each at another moment."""
+        steps = count(1)
+        return lambda: bool(next(steps) % VOTE_STEPS) or not self.ranks.any_tensor_rank(STOP.overdue)
+
+    def _running(self) -> api.RankEngine:
+        return cast(api.RankEngine, super()._running())
 
     def _agree(self, work: Callable[[], T]) -> T:
         return agreement.on_every_rank(self.ranks, work, unexpected=api.EngineError)

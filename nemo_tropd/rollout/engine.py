@@ -110,6 +110,12 @@ class MemberEngine(RolloutEngine, Protocol):
 class RankEngine(RolloutEngine, Protocol):
     """An engine of which every rank has one, on its own device."""
 
+    def generate(
+        self, requests: Sequence[RolloutRequest], finished: Finished | None = None, *, wanted: Wanted | None = None
+    ) -> list[Rollout]:
+        """As ``RolloutEngine.generate``. ``wanted`` is asked after every step of the engine, of which the ranks of a
+        tensor group take the same: it may be collective among them. Raises Abandoned at once when it is False."""
+
     def check_room(self) -> None:
         """Before ``start``, which may be collective: EngineError if the device lacks the memory it asks for."""
 

@@ -38,9 +38,18 @@ class TimedEngine:
             for i, member in enumerate(members):
                 member.seen = partial(self._seen, i)
 
-    def generate(self, requests: Sequence[api.RolloutRequest], finished: api.Finished | None = None) -> list[Rollout]:
+    def generate(
+        self,
+        requests: Sequence[api.RolloutRequest],
+        finished: api.Finished | None = None,
+        *,
+        wanted: api.Wanted | None = None,
+    ) -> list[Rollout]:
+        """``wanted``: of a ``RankEngine`` alone."""
         try:
             with self._timeline.doing(ENGINES, self._whose):  # not shown where members have lanes of their own
+                if wanted is not None:
+                    return cast(api.RankEngine, self._engine).generate(requests, finished, wanted=wanted)
                 return self._engine.generate(requests, finished)
         finally:
             for i in list(self._generating):

@@ -15,6 +15,7 @@ from nemo_tropd.batch import Rollout, TeacherScores, TeacherStates, TokenBatch
 from nemo_tropd.data import PromptSet
 from nemo_tropd.model.tropd_model import MegatronTrOPDModel
 from nemo_tropd.parallel.metric_sums import MetricSums
+from nemo_tropd.parallel.signals import STOP, Stopped
 from nemo_tropd.rollout.engine import RolloutRequest
 from nemo_tropd.timeline import OFF, Timeline
 from nemo_tropd.training.ahead import Ahead
@@ -73,7 +74,8 @@ class TrainStep:
         """Step number ``step`` (from 0), collective. The engine has the weights ``step`` before and ``step + 1`` after;
         ``shown`` is called with the name of every phase as it begins. ``before_update`` is called while the weights are
         still ``step``, with everything else done; its time is none of the step's. ``begin``, of what works ahead, is
-        called in the place of ``Ahead.begin``. Raises EngineError on every rank."""
+        called in the place of ``Ahead.begin``. Raises EngineError on every rank; Stopped, if rollouts and scores take
+        over ``FINISH_S`` more after a request to stop: nothing of the step is left then but what ``ahead`` has."""
         model, topology, lag = self.model, self.model.topology, 0
         timer = PhaseTimer(topology.synchronize, self.timeline)
 
@@ -101,6 +103,7 @@ class TrainStep:
                     model.follow(step)
                 batches = self.packer.pack(rollouts, step, self.prompts)
                 scores = early.scores(rollouts, batches) if early else model.score(batches)
+        self._stop_point()
         with phase("student"):
             sums = self._passes(step, rollouts, batches, scores, keep_tokens)
         with timer.paused():
@@ -118,6 +121,12 @@ class TrainStep:
         if self.ahead is not None:
             values["weights_lag"] = float(lag)
         return StepRecord(values, rollouts, sums, result)
+
+    def _stop_point(self) -> None:
+        """The last moment to give the step up (collective): a gradient that is begun is taken to its end, and so is the
+        step."""
+        if self.model.topology.any_rank(STOP.overdue):
+            raise Stopped("asked to stop")
 
     def _passes(
         self,

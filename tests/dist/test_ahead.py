@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from nemo_tropd.batch import Rollout
 from nemo_tropd.config import ConfigError
 from nemo_tropd.parallel.agreement import World
+from nemo_tropd.parallel import agreement, signals
 from nemo_tropd.parallel.signals import STOP
 from nemo_tropd.rollout.ahead import AheadRollouts, EngineThread
 from nemo_tropd.rollout.engine import EngineDied, EngineError, Finished, RolloutRequest
@@ -203,6 +205,29 @@ def test_a_stop_keeps_what_is_being_generated(
     script = Script()
     same(go(tiny, tmp_path, k, script), undisturbed[k])
     assert len(script.generated) == 6 - len(first) - k
+
+
+def test_a_step_that_is_given_up_after_its_rollouts_keeps_them(
+    tiny: TinyRun, undisturbed: dict[int, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops_and_takes_long() -> None:
+        STOP.ask()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(signals, "FINISH_S", 0.1)
+    monkeypatch.setattr(agreement, "_POLL_S", 5.0)  # what is finished is found so, however busy the machine is
+    step = random.randrange(1, 6)
+    try:
+        with planted("teacher", stops_and_takes_long, rank=0, occurrence=step + 1):
+            first = go(tiny, tmp_path, 1, Script(), **{"trainer.tropd.save_interval": 50})
+    finally:
+        STOP.signal = None
+    assert len(first) == step
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    assert len(load_rollouts(path, {step: step - 1})[step]) == BATCH
+    script = Script()
+    same(go(tiny, tmp_path, 1, script), undisturbed[1])
+    assert len(script.generated) == 6 - step - 1
 
 
 @pytest.mark.parametrize("damage", ["longer", "missing", "of zeros"])

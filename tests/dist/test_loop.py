@@ -17,7 +17,7 @@ from torch import Tensor
 from nemo_tropd.batch import Rollout
 from nemo_tropd.rollout.engine import Finished, RefreshStats, RolloutRequest
 from tests.dist.run_distributed import DistributedFailure, run_distributed
-from tests.doubles import GivenEngines, ReplayEngine
+from tests.doubles import GivenEngines, OnEveryRank, ReplayEngine
 from tests.e2e.tiny_run import TinyRun, train_lines
 from tests.tiny_models import make_tiny
 
@@ -152,7 +152,7 @@ def every_rank(rank: int, world_size: int, root: str) -> list[str]:
         keys["+model.tropd.params.importance_cap"] = 0.5
         cfg = compose_config(tiny.overrides(Path(root) / name, data=2, **keys))
         events: list[str] = []
-        run.train(cfg, GivenEngines(partial(RecordingEngine, events)))
+        run.train(cfg, GivenEngines(lambda: OnEveryRank(RecordingEngine(events))))
         expected = ["refresh 0", "generate 0", "sleep", "refresh 1", "generate 1", "sleep", "refresh 2"]
         if events != (expected if place == "colocated" or rank == 0 else []):
             wrong.append(f"{name}: {events}")

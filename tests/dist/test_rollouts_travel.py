@@ -16,7 +16,7 @@ from nemo_tropd.parallel.agreement import Codec, Parts, RankError, World, on_ran
 from nemo_tropd.rollout.ahead import AheadRollouts
 from nemo_tropd.rollout.collective import EveryRankRollouts, RankZeroRollouts
 from nemo_tropd.rollout.engine import EngineError, Finished, RolloutRequest
-from tests.doubles import ReplayEngine
+from tests.doubles import OnEveryRank, ReplayEngine
 from tests.dist.run_distributed import run_distributed
 
 VOCABULARY = 151_936
@@ -62,7 +62,8 @@ def on_ranks(rank: int, world_size: int, seed: int, exact: bool) -> dict[str, li
         return kind(topology, lambda: Writer(exact), lambda: iter(()), VOCABULARY)
 
     found = {"one engine": of(RankZeroRollouts).generate(asked, 0), "none": of(RankZeroRollouts).generate([], 0)}
-    found["every rank's"] = of(EveryRankRollouts).generate(asked, 0)
+    every = EveryRankRollouts(topology, lambda: OnEveryRank(Writer(exact)), lambda: iter(()), VOCABULARY)
+    found["every rank's"] = every.generate(asked, 0)
     told: list[Rollout] = []
     found["in parts"] = of(RankZeroRollouts).generate(asked, 0, lambda some, _: told.extend(some))
     found["told"] = told

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemo_tropd.config import ConfigError
-from nemo_tropd.rollout.collective import EveryRankRollouts
+from nemo_tropd.parallel.signals import Stopped
+from nemo_tropd.rollout import collective
+from nemo_tropd.rollout.collective import VOTE_STEPS, EveryRankRollouts
 from nemo_tropd.rollout.engine import (
     Abandoned,
     EngineError,
@@ -317,7 +320,7 @@ class ThreadRanks:
         self.rank, self.shared = rank, shared
         self.data_rank, self.tensor_rank = divmod(rank, tensor)
         self.data_size = shared["size"] // tensor
-        self.is_leader = rank == 0
+        self.is_leader, self.votes = rank == 0, 0
 
     def gather_objects(self, obj: Any) -> list[Any]:
         self.shared["slots"][self.rank] = obj
@@ -329,6 +332,15 @@ class ThreadRanks:
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
         return self.gather_objects(obj)[src]
 
+    def any_tensor_rank(self, flag: bool) -> bool:
+        self.votes += 1
+        mine, votes = self.shared["groups"][self.data_rank]
+        votes[self.tensor_rank] = flag
+        mine.wait(20)
+        found = any(votes)
+        mine.wait(20)
+        return found
+
 
 class ForgetfulEngine(ReplayEngine):
     """A replay that, like a sleeping engine, has no weights after sleep."""
@@ -337,7 +349,7 @@ class ForgetfulEngine(ReplayEngine):
         super().__init__(TOKENS)
         self.rank, self.holds, self.asked = rank, False, [0]
 
-    def generate(self, requests: Any, finished: Any = None) -> Any:
+    def generate(self, requests: Any, finished: Any = None, *, wanted: Any = None) -> Any:
         assert self.holds
         self.asked.append(len(requests))
         if any(r.prompt_ids == [-1] for r in requests):
@@ -354,7 +366,8 @@ class ForgetfulEngine(ReplayEngine):
 
 
 def on_threads(size: int, tensor: int, work: Any) -> list[Any]:
-    shared = {"size": size, "slots": [None] * size, "barrier": threading.Barrier(size)}
+    shared: dict[str, Any] = {"size": size, "slots": [None] * size, "barrier": threading.Barrier(size)}
+    shared["groups"] = [(threading.Barrier(tensor), [False] * tensor) for _ in range(size // tensor)]
     results: list[Any] = [None] * size
 
     def one(rank: int) -> None:
@@ -391,6 +404,54 @@ def test_groups_share_the_requests_and_every_rank_gets_all_rollouts(size: int, t
         assert result == (expected, expected)
     shares = [sum(e.asked) for e in engines[::tensor]]
     assert sum(shares) == 2 * count and max(shares) - min(shares) <= 2
+
+
+@pytest.mark.parametrize(("size", "tensor"), [(1, 1), (2, 1), (4, 2), (3, 3)])
+def test_a_request_to_stop_ends_the_rollouts_of_a_tensor_group_behind_one_step(
+    size: int, tensor: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other groups as well, if they have heard of it; then the engines sleep, and take weights and requests again.
+    In each group the request becomes overdue on one rank alone."""
+    many = [replace(r, max_new_tokens=1) for r in requests(200)]
+    groups, calm = range(size // tensor), threading.Event()
+    guilty = {data: (data * tensor + random.randrange(tensor), random.randrange(1, 40)) for data in groups}
+    here, made = threading.local(), [Colocated(tmp_path / str(rank)) for rank in range(size)]
+    steps = [0] * size
+
+    class OverdueHere:
+        @property
+        def overdue(self) -> bool:
+            rank, after = guilty[here.rank // tensor]
+            return not calm.is_set() and rank == here.rank and steps[rank] >= after
+
+    def one_a_step(self: SteppingEngine) -> list[Any]:
+        steps[here.rank] += 1
+        return [self.queue.pop()]
+
+    monkeypatch.setattr(collective, "STOP", OverdueHere())
+    monkeypatch.setattr(SteppingEngine, "step", one_a_step)
+
+    def work(ranks: ThreadRanks) -> Any:
+        here.rank = ranks.rank
+        colocated = made[ranks.rank]
+        rollouts = EveryRankRollouts(ranks, lambda: colocated.engine, colocated.stream, TOKENS)
+        with pytest.raises(Stopped, match="asked to stop"):
+            rollouts.generate(many if ranks.is_leader else None, 3)
+        stopped_at, asleep = steps[ranks.rank], not colocated.llm.awake
+        ranks.gather_objects(None)
+        calm.set()
+        again = rollouts.generate(many if ranks.is_leader else None, 3)
+        return stopped_at, asleep, again, ranks.votes, steps[ranks.rank] - stopped_at
+
+    found = on_threads(size, tensor, work)
+    for data in groups:
+        of_group = found[data * tensor :][:tensor]
+        assert not any(isinstance(one, Exception) for one in of_group), of_group
+        after = guilty[data][1]
+        assert {stopped_at for stopped_at, *_ in of_group} == {-(-after // VOTE_STEPS) * VOTE_STEPS}
+        for stopped_at, asleep, again, votes, more in of_group:
+            assert asleep and [r.sequence_id for r in again] == [r.sequence_id for r in many]
+            assert votes == stopped_at // VOTE_STEPS + more // VOTE_STEPS
 
 
 def test_an_error_of_one_group_is_raised_on_every_rank() -> None:

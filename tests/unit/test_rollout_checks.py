@@ -14,7 +14,7 @@ from nemo_tropd.parallel.agreement import World
 from nemo_tropd.rollout.collective import EveryRankRollouts, RankZeroRollouts, Rollouts
 from nemo_tropd.rollout.engine import EngineError, Finished, RolloutRequest, Sampling
 from nemo_tropd.training.teacher_responses import TeacherResponses
-from tests.doubles import ReplayEngine
+from tests.doubles import OnEveryRank, ReplayEngine
 
 VOCABULARY, PROMPT, MOST = 50, 17, 6
 
@@ -64,9 +64,9 @@ WRONG = {
 def test_wrong_rollouts_are_refused_by_prompt_and_value(kind: type[Rollouts], wrong: str) -> None:
     changes, text = WRONG[wrong]
     asked = [RolloutRequest([1, 2], [3], i, i, 16 + i, MOST) for i in range(2)]
-    right = kind(OneRank(), lambda: WrongEngine(), lambda: iter(()), VOCABULARY)
+    right = kind(OneRank(), lambda: OnEveryRank(WrongEngine()), lambda: iter(()), VOCABULARY)
     assert len(right.generate(asked, 0)) == 2
-    rollouts = kind(OneRank(), lambda: WrongEngine(**changes), lambda: iter(()), VOCABULARY)
+    rollouts = kind(OneRank(), lambda: OnEveryRank(WrongEngine(**changes)), lambda: iter(()), VOCABULARY)
     with pytest.raises(EngineError) as raised:
         rollouts.generate(asked, 0)
     assert str(raised.value) == f"prompt {PROMPT}: the engine generated {text}"

@@ -21,7 +21,7 @@ from nemo_tropd import timeline as module
 from nemo_tropd.batch import Rollout
 from nemo_tropd.parallel import stopwatch
 from nemo_tropd.parallel.stopwatch import Stopwatch
-from nemo_tropd.rollout.engine import EngineDied, Finished, RefreshStats, RolloutRequest
+from nemo_tropd.rollout.engine import Abandoned, EngineDied, Finished, RefreshStats, RolloutRequest
 from nemo_tropd.rollout.timed import TimedEngine
 from nemo_tropd.rollout.vllm import wire as w
 from nemo_tropd.rollout.vllm.remote import RemoteEngine
@@ -29,7 +29,7 @@ from nemo_tropd.rollout.vllm.settings import EngineSettings
 from nemo_tropd.timeline import LANES, MOST_BARS, Lane, StepTimes, Timeline, length
 from nemo_tropd.training import metrics
 from nemo_tropd.training.metrics import PhaseTimer, TimelineFile
-from tests.doubles import ReplayEngine
+from tests.doubles import OnEveryRank, ReplayEngine
 from tests.tiny_models import make_tiny
 
 
@@ -235,6 +235,8 @@ def test_an_engine_on_a_timeline_is_that_engine(clock: Clock) -> None:
     lanes = timeline.step_done(1, began).lanes
     assert lanes["weights"].bars == [(0.0, 1.0, "send")]
     assert lanes["engines"].bars == [(1.0, 3.0, "weights 4"), (5.0, 7.0, "weights 4")]
+    with pytest.raises(Abandoned):
+        TimedEngine(OnEveryRank(engine), timeline).generate(asked, wanted=lambda: False)
 
 
 class Members(RemoteEngine):
