@@ -93,7 +93,7 @@ class TeacherConfig:
     def urls(self) -> list[str]:
         """The addresses of ``url``, without /v1 at the end; none for a teacher on the ranks."""
         given = [self.url] if isinstance(self.url, str) else self.url or []
-        return [url.rstrip("/").removesuffix("/v1") for url in given]
+        return [url.rstrip("/").removesuffix("/v1").rstrip("/") for url in given]
 
 
 TEACHER_KEYS = (

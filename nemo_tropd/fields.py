@@ -124,7 +124,7 @@ def split_endpoint(value: object, default_port: int | None = None) -> tuple[str,
 
 def _is_host(name: str) -> bool:
     try:
-        name.strip("[]").encode("idna")
+        name.strip("[]").encode("idna").decode("idna")
     except UnicodeError:  # an empty part, one of more than 63 characters, or letters that no host name has
         return False
     return name.isprintable()  # that encoding drops characters that nobody sees
@@ -219,8 +219,9 @@ def _flag_or_text(value: object) -> str | None:
 
 def _urls(value: object) -> str | None:
     def fits(v: object) -> bool:
-        found = re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s:/?#@\[\]]+)(:[0-9]{1,5})?(/[^\s?#@]*)?", str(v))
-        return isinstance(v, str) and bool(found)
+        found = re.fullmatch(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s:/?#@\[\]]+)(?::([0-9]{1,5}))?(/[^\s?#@]*)?", str(v))
+        port = int(found[2] or 80) if found else 0
+        return isinstance(v, str) and found is not None and 0 < port < 65536 and _is_host(found[1])
 
     given = value if isinstance(value, list) else [value]
     return None if value is None or (given and all(map(fits, given))) else "give http://HOST:PORT, or a list of such"

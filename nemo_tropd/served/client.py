@@ -29,6 +29,7 @@ from nemo_tropd.rollout.engine import EngineError
 
 R = TypeVar("R")
 VARIABLE = "NEMO_TROPD_TEACHER_TOKEN"
+_PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 _SMALL = 1 << 20  # bytes, of answers that are not scores
 _SAY_S = 30.0  # between lines about a server that does not answer
 _GARBAGE = 5  # answers that are none, to one question: waiting does not help
@@ -136,8 +137,27 @@ class Servers:
         self._unsure: set[str] = set()  # did not answer: asked for the fixed text before anything else
         self._said = -_SAY_S
         self._tls = httpx.create_ssl_context()  # once: reading the certificates takes longer than a request
+        self._check()
         for name in ("httpx", "httpcore"):  # a line a request, and in debug mode the headers
             logging.getLogger(name).setLevel(logging.WARNING)
+
+    def _check(self) -> None:
+        """Raise ConfigError for an address, or a proxy of the environment, that httpx cannot use."""
+        for url in self.urls:
+            try:
+                httpx.URL(url)
+            except (httpx.InvalidURL, UnicodeError) as error:
+                raise ConfigError(
+                    "model.teacher.url", url, f"is no address ({error}): give http://HOST:PORT"
+                ) from error
+        try:
+            self.client()
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            names = (name for name in os.environ if name.lower() in _PROXIES and os.environ[name])
+            variable = ", ".join(sorted(names)) or "ALL_PROXY"
+            kinds = "the teacher's servers are reached through http:// and https:// proxies alone"
+            why = f"{kinds}: unset it, or name the servers in NO_PROXY ({type(error).__name__})"
+            raise ConfigError(variable, "***", why) from error
 
     def ask(self, questions: Sequence[Question[R]], url: str | None = None) -> list[R]:
         """The answers in order, of any server or of ``url`` alone. Raises ServerError; Stopped, if they take too long
@@ -284,7 +304,7 @@ class Servers:
                         raise _Garbage(f"{url} answers with more than {most_bytes:,} bytes")
         except TimeoutError:
             raise _Later(f"{url} has not answered within model.teacher.server.timeout_s = {limit:g}") from None
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, OSError) as error:  # an invalid one: of a redirection
             raise _Later(f"{url} cannot be reached: {type(error).__name__}: {error}") from error
         status = response.status_code
         if status == 200:

@@ -284,6 +284,9 @@ def test_missing_required_key_is_named() -> None:
         ("model.data.path=null", "model.data.path", "set model.data.sources"),
         ("model.teacher.url=host:8000", "model.teacher.url", "give http://HOST:PORT"),
         ("model.teacher.url='http://h:8000?key=1'", "model.teacher.url", "give http://HOST:PORT"),
+        ("model.teacher.url='http://xn--a.com'", "model.teacher.url", "give http://HOST:PORT"),
+        ("model.teacher.url='http://a..b:8000'", "model.teacher.url", "give http://HOST:PORT"),
+        ("model.teacher.url='http://h:99999'", "model.teacher.url", "give http://HOST:PORT"),
     ],
 )
 def test_impossible_settings(override: str, named: str, remedy: str) -> None:
@@ -305,14 +308,17 @@ def test_impossible_settings(override: str, named: str, remedy: str) -> None:
     ],
 )  # fmt: skip
 def test_what_a_teacher_behind_a_server_excludes(key: str, value: object, remedy: str) -> None:
-    urls = "['http://a:8000/v1/','https://[::1]:8001']"
+    urls = "['http://a:8000/v1//','http://b//v1','https://[::1]:8001']"
     assert compose_config([*REQUIRED, f"model.teacher.url={urls}"]).model.teacher.urls == [
         "http://a:8000",
+        "http://b",
         "https://[::1]:8001",
     ]
     with pytest.raises(ConfigError, match=remedy) as caught:
         compose_config([*REQUIRED, f"model.teacher.url={urls}", f"{key}={value}"])
     assert caught.value.key == key
+    with pytest.raises(ConfigError, match="give http://HOST:PORT"):
+        compose_config([*REQUIRED, "model.teacher.url='http://a\u200bb:8000'"])  # what is not seen
     named = ["+model.teachers.code.path=c", "model.data.teacher_key=t", "+model.teachers.code.url='http://me:pw@h'"]
     with pytest.raises(ConfigError, match="would be shown: set NEMO_TROPD_TEACHER_TOKEN") as caught:
         compose_config([*REQUIRED, *named])

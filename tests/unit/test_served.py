@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -422,3 +423,38 @@ def test_questions_end_when_the_run_is_asked_to_stop(up: Callable[..., str], mon
     with pytest.raises(Stopped):
         early.collect()
     slow.set()
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "nonsense://user:password@h"])
+def test_a_proxy_that_cannot_be_used_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    for name in ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(ConfigError, match=r"^ALL_PROXY = '\*\*\*': .*http:// and https:// proxies alone") as refused:
+        Servers(["http://teacher:8000"], ServerConfig())
+    assert "password" not in str(refused.value)
+
+
+def test_an_address_that_only_the_client_refuses_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.teacher\.url = .* is no address"):
+        Servers(["http://\N{SNOWMAN}.net"], ServerConfig())
+
+
+def test_a_server_that_leads_to_an_impossible_address_is_named() -> None:
+    class Redirects(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(307)
+            self.send_header("Location", "http://xn--a.com/")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Redirects) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(ServerError, match="cannot be reached: Invalid"):
+                servers(f"http://127.0.0.1:{server.server_port}", give_up_s=0.01).models(
+                    f"http://127.0.0.1:{server.server_port}"
+                )
+        finally:
+            server.shutdown()
