@@ -49,12 +49,19 @@ def read_task(name: str, settings: Benchmark, seed: int, prefix: str = "") -> Ta
         grader = build(str(settings.grader), settings.prompt, settings.columns, settings.options)
         questions = []
         for sample in range(settings.samples):
-            for i, (row, _) in enumerate(rows):
+            for i, (row, at) in enumerate(rows):
                 own = seed_of(seed, name, i, sample)
-                questions.append(Question(i, sample, own, *grader.question(row, own)))
+                questions.append(Question(i, sample, own, *_question(grader, row, own, at)))
     except ConfigError as error:
         raise ConfigError(prefix + error.key, error.value, error.remedy) from error
     return Task(name, settings, grader, tuple(questions))
+
+
+def _question(grader: Grader, row: Mapping[str, object], seed: int, at: str) -> tuple[str, object]:
+    try:
+        return grader.question(row, seed)
+    except ConfigError as error:
+        raise ConfigError(error.key, error.value, f"{error.remedy} ({at})") from error
 
 
 def seed_of(seed: int, benchmark: str, problem: int, sample: int) -> int:

@@ -1,8 +1,10 @@
 """An evaluation: everything is checked first, then each model answers, is graded, and compared."""
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -57,8 +59,8 @@ def _asked(plan: Plan, convert: Convert) -> list[Asked]:
     """Every benchmark put to every model, all checked."""
     e = plan.evaluation
     _check_devices(e)
-    if why := refusal(e.out):
-        raise ConfigError("out", e.out, why)
+    for part in ("", plan.name, *(f"answers/{name}" for name in plan.benchmarks)):
+        _check_folder(e.out, Path(e.out) / part)
     prefixes = {name: "" if list(plan.benchmarks) == [plan.name] else f"{name}." for name in plan.benchmarks}
     tasks = [read_task(name, b, e.seed, prefixes[name]) for name, b in plan.benchmarks.items()]
     models = load_models(e, convert)
@@ -93,6 +95,18 @@ def _put(tasks: Sequence[Task], model: Model, e: Evaluation, prefixes: dict[str,
         file = AnswerFile(Path(e.out) / "answers" / task.name, identity, model.label)
         asked.append(Asked(task, model, ids, file, engine_settings(model, sampling, longest, e)))
     return asked
+
+
+def _check_folder(out: str, folder: Path) -> None:
+    """Can files be written in ``folder``, which may have to be made? Leaves nothing behind."""
+    if why := refusal(folder):
+        raise ConfigError("out", out, why)
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError("out", out, f"nothing can be written in {there} ({error.strerror})") from error
 
 
 def _check_devices(e: Evaluation) -> None:

@@ -45,7 +45,7 @@ class Benchmark:
     split: str = text("test")
     """Of a data set that has splits."""
     where: dict[str, Any] = field(default_factory=dict, metadata=FREE_FORM)
-    """Only rows with these values in these columns."""
+    """Only rows with these values in these columns; ``where={}`` on the command line: all."""
     limit: int | None = integer(None, at_least=1)
     """Only the first so many problems; null: all."""
     grader: str | None = text(None)
@@ -197,14 +197,17 @@ def benchmarks_of(entries: Sequence[Any], key: str) -> dict[str, tuple[str, Benc
 
 
 def _merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Later ones win; dictionaries are merged, except that a new source takes the place of the old."""
+    """Later ones win; dictionaries are merged, except that an empty one clears the old, and that a new source takes
+    the place of the old."""
     found: dict[str, Any] = {}
     for tree in trees:
         if tree.get("path") is not None:
             found = {k: v for k, v in found.items() if k not in ("package", "file")}
         for key, value in tree.items():
             old = found.get(key)
-            found[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+            if isinstance(old, dict) and isinstance(value, dict) and value:
+                value = {**old, **value}
+            found[key] = value
     return found
 
 

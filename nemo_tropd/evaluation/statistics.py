@@ -4,6 +4,7 @@ Arrays are (problems, samples). Problems are the independent units: samples of o
 is that of the problems' means (clustered), and a comparison pairs the models' means of each problem.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_CHUNK = 1 << 22  # drawn indices held at once
+_SAME = 1e-9  # differences below are of rounding
 
 
 class Mean(NamedTuple):
@@ -40,7 +41,8 @@ class Score:
 
 
 class Difference(NamedTuple):
-    """``value``: mean of second less first, over problems; ``low`` to ``high``: its interval."""
+    """``value``: mean of second less first, over problems; ``low`` to ``high``: its interval; ``differ``: how many of
+    the ``problems`` have another mean."""
 
     value: float
     error: float
@@ -48,11 +50,13 @@ class Difference(NamedTuple):
     high: float
     level: float
     problems: int
+    differ: int
 
     @property
     def beyond_noise(self) -> bool:
-        """Is zero outside of the interval? The interval of one problem alone says nothing."""
-        return self.problems > 1 and not self.low <= 0.0 <= self.high
+        """Is zero outside of the interval, and do so many problems differ that equal models would seldom have all of
+        them on one side? At 95% that takes 6: 5 are on one side in a 16th of all cases."""
+        return 2.0 ** (1 - self.differ) <= 1 - self.level and not self.low <= 0.0 <= self.high
 
     def sentence(self, first: str, second: str) -> str:
         """In words, in points of 100."""
@@ -62,6 +66,8 @@ class Difference(NamedTuple):
         said = f"{size} ({self.level:.0%} interval {low:+.1f} to {high:+.1f}, {self.problems} problems)"
         if self.beyond_noise:
             return f"{said}: more than noise."
+        if not self.low <= 0.0 <= self.high:
+            return f"{said}: as only {self.differ} of them differ, no more than noise explains."
         return f"{said}: no more than noise explains."
 
 
@@ -129,29 +135,47 @@ def majority(answers: Sequence[Sequence[str | None]], correct: ArrayLike) -> Mea
     return mean(scores)
 
 
-def difference(
-    first: ArrayLike, second: ArrayLike, seed: int = 0, resamples: int = 10_000, level: float = 0.95
-) -> Difference:
-    """Of two models on the same problems in the same order; their numbers of samples may differ. The interval is of
-    percentiles over ``resamples`` of the problems; where neither model has problems that differ (0 of 30 each), and so
-    no resample does, Newcombe's of two proportions. Raises ValueError if problems do not match."""
+def difference(first: ArrayLike, second: ArrayLike, level: float = 0.95) -> Difference:
+    """Of two models on the same problems in the same order; their numbers of samples may differ. The interval is
+    Student's, of the problems' differences; if all of these are equal, and so show no spread, Newcombe's of two
+    proportions. Raises ValueError if problems do not match."""
     ours, theirs = _means(first), _means(second)
     if ours.shape != theirs.shape:
         raise ValueError(f"the models answered {len(ours)} and {len(theirs)} problems: compare the same ones")
-    if not 0.0 < level < 1.0 or resamples < 1:
-        raise ValueError(f"level = {level}, resamples = {resamples}: give a level between 0 and 1, and some resamples")
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level = {level}: give one between 0 and 1")
     change = theirs - ours
-    random, n = np.random.default_rng(seed), len(change)
-    rows = max(1, _CHUNK // n)
-    drawn = [
-        change[random.integers(0, n, (min(rows, resamples - done), n))].mean(axis=1)
-        for done in range(0, resamples, rows)
-    ]
-    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
-    if np.ptp(ours) == np.ptp(theirs) == 0 and n > 1:
+    value, error = mean(change)
+    if np.ptp(change) < _SAME:
         (p, l1, u1), (q, l2, u2) = ((float(m.mean()), *interval(m, level)) for m in (ours, theirs))
-        low, high = q - p - np.hypot(q - l2, u1 - p), q - p + np.hypot(u2 - q, p - l1)
-    return Difference(*mean(change), float(low), float(high), level, n)
+        low, high = q - p - float(np.hypot(q - l2, u1 - p)), q - p + float(np.hypot(u2 - q, p - l1))
+    else:
+        half = _student(len(change) - 1, level) * error
+        low, high = max(value - half, -1.0), min(value + half, 1.0)
+    return Difference(value, error, low, high, level, len(change), int((abs(change) >= _SAME).sum()))
+
+
+def _student(freedom: int, level: float) -> float:
+    """The t beyond which, on either side, 1 - ``level`` of Student's distribution lies."""
+    low, high = 0.0, 1.0
+    while _within(high, freedom) < level:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """The share of Student's distribution from -t to t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    square, odd = math.cos(angle) ** 2, freedom % 2
+    term, total = 1.0, 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= square * k / (k + 1)
+    share = math.sin(angle) * total
+    return 2 / math.pi * (angle + math.cos(angle) * share) if odd else share
 
 
 def _array(values: ArrayLike) -> NDArray[np.float64]:

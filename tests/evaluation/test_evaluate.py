@@ -309,6 +309,9 @@ def test_a_pattern_of_folders_is_read_folder_by_folder(world: World, tmp_path: P
         (["model=/no/such"], "model = '/no/such': no such directory; give a Hugging Face folder, a run's directory"),
         (["model=/no/" + "a" * 256], "model = '/no/a.*': the system refuses it .*name too long"),
         (["out=" + "a" * 256], "out = 'a.*': the system refuses it .*name too long"),
+        (["out=/proc/evaluations"], "out = '/proc/evaluations': nothing can be written in /proc"),
+        (["out={folder}/sums.jsonl"], "out = '.*sums.jsonl': nothing can be written in .*Not a directory"),
+        (["out={folder}/sums.jsonl/out"], "out = '.*out': nothing can be written in .*Not a directory"),
         (["path=" + "a" * 256], "path = 'a.*cannot be looked at .*name too long"),
         (["--config-name", "a" * 256], "--config-name = 'a.*there is no such benchmark"),
         (["--config-dir", "a" * 256], "--config-dir = 'a.*there is no such directory"),
@@ -344,6 +347,20 @@ def test_bad_input_ends_with_code_2_before_an_engine_starts(
     error = capsys.readouterr().err
     assert end.value.code == 2 and re.search(message, error, re.DOTALL), error
     assert not world.answers()
+
+
+def test_an_empty_filter_takes_all_rows(world: World) -> None:
+    world.benchmark("sums", where={"kind": 1})
+    for given, where in ((), {"kind": 1}), (("where={}",), {}), (("where.sum=4",), {"kind": 1, "sum": 4}):
+        assert read_command_line(world.arguments(*given), CONF).benchmarks["sums"].where == where
+
+
+def test_a_row_that_cannot_be_asked_is_named_with_its_file(world: World, tmp_path: Path) -> None:
+    rows = [{"question": "?", "sum": "1"}, {"question": "?", "sum": "word " * 40}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = read_command_line(world.arguments(f"path={tmp_path / 'rows.jsonl'}"), CONF)
+    with pytest.raises(ConfigError, match=r"columns.answer = .*rows.jsonl.*line 2"):
+        read_task("sums", plan.benchmarks["sums"], 0)
 
 
 def packed(tests: Any) -> str:

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from nemo_tropd.evaluation.statistics import Score, difference, interval, majority, mean, pass_at_k, score, share
 
@@ -74,33 +75,63 @@ def test_a_score_has_all_of_them():
         score(correct, answers, [[1], [1]])
 
 
-def test_the_interval_is_that_of_all_resamples():
-    first, second = np.array([0.0, 0.5, 1.0, 0.25, 0.0]), np.array([0.5, 0.5, 0.75, 1.0, 0.25])
-    every = [np.mean([(second - first)[i] for i in some]) for some in itertools.product(range(5), repeat=5)]
-    found = difference(first, second, resamples=200_000, level=0.8)
-    assert found.value == pytest.approx(np.mean(every)) and found.error == pytest.approx(mean(second - first).error)
-    # a step of the exact distribution is 1/80
-    assert abs(found.low - np.quantile(every, 0.1)) < 1 / 80 and abs(found.high - np.quantile(every, 0.9)) < 1 / 80
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize("problems", [2, 3, 6, 7, 31, 1000])
+def test_the_interval_is_students(problems, level):
+    change = np.linspace(-0.1, 0.2, problems) ** 3
+    found = difference(np.zeros(problems), change, level)
+    half = stats.t.ppf((1 + level) / 2, problems - 1) * stats.sem(change)
+    assert found[:2] == pytest.approx((change.mean(), stats.sem(change)))
+    assert found[2:4] == pytest.approx((change.mean() - half, change.mean() + half))
 
 
-def test_a_seed_decides_the_interval_and_problems_are_paired():
+def test_problems_are_paired():
     first = np.tile([[1, 0], [0, 0], [1, 1], [0, 1]], (10, 1))
-    assert difference(first, first, seed=1) == difference(first, first, seed=1)
-    assert difference(first, 1 - first, 1, 50) != difference(first, 1 - first, 2, 50)
-    assert difference(first, first)[:4] == (0.0, 0.0, 0.0, 0.0)
-    assert difference(first, first[:, :1]).problems == 40
+    assert difference(first, 1 - first).value == 0.0 and difference(first, first[:, :1]).problems == 40
+    assert difference([[0, 0], [1, 1]], [[1, 1], [0, 1]])[2:4] == (-1.0, 1.0)  # no more than all
     with pytest.raises(ValueError, match="40 and 39 problems"):
         difference(first, first[1:])
     with pytest.raises(ValueError, match="level = "):
         difference(first, first, level=1.5)
 
 
-def test_of_equal_models_few_and_of_others_most_are_told_apart():
+def test_differences_that_are_all_equal_show_no_spread_but_are_not_certain():
+    for problems in (1, 3, 40):
+        first = np.tile([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], (20, 1))[:problems]
+        second = first.copy()
+        second[:, 3] = 1
+        found, tie = difference(first, second), difference(first, first)
+        assert found.value == 0.25 and found.low < 0.2 and found.high > 0.3
+        assert tie.value == 0 and tie.low < -0.1 and tie.high > 0.1 and not tie.beyond_noise
+    thirds = np.repeat([[0, 1, 0], [1, 1, 0], [0, 0, 0]], 5, axis=0)  # whose differences round differently
+    more = thirds.copy()
+    more[np.arange(15), [0] * 5 + [2] * 5 + [1] * 5] = 1
+    assert difference(thirds, more).low < 0.1
+
+
+def test_fewer_than_six_problems_that_differ_say_nothing():
+    zeros = np.zeros((30, 1))
+    for problems, differing, beyond in ((5, 5, False), (30, 5, False), (30, 6, True), (6, 6, True), (3, 3, False)):
+        second = zeros[:problems].copy()
+        second[:differing] = 1
+        found = difference(zeros[:problems], second)
+        assert (found.differ, found.beyond_noise) == (differing, beyond)
+    found = difference([[0.0]] * 3, [[0.25], [0.26], [0.25]])
+    assert found.low > 0.2 and found.sentence("a", "b").endswith(
+        "3 problems): as only 3 of them differ, no more than noise explains."
+    )
+
+
+@pytest.mark.parametrize("problems", [2, 3, 4, 5, 6, 8, 30])
+def test_of_equal_models_few_are_told_apart(problems):
+    draws = RANDOM.random((2, 1000, problems, 4)) < RANDOM.random((1000, problems, 1))
+    assert np.mean([difference(a, b).beyond_noise for a, b in zip(*draws, strict=True)]) < 0.08
+
+
+def test_of_others_most_are_told_apart():
     chances = RANDOM.random((200, 60, 1))
-    draws = [RANDOM.random((200, 60, 4)) < np.clip(chances + shift, 0, 1) for shift in (0.0, 0.0, 0.15)]
-    alike = np.mean([difference(a, b, resamples=400).beyond_noise for a, b in zip(draws[0], draws[1], strict=True)])
-    apart = np.mean([difference(a, b, resamples=400).beyond_noise for a, b in zip(draws[0], draws[2], strict=True)])
-    assert 0.01 < alike < 0.12 and apart > 0.9
+    first, second = (RANDOM.random((200, 60, 4)) < np.clip(chances + shift, 0, 1) for shift in (0.0, 0.15))
+    assert np.mean([difference(a, b).beyond_noise for a, b in zip(first, second, strict=True)]) > 0.85
 
 
 def test_an_interval_holds_where_nothing_is_right_or_everything():
@@ -121,7 +152,7 @@ def test_in_words():
     high = np.ones((40, 2))
     high[:20] = 0
     assert difference(low, high).sentence("before", "after") == (
-        "after scores 50.0 points higher than before (95% interval +35.0 to +65.0, 40 problems): more than noise."
+        "after scores 50.0 points higher than before (95% interval +33.8 to +66.2, 40 problems): more than noise."
     )
     assert "lower than" in difference(high, low).sentence("a", "b")
     tie = difference(low, low).sentence("before", "after")
