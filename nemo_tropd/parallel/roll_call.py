@@ -152,8 +152,9 @@ class RollCall:
 
     def together(self, work: Callable[[], T]) -> T:
         """Every rank does ``work``, before there are process groups; returns this rank's result. Afterwards the hosts
-        of all ranks are known. If any rank failed, every rank raises the error of the lowest of them, which names its
-        rank and host; Stopped if any was asked to stop; PeerLost if one fell silent, or was not there in time."""
+        of all ranks are known. If any rank failed, every rank raises the error of the lowest of them that has failed by
+        then, which names its rank and host; Stopped if any was asked to stop; PeerLost if one fell silent, or was not
+        there in time."""
         if self.alone:
             return work()
         failure: BaseException | None = None
@@ -168,26 +169,31 @@ class RollCall:
         if failure is not None:
             self.announce(failure)  # here, where it has its traceback
         keys = [f"{self._prefix}/together/{rank}" for rank in range(self.world_size)]
-        self._await(keys)
-        self.members = [Member(**json.loads(self._asking.get(self._member_key(m.rank)))) for m in self.members]
+        if why := self._await(keys):
+            keys = [key for key in keys if self._asking.check([key])]
+        else:
+            self.members = [Member(**json.loads(self._asking.get(self._member_key(m.rank)))) for m in self.members]
         for answer in self._asking.multi_get(keys):
             told_error: BaseException | None = pickle.loads(bytes.fromhex(answer.decode()))
             if told_error is not None:
                 raise told_error from failure
+        if why:
+            raise PeerFailed(why)
         return result
 
-    def _await(self, keys: Sequence[str]) -> None:
-        """Until all ``keys`` are set."""
+    def _await(self, keys: Sequence[str]) -> str:
+        """Until all ``keys`` are set (then ""), or a rank, this one maybe, has announced the failure that is returned."""
         began = time.monotonic()
         while not self._asking.check(list(keys)):
             if why := self._announced():
                 self._report_elsewhere(why)
-                raise PeerFailed(why)
+                return why
             if time.monotonic() - began > collective_timeout_s(self.timeout_s):
                 lost = self.find()
                 print(f"PeerLost: {lost}", file=sys.stderr, flush=True)
                 raise lost
             time.sleep(0.1)
+        return ""
 
     def find(self) -> PeerLost:
         """Find out which ranks respond, within ``answer_time_s``, and mark this rank as gone."""
@@ -250,7 +256,7 @@ class RollCall:
         return f"{self._prefix}/member/{rank}"
 
     def _announced(self) -> str:
-        """What another rank announced; "" if nothing, or if the store does not respond."""
+        """What a rank announced; "" if nothing, or if the store does not respond."""
         answer = self._ask(lambda s: s.get(self._failure_key) if s.check([self._failure_key]) else None)
         return str(json.loads(answer)[1]) if isinstance(answer, bytes) else ""
 

@@ -140,6 +140,34 @@ def test_one_ranks_error_before_there_are_groups_is_everybodys() -> None:
         assert found[2].startswith("RankError: OSError: no such disk; ['raised on rank 1 on"), found
 
 
+def first_to_fail(rank: int, world_size: int, both: bool) -> str:
+    """Rank 1 fails while rank 0 is still at work: until the other has left, then with an error of its own or without.
+    What each rank's part in it ends with."""
+    roll_call.FOLLOW_S = 60.0  # a rank at work may take as long
+
+    def work() -> int:
+        until = time.monotonic() + 60
+        while rank == 0 and not call._asking.check([call._heard_keys[1]]) and time.monotonic() < until:
+            time.sleep(0.05)
+        if rank == 1 or both:
+            raise PromptError(f"line {rank}")
+        return rank
+
+    try:
+        with RollCall(100) as call:
+            call.together(work)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was noticed"
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_rank_that_fails_first_leaves_at_once_with_its_own_error(both: bool) -> None:
+    """An expected error on any rank is the run's: its exit code says that a restart does not help."""
+    found = run_distributed(first_to_fail, 2, both, timeout_s=100, init_gloo=False)
+    assert found == ["PromptError: line 0" if both else "PromptError: line 1", "PromptError: line 1"]
+
+
 def starved(rank: int, world_size: int) -> tuple[float, float, str]:
     """Rank 0, which serves the store, fails at once; the other gets no processor for a while, nor do its heartbeats.
     Returns when each tells the others, when it has left, and its error; limits that also hold on a busy machine."""
