@@ -169,12 +169,11 @@ def refused_entries(of: type[Any], keys: Sequence[str], entry: Mapping[Any, Any]
     """(key, value, what to give instead) of what is wrong with a dictionary of some ``keys`` of a dataclass, the first
     of them always."""
     known = {f.name: f for f in fields(of) if f.name in keys}
-    for key in (keys[0], *entry):
-        value = entry.get(key)
-        if key not in known:
-            yield str(key), value, f"there is no such key; choose of {', '.join(keys)}"
-        elif wrong := complaint(known[key], value):
-            yield key, value, wrong
+    for key in (key for key in entry if key not in known):  # first: it may be the one that misses, mistyped
+        yield str(key), entry[key], f"there is no such key; choose of {', '.join(keys)}"
+    for key in (keys[0], *(key for key in entry if key in known)):
+        if wrong := complaint(known[key], entry.get(key)):
+            yield key, entry.get(key), wrong
 
 
 def _is_plain(value: object) -> bool:

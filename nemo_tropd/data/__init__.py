@@ -1,6 +1,7 @@
 """What a run trains on: files and data sets read as conversations, tokenized, split and ordered."""
 
 from nemo_tropd.data.conversations import Prompt, PromptKeys
+from nemo_tropd.data.held_out import split_held_out
 from nemo_tropd.data.prompts import (
     MixedOrder,
     PromptOrder,
@@ -8,7 +9,6 @@ from nemo_tropd.data.prompts import (
     PromptSplit,
     Source,
     load_prompts,
-    split_held_out,
 )
 from nemo_tropd.data.sources import PromptError, read_records
 from nemo_tropd.data.templates import Template, template_notes

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemo_tropd.config_teacher import DEFAULT_TEACHER
-from nemo_tropd.data.conversations import Prompt, PromptKeys, Tally, checked, digest, has, unread
+from nemo_tropd.data.conversations import Prompt, PromptKeys, Tally, checked, has, unread
+from nemo_tropd.data.held_out import split_sources
 from nemo_tropd.data.sources import PromptError, Records, open_records
 from nemo_tropd.data.templates import Template, encode
 
@@ -219,7 +220,7 @@ def load_prompts(
     sources = [Source(path, 1.0, keys or PromptKeys(), split)] if isinstance(path, str | Path) else list(path)
     one = len(sources) == 1
     loaded, notes, dropped = [], [], 0
-    missed, names = _set_keys(sources), _names([str(source.path) for source in sources])
+    missed, names, there = _set_keys(sources), _names([str(source.path) for source in sources]), dict[str, None]()
     for source, name in zip(sources, names, strict=True):
         records, files = open_records(source.path, split=source.split)
         tally, of = Tally(), "" if one else f"{source.path}: "
@@ -233,18 +234,18 @@ def load_prompts(
         )
         prompts = [replace(p, teacher=source.teacher or p.teacher, source=name) for p in prompts]
         loaded.append(prompts)
+        there |= tally.keys_of_records
         dropped += tally.get("overlong", (0, ""))[0]
         lines = [*([files] if files else []), *_lines(tally, max_prompt_tokens, source.keys)]
         notes += [("data", of + line) for line in lines]
     for key, name in missed.items():
-        where, there = ", ".join(str(s.path) for s in sources), ", ".join(tally.keys_of_records)
-        raise PromptError(f"{where}: no record has {key!r}, which {name} names; their keys are {there}")
+        where = ", ".join(str(s.path) for s in sources)
+        raise PromptError(f"{where}: no record has {key!r}, which {name} names; their keys are {', '.join(there)}")
     weights = [source.weight for source in sources]
-    train, kept_out = _split(loaded, [str(s.path) for s in sources], apportioned(held_out, weights))
+    train, kept_out, lines = split_sources(loaded, [str(s.path) for s in sources], apportioned(held_out, weights))
     shares = tuple(Share(len(part), weight) for part, weight in zip(train, weights, strict=True))
     notes += _share_lines(sources, shares, apportioned(held_out, weights))
-    if copies := sum(map(len, loaded)) - sum(map(len, train)) - len(kept_out):
-        notes.append(("data", f"{copies} prompts left out of training: copies of held-out ones"))
+    notes += [("data", line) for line in lines]
     every = tuple(chain.from_iterable(train))
     notes += _teacher_lines(every, kept_out)
     return PromptSplit(PromptSet(every, shares if len(shares) > 1 else ()), PromptSet(kept_out), dropped, tuple(notes))
@@ -358,42 +359,3 @@ def _lines(tally: Tally, longest: int, keys: PromptKeys) -> list[str]:
     others = unread(keys, tally)
     more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
     return [*lines, f"not read of the records: {', '.join(others[:_NAMED])}{more}"] if others else lines
-
-
-def split_held_out(prompts: Sequence[Prompt], held_out: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Split into (train, in the given order; held out, ordered by hash) by a hash of each conversation's text.
-
-    The choice depends neither on the order of ``prompts`` nor on whitespace. All copies of a held-out text leave the
-    training set, and one of them is kept. Raises PromptError if ``held_out`` is negative or leaves nothing to train on.
-    """
-    (train,), kept = _split([prompts], [""], [held_out])
-    return train, kept
-
-
-def _split(
-    sources: Sequence[Sequence[Prompt]], names: Sequence[str], held_out: Sequence[int]
-) -> tuple[list[tuple[Prompt, ...]], tuple[Prompt, ...]]:
-    """:func:`split_held_out` of several sources; a held-out text of one leaves the training prompts of all."""
-    digests = [[digest(p.messages, p.tools) for p in prompts] for prompts in sources]
-    chosen: dict[bytes, list[Prompt]] = {}
-    for name, prompts, own, count in zip(names, sources, digests, held_out, strict=True):
-        if count < 0:
-            raise PromptError(f"held_out={count}: must not be negative")
-        left = set(own) - chosen.keys()
-        if count and len(left) <= count:
-            raise PromptError(
-                f"{name}{': ' if name else ''}held_out={count} takes all {len(left)} distinct prompts and leaves none "
-                "for training: lower it"
-            )
-        mine: dict[bytes, list[Prompt]] = {d: [] for d in sorted(left)[:count]}
-        for p, d in zip(prompts, own, strict=True):
-            if d in mine:
-                mine[d].append(p)
-        chosen.update(mine)
-    train = [
-        tuple(p for p, d in zip(prompts, own, strict=True) if d not in chosen)
-        for prompts, own in zip(sources, digests, strict=True)
-    ]
-    if empty := [name for name, part in zip(names, train, strict=True) if not part and any(sources)]:
-        raise PromptError(f"{empty[0]}: all its prompts are held out of other sources: leave it out")
-    return train, tuple(min(copies, key=lambda p: (str(p.answer or ""), p.id)) for copies in chosen.values())

@@ -8,6 +8,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from nemo_tropd.config import ConfigError
 from nemo_tropd.config_data import DataConfig
 from nemo_tropd.data.conversations import Prompt, Tally
@@ -35,12 +37,14 @@ class Template:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     system_prompt: str | None = None
     day: str = "2024-07-26"
+    file: str | None = None  # that the text is from
 
     @classmethod
     def of(cls, data: DataConfig) -> "Template":
         """The template that the keys of ``model.data`` name. Raises ConfigError."""
-        text, key = data.chat_template, "model.data.chat_template"
+        text, key, file = data.chat_template, "model.data.chat_template", None
         if isinstance(text, str):
+            file = text
             try:
                 text = Path(os.path.expanduser(text)).read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
@@ -53,14 +57,27 @@ class Template:
         for name, value in ((f"{key}_kwargs", kwargs), ("model.data.system_prompt", data.system_prompt)):
             if value and text is False:
                 raise ConfigError(name, value, f"needs a template: set {key} to true or to a file, or leave this out")
-        return cls(text, kwargs, data.system_prompt, data.template_date)
+        return cls(text, kwargs, data.system_prompt, data.template_date, file)
 
     def check(self, tokenizer: Any) -> None:
-        """ConfigError for a variable that the template does not read."""
+        """ConfigError for a template that is no Jinja, and for a variable that it does not read."""
+        self._check_syntax(tokenizer)
         text, key = self.of_tokenizer(tokenizer), "model.data.chat_template_kwargs"
         for name in self.kwargs if text else ():
             if not re.search(rf"\b{re.escape(name)}\b", text):
                 raise ConfigError(key, name, "the chat template does not read it, so it would change nothing")
+
+    def _check_syntax(self, tokenizer: Any) -> None:
+        """Else each prompt would be blamed."""
+        try:
+            one = [{"role": "user", "content": "a"}]
+            tokenizer.apply_chat_template(one, chat_template=None if self.file is None else self.text, tokenize=False)
+        except TemplateSyntaxError as error:
+            where = self.file or True
+            why = f"line {error.lineno} of the template is no Jinja ({error.message}): correct it, or give another file"
+            raise ConfigError("model.data.chat_template", where, why) from error
+        except Exception:  # it takes no such conversation, or is none: said of a prompt
+            return
 
     def of_tokenizer(self, tokenizer: Any) -> str:
         """The Jinja text in use; "" for none."""
@@ -143,7 +160,8 @@ def _longest(text: str | None) -> str:
 def template_notes(
     template: Template, prompts: Sequence[Prompt], tokenizer: Any, teachers: Any, end_ids: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """Lines for the plan: what a template does that a user may not expect, and what texts do to it."""
+    """Lines for the plan: what a template does that a user may not expect, and what texts do to it, a teacher's own
+    texts too."""
     text, lines = template.of_tokenizer(tokenizer), []
     if "strftime_now" in text:
         lines.append(f"writes a date, which is {template.day} on every day: model.data.template_date")
@@ -156,16 +174,23 @@ def template_notes(
         turn = f"ends the assistant's turn with {tokenizer.decode(last)!r}"
         lines.append(f"{turn}, which has no end token: see model.rollout.end_tokens")
     for name in _SOME:
-        holders = [p for p in prompts if (p.tools if name == "tools" else any(turn.get(name) for turn in p.messages))]
+        holders = [p for p in prompts if (p.tools if name == "tools" else any(turn.get(name) for turn in _read(p)))]
         if holders and not re.search(rf"\b{name}\b", text):
             lines.append(f"does not write the {name} that {len(holders)} prompts have; first {holders[0].where}")
     known = [re.escape(t) for t in map(str, tokenizer.added_tokens_decoder.values()) if t.strip()]
     control = re.compile("|".join(sorted(known, key=len, reverse=True)) or r"(?!)")
-    held = [p for p in prompts if any(_user_text(turn, control) for turn in p.messages)]
+    held = [p for p in prompts if any(_user_text(turn, control) for turn in _read(p))]
     if held:
         what = f"{len(held)} of {len(prompts)} prompts hold the text of a control token, which becomes that token"
         lines.append(f"{what}; first {held[0].where}")
+    if control.search(template.system_prompt or ""):
+        lines.append("model.data.system_prompt holds the text of a control token, which becomes that token")
     return [("template", line) for line in lines]
+
+
+def _read(prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
+    """The turns that the student or the teacher reads."""
+    return (*prompt.messages, *prompt.told)
 
 
 def _user_text(turn: Mapping[str, Any], control: re.Pattern[str]) -> bool:

@@ -182,7 +182,7 @@ class RollCall:
         return result
 
     def _await(self, keys: Sequence[str]) -> str:
-        """Until all ``keys`` are set (then ""), or a rank, this one maybe, has announced the failure that is returned."""
+        """Until all ``keys`` are set (then ""), or a rank, maybe this one, announced the failure that is returned."""
         began = time.monotonic()
         while not self._asking.check(list(keys)):
             if why := self._announced():

@@ -184,16 +184,16 @@ def text_notes(
     """Check the prompts' tokens against all tokenizers; what the plan says of models, templates and tokens."""
     tokenizer = vocabularies[DEFAULT_TEACHER].tokenizer
     everything = [*prompts.train, *prompts.held_out]
-    read = [*everything, *(p.as_told() for p in everything if p.told)]
     labels = labelled_otherwise(student_path, tokenizer) if os.environ.get("RANK", "0") == "0" else []
     notes: dict[tuple[str, str], None] = {}
     for name, vocabulary in vocabularies.items():
-        mine = [p for p in read if p.teacher == name]
+        mine = [p for p in everything if p.teacher == name]
         if not mine:
             continue
+        read = [*mine, *(p.as_told() for p in mine if p.told)]
         with about_teacher(name):
-            vocabulary.check(mine, template.of_tokenizer(tokenizer), end_ids)
-            first = mine[:64]
+            vocabulary.check(read, template.of_tokenizer(tokenizer), end_ids)
+            first = read[:64]
             lines = vocabulary.check_splits([template.render(p, tokenizer) for p in first], [p.where for p in first])
         if student_path.resolve() == Path(vocabulary.teachers.name_or_path).resolve() and not any(p.told for p in mine):
             lines.append(("teacher", "the student's own folder: at first there is nothing to learn from it"))

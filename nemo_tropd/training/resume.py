@@ -19,10 +19,12 @@ from nemo_tropd.config import ConfigError, TropdConfig, anneal_steps, guided, sc
 from nemo_tropd.config_checks import check_decay
 from nemo_tropd.config_keys import value_at
 from nemo_tropd.objectives import Objective
+from nemo_tropd.training.objective import IMPORTANCE_CAP
 
 _FIXED = ("trainer.precision", "model.optim.name", "model.optim.distributed")
 _MAX_STEPS, _DECAY_STEPS = "trainer.tropd.max_steps", "model.optim.sched.decay_steps"
 _ANNEAL_STEPS, _ANNEAL_FRACTION = "model.tropd.guidance.anneal_steps", "model.tropd.guidance.anneal_fraction"
+_STEPS_AHEAD, _CAP = "model.rollout.steps_ahead", "model.tropd.params.importance_cap"
 _ADJUSTABLE = ("model.optim.", "trainer.tropd.gradient_clip_val", _MAX_STEPS)
 # Keys of model. that alter neither draws nor loss beyond rounding. Every other one does, new ones among them. The data
 # are compared by their tokens, models by their weights.
@@ -126,12 +128,14 @@ def check_resumable(saved: RunState, now: RunState, accepted: Collection[str] = 
     all."""
     both = [key for key in now.settings if key in saved.settings]  # others: of another version
     changed = [key for key in both if _identity(saved.settings[key]) != _identity(now.settings[key])]
-    for key in sorted(changed, key=lambda key: key not in _FIXED):
+    follows = {_CAP} if _STEPS_AHEAD in changed and all(map(_cap_follows, (saved.settings, now.settings))) else set()
+    others = [key for key in changed if key not in follows]  # what follows is accepted with what it follows from
+    for key in sorted(others, key=lambda key: key not in _FIXED):
         if key in accepted and key not in _FIXED:
             continue
         remedy = (
             f"; restore that value, set exp_manager.explicit_log_dir to start another run, or continue this one with "
-            f"the new value: trainer.tropd.accept_changes='[{','.join(k for k in changed if k not in accepted)}]'"
+            f"the new value: trainer.tropd.accept_changes='[{','.join(dict.fromkeys([*accepted, *others]))}]'"
         )
         if key in _FIXED:
             remedy = (
@@ -159,6 +163,11 @@ def check_resumable(saved: RunState, now: RunState, accepted: Collection[str] = 
     if longest > saved.adjustable.get(_MAX_STEPS, longest):
         lines += [f"  {line}" for line in _ends(now)]
     return lines
+
+
+def _cap_follows(settings: dict[str, Any]) -> bool:
+    """Whether a run's cap is what it is if nothing sets it."""
+    return bool(settings.get(_CAP) == (IMPORTANCE_CAP if settings[_STEPS_AHEAD] else None))
 
 
 def _ends(now: RunState) -> Iterator[str]:

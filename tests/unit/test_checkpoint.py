@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -109,6 +110,33 @@ def test_a_run_of_other_settings_may_not_resume(key: str) -> None:
     assert str(error.value).startswith(f"{key} = {value!r}: ") and repr(SETTINGS[key]) in str(error.value)
     check_resumable(STATE, replace(STATE, step=0, skipped_steps=0))
     assert check_resumable(STATE, other, [key]) == [f"{key}: {SETTINGS[key]} up to step 3, {value} from here on"]
+
+
+def test_the_advice_names_all_that_is_to_be_accepted() -> None:
+    """What was accepted already, too: the advice would else lead from one key to the other and back."""
+    settings = {**SETTINGS, "model.seed": 12, "model.global_batch_size": 16}
+    advice = "accept_changes='[model.seed,model.global_batch_size]'"
+    for accepted in ([], ["model.seed"]):
+        with pytest.raises(ConfigError, match=re.escape(advice)):
+            check_resumable(STATE, replace(STATE, settings=settings), accepted)
+
+
+def test_a_cap_that_nobody_set_is_accepted_with_the_steps_ahead_that_it_follows() -> None:
+    ahead, cap = "model.rollout.steps_ahead", "model.tropd.params.importance_cap"
+
+    def state(steps: int, value: float | None) -> RunState:
+        return replace(STATE, settings={**SETTINGS, ahead: steps, cap: value})
+
+    for saved, now in ((state(0, None), state(1, 2.0)), (state(2, 2.0), state(0, None))):
+        with pytest.raises(ConfigError, match=rf"^{ahead} = .*accept_changes='\[{ahead}\]'"):
+            check_resumable(saved, now)
+        lines = check_resumable(saved, now, [ahead])
+        assert [line.partition(":")[0] for line in lines] == [ahead, cap]
+    for saved, now in (
+        (state(0, None), state(1, 3.0)), (state(0, 1.5), state(1, 2.0)), (state(1, 2.0), state(1, None))
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"^{cap} = "):
+            check_resumable(saved, now, [ahead])
 
 
 @pytest.mark.parametrize("key", ["trainer.precision", "model.optim.name", "model.optim.distributed"])

@@ -189,6 +189,26 @@ def test_held_out_is_disjoint_and_independent_of_order(tmp_path):
     assert len(one.train) == 2 * (60 - 5)
 
 
+def test_of_copies_of_a_held_out_prompt_one_with_an_answer_is_kept(tmp_path):
+    texts = random_prompts(6)
+    known = [{"prompt": p, "answer": f"{i}"} for i, p in enumerate(texts)]
+    records = [*known, *({"prompt": p + " "} for p in texts)]
+    split = load(write_jsonl(tmp_path / "a.jsonl", random.sample(records, len(records))), held_out=5)
+    assert {(p.text.strip(), p.answer) for p in split.held_out} == {
+        (one["prompt"], one["answer"]) for one in known if one["prompt"] in {p.text.strip() for p in split.held_out}
+    }
+    assert not [line for _, line in split.notes if "other answers" in line]
+    others = [{"prompt": texts[0], "answer": "7"}, {"prompt": texts[1], "answer": None}]
+    path = write_jsonl(tmp_path / "b.jsonl", [*known, *others, {"prompt": texts[2], "answer": "2"}, {"prompt": "z"}])
+    split = load(path, held_out=6)
+    found = [line for _, line in split.notes if "other answers" in line]
+    if texts[0] in {p.text for p in split.held_out}:
+        what = "1 held-out prompts have copies with other answers, of which one is used"
+        assert found == [f"{what}; first {path}, line 1, '0'"]
+    else:
+        assert found == []
+
+
 def test_impossible_splits(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "b"}])
     for value, message in ((2, "leaves none for training"), (-1, "negative")):
@@ -291,6 +311,10 @@ def test_a_key_that_no_record_has_is_refused(tmp_path, field, key):
     message = rf"p\.jsonl: no record has '{key}', which model\.data\.{field}_key names; their keys are .*messages"
     with pytest.raises(PromptError, match=message):
         load(path, keys=keys)
+    plain = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "c", "last": 0, "text" if field != "prompt" else "t": ""}])
+    if field != "prompt":
+        with pytest.raises(PromptError, match=r"their keys are prompt, messages, answer, a, last, text$"):
+            load([Source(path, 1, keys), Source(plain, 1, keys)])
     # Of several sources one is enough, and a gap counts.
     has = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "q", "messages": "[]", "text": "q", key: "q", "a": {"b": []}}])
     assert len(load([Source(path, 1, keys), Source(has, 1, keys)]).train) == 2

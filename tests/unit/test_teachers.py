@@ -140,6 +140,8 @@ def test_what_cannot_be_is_named_by_the_plan(tiny: TinyRun, tmp_path: Path) -> N
         ("response_tokens", 3, "model.tropd.guidance.max_prefix_tokens = 6: the teacher generates at most 3 tokens"),
     ):
         assert wanted in refused(tiny, tmp_path, **{f"model.teachers.coder.{key}": value}), key
+    mistyped = {"model.teachers": "{coder: {pathh: x}}"}
+    assert refused(tiny, tmp_path, **mistyped).startswith("model.teachers.coder.pathh = 'x': there is no such key")
     assert "default is model.teacher: rename it" in refused(tiny, tmp_path, **{"model.teachers.default.path": "x"})
     assert "name it by letters" in refused(tiny, tmp_path, **{"model.teachers": "{a/b: {path: x}}"})
     assert "path = None" in refused(

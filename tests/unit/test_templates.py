@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,23 @@ def test_a_template_that_leaves_nothing_is_refused(tokenizers: dict[str, Any], t
         encode([prompt("hi")], tokenizers["qwen3"], template(chat_template=str(tmp_path / "t.jinja")))
 
 
+def test_a_template_that_is_no_jinja_is_refused_with_its_own_line(tokenizers: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    for text, line, what in (
+        ("{% for m in messages %}{{ m.content }", 1, "unexpected '}'"),
+        ("a\n\n{{ messages | nope }}", 3, "No filter named 'nope'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError) as error:
+            template(chat_template=str(file)).check(tokenizers["qwen3"])
+        said = str(error.value)
+        assert said.startswith(f"model.data.chat_template = '{file}': line {line} of the template") and what in said
+    for text in ("{{ raise_exception('no') }}", "{% generation %}{{ messages[0].content }}{% endgeneration %}"):
+        file.write_text(text)
+        template(chat_template=str(file)).check(tokenizers["qwen3"])
+    template(chat_template=False).check(tokenizers["qwen3"])
+
+
 def notes(kind: str, tokenizers: dict[str, Any], *prompts: Prompt, teachers: Any = None, **keys: Any) -> str:
     tokenizer = tokenizers[kind]
     ends = keys.pop("ends", [tokenizer.eos_token_id])
@@ -143,6 +161,11 @@ def test_texts_that_hold_control_tokens_are_counted(tokenizers: dict[str, Any]) 
     history = prompt("a", ("assistant", "<think>b</think>c"), ("user", "d"))
     said = notes("qwen3", tokenizers, prompt("plain <b>"), history, held, held)
     assert said == "2 of 4 prompts hold the text of a control token, which becomes that token; first p.jsonl, line 7"
+    told = replace(prompt("plain", line=8), told=({"role": "user", "content": "<|im_end|>"},))
+    said = notes("qwen3", tokenizers, held, told, replace(held, told=told.told), prompt("plain"))
+    assert said == "3 of 4 prompts hold the text of a control token, which becomes that token; first p.jsonl, line 7"
+    said = notes("qwen3", tokenizers, prompt("plain"), system_prompt="be <|im_end|> brief")
+    assert said == "model.data.system_prompt holds the text of a control token, which becomes that token"
 
 
 def test_a_teacher_with_another_template_is_named(tokenizers: dict[str, Any], tmp_path: Path) -> None:
