@@ -1,10 +1,11 @@
 """Work of some ranks whose outcome all must share: what one raises, expected or not, is raised on every rank."""
 
+import math
 import pickle
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -20,6 +21,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 _HEARTBEAT_S = 2.0  # below any timeout of a collective
 _POLL_S = 0.25
+_LOOK_S = 0.02
+ALONE_AFTER_S = 3.0  # what ranks that fail alike may lie apart; others in a collective would wait for its timeout
+Patience = Callable[[BaseException], float]  # how many seconds a rank that raised it waits for the others
 
 
 class RankError(RuntimeError):
@@ -66,7 +70,7 @@ class World:
         """Rank 0's number and bytes, on every rank; two tensors, or one without bytes. All ranks call it."""
         if not self._several():
             return number, memoryview(data)
-        device = "cuda" if dist.get_backend(self._group()) == "nccl" else "cpu"
+        device = self._device()
         header = torch.tensor([number, len(data)], device=device)
         dist.broadcast(header, src=0, group=self._group())
         number, size = header.tolist()
@@ -87,6 +91,29 @@ class World:
             everyone *= dist.get_world_size()
             dist.all_gather_object(everyone, obj, group=self._group())
         return everyone
+
+    def any_rank(self, flag: bool) -> bool:
+        """True if ``flag`` is True on any rank. All ranks call it."""
+        return bool(self.any_rank_within(flag, math.inf))
+
+    def any_rank_within(self, flag: bool, seconds: float) -> bool | None:
+        """As ``any_rank``, which other ranks may call at the same place; None if they have not all called it in so many
+        ``seconds``. This rank can then share no collective with them any more."""
+        if not self._several():
+            return bool(flag)
+        votes = torch.tensor([int(flag)], device=self._device())
+        voting = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group(), async_op=True)
+        assert voting is not None
+        until = time.monotonic() + seconds
+        while seconds < math.inf and not voting.is_completed():
+            if time.monotonic() > until:
+                return None
+            time.sleep(_LOOK_S)
+        voting.wait()
+        return bool(votes.item())
+
+    def _device(self) -> str:
+        return "cuda" if dist.get_backend(self._group()) == "nccl" else "cpu"
 
     def _group(self) -> dist.ProcessGroup | None:
         return None
@@ -186,7 +213,12 @@ def on_rank_zero(
             reported = time.monotonic()
         if not message:
             wait()
-    ranks.broadcast_bytes(*message[0])
+    try:
+        ranks.broadcast_bytes(*message[0])
+    except Exception as lost:
+        if not cause:
+            raise
+        raise _unheard(cause[0], unexpected) from lost
     if cause:
         raise portable(cause[0], unexpected) from cause[0]
     return result[0]
@@ -205,20 +237,48 @@ def _heard(ranks: World, parts: Parts[Any] | None, codec: Codec[Any]) -> Any:
                 return codec.decode(content)
 
 
-def on_every_rank(ranks: World, work: Callable[[], T], *, unexpected: type[Exception] = RankError) -> T:
+def endless(error: BaseException) -> float:
+    """The patience of work without collectives: the others come, however long theirs takes."""
+    return math.inf
+
+
+def on_every_rank(
+    ranks: World,
+    work: Callable[[], T],
+    *,
+    unexpected: type[Exception] = RankError,
+    patience: Patience = endless,
+) -> T:
     """Collective: every rank does ``work`` and returns its own result; if any failed, all raise the exception of the
-    lowest of those ranks. Exceptions travel as in :func:`on_rank_zero`."""
-    result: list[T] = []
-    cause: BaseException | None = None
+    lowest of those ranks. Exceptions travel as in :func:`on_rank_zero`.
+
+    If the work has collectives, others may wait there for a rank that failed. After the ``patience`` it has with its
+    exception it raises that alone, as an ``unexpected``, which nobody may handle: the roll call then ends all ranks. So
+    patience is endless with exceptions that the run survives, and those ranks must leave the work together."""
     try:
-        result.append(work())
+        result = work()
     except BaseException as error:
-        cause = error
-    errors = ranks.gather_objects(portable(cause, unexpected) if cause is not None else None)
-    failed = next((error for error in errors if error is not None), None)
-    if failed is not None:
-        raise failed from cause
-    return result[0]
+        raise _agreed(ranks, error, unexpected, patience(error)) from error
+    if ranks.any_rank(False):
+        raise _first(ranks.gather_objects(None))
+    return result
+
+
+def _agreed(ranks: World, error: BaseException, unexpected: type[Exception], patience_s: float) -> BaseException:
+    """What this rank raises for its own ``error``."""
+    try:
+        if ranks.any_rank_within(True, patience_s) is None:
+            return _unheard(error, unexpected)
+        return _first(ranks.gather_objects(portable(error, unexpected)))
+    except Exception as lost:
+        if isinstance(error, Stopped):  # which is not why they do not answer
+            raise
+        # Not the other way round: the roll call shows this text beside which ranks it misses.
+        raise _unheard(error, unexpected) from lost
+
+
+def _first(errors: Sequence[BaseException | None]) -> BaseException:
+    return next(error for error in errors if error is not None)
 
 
 def on_stream(
@@ -229,16 +289,37 @@ def on_stream(
     unexpected: type[Exception] = RankError,
 ) -> T:
     """Collective: rank 0 does ``consume(stream)``; every rank returns its result, or raises what any rank raised.
-    Whatever happens, every rank exhausts its own ``stream``, whose items are made by collectives."""
+    Whatever happens, every rank exhausts its own ``stream``, whose items are made by collectives; one whose stream
+    itself raises leaves the others in them."""
+    own = _Stream(stream)
 
     def work() -> T | None:
         try:
-            return consume(stream) if ranks.is_leader else None
+            return consume(own) if ranks.is_leader else None
         finally:
-            for _ in stream:
+            for _ in own:
                 pass
 
-    return cast(T, ranks.gather_objects(on_every_rank(ranks, work, unexpected=unexpected))[0])
+    def patience(error: BaseException) -> float:
+        return ALONE_AFTER_S if own.torn else math.inf
+
+    return cast(T, ranks.gather_objects(on_every_rank(ranks, work, unexpected=unexpected, patience=patience))[0])
+
+
+class _Stream(Iterator[S]):
+    """Knows whether the stream itself has raised."""
+
+    def __init__(self, stream: Iterator[S]) -> None:
+        self._stream, self.torn = stream, False
+
+    def __next__(self) -> S:
+        try:
+            return next(self._stream)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.torn = True
+            raise
 
 
 def portable(error: BaseException, unexpected: type[Exception]) -> BaseException:
@@ -252,7 +333,17 @@ def portable(error: BaseException, unexpected: type[Exception]) -> BaseException
                 return copy
         except Exception:
             pass
-    stranger = unexpected(f"{type(error).__name__}: {error}")
+    return _stranger(f"{type(error).__name__}: {error}", error, unexpected)
+
+
+def _unheard(error: BaseException, unexpected: type[Exception]) -> Exception:
+    """``error`` as an ``unexpected`` whatever it is: nobody may go on after what the other ranks have not heard of."""
+    name_origin(error)
+    return _stranger(str(error) if type(error) is unexpected else f"{type(error).__name__}: {error}", error, unexpected)
+
+
+def _stranger(text: str, error: BaseException, unexpected: type[Exception]) -> Exception:
+    stranger = unexpected(text)
     for note in getattr(error, "__notes__", ()):
         stranger.add_note(note)
     return stranger

@@ -156,10 +156,6 @@ class Topology(World):
     def _group(self) -> ProcessGroup:
         return self.control_group
 
-    def any_rank(self, flag: bool) -> bool:
-        """True if ``flag`` is True on any rank. All ranks call it."""
-        return _any(flag, self.control_group if self.world_size > 1 else None)
-
     def any_tensor_rank(self, flag: bool) -> bool:
         """True if ``flag`` is True on any rank of the student's tensor group. All of these call it."""
         return _any(flag, self.tensor_control_group)

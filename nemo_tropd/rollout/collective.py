@@ -1,10 +1,12 @@
 """Every rank's view of the rollout engine, or engines: one on rank 0 for all, or one in every rank's own process.
 
-Whatever goes wrong on one rank is raised on every rank, so that none is left waiting.
+Whatever goes wrong on one rank is raised on every rank, or ends them all, so that none is left waiting.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TypeVar, cast
@@ -238,7 +240,7 @@ class EveryRankRollouts(Rollouts):
         return cast(api.RankEngine, super()._running())
 
     def _agree(self, work: Callable[[], T]) -> T:
-        return agreement.on_every_rank(self.ranks, work, unexpected=api.EngineError)
+        return agreement.on_every_rank(self.ranks, work, unexpected=api.EngineError, patience=_patience)
 
     def _begin(self) -> None:
         def make() -> api.RankEngine:
@@ -250,4 +252,21 @@ class EveryRankRollouts(Rollouts):
         super()._begin()
 
     def _stream(self, version: int) -> api.RefreshStats:
-        return self._agree(lambda: self._running().update_weights(self.weights(), version))
+        stream = self.weights()
+
+        def update() -> api.RefreshStats:
+            try:
+                return self._running().update_weights(stream, version)
+            except BaseException:
+                with suppress(Exception):  # what came first is raised
+                    for _ in stream:
+                        pass
+                raise
+
+        return self._agree(update)
+
+
+def _patience(error: BaseException) -> float:
+    """The other ranks may be in a collective of vLLM, which this one has left; a run survives no error of an engine on
+    every rank. A stop is no error: all ranks leave the engine."""
+    return math.inf if isinstance(error, Stopped | api.Abandoned) else agreement.ALONE_AFTER_S

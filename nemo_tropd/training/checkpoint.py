@@ -26,7 +26,7 @@ from nemo_tropd.convert.folders import write_hf_sidecar
 from nemo_tropd.convert.megatron_files import check_files
 from nemo_tropd.convert.metadata_file import without_code
 from nemo_tropd.files import finish_folder, sync
-from nemo_tropd.parallel.agreement import on_every_rank, on_rank_zero
+from nemo_tropd.parallel.agreement import ALONE_AFTER_S, Patience, endless, on_every_rank, on_rank_zero
 from nemo_tropd.parallel.roll_call import failed_collective
 from nemo_tropd.parallel.topology import Topology
 from nemo_tropd.teacher.scorer import TeacherScorer
@@ -40,6 +40,7 @@ T = TypeVar("T")
 MODEL_PREFIX, TEACHER_PREFIX = "model.", "teacher."
 FOLLOWING = "model.teacher.follow_steps"
 _NAME = re.compile(r"step_(\d{8})")
+_DAMAGE_S = 60.0  # in which every rank sees that a file which all of them read is damaged
 _MEGATRON = ("metadata.json", ".metadata")  # beside the files that .metadata names, and 0.16's common.pt
 
 
@@ -201,35 +202,53 @@ class Checkpoints:
         """Fill model and optimizer from ``path`` (saved under any parallel layout) and return the run's state. Raises
         DamagedCheckpoint on every rank if its files are damaged (model and optimizer may then be filled in part),
         CheckpointError if it cannot be loaded for another reason."""
-
         followed = self._followed(path)
+        with followed.rewriting() if followed else nullcontext() as teacher:
 
-        def attempt() -> RunState:
-            try:
+            def wanted() -> dict[str, Any]:
                 sharded = model.sharded_state_dict(prefix=MODEL_PREFIX)
                 request = {
                     "optimizer": optimizer.sharded_state_dict(sharded, is_loading=True),
                     "model": model.sharded_state_dict(prefix=MODEL_PREFIX),
                 }
-                with followed.rewriting() if followed else nullcontext() as teacher, without_code(path):
-                    if teacher is not None:
-                        request["teacher"] = teacher.sharded_state_dict(prefix=TEACHER_PREFIX)
-                    loaded = dist_checkpointing.load(request, str(path))
-                    _fill(model, loaded["model"], MODEL_PREFIX)
-                    if teacher is not None:
-                        _fill(teacher, loaded["teacher"], TEACHER_PREFIX)
+                if teacher is not None:
+                    request["teacher"] = teacher.sharded_state_dict(prefix=TEACHER_PREFIX)
+                return request
+
+            # Only the second part has collectives. The ranks enter it together, and each leaves it alone or with all.
+            request = self._on_every_rank(path, wanted)
+
+            def read() -> dict[str, Any]:
+                with without_code(path):
+                    return dict(dist_checkpointing.load(request, str(path)))
+
+            loaded = self._on_every_rank(path, read, _patience)
+
+            def fill() -> RunState:
+                _fill(model, loaded["model"], MODEL_PREFIX)
+                if teacher is not None:
+                    _fill(teacher, loaded["teacher"], TEACHER_PREFIX)
                 optimizer.load_state_dict(loaded["optimizer"])
                 saved = loaded["run_state"]
                 state = RunState.read(saved, path)
                 if self.topology.is_leader:
                     load_rollouts(path, state.ahead)
+                return state
+
+            return self._on_every_rank(path, fill)
+
+    def _on_every_rank(self, path: Path, work: Callable[[], T], patience: Patience = endless) -> T:
+        """A part of reading ``path``; its error is raised on every rank."""
+
+        def attempt() -> T:
+            try:
+                return work()
             except CheckpointError:
                 raise
             except (Exception, CheckpointException) as error:
                 raise _load_error(path, error) from error
-            return state
 
-        return on_every_rank(self.topology, attempt, unexpected=CheckpointError)
+        return on_every_rank(self.topology, attempt, unexpected=CheckpointError, patience=patience)
 
     def _followed(self, path: Path) -> TeacherScorer | None:
         """The teacher that follows the student, if the checkpoint holds it."""
@@ -289,6 +308,12 @@ def _fill(model: GPTModel, loaded: dict[str, Any], prefix: str) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"{name} has NaN or infinite values")
+
+
+def _patience(error: BaseException) -> float:
+    """While a checkpoint is read: others may be in Megatron's or torch's collectives, which this rank has left. What is
+    wrong with a shard torch tells all ranks; files beside the shards each of them reads for itself."""
+    return _DAMAGE_S if isinstance(error, DamagedCheckpoint) else ALONE_AFTER_S
 
 
 def _load_error(path: Path, error: BaseException) -> CheckpointError:

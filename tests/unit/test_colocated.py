@@ -341,6 +341,12 @@ class ThreadRanks:
         mine.wait(20)
         return found
 
+    def any_rank(self, flag: bool) -> bool:
+        return any(self.gather_objects(flag))
+
+    def any_rank_within(self, flag: bool, seconds: float) -> bool:
+        return self.any_rank(flag)
+
 
 class ForgetfulEngine(ReplayEngine):
     """A replay that, like a sleeping engine, has no weights after sleep."""
