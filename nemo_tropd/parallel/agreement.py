@@ -199,8 +199,7 @@ def on_rank_zero(
     wait()
     while not message or (parts is not None and parts.waiting and not cause):
         if may_stop and STOP.overdue:
-            stopped = Stopped("asked to stop")
-            ranks.broadcast_bytes(_Kind.ERROR, pickle.dumps(stopped))
+            ranks.broadcast_bytes(_Kind.ERROR, pickle.dumps(stopped := Stopped("asked to stop")))
             raise stopped
         if parts is not None and parts.waiting:
             some, content = parts.drained()
@@ -216,9 +215,9 @@ def on_rank_zero(
     try:
         ranks.broadcast_bytes(*message[0])
     except Exception as lost:
-        if not cause:
-            raise
-        raise _unheard(cause[0], unexpected) from lost
+        if cause:
+            raise _unheard(cause[0], unexpected) from lost
+        raise
     if cause:
         raise portable(cause[0], unexpected) from cause[0]
     return result[0]
