@@ -1,5 +1,5 @@
 """Exact match of a response with a known answer: of expressions by math-verify in a process of its own
-(answer_judge.py), of words by their text.
+(answer_judge.py), of words and units by their text (known.py).
 
 Models write things like 9^9^9^9, and no signal interrupts Python once sympy has begun to evaluate that: the kernel
 enforces a time and a memory limit. The child exits with this process, but not by the signals that stop a run.
@@ -19,15 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nemo_tropd.evaluation import known
+from nemo_tropd.evaluation.known import Known
 from nemo_tropd.parallel.signals import SIGNALS
 
 TIME_LIMIT_S = 5
 MEMORY_LIMIT_BYTES = 4 << 30
 _LONGEST_RESPONSE = 4000  # characters; a longer response is cut from its start, since the answer comes last
 _LONGEST_TEXT = 100  # characters of a known answer that a response can be expected to end in, to the letter
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
-# Begins with a word, and has nothing of a formula: a number in it (Apollo 11) is not all of the answer.
-_WORDS = re.compile(r"[^\W\d_]{2}[^\\$=^]*")
 _SAID = re.compile(r"(?i)\banswer(?:[*_\s])*(?:is\b|:|=)[:=*_\s]*(\S.*)")
 _EDGES = " \t*_\"'`$()[]{}.,;:!?\u2018\u2019\u201c\u201d"
 
@@ -40,11 +39,13 @@ def exact_match(response: str, answer: str | Sequence[str]) -> bool | None:
     """Does the response end in the right answer, or in one of several? None if no known one can be judged. Safe to call
     from any thread or process.
 
-    ``answer`` is a number, a mathematical expression or text; of a worked solution in GSM8K's style, what follows
-    ``####``. The response's answer is the last expression that math-verify finds in it, a boxed one first; or for text
-    (:func:`judged_as`) what is boxed, follows "answer is" or stands in the last line, compared without case, outer
-    punctuation and markup. Wrong is also one that has none, that cannot be judged within the limits, or at which the
-    judging process dies twice (said on stderr). Raises AnswerError when the judging process cannot run.
+    ``answer`` is a number, a mathematical expression, one of the two with a unit, or text; of a worked solution what
+    it boxes, or in GSM8K's style what follows ``####``. The response's answer is the last expression that math-verify
+    finds in it, a boxed one first, or its final text as an expression; a known answer's unit may be absent from it, but
+    not be another. For text (:func:`judged_as`) it is what is boxed, follows "answer is" or stands in the last line,
+    compared without case, outer punctuation and markup. A known answer repeated to the letter is right. Wrong is also a
+    response that has none, that cannot be judged within the limits, or at which the judging process dies twice (said on
+    stderr). Raises AnswerError when the judging process cannot run.
     """
     return judged(response, answer)[0]
 
@@ -54,21 +55,55 @@ def judged(response: str, answer: str | Sequence[str]) -> tuple[bool | None, str
     if not isinstance(answer, str):
         verdicts = [judged(response, one) for one in answer]
         return next((v for wanted in (True, False) for v in verdicts if v[0] is wanted), (None, None))
-    response, kind = response[-_LONGEST_RESPONSE:], judged_as(answer)
-    answer = answer.rpartition("####")[2]
+    response, (kind, wanted) = response[-_LONGEST_RESPONSE:], _known(answer)
     if kind == "expression":
-        return _JUDGE.verdict(response, answer)
-    return (_same_text(response, answer), plain(_final_text(response)) or None) if kind else (None, None)
+        return _same_expression(response, wanted)
+    return (_same_text(response, wanted.text), plain(_final_text(response)) or None) if kind else (None, None)
+
+
+def judged_as(answer: str) -> str | None:
+    """How a known answer is judged: as an "expression", if a number, or if all that is in it counts for math-verify,
+    apart from a unit; else as "text"; or None, not at all: longer than a line of text."""
+    return _known(answer)[0]
 
 
 @cache
-def judged_as(answer: str) -> str | None:
-    """How a known answer is judged: as an "expression"; as "text" if it begins with a word and has nothing of a
-    formula, or math-verify finds no expression in it; or None, not at all: longer than a line of text."""
-    answer = answer.rpartition("####")[2].strip()
-    if _NUMBER.fullmatch(answer) or (not _WORDS.fullmatch(answer) and _JUDGE.ask(None, answer)):
-        return "expression"
-    return "text" if plain(answer) and len(answer) <= _LONGEST_TEXT and "\n" not in answer else None
+def _known(answer: str) -> tuple[str | None, Known]:
+    found = known.known(answer.rpartition("####")[2])
+    if found.form == "number" or (found.form == "formula" and _JUDGE.ask(None, found.value)):
+        return "expression", found
+    line = plain(found.text) and len(found.text) <= _LONGEST_TEXT and "\n" not in found.text
+    return ("text" if line else None), found
+
+
+def _same_expression(response: str, wanted: Known) -> tuple[bool, str | None]:
+    final = _final_text(response)
+    right, found = _JUDGE.verdict(response, wanted.value)
+    if not right and (other := _final_formula(response, final, wanted)):
+        right, again = _JUDGE.verdict(other, wanted.value)
+        found = again if right else found
+    if right and wanted.unit and not known.same_unit(wanted, final):
+        return False, plain(final)  # a vote must not count it with the right ones
+    if not right and _squeezed(final) == _squeezed(wanted.text):
+        return True, found or final
+    return right, found
+
+
+def _final_formula(response: str, final: str, wanted: Known) -> str | None:
+    """The final text as math-verify takes it for an expression, which it may not be where it stands."""
+    if wanted.unit and (amount := known.amount(final)):
+        return f"${known.latex(amount[0])}$"
+    if wanted.form == "number" or len(final) > _LONGEST_TEXT or "$" in final or not final:
+        return None
+    if known.boxed(response) is None:
+        final = re.sub(r"^(?:[^\W\d_]{2,}[\s:]+)+", "", final.strip().rstrip("."))
+    elif known.latex(final) == final:
+        return None  # judged already
+    return f"${known.latex(known.tidy(final))}$"
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s|\$|\.$", "", known.tidy(text).replace("\\dfrac", "\\frac"))
 
 
 def final_texts(response: str) -> set[str]:
@@ -81,18 +116,13 @@ def _same_text(response: str, answer: str) -> bool:
     wanted, final, found = plain(answer), _final_text(response), final_texts(response)
     if len(wanted) == 1 and (letter := re.match(r"\W*(\w)[).:,]", final)):  # B) Paris
         found.add(plain(letter.group(1)))
-    return wanted in found
+    return wanted in found or _squeezed(final) == _squeezed(answer) or known.same_parts(answer, final)
 
 
 def _final_text(response: str) -> str:
     """What is boxed last; else what follows the last "answer is"; else the last line."""
-    start = response.rfind("\\boxed{")
-    if start >= 0:
-        inner, depth = response[start + len("\\boxed{") :], 1
-        for i, character in enumerate(inner):
-            depth += {"{": 1, "}": -1}.get(character, 0)
-            if depth == 0:
-                return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}", r"\1", inner[:i])
+    if (inner := known.boxed(response)) is not None:
+        return known.untexted(inner)
     said = _SAID.findall(response) or [line for line in response.rpartition("####")[2].splitlines() if line.strip()]
     return str(said[-1]) if said else ""
 

@@ -11,7 +11,8 @@ from nemo_tropd.evaluation.graders.contract import Form, Verdict, said, settings
 class MathGrader:
     """Is the response's last expression, a boxed one first, equal to the known answer, by math-verify?
 
-    Columns: ``problem`` and ``answer``, a number, an expression, a short text, or a list of such of which any is right.
+    Columns: ``problem`` and ``answer``, a number, an expression (LaTeX needs no $), a short text, or a list of such of
+    which any is right. A unit after a number may be absent from the response, but not be another.
     """
 
     def __init__(self, prompt: str, columns: Mapping[str, str], options: Mapping[str, object]) -> None:
