@@ -195,7 +195,7 @@ def on_rank_zero(
     worker = threading.Thread(target=attempt, name="rank-0-work", daemon=True)
     worker.start()
     reported, look_s = time.monotonic(), min(_POLL_S, heartbeat_s)
-    wait = partial(worker.join, look_s) if parts is None else partial(parts.wait, look_s)
+    wait = partial(parts.wait if parts is not None else worker.join, look_s)
     wait()
     while not message or (parts is not None and parts.waiting and not cause):
         if may_stop and STOP.overdue:
@@ -212,15 +212,14 @@ def on_rank_zero(
             reported = time.monotonic()
         if not message:
             wait()
+    if not cause:
+        ranks.broadcast_bytes(*message[0])
+        return result[0]
     try:
         ranks.broadcast_bytes(*message[0])
     except Exception as lost:
-        if cause:
-            raise _unheard(cause[0], unexpected) from lost
-        raise
-    if cause:
-        raise portable(cause[0], unexpected) from cause[0]
-    return result[0]
+        raise _unheard(cause[0], unexpected) from lost
+    raise portable(cause[0], unexpected) from cause[0]
 
 
 def _heard(ranks: World, parts: Parts[Any] | None, codec: Codec[Any]) -> Any:
