@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import unicodedata
 import zlib
 
 import pytest
@@ -121,10 +122,20 @@ RIGHT_CHOICES = [
     "The best choice is option B.",
     "Option B", "Answer:B", "A is wrong. Answer: (B)", "B: Rome it is", "A</think>B",
     "<think>A</think>\n\nThe answer is B",
+    r"\boxed{b}", r"\boxed{\rm B}", r"\boxed{\textit{B}}", "The answer is b.", "Answer: b\nThis is certain.",
+    "Answer: Ｂ",
+    "<answer>B</answer>", "<b>B</b>", "B\n\nExplanation: A is of France.", "B is the correct answer.",
+    "Option (B) is correct", "The answer is B and A is wrong", "The answer could be B", "The answer is likely B",
+]  # fmt: skip
+FIRST_CHOICES = [  # A, which is a word, too
+    "The answer is A\n\nlet me explain", "Answer: A\n\nthe capital of France is Paris", "Answer: A is the capital",
+    "The answer is A because it is", "The answer is A, Paris", "a", "The answer is A due to that",
 ]  # fmt: skip
 NO_CHOICES = [
     "", "no idea", "The answer is not B.", "A) Paris\nB) Rome\nC) Berlin\nD) Madrid", "The answer is A mystery", "BB",
     "The answer is E", "Bravo", r"\boxed{E}", "It could be A or B", "I", "<think>The answer is B", "B</think>",
+    "The answer is A or B", "The answer is A/B", r"\boxed{A, B}", r"\boxed{A \text{ and } B}", "A, B", "A and B",
+    "Neither A nor B is correct.", "If B is correct, C is not.", "Statement B is correct.",
     "answer is" + " " * 200_000, r"\boxed{" * 50_000, "A) x\nB) y\n" * 50_000,
 ]  # fmt: skip
 
@@ -144,7 +155,11 @@ def test_choices():
         NO_CHOICES
     )
     assert not any(v.correct for v in verdicts[n:])
-    for bad in (4, "E", "Oslo", -1):
+    assert [v.answer for v in grader.grade([(reference, first) for first in FIRST_CHOICES])] == ["Paris"] * 7
+    sets = {**row, "choices": ["b", "c", "d", "a"]}  # small letters are options, not their letters
+    (unknown,) = grader.grade([(asked(grader, sets)[1], r"\boxed{b}")])
+    assert (unknown.answer, unknown.detail) == ("b", "A")
+    for bad in (4, "E", "Oslo", -1, "²", "9" * 5000):
         with pytest.raises(ConfigError, match="neither index, letter nor text"):
             grader.question({**row, "answer": bad}, 0)
 
@@ -370,3 +385,30 @@ def test_an_answer_is_mentioned_as_whole_words() -> None:
     assert verdicts[0].answer == "Delhi" and verdicts[len(right) + 1].answer is None
     with pytest.raises(ConfigError, match="a known answer is empty"):
         grader.question({"q": "Where?", "a": [" "]}, 0)
+
+
+@pytest.mark.parametrize(
+    ("known", "right", "wrong"),
+    [
+        (
+            "Paris",
+            ["_Paris_", "__Paris__", "*Paris*", "Paris's", "Par\u00adis", "Ｐａｒｉｓ", "巴黎Paris是"],
+            ["Parisian"],
+        ),
+        ("São Tomé", [unicodedata.normalize("NFD", "São Tomé"), "SÃO TOMÉ"], ["Sa. o Tome."]),
+        (unicodedata.normalize("NFD", "São Tomé"), ["São Tomé."], ["Sao Tome"]),
+        ("巴黎", ["首都是巴黎。"], ["巴西"]),
+        ("दिल्ली", ["दिल्ली है"], ["दल"]),
+        ("-5", ["It is -5.", "\u22125", "(-5)"], ["5", "3-5"]),
+        ("5", ["5", "3-5 of them", "5%"], ["-5", "5.5", "15"]),
+        ("3.5", ["3.5", "about 3.5."], ["3, 5", "3. 5", "3.5.1990"]),
+        ("1990", ["in 1990.", "3.5.1990", "1,990"], ["1990.5"]),
+        ("C++", ["I use C++."], ["C", "C#"]),
+        ("C", ["In C, yes", "C-like"], ["C++", "C#"]),
+    ],
+)
+def test_signs_decimals_and_scripts_of_a_mention(known: str, right: list[str], wrong: list[str]) -> None:
+    grader = graders.build("mentions", "{problem}", {"problem": "q", "answer": "a"}, {})
+    reference = grader.question({"q": "?", "a": known}, 0)[1]
+    verdicts = grader.grade([(reference, text) for text in right + wrong])
+    assert [v.correct for v in verdicts] == [True] * len(right) + [False] * len(wrong)

@@ -3,6 +3,7 @@
 import random
 import re
 import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,17 +12,32 @@ from nemo_tropd.evaluation.answers import final_texts, plain
 from nemo_tropd.evaluation.graders.contract import Form, Verdict, said, settings
 
 _LONGEST_RESPONSE = 4000  # characters; a longer response is cut from its start, since the answer comes last
-# "A" and "I" are also words
-_LETTER = r"\W{0,4}([B-HJ-Z]|[AI](?! (?!because\b|since\b|as\b|and\b|with\b)[a-z]))(?![\w'’])"
-_BOXED = re.compile(rf"\\(?:boxed|fbox) ?\{{(?i:\W{{0,3}}(?:option|choice)\b)?{_LETTER}")
-_STATED = re.compile(
-    r"(?i:\b(?:answer|choice|option) ?(?:is|was|would be|must be|should be|:|=) ?:? ?(?:(?:the )?(?:option|choice)\b)?)"
-    + _LETTER
+# "A" and "I" are also words: before another one they are letters only if that cannot follow the word.
+_A = r"A(?! (?!(?:because|since|as|and|with|is|was|due|for|which|but|so|while|will|would|has)\b)[a-z])"
+_I = r"I(?! (?!(?:because|since|as|and|with)\b)[a-z])"
+# Of two letters neither is a choice: A or B, A/B, A, B.
+_TWO = (
+    r"(?!\W{0,4}(?:/|&|\b(?:and|or)\b)\W{0,4}[A-Z](?![\w'’]|\W? (?:is|was|are)\b)"
+    r"|, ?\W?[A-Z]\b\W*(?:$|,|and\b|or\b))"
 )
-_START = re.compile(r"\W{0,4}([A-Z]) ?[).:,\]]")  # of a line: B) Paris
+_LETTER = rf"\W{{0,4}}([B-HJ-Z]|{_A}|{_I})(?![\w'’]){_TWO}"
+_BOX, _SMALL = r"\\(?:boxed|fbox) ?\{(?i:\W{0,3}(?:option|choice)\b)?", r"\W{0,4}([a-z])"
+_BOXED = re.compile(rf"{_BOX}(?:{_LETTER}|{_SMALL}\W{{0,3}}\}})", re.MULTILINE)
+_STATE = (
+    r"(?i:\b(?:answer|choice|option) ?(?:is|was|(?:would|must|should|could|appears to|seems to) be|[:=–→]) ?:? ?"
+    r"(?:(?:therefore|thus|indeed|likely|probably|clearly) )?(?:(?:the )?(?:option|choice|letter)\b)?)"
+)
+_STATED = re.compile(rf"{_STATE}(?:{_LETTER}|{_SMALL}\W{{0,3}}$)", re.MULTILINE)
+_RIGHT = re.compile(
+    r"(?i:\b(nor|or|and|if|whether|neither|not|statement|why) )?(?i:option |choice )?\(?\b([A-Z])\b\)?"
+    r" is (?:the )?(?:correct|right|best)\b"
+)
+_START = re.compile(r"\W{0,4}([A-Z]) ?(?:[).:\]]|,(?! ?\(?[A-Z]\b))")  # of a line: B) Paris
 _BRACKETS = re.compile(r"\(([A-Z])\)")
 _ALONE = re.compile(r"(?i:option |choice )?[^A-Za-z]{0,4}([A-Za-z])[^A-Za-z]{0,4}")
-_MARKUP = re.compile(r"[*_`$]+|\\(?:text|mathrm|textbf|mathbf)(?=\{)")
+_MARKUP = re.compile(
+    r"[*_`$]+|\\(?:text|math)(?:rm|bf|it|sf|normal)?(?=\{)|\\(?:rm|bf|it|sf)\b ?|</?(?:b|i|em|strong|p)>|</answer>"
+)
 
 
 class ChoiceGrader:
@@ -67,7 +83,7 @@ class ChoiceGrader:
         elif len(letter) == 1 and letter.isalpha():
             right = string.ascii_uppercase.find(letter)
         else:
-            right = int(letter) if letter.isdigit() else -1
+            right = int(letter) if letter.isdecimal() and len(letter) < 4 else -1
         if not 0 <= right < len(texts):
             raise ConfigError("columns.answer", known, f"neither index, letter nor text of one of {texts}")
         return texts, right
@@ -84,20 +100,26 @@ class ChoiceGrader:
 
 
 def _letter(response: str, options: Sequence[str]) -> str | None:
-    """The letter boxed last; else stated last as the answer; else alone on the last line; else the only one that begins
-    a line, or stands in brackets on the last; else that of the only option whose text the response ends in."""
+    """The letter boxed last; else stated last as the answer; else alone on the last line or the first; else the only
+    one that is said to be right, that begins a line, or that stands in brackets on the last; else that of the only
+    option whose text the response ends in."""
     letters = string.ascii_uppercase[: len(options)]
-    response = response[-_LONGEST_RESPONSE:]
-    lines = [" ".join(line.split()) for line in _MARKUP.sub("", response).splitlines() if line.strip()]
+    complete, response = len(response) <= _LONGEST_RESPONSE, response[-_LONGEST_RESPONSE:]
+    text = _MARKUP.sub("", unicodedata.normalize("NFKC", response).replace("<answer>", "answer: "))
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     if not lines:
         return None
+    small = not any(len(option) == 1 and option.isalpha() for option in options)  # else a small letter may be an option
     for pattern in (_BOXED, _STATED):
-        if found := [letter for letter in pattern.findall(" ".join(lines)) if letter in letters]:
-            return str(found[-1])
-    if (alone := _ALONE.fullmatch(lines[-1])) and alone.group(1).upper() in letters:
-        return alone.group(1).upper()
+        found = [large or (lower.upper() if small else "") for large, lower in pattern.findall("\n".join(lines))]
+        if found := [letter for letter in found if letter and letter in letters]:
+            return found[-1]
+    for line in (lines[-1], lines[0]) if complete else lines[-1:]:
+        if (alone := _ALONE.fullmatch(line)) and alone.group(1).upper() in letters:
+            return alone.group(1).upper()
+    right = {letter for before, letter in _RIGHT.findall("\n".join(lines)) if not before}
     starts = {match.group(1) for line in lines if (match := _START.match(line))}
-    for candidates in (starts, set(_BRACKETS.findall(lines[-1]))):
+    for candidates in (right, starts, set(_BRACKETS.findall(lines[-1]))):
         if len(candidates) == 1 and candidates <= set(letters):
             return candidates.pop()
     ends = final_texts(response)
