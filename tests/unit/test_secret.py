@@ -65,7 +65,9 @@ def test_the_launchers_secret_is_its_owners_alone_and_stays(tmp_path: Path) -> N
 class RecordedSupervisor:
     """Takes the place of the supervisor that would start torchrun."""
 
-    def __init__(self, command: list[str], env: dict[str, str], restarts: int, patience_s: float) -> None:
+    def __init__(
+        self, command: list[str], env: dict[str, str], restarts: int, patience_s: float, stop_timeout_s: float
+    ) -> None:
         self.given = env.get(FILE_VARIABLE)
 
     def run(self) -> int:

@@ -33,7 +33,7 @@ class Recorder:
         )
         self.topology: Any = SimpleNamespace(
             is_leader=leader, synchronize=lambda: None, data_rank=data_rank, data_size=2, tensor_size=1,
-            sequence_parallel=False, device=torch.device("cpu"),
+            sequence_parallel=False, device=torch.device("cpu"), any_rank=bool,
         )  # fmt: skip
         self.calls: list[str] = []
         self.requests: Sequence[RolloutRequest] | None = None
