@@ -158,7 +158,11 @@ class Topology(World):
 
     def any_tensor_rank(self, flag: bool) -> bool:
         """True if ``flag`` is True on any rank of the student's tensor group. All of these call it."""
-        return _any(flag, self.tensor_control_group)
+        if self.tensor_control_group is None:
+            return bool(flag)
+        votes = torch.tensor([int(flag)])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.tensor_control_group)
+        return bool(votes.item())
 
     def synchronize(self) -> None:
         """Wait until this rank's device has finished all queued work; a CPU always has."""
@@ -186,14 +190,6 @@ class Topology(World):
         if self.owns_process_group and not alone:
             dist.destroy_process_group()
         self.own_groups.clear()
-
-
-def _any(flag: bool, group: ProcessGroup | None) -> bool:
-    if group is None:
-        return bool(flag)
-    votes = torch.tensor([int(flag)])
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
-    return bool(votes.item())
 
 
 def _of_megatron() -> Iterator[ProcessGroup]:

@@ -113,7 +113,7 @@ class RolloutFile:
         self._of = {"part": secrets.token_hex(4), "began_after": began_after}
 
     def write(self, step: int, rollouts: Sequence[Rollout], kept: Sequence[dict[str, Any]]) -> None:
-        """``kept``: sequences as MetricSums.keep left them."""
+        """``kept``: sequences as in ``MetricSums.kept``."""
         by_id = {r.sequence_id: r for r in rollouts}
         with _appended(self.path) as file:
             for sequence in kept:
